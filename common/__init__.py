@@ -1,0 +1,1 @@
+"""Words that both halves of the split share. Imports nothing but the standard library."""

@@ -1,0 +1,58 @@
+"""The callers' mistakes and the service's refusals, as a tree. services/status.py maps each to a gRPC status, once.
+
+PagewireError
+├── InvalidRequest      the caller must change the request (names the field and the limit)
+├── UnknownModel        the request names a model that is not served here
+├── Overloaded          the queue is full; try again later
+├── Unavailable         no executor, draining; try again later
+├── DeadlineExceeded    the caller's deadline passed while it waited or ran
+├── ExecutorRejected    the two halves do not fit together (model, version); an operator must act
+└── ModelFolderError    a model's files are missing, truncated or of an unknown kind
+"""
+
+from __future__ import annotations
+
+
+class PagewireError(Exception):
+    """Anything that is not a bug. Its text may be shown to the caller."""
+
+
+class InvalidRequest(PagewireError):
+    """The request can never succeed as it is. `field` is the name in the public API."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class UnknownModel(PagewireError):
+    """The named model is not served here."""
+
+
+class Overloaded(PagewireError):
+    """Nothing is wrong with the request; there is no room for it now."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(PagewireError):
+    """Nothing can serve the request now: no executor is connected, or the scheduler drains."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(PagewireError):
+    """The caller's deadline passed before the answer was complete."""
+
+
+class ExecutorRejected(PagewireError):
+    """Scheduler and executor do not fit together; retrying does not help."""
+
+
+class ModelFolderError(PagewireError):
+    """A model's files cannot be used. The message says which file, why, and what to type next."""

@@ -1,0 +1,91 @@
+"""The contract of the split: what the scheduler asks for in one step, and what comes back.
+
+A plan is a delta. A sequence is sent whole once (NewSequence); later steps name its slot and what changed. Rows are
+columns, not objects: at 256 sequences a row object each would cost more than the rest of the scheduler.
+
+Both sides derive the rest by the same rules, in the same order:
+  1. release, 2. admit, 3. append blocks, 4. copy blocks, 5. forward over the rows, 6. sample.
+  - A row computes positions [num_computed, num_computed + num_scheduled) of its sequence.
+  - A row *samples* when it reaches the end of the known tokens: prompt, tokens committed before the admission, and
+    tokens this executor sampled since. The sampled token becomes known on the executor at once, so the next plan can
+    name the row again before the scheduler has seen the token.
+  - A sequence that met a token stop condition is finished on the executor: its later rows are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from common.sampling import SamplingParams
+from common.types import BlockId, SlotRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSequence:
+    """A sequence told whole: at its admission, and again after a preemption or a move."""
+
+    ref: SlotRef
+    attempt: int  # how often this sequence was placed before; for logs and for fencing
+    token_ids: Sequence[int]  # prompt, then the tokens committed so far
+    num_prompt: int  # how many of token_ids are the prompt
+    num_computed: int  # tokens whose K and V are in the block table already (a prefix hit)
+    block_table: Sequence[BlockId]  # blocks granted up to and including this step
+    sampling: SamplingParams
+    choice: int  # which of the request's n choices; part of the random key
+    max_tokens: int  # output tokens, counted from the prompt's end
+    stop_token_ids: tuple[int, ...]  # EOS ids included, unless the request ignores EOS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """One forward pass. R rows, A appended blocks."""
+
+    step: int  # contiguous within a session, from 0
+    refs: Sequence[SlotRef]  # (R,) the rows, each sequence at most once
+    num_scheduled: Sequence[int]  # (R,) tokens granted to each row, at least 1
+    append_refs: Sequence[SlotRef] = ()  # (A,) sequence whose table grows; not for those in `new`
+    append_blocks: Sequence[BlockId] = ()  # (A,) the block it grows by, in table order
+    replace_refs: Sequence[SlotRef] = ()  # (C,) sequence whose table changes in place (copy on write)
+    replace_indices: Sequence[int] = ()  # (C,) which entry of the table
+    replace_blocks: Sequence[BlockId] = ()  # (C,) the block that stands there now
+    new: Sequence[NewSequence] = ()  # told whole in this step; their rows are in refs like all others
+    released: Sequence[SlotRef] = ()  # the executor may forget these
+    copies: Sequence[tuple[BlockId, BlockId]] = ()  # (source, destination), done in this order before the forward
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole step."""
+        return sum(self.num_scheduled)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What came out of one plan. S sampled rows. Every step has a result, also one that samples nothing."""
+
+    step: int
+    refs: Sequence[SlotRef] = ()  # (S,) rows that were sampled
+    tokens: Sequence[int] = ()  # (S,)
+    indices: Sequence[int] = ()  # (S,) output index of each token: 0 is the first after the prompt
+    failed: Sequence[SlotRef] = ()  # rows whose logits were not finite: nothing was sampled
+    compute_ns: int = 0  # time the executor spent on the step
+    idle_ns: int = 0  # time it waited before the step for want of a plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorFacts:
+    """What an executor says of itself when it joins. Found at run time, never configuration."""
+
+    name: str
+    model: str
+    model_digest: str
+    vocab_size: int
+    max_model_len: int  # tokens of one sequence, prompt and output together
+    num_blocks: int
+    block_size: int
+    max_sequences: int  # resident at once: the number of slots
+    max_step_tokens: int  # tokens of one step
+    credit: int = 2  # plans that may be outstanding
+    dtype: str = ""
+    device: str = ""
+    capabilities: tuple[str, ...] = field(default=())

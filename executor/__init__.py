@@ -1,0 +1,1 @@
+"""Everything that is computed: weights, the KV slab, the paged forward, sampling."""

@@ -1,0 +1,1 @@
+"""The wire. Generated stubs stand beside their .proto files; `make protos` regenerates them."""
