@@ -1,0 +1,262 @@
+"""Protobuf ↔ values, for the link: the only converter between protos/executor.proto and common/step.py.
+
+Columns are little-endian u32 in bytes. Executor's side: each column is a memoryview of the message, which is not
+copied and which numpy.asarray takes as it is. Scheduler's side: lists, because the scheduler reads every number.
+Says whether a message is well formed; whether it makes sense now (session, step, free blocks) is its reader's to say.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from common.errors import ExecutorRejected, InvalidRequest
+from common.sampling import RequestLimits, SamplingParams, check_sampling
+from common.step import ExecutorFacts, NewSequence, StepPlan, StepResult
+from common.types import MAX_SLOTS, BlockId, SlotRef
+from protos import executor_pb2 as pb
+
+PROTOCOL: Final = 1
+"""The version of the contract that this code speaks."""
+
+INCARNATION_BYTES: Final = 16
+
+_NATIVE: Final = sys.byteorder == "little" and array("I").itemsize == 4  # a column can be read where it lies
+
+# The ranges that the sampler can compute with; a caller's limits were checked at the public edge.
+_ANY_TEMPERATURE: Final = replace(RequestLimits(), max_temperature=sys.float_info.max)
+
+# Facts that must be positive, or the scheduler would divide by zero or wait for ever.
+_POSITIVE_FACTS: Final = ("vocab_size", "max_model_len", "num_blocks", "block_size", "max_step_tokens", "credit")
+
+
+class WireError(ValueError):
+    """A message of the link is malformed. `field` is its path in protos/executor.proto."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+def plan_to_pb(plan: StepPlan, session: int) -> pb.StepPlan:
+    """The plan as a message of `session`. A number that does not fit in 32 bits raises struct.error."""
+    one_each = plan.num_scheduled.count(1) == len(plan.num_scheduled)
+    return pb.StepPlan(
+        session=session,
+        step=plan.step,
+        refs=_pack(plan.refs),
+        num_scheduled=b"" if one_each else _pack(plan.num_scheduled),
+        append_refs=_pack(plan.append_refs),
+        append_blocks=_pack(plan.append_blocks),
+        replace_refs=_pack(plan.replace_refs),
+        replace_indices=_pack(plan.replace_indices),
+        replace_blocks=_pack(plan.replace_blocks),
+        new=[_new_to_pb(new) for new in plan.new],
+        released=_pack(plan.released),
+        copies=_pack([block for pair in plan.copies for block in pair]),
+    )
+
+
+def plan_from_pb(message: pb.StepPlan) -> StepPlan:
+    """The plan of a message, its columns as memoryviews. Raises WireError naming the malformed field."""
+    refs = _view("refs", message.refs)
+    num_scheduled = _view("num_scheduled", message.num_scheduled)
+    if not num_scheduled:
+        num_scheduled = memoryview(array("I", (1,)) * len(refs))
+    elif 0 in num_scheduled:
+        raise WireError("num_scheduled", f"row {num_scheduled.tolist().index(0)} is granted no token")
+    append_refs = _view("append_refs", message.append_refs)
+    append_blocks = _view("append_blocks", message.append_blocks)
+    replace_refs = _view("replace_refs", message.replace_refs)
+    replace_indices = _view("replace_indices", message.replace_indices)
+    replace_blocks = _view("replace_blocks", message.replace_blocks)
+    _check_lengths("num_scheduled", num_scheduled, "refs", refs)
+    _check_lengths("append_blocks", append_blocks, "append_refs", append_refs)
+    _check_lengths("replace_indices", replace_indices, "replace_refs", replace_refs)
+    _check_lengths("replace_blocks", replace_blocks, "replace_refs", replace_refs)
+    return StepPlan(
+        step=message.step,
+        refs=_named(refs),
+        num_scheduled=num_scheduled,
+        append_refs=_named(append_refs),
+        append_blocks=_named(append_blocks),
+        replace_refs=_named(replace_refs),
+        replace_indices=replace_indices,
+        replace_blocks=_named(replace_blocks),
+        new=[_new_from_pb(new, f"new[{i}]") for i, new in enumerate(message.new)],
+        released=_named(_view("released", message.released)),
+        copies=_copies_from_pb(message.copies),
+    )
+
+
+def result_to_pb(result: StepResult, session: int) -> pb.StepResult:
+    """The result as a message of `session`. A number that does not fit in 32 bits raises struct.error."""
+    return pb.StepResult(
+        session=session,
+        step=result.step,
+        refs=_pack(result.refs),
+        tokens=_pack(result.tokens),
+        indices=_pack(result.indices),
+        failed=_pack(result.failed),
+        compute_ns=result.compute_ns,
+        idle_ns=result.idle_ns,
+    )
+
+
+def result_from_pb(message: pb.StepResult) -> StepResult:
+    """The result of a message, its columns as lists. Raises WireError naming the malformed field."""
+    refs = _view("refs", message.refs)
+    tokens = _view("tokens", message.tokens)
+    indices = _view("indices", message.indices)
+    _check_lengths("tokens", tokens, "refs", refs)
+    _check_lengths("indices", indices, "refs", refs)
+    return StepResult(
+        step=message.step,
+        refs=_named(refs.tolist()),
+        tokens=tokens.tolist(),
+        indices=indices.tolist(),
+        failed=_named(_view("failed", message.failed).tolist()),
+        compute_ns=message.compute_ns,
+        idle_ns=message.idle_ns,
+    )
+
+
+def hello_to_pb(facts: ExecutorFacts, incarnation: bytes) -> pb.Hello:
+    """The first message of an executor whose process drew the 16 random bytes `incarnation`."""
+    assert len(incarnation) == INCARNATION_BYTES, f"incarnation of {len(incarnation)} bytes"
+    return pb.Hello(
+        protocol=PROTOCOL,
+        name=facts.name,
+        incarnation=incarnation,
+        model=facts.model,
+        model_digest=facts.model_digest,
+        vocab_size=facts.vocab_size,
+        max_model_len=facts.max_model_len,
+        num_blocks=facts.num_blocks,
+        block_size=facts.block_size,
+        max_sequences=facts.max_sequences,
+        max_step_tokens=facts.max_step_tokens,
+        credit=facts.credit,
+        dtype=facts.dtype,
+        device=facts.device,
+        capabilities=facts.capabilities,
+    )
+
+
+def facts_from_pb(hello: pb.Hello) -> ExecutorFacts:
+    """What the executor says of itself.
+
+    Raises ExecutorRejected when it speaks another version of the contract, WireError when a fact is impossible.
+    """
+    if hello.protocol != PROTOCOL:
+        raise ExecutorRejected(f"executor speaks version {hello.protocol} of the link, this scheduler {PROTOCOL}")
+    if len(hello.incarnation) != INCARNATION_BYTES:
+        raise WireError("incarnation", f"must have {INCARNATION_BYTES} bytes, got {len(hello.incarnation)}")
+    for name in _POSITIVE_FACTS:
+        if getattr(hello, name) == 0:
+            raise WireError(name, "must be at least 1, got 0")
+    if not 1 <= hello.max_sequences <= MAX_SLOTS:
+        raise WireError("max_sequences", f"must be in [1, {MAX_SLOTS}], got {hello.max_sequences}")
+    return ExecutorFacts(
+        name=hello.name,
+        model=hello.model,
+        model_digest=hello.model_digest,
+        vocab_size=hello.vocab_size,
+        max_model_len=hello.max_model_len,
+        num_blocks=hello.num_blocks,
+        block_size=hello.block_size,
+        max_sequences=hello.max_sequences,
+        max_step_tokens=hello.max_step_tokens,
+        credit=hello.credit,
+        dtype=hello.dtype,
+        device=hello.device,
+        capabilities=tuple(hello.capabilities),
+    )
+
+
+def _new_to_pb(new: NewSequence) -> pb.NewSequence:
+    sampling = new.sampling
+    return pb.NewSequence(
+        ref=new.ref,
+        attempt=new.attempt,
+        token_ids=_pack(new.token_ids),
+        num_prompt=new.num_prompt,
+        num_computed=new.num_computed,
+        block_table=_pack(new.block_table),
+        sampling=pb.SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+        ),
+        choice=new.choice,
+        max_tokens=new.max_tokens,
+        stop_token_ids=new.stop_token_ids,
+    )
+
+
+def _new_from_pb(message: pb.NewSequence, path: str) -> NewSequence:
+    token_ids = _view(f"{path}.token_ids", message.token_ids)
+    if not 1 <= message.num_prompt <= len(token_ids):
+        raise WireError(f"{path}.num_prompt", f"must be in [1, {len(token_ids)}], got {message.num_prompt}")
+    if message.num_computed > len(token_ids):
+        raise WireError(f"{path}.num_computed", f"is {message.num_computed} of {len(token_ids)} tokens")
+    sampling = SamplingParams(
+        temperature=message.sampling.temperature,
+        top_k=message.sampling.top_k,
+        top_p=message.sampling.top_p,
+        min_p=message.sampling.min_p,
+        seed=message.sampling.seed,
+    )
+    try:
+        check_sampling(sampling, _ANY_TEMPERATURE)
+    except InvalidRequest as error:
+        raise WireError(f"{path}.sampling.{error.field}", error.problem) from None
+    return NewSequence(
+        ref=SlotRef(message.ref),
+        attempt=message.attempt,
+        token_ids=token_ids,
+        num_prompt=message.num_prompt,
+        num_computed=message.num_computed,
+        block_table=_named(_view(f"{path}.block_table", message.block_table)),
+        sampling=sampling,
+        choice=message.choice,
+        max_tokens=message.max_tokens,
+        stop_token_ids=tuple(message.stop_token_ids),
+    )
+
+
+def _copies_from_pb(data: bytes) -> list[tuple[BlockId, BlockId]]:
+    column = _view("copies", data)
+    if len(column) % 2:
+        raise WireError("copies", f"source without destination: {len(column)} numbers")
+    blocks: Iterable[BlockId] = iter(_named(column))
+    return list(zip(blocks, blocks, strict=True))  # takes two at a time
+
+
+def _pack(numbers: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(numbers)}I", *numbers)
+
+
+def _view(field: str, data: bytes) -> memoryview[int]:
+    if len(data) % 4:
+        raise WireError(field, f"a u32 column has a multiple of 4 bytes, got {len(data)}")
+    if _NATIVE:
+        return memoryview(data).cast("I")
+    return memoryview(array("I", struct.unpack(f"<{len(data) // 4}I", data)))
+
+
+def _named(column: Sequence[int]) -> Sequence[Any]:
+    """The column as one of ids: its numbers take the type of the field they go to."""
+    return column
+
+
+def _check_lengths(field: str, column: Sequence[int], other_field: str, other: Sequence[int]) -> None:
+    if len(column) != len(other):
+        raise WireError(field, f"has {len(column)} numbers, {other_field} has {len(other)}")
