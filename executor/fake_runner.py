@@ -1,0 +1,208 @@
+"""A runner without a model: tokens that can be computed by hand, and a slab that remembers what was written where.
+
+Its forward writes one cell per token and then reads every row's whole prefix back through the row's block table. A
+cell names the token, its position and the digest of everything before it, just as K and V depend on the whole prefix.
+So a block with two owners, a block reused too early, a copy that was forgotten or a wrong prefix hit is found in the
+step in which it would first have changed a token.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from common.step import ExecutorFacts, StepPlan, StepResult
+from common.types import BlockId, slot_of
+from executor.resident import Resident, Rows, spread
+from executor.runner import Report
+
+_CELL: Final = np.dtype([("position", np.int64), ("token", np.int64), ("digest", np.uint64)])
+_POISON: Final = -1
+_MASK: Final = (1 << 64) - 1
+
+
+class SlabMismatch(AssertionError):
+    """A row read something else than its own prefix: a block was lost, shared or reused wrongly."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefix:
+    """What the fake model knows when it chooses a token."""
+
+    num_tokens: int
+    digest: int  # 64 bits over all tokens of the prefix, as read from the slab
+    greedy: bool
+    seed: int
+    choice: int
+
+
+NextToken = Callable[[Prefix], int | None]
+"""The fake model: any integer (the vocabulary size is taken modulo), or None for logits that are not finite."""
+
+
+def position_token(prefix: Prefix) -> int:
+    """The number of tokens before it: [7, 8, 9] goes on 3, 4, 5."""
+    return prefix.num_tokens
+
+
+def prefix_hash_token(prefix: Prefix) -> int:
+    """A hash of the prefix; when sampled, also of seed and choice. Any gap, repeat or wrong token shows in the rest."""
+    if prefix.greedy:
+        return prefix.digest >> 32
+    return _mix(_mix(prefix.digest, prefix.seed), prefix.choice) >> 32
+
+
+def digests_of(tokens: Iterable[int], digest: int = 0) -> list[int]:
+    """The digest of each prefix that ends with one of `tokens`, where `digest` is that of everything before."""
+    digests: list[int] = []
+    for token in tokens:
+        digest = _mix(digest, token)
+        digests.append(digest)
+    return digests
+
+
+class FakeRunner:
+    """A Runner that needs no torch and no model. `step_time_s` makes a demo look alive; tests leave it at 0."""
+
+    def __init__(
+        self,
+        *,
+        name: str = "fake",
+        model: str = "fake",
+        model_digest: str = "fake",
+        num_blocks: int = 256,
+        block_size: int = 4,
+        max_sequences: int = 64,
+        max_step_tokens: int = 256,
+        max_model_len: int = 256,
+        vocab_size: int = 1000,
+        credit: int = 2,
+        next_token: NextToken = position_token,
+        step_time_s: float = 0.0,
+    ) -> None:
+        self._facts = ExecutorFacts(
+            name=name,
+            model=model,
+            model_digest=model_digest,
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_sequences=max_sequences,
+            max_step_tokens=max_step_tokens,
+            credit=credit,
+            dtype="none",
+            device="none",
+        )
+        self._resident = Resident(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_sequences=max_sequences,
+            max_step_tokens=max_step_tokens,
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+        )
+        self._digests = np.zeros((max_sequences, max_model_len), np.uint64)  # what each row must read back
+        self._next_token = next_token
+        self._step_time_s = step_time_s
+        self._cells = np.zeros(num_blocks * block_size, _CELL)  # the slab: one cell a token
+        self.begin_session()
+
+    def load(self, report: Report) -> ExecutorFacts:
+        """Report that there is nothing to load."""
+        report("fake model", 1, 1)
+        return self._facts
+
+    def begin_session(self) -> None:
+        """Forget every sequence and poison the slab."""
+        self._resident.clear()
+        self._cells["position"] = _POISON
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. Raises PlanError for a plan that does not fit, SlabMismatch for blocks with other tokens."""
+        started_ns = time.perf_counter_ns()
+        rows = self._resident.apply(plan)
+        for sequence in plan.new:
+            digests = digests_of(int(token) for token in sequence.token_ids)
+            self._digests[slot_of(sequence.ref), : len(digests)] = np.array(digests, np.uint64)
+        for source, destination in plan.copies:
+            self._cells[self._block(destination)] = self._cells[self._block(source)]
+        self._store(rows)
+        self._read_back(rows)
+        tokens = [self._choose(slot) for slot in rows.slots[rows.samples].tolist()]
+        failed = [n for n, token in enumerate(tokens) if token is None]
+        sampled = self._resident.advance(rows, [token or 0 for token in tokens], failed)
+        if self._step_time_s:
+            threading.Event().wait(self._step_time_s)
+        return StepResult(
+            step=plan.step,
+            refs=sampled.refs,
+            tokens=sampled.tokens,
+            indices=sampled.indices,
+            failed=sampled.failed,
+            compute_ns=time.perf_counter_ns() - started_ns,
+        )
+
+    def _block(self, block: BlockId) -> slice:
+        return slice(block * self._facts.block_size, (block + 1) * self._facts.block_size)
+
+    def _store(self, rows: Rows) -> None:
+        """Write the cells of every row before any row reads. No two rows may write the same cell."""
+        slots, positions = rows.each_token()
+        places = self._resident.slot_mapping(slots, positions)
+        if len(np.unique(places)) != len(places):
+            raise SlabMismatch("two rows of one step write the same place in the slab")
+        self._cells["position"][places] = positions
+        self._cells["token"][places] = self._resident.token_ids[slots, positions]
+        self._cells["digest"][places] = self._digests[slots, positions]
+
+    def _read_back(self, rows: Rows) -> None:
+        """Read the whole prefix of each row through its block table and compare it with what is known."""
+        slots, positions = spread(rows.slots, np.zeros_like(rows.stops), rows.stops)
+        places = self._resident.slot_mapping(slots, positions)
+        cells = self._cells[places]
+        right = (
+            (cells["position"] == positions)
+            & (cells["token"] == self._resident.token_ids[slots, positions])
+            & (cells["digest"] == self._digests[slots, positions])
+        )
+        if not right.all():
+            n = int(np.flatnonzero(~right)[0])
+            raise SlabMismatch(
+                f"slot {slots[n]} position {positions[n]} is in block {places[n] // self._facts.block_size}, "
+                f"which holds token {cells['token'][n]} of position {cells['position'][n]}; wanted token "
+                f"{self._resident.token_ids[slots[n], positions[n]]}, after the same prefix"
+            )
+
+    def _choose(self, slot: int) -> int | None:
+        """Choose the next token of a row whose prefix was read back; remember the digest it will have in the slab."""
+        held = self._resident
+        stop = int(held.num_tokens[slot])
+        digest = int(self._digests[slot, stop - 1])
+        token = self._next_token(
+            Prefix(
+                num_tokens=stop,
+                digest=digest,
+                greedy=bool(held.temperature[slot] == 0),
+                seed=int(held.seed[slot]),
+                choice=int(held.choice[slot]),
+            )
+        )
+        if token is None:
+            return None
+        token %= self._facts.vocab_size
+        self._digests[slot, stop] = _mix(digest, token)
+        return token
+
+
+def _mix(state: int, value: int) -> int:
+    """One round of splitmix64 over both: cheap, and no two short inputs are known to meet."""
+    state = (state + 0x9E3779B97F4A7C15 + value) & _MASK
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
+    return state ^ (state >> 31)

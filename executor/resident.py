@@ -1,0 +1,260 @@
+"""What the executor holds of each sequence between steps, kept current by the plans' deltas.
+
+Tables of numpy columns, one line per slot, so that a batch is gathered and never looped over. Knows no tensor and no
+model: `apply` makes a plan true and says which rows run, `advance` folds in what the forward produced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.blocks import blocks_for
+from common.step import NewSequence, StepPlan
+from common.types import MAX_SLOTS, BlockId, SlotRef, generation_of, slot_of
+
+_FREE: Final = -1
+
+
+def spread(
+    slots: NDArray[np.int64], starts: NDArray[np.int64], counts: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Write out ranges of positions: [starts, starts + counts) of each slot, as columns slot and position."""
+    first = np.cumsum(counts) - counts
+    return np.repeat(slots, counts), np.arange(counts.sum()) + np.repeat(starts - first, counts)
+
+
+class PlanError(Exception):
+    """A plan does not fit what is resident here. The two sides have drifted apart: drop the link."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """The rows of one step that really run. N rows; the rows of finished sequences are gone."""
+
+    slots: NDArray[np.int64]  # (N,) line in the resident tables
+    starts: NDArray[np.int64]  # (N,) first position this step computes
+    stops: NDArray[np.int64]  # (N,) one past the last
+    samples: NDArray[np.bool_]  # (N,) True where the row reaches the end of the known tokens
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """(N,) tokens that each row computes."""
+        return self.stops - self.starts
+
+    def each_token(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return slot and position of every token this step computes, row after row: two columns (T,)."""
+        return spread(self.slots, self.starts, self.counts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What became known in one step. S sampled rows, in the order of the plan."""
+
+    refs: list[SlotRef]  # (S,)
+    tokens: list[int]  # (S,)
+    indices: list[int]  # (S,) output index of each token: 0 is the first after the prompt
+    failed: list[SlotRef]  # rows for which no token could be chosen
+
+
+class Resident:
+    """Every sequence resident in this session. L slots, P positions (max_model_len), M blocks in the longest table."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_sequences: int,
+        max_step_tokens: int,
+        max_model_len: int,
+        vocab_size: int,
+    ) -> None:
+        assert 0 < max_sequences <= MAX_SLOTS, f"{max_sequences} sequences in at most {MAX_SLOTS} slots"
+        self.num_slab_blocks = num_blocks
+        self.block_size = block_size
+        self.max_step_tokens = max_step_tokens
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+
+        slots = max_sequences
+        self.refs = np.full(slots, _FREE, np.int64)  # (L,) who lives in the slot, or -1
+        self.token_ids = np.zeros((slots, max_model_len), np.int32)  # (L, P) the known tokens: the token pool
+        self.num_tokens = np.zeros(slots, np.int64)  # (L,) known tokens: prompt, committed before, sampled here
+        self.num_prompt = np.zeros(slots, np.int64)  # (L,)
+        self.num_computed = np.zeros(slots, np.int64)  # (L,) tokens whose K and V are in the slab
+        self.block_tables = np.zeros((slots, blocks_for(max_model_len, block_size)), np.int32)  # (L, M)
+        self.num_blocks = np.zeros(slots, np.int64)  # (L,) entries of the table that are granted
+        self.finished = np.zeros(slots, np.bool_)  # (L,) met a token stop condition, or failed: rows are skipped
+        self.max_tokens = np.zeros(slots, np.int64)  # (L,) output tokens, counted from the prompt's end
+        self.stop_token_ids: list[frozenset[int]] = [frozenset()] * slots  # (L,)
+
+        self.temperature = np.zeros(slots, np.float64)  # (L,) 0 is greedy
+        self.top_k = np.zeros(slots, np.int64)  # (L,) 0 keeps every token
+        self.top_p = np.ones(slots, np.float64)  # (L,)
+        self.min_p = np.zeros(slots, np.float64)  # (L,)
+        self.seed = np.zeros(slots, np.uint64)  # (L,)
+        self.choice = np.zeros(slots, np.int64)  # (L,)
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self.refs.fill(_FREE)
+
+    def slot_mapping(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Place in the slab of each (slot, position): common.blocks.slot_mapping over columns."""
+        blocks = self.block_tables[slots, positions // self.block_size].astype(np.int64)
+        return blocks * self.block_size + positions % self.block_size
+
+    def apply(self, plan: StepPlan) -> Rows:
+        """Release, admit, append and replace, in this order; return the rows that run. The copies are the caller's.
+
+        Raises PlanError for an unknown sequence, a wrong generation, a block outside the slab or a position outside
+        its table. The tables are then half changed: only `clear` makes them good again.
+        """
+        for ref in plan.released:
+            self.refs[self._slot(ref)] = _FREE
+        for sequence in plan.new:
+            self._admit(sequence)
+        for ref, block in zip(plan.append_refs, plan.append_blocks, strict=True):
+            self._append(ref, block)
+        for ref, index, block in zip(plan.replace_refs, plan.replace_indices, plan.replace_blocks, strict=True):
+            self._replace(ref, index, block)
+        for source, destination in plan.copies:
+            self._check_blocks((source, destination), "a copy")
+        return self._rows(plan)
+
+    def advance(self, rows: Rows, tokens: Sequence[int], failed: Iterable[int] = ()) -> Sampled:
+        """Record that `rows` were computed, and the token of each row that samples; finish what is complete.
+
+        `tokens` has one entry per sampling row, in row order. `failed` are indices into `tokens` for which there is
+        none: the sequence ends there.
+        """
+        self.num_computed[rows.slots] = rows.stops
+        slots = rows.slots[rows.samples]
+        assert len(tokens) == len(slots), f"{len(tokens)} tokens for {len(slots)} rows that sample"
+        without = set(failed)
+        good = [n for n in range(len(slots)) if n not in without]
+        bad = slots[sorted(without)]
+        self.finished[bad] = True
+
+        kept_slots = slots[good]
+        kept_tokens = [int(tokens[n]) for n in good]
+        places = self.num_tokens[kept_slots]
+        indices = places - self.num_prompt[kept_slots]
+        self.token_ids[kept_slots, places] = kept_tokens
+        self.num_tokens[kept_slots] = places + 1
+        stops = [
+            token in self.stop_token_ids[slot] for slot, token in zip(kept_slots.tolist(), kept_tokens, strict=True)
+        ]
+        full = (indices + 1 >= self.max_tokens[kept_slots]) | (places + 1 >= self.max_model_len)
+        self.finished[kept_slots] = full | np.array(stops, np.bool_)
+        return Sampled(
+            refs=[SlotRef(ref) for ref in self.refs[kept_slots].tolist()],
+            tokens=kept_tokens,
+            indices=indices.tolist(),
+            failed=[SlotRef(ref) for ref in self.refs[bad].tolist()],
+        )
+
+    def _admit(self, sequence: NewSequence) -> None:
+        slot, known, table = slot_of(sequence.ref), len(sequence.token_ids), len(sequence.block_table)
+        name = _named(sequence.ref)
+        if slot >= len(self.refs):
+            raise PlanError(f"{name} is admitted to slot {slot} of {len(self.refs)}")
+        if self.refs[slot] != _FREE:
+            raise PlanError(f"{name} is admitted to the place of {_named(SlotRef(int(self.refs[slot])))}")
+        if not 0 < sequence.num_prompt <= known:
+            raise PlanError(f"{name} has {known} tokens, {sequence.num_prompt} of them prompt")
+        if not 0 <= sequence.num_computed < known:
+            raise PlanError(f"{name} has {known} tokens, {sequence.num_computed} of them computed")
+        if known >= self.max_model_len or known - sequence.num_prompt >= sequence.max_tokens:
+            raise PlanError(
+                f"{name} has nothing left to generate: {known} tokens, {sequence.num_prompt} of them prompt, "
+                f"max_tokens {sequence.max_tokens}, max_model_len {self.max_model_len}"
+            )
+        if table > self.block_tables.shape[1]:
+            raise PlanError(f"{name} has {table} blocks, a table holds {self.block_tables.shape[1]}")
+        tokens = np.asarray(sequence.token_ids, np.int64)
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            raise PlanError(f"{name} has a token outside the vocabulary of {self.vocab_size}")
+        self._check_blocks(sequence.block_table, name)
+
+        self.refs[slot] = sequence.ref
+        self.token_ids[slot, :known] = tokens
+        self.num_tokens[slot] = known
+        self.num_prompt[slot] = sequence.num_prompt
+        self.num_computed[slot] = sequence.num_computed
+        self.block_tables[slot, :table] = sequence.block_table
+        self.num_blocks[slot] = table
+        self.finished[slot] = False
+        self.max_tokens[slot] = sequence.max_tokens
+        self.stop_token_ids[slot] = frozenset(sequence.stop_token_ids)
+        self.temperature[slot] = sequence.sampling.temperature
+        self.top_k[slot] = min(sequence.sampling.top_k, self.vocab_size)
+        self.top_p[slot] = sequence.sampling.top_p
+        self.min_p[slot] = sequence.sampling.min_p
+        self.seed[slot] = sequence.sampling.seed
+        self.choice[slot] = sequence.choice
+
+    def _append(self, ref: SlotRef, block: BlockId) -> None:
+        slot = self._slot(ref)
+        self._check_blocks((block,), _named(ref))
+        index = self.num_blocks[slot]
+        if index >= self.block_tables.shape[1]:
+            raise PlanError(f"{_named(ref)} grows past the {self.block_tables.shape[1]} blocks that a table holds")
+        self.block_tables[slot, index] = block
+        self.num_blocks[slot] = index + 1
+
+    def _replace(self, ref: SlotRef, index: int, block: BlockId) -> None:
+        slot = self._slot(ref)
+        self._check_blocks((block,), _named(ref))
+        if not 0 <= index < self.num_blocks[slot]:
+            raise PlanError(f"{_named(ref)} replaces block {index} of {self.num_blocks[slot]}")
+        self.block_tables[slot, index] = block
+
+    def _rows(self, plan: StepPlan) -> Rows:
+        refs = np.asarray(plan.refs, np.int64)
+        granted = np.asarray(plan.num_scheduled, np.int64)
+        if len(refs) != len(granted):
+            raise PlanError(f"{len(refs)} rows, {len(granted)} grants")
+        slots = refs & (MAX_SLOTS - 1)
+        known = slots < len(self.refs)
+        known[known] = self.refs[slots[known]] == refs[known]
+        if not known.all():
+            raise PlanError(f"{_named(SlotRef(int(refs[~known][0])))} has a row but is not resident")
+        if len(np.unique(slots)) != len(slots):
+            raise PlanError("a sequence has two rows in one step")
+        if granted.sum() > self.max_step_tokens:
+            raise PlanError(f"{granted.sum()} tokens in a step of at most {self.max_step_tokens}")
+
+        runs = ~self.finished[slots]
+        slots, granted = slots[runs], granted[runs]
+        starts = self.num_computed[slots]
+        stops = starts + granted
+        wrong = (granted < 1) | (stops > self.num_tokens[slots]) | (stops > self.num_blocks[slots] * self.block_size)
+        if wrong.any():
+            n = int(np.flatnonzero(wrong)[0])
+            slot = slots[n]
+            raise PlanError(
+                f"{_named(SlotRef(int(self.refs[slot])))} is granted positions [{starts[n]}, {stops[n]}) of "
+                f"{self.num_tokens[slot]} known tokens in {self.num_blocks[slot]} blocks of {self.block_size}"
+            )
+        return Rows(slots=slots, starts=starts, stops=stops, samples=stops == self.num_tokens[slots])
+
+    def _slot(self, ref: SlotRef) -> int:
+        slot = slot_of(ref)
+        if slot >= len(self.refs) or self.refs[slot] != ref:
+            raise PlanError(f"{_named(ref)} is not resident")
+        return slot
+
+    def _check_blocks(self, blocks: Sequence[BlockId], who: str) -> None:
+        for block in blocks:
+            if not 0 <= block < self.num_slab_blocks:
+                raise PlanError(f"{who} names block {block} of a slab of {self.num_slab_blocks}")
+
+
+def _named(ref: SlotRef) -> str:
+    return f"sequence in slot {slot_of(ref)}, generation {generation_of(ref)},"
