@@ -130,13 +130,7 @@ def test_a_finished_sequence_is_skipped_until_it_is_released(told: NewSequence, 
             rows = held.apply(plan((A, 1)))
 
     follower = sequence(B, blocks=(5, 6))
-    late = held.apply(
-        plan((A, 1), (B, 6), new=[follower], replace_refs=[A], replace_indices=[0], replace_blocks=[9])
-    )
-        plan(
-            (A, 1), (B, 6), new=[sequence(B, blocks=(5, 6))], replace_refs=[A], replace_indices=[0], replace_blocks=[9]
-        )
-    )
+    late = held.apply(plan((A, 1), (B, 6), new=[follower], replace_refs=[A], replace_indices=[0], replace_blocks=[9]))
 
     assert shape(late) == [(1, 0, 6, True)]
     held.apply(plan(released=[A]))
