@@ -36,7 +36,8 @@ def configure(process: str, *, level: str = "info", fmt: LogFormat = "text") -> 
     if fmt == "json":
         handler.setFormatter(JsonFormatter())
     else:
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {process:<10} %(levelname).1s %(name)s: %(message)s", "%H:%M:%S"))
+        line = f"%(asctime)s {process:<10} %(levelname).1s %(name)s: %(message)s"
+        handler.setFormatter(logging.Formatter(line, "%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

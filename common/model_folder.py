@@ -1,0 +1,248 @@
+"""What a model is, read from its folder in milliseconds: no weights, no torch, no tokenizer.
+
+Scheduler and executor read the folder each for itself; the digest tells whether they read the same model. A folder is
+what Hugging Face Transformers saves: config.json, tokenizer.json and model.safetensors (or shards and their index);
+tokenizer_config.json, generation_config.json and chat_template.jinja may be there too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from common.errors import ModelFolderError
+from common.safetensors_header import MalformedSafetensors, SafetensorsHeader, read_safetensors_header
+
+MAX_JSON_BYTES: Final = 64 << 20
+MAX_TOKENIZER_BYTES: Final = 512 << 20
+
+# What the context length is called, in the order of trust. Long-context scaling beyond it is not guessed.
+_CONTEXT_KEYS: Final = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "n_ctx",
+    "seq_length",
+)
+_SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FETCH_AGAIN: Final = "Fetch the model again: pagewire pull {name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFolder:
+    """A model's facts. Nothing in here is configuration."""
+
+    path: Path
+    name: str  # what clients call it: the repository id in a Hugging Face cache, else the folder's name
+    architecture: str  # the first of config.json's `architectures`
+    vocab_size: int
+    max_model_len: int  # tokens of one sequence, prompt and output together
+    eos_token_ids: tuple[int, ...]  # generation_config.json's, else config.json's; ids outside the vocabulary left out
+    bos_token_id: int | None
+    chat_template: str | None  # Jinja source
+    special_tokens: Mapping[str, str]  # "bos_token" → its text, and so on, as chat templates name them
+    weight_files: tuple[Path, ...]
+    digest: str  # hex; equal where config.json, tokenizer.json and the weights' headers and sizes are equal
+
+    @property
+    def has_chat_template(self) -> bool:
+        """True when the model can be talked to in messages."""
+        return self.chat_template is not None
+
+
+def read_model_folder(path: Path) -> ModelFolder:
+    """Read and check a model folder.
+
+    Raises ModelFolderError where a file is missing, truncated or malformed; its text names the file, the problem and
+    what to type next.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        raise ModelFolderError(f"{path}: a GGUF file must be converted first. Type: pagewire pull {path}")
+    if not path.is_dir():
+        raise ModelFolderError(f"{path}: there is no such folder. Fetch the default model: pagewire pull smollm2")
+    name = _model_name(path)
+    config = _read_json(path / "config.json", name)
+    text_config = _text_config(config)
+    tokenizer = _read_tokenizer(path / "tokenizer.json", name)
+    tokenizer_config = _read_json(path / "tokenizer_config.json", name, optional=True)
+    generation_config = _read_json(path / "generation_config.json", name, optional=True)
+    headers = _read_weight_headers(path, name)
+    vocab_size = _positive(path, name, text_config, ("vocab_size",))
+    return ModelFolder(
+        path=path,
+        name=name,
+        architecture=_architecture(path, name, config),
+        vocab_size=vocab_size,
+        max_model_len=_positive(path, name, text_config, _CONTEXT_KEYS),
+        eos_token_ids=_eos_token_ids(generation_config, config, text_config, vocab_size=vocab_size),
+        bos_token_id=next(iter(_token_ids(text_config.get("bos_token_id"), vocab_size)), None),
+        chat_template=_chat_template(path, name, tokenizer_config),
+        special_tokens=_special_tokens(tokenizer_config),
+        weight_files=tuple(path / file for file in headers),
+        digest=_digest((path / "config.json").read_bytes(), tokenizer, headers),
+    )
+
+
+def _refuse(file: Path, problem: str, name: str) -> NoReturn:
+    raise ModelFolderError(f"{file}: {problem}. {_FETCH_AGAIN.format(name=name)}")
+
+
+def _model_name(path: Path) -> str:
+    """A Hugging Face cache keeps a revision in models--OWNER--NAME/snapshots/REVISION."""
+    resolved = path.resolve()
+    if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
+        return resolved.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    return resolved.name
+
+
+def _read_bytes(file: Path, name: str, limit: int) -> bytes:
+    if not file.is_file():  # also keeps us from waiting on a pipe of that name
+        _refuse(file, "the file is missing", name)
+    try:
+        size = file.stat().st_size
+        if size > limit:
+            _refuse(file, f"the file has {size} bytes; at most {limit} are read", name)
+        return file.read_bytes()
+    except OSError as error:
+        _refuse(file, f"the file cannot be read ({error.strerror})", name)
+
+
+def _read_json(file: Path, name: str, *, optional: bool = False) -> dict[str, Any]:
+    if optional and not file.exists():
+        return {}
+    try:
+        value = json.loads(_read_bytes(file, name, MAX_JSON_BYTES).decode())
+    except (ValueError, RecursionError) as error:
+        _refuse(file, f"not valid JSON, perhaps truncated ({error})", name)
+    if not isinstance(value, dict):
+        _refuse(file, "not a JSON object", name)
+    return value
+
+
+def _read_tokenizer(file: Path, name: str) -> bytes:
+    """Bytes of tokenizer.json. Parsing it takes longer than all the rest; who loads the tokenizer finds what is left."""
+    content = _read_bytes(file, name, MAX_TOKENIZER_BYTES)
+    stripped = content.strip()
+    if not (stripped.startswith(b"{") and stripped.endswith(b"}")):
+        _refuse(file, "not a JSON object, perhaps truncated", name)
+    return content
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part: models that also see or hear keep it nested."""
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, dict) else config
+
+
+def _architecture(path: Path, name: str, config: dict[str, Any]) -> str:
+    match config.get("architectures"):
+        case [str(architecture), *_]:
+            return architecture
+        case _:
+            _refuse(path / "config.json", '"architectures" names no model class', name)
+
+
+def _positive(path: Path, name: str, config: dict[str, Any], keys: tuple[str, ...]) -> int:
+    for key in keys:
+        value = config.get(key)
+        if value is None:
+            continue
+        if type(value) is not int or value < 1:
+            _refuse(path / "config.json", f'"{key}" must be a positive number, got {value!r}', name)
+        return value
+    _refuse(path / "config.json", f'"{keys[0]}" is missing', name)
+
+
+def _token_ids(value: object, vocab_size: int) -> tuple[int, ...]:
+    """One id, a list of ids or nothing, as a tuple. An id outside the vocabulary can never be sampled: left out."""
+    ids = value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(id for id in ids if type(id) is int and 0 <= id < vocab_size))
+
+
+def _eos_token_ids(*configs: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    for config in configs:
+        if ids := _token_ids(config.get("eos_token_id"), vocab_size):
+            return ids
+    return ()
+
+
+def _chat_template(path: Path, name: str, tokenizer_config: dict[str, Any]) -> str | None:
+    """The file wins over tokenizer_config.json, where it is one template or a list of named ones."""
+    file = path / "chat_template.jinja"
+    if file.exists():
+        try:
+            return _read_bytes(file, name, MAX_JSON_BYTES).decode()
+        except UnicodeDecodeError:
+            _refuse(file, "not UTF-8 text", name)
+    match tokenizer_config.get("chat_template"):
+        case str(template):
+            return template
+        case list(named):
+            for entry in named:
+                match entry:
+                    case {"name": "default", "template": str(template)}:
+                        return template
+    return None
+
+
+def _special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    tokens = {}
+    for key in _SPECIAL_TOKENS:
+        match tokenizer_config.get(key):
+            case str(content) | {"content": str(content)}:
+                tokens[key] = content
+    return tokens
+
+
+def _read_weight_headers(path: Path, name: str) -> dict[str, SafetensorsHeader]:
+    """File name → checked header, in order of name. One file, or the shards that the index names."""
+    if (path / "model.safetensors").exists():
+        return {"model.safetensors": _read_header(path / "model.safetensors", name)}
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        if any(path.glob("*.bin")) or any(path.glob("*.pt")):
+            raise ModelFolderError(
+                f"{path}: the weights are pickles (*.bin), which may run code when they are read; only safetensors are"
+                " read. Load and save the model with Transformers, or take another: pagewire pull smollm2"
+            )
+        _refuse(path / "model.safetensors", "the file is missing", name)
+    weight_map = _read_json(index, name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        _refuse(index, '"weight_map" is missing', name)
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            _refuse(index, f"{shard!r} is not the name of a shard", name)
+    headers = {shard: _read_header(path / shard, name) for shard in sorted(set(weight_map.values()))}
+    for tensor, shard in weight_map.items():
+        if tensor not in headers[shard].tensors:
+            _refuse(path / shard, f"tensor {tensor!r} is missing, which the index places here", name)
+    return headers
+
+
+def _read_header(file: Path, name: str) -> SafetensorsHeader:
+    if not file.is_file():
+        _refuse(file, "the file is missing", name)
+    try:
+        return read_safetensors_header(file)
+    except MalformedSafetensors as error:
+        _refuse(file, str(error), name)
+    except OSError as error:
+        _refuse(file, f"the file cannot be read ({error.strerror})", name)
+
+
+def _digest(config: bytes, tokenizer: bytes, headers: Mapping[str, SafetensorsHeader]) -> str:
+    hasher = hashlib.blake2b(digest_size=32, person=b"pagewire-model")
+    parts = [b"config.json", config, b"tokenizer.json", tokenizer]
+    for file, header in headers.items():
+        parts += [file.encode(), header.file_bytes.to_bytes(8, "little"), header.raw]
+    for part in parts:  # lengths first, so that no two folders run into the same bytes
+        hasher.update(len(part).to_bytes(8, "little"))
+        hasher.update(part)
+    return hasher.hexdigest()

@@ -1,0 +1,124 @@
+"""Which block holds which tokens. A block is known by everything before it, so equal keys mean equal K and V.
+
+Keys are a chain: key = BLAKE2b(parent key ‖ token ids), keyed with a secret of this process, rooted in model, tenant
+and salt. So no caller can find or make a collision, and no tenant can reach another's blocks (CVE-2025-25183 and
+CVE-2025-46570 are what weaker keys led to). Full blocks are shared; a block that matches only in its first tokens is
+shared by copy, as vLLM and SGLang do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from itertools import islice
+from typing import NamedTuple, NewType
+
+from common.types import BlockId
+
+BlockKey = NewType("BlockKey", bytes)
+
+
+_MAX_TAILS = 32  # youngest candidates looked at for a tail; more would cost a scheduler more than they save
+
+
+class _Entry(NamedTuple):
+    key: BlockKey
+    parent: BlockKey
+    tokens: Sequence[int]  # at most a block's worth; fewer for the last block of a sequence
+    step: int  # the step that wrote its last token
+
+
+class Tail(NamedTuple):
+    """The start of a cached block that continues a prefix: worth a copy."""
+
+    block: BlockId
+    num_tokens: int
+
+
+class PrefixCache:
+    """The remembered blocks of one executor's slab. Holds no references: the pool decides what lives."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._block_of: dict[BlockKey, BlockId] = {}
+        self._entry_of: dict[BlockId, _Entry] = {}
+        # by parent and first token, so that a popular parent does not make every search long
+        self._children: dict[tuple[BlockKey, int], dict[BlockId, None]] = {}
+
+    def __contains__(self, block: BlockId) -> bool:
+        return block in self._entry_of
+
+    def __len__(self) -> int:
+        return len(self._entry_of)
+
+    def find(self, key: BlockKey) -> BlockId | None:
+        """The block with this key, if its content is still there."""
+        return self._block_of.get(key)
+
+    def find_tail(self, parent: BlockKey, tokens: Sequence[int], before_step: int) -> Tail | None:
+        """The block after `parent` that shares most first tokens with `tokens`, written before the given step.
+
+        Copies run before the forward of their step, so a block that the same step still writes cannot be a source.
+        """
+        best: Tail | None = None
+        siblings = self._children.get((parent, tokens[0]), {}) if tokens else {}
+        for block in islice(reversed(siblings), _MAX_TAILS):
+            entry = self._entry_of[block]
+            if entry.step >= before_step:
+                continue
+            shared = _shared_length(entry.tokens, tokens)
+            if shared > (best.num_tokens if best else 0):
+                best = Tail(block, shared)
+        return best
+
+    def remember(self, key: BlockKey, parent: BlockKey, tokens: Sequence[int], block: BlockId, step: int) -> None:
+        """The block holds these tokens once the step has run. The first block with a key keeps it."""
+        if key in self._block_of:
+            return
+        self.forget(block)
+        self._block_of[key] = block
+        self._entry_of[block] = _Entry(key, parent, tokens, step)
+        self._children.setdefault((parent, tokens[0]), {})[block] = None
+
+    def forget(self, block: BlockId) -> None:
+        """The block's content is about to change."""
+        entry = self._entry_of.pop(block, None)
+        if entry is None:
+            return
+        del self._block_of[entry.key]
+        place = (entry.parent, entry.tokens[0])
+        siblings = self._children[place]
+        del siblings[block]
+        if not siblings:
+            del self._children[place]
+
+
+class KeyChain:
+    """Makes block keys. One for a scheduler; `secret` is drawn at its start (at most 64 bytes)."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    def root(self, *parts: str) -> BlockKey:
+        """The parent of all first blocks of one model, tenant and salt."""
+        blake = hashlib.blake2b(key=self._secret, digest_size=32)
+        for part in parts:
+            encoded = part.encode()
+            blake.update(len(encoded).to_bytes(4, "little"))  # so that ("ab", "c") is not ("a", "bc")
+            blake.update(encoded)
+        return BlockKey(blake.digest())
+
+    def child(self, parent: BlockKey, tokens: Sequence[int]) -> BlockKey:
+        """The key of the block that holds `tokens` after everything `parent` stands for."""
+        content = parent + array("I", tokens).tobytes()
+        return BlockKey(hashlib.blake2b(content, key=self._secret, digest_size=32).digest())
+
+
+def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length

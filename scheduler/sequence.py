@@ -1,0 +1,87 @@
+"""One sequence and its life. What it has committed is the truth; everything else can be recomputed from it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from common.sampling import SamplingParams, StopConditions
+from common.types import BlockId, FinishReason, SequenceId, SlotRef
+from scheduler.prefix_cache import BlockKey
+
+if TYPE_CHECKING:
+    from scheduler.session import Session
+
+
+class Status(enum.Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+_NEXT = {
+    Status.WAITING: frozenset({Status.RUNNING, Status.FINISHED}),  # admitted | aborted, or its last token came late
+    Status.RUNNING: frozenset({Status.WAITING, Status.FINISHED}),  # preempted, executor lost | stopped, aborted
+    Status.FINISHED: frozenset[Status](),
+}
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """A prompt and what was generated after it."""
+
+    id: SequenceId
+    order: int  # arrival; who came first goes first, who came last is preempted first
+    prompt: list[int]
+    root: BlockKey  # parent of its first block's key
+    sampling: SamplingParams
+    stop: StopConditions
+    choice: int
+    fork_of: Sequence | None = None  # shares this one's prompt blocks, if it still runs by then
+
+    status: Status = Status.WAITING
+    reason: FinishReason = FinishReason.NONE
+    tokens: list[int] = field(default_factory=list[int])  # prompt, then committed output: the only truth
+    attempt: int = 0  # placements so far
+    preemptions: int = 0
+    keys: dict[int, list[BlockKey]] = field(default_factory=dict[int, list[BlockKey]])  # of full blocks, by block size
+
+    # while RUNNING; void otherwise
+    session: Session | None = None
+    ref: SlotRef = field(default=SlotRef(0))
+    block_table: list[BlockId] = field(default_factory=list[BlockId])
+    num_computed: int = 0  # tokens whose K and V results have confirmed
+    num_remembered: int = 0  # leading blocks of the table that were offered to the prefix cache
+
+    # nanoseconds on the caller's clock, 0 until it happened
+    arrived_ns: int = 0
+    admitted_ns: int = 0
+    first_token_ns: int = 0
+    last_token_ns: int = 0
+    num_cached_prompt: int = 0  # prompt tokens that needed no computing at the first admission
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt)
+
+    @property
+    def num_output(self) -> int:
+        """Committed output tokens; the index of the next one."""
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens it may come to hold: prompt and all it may generate."""
+        return len(self.prompt) + self.stop.max_tokens
+
+    def become(self, status: Status) -> None:
+        """Move on in the table of lives."""
+        assert status in _NEXT[self.status], f"sequence {self.id}: {self.status.name} cannot become {status.name}"
+        self.status = status

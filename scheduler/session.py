@@ -1,0 +1,352 @@
+"""One executor as the scheduler sees it: its blocks, what is cached in them, who runs there, and what is in flight.
+
+A session begins empty when an executor joins and is thrown away whole when it is lost; nothing in it is needed to go
+on elsewhere. What is in flight is never counted: it is read off the outstanding steps.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from common.blocks import blocks_for
+from common.step import ExecutorFacts, NewSequence, StepPlan
+from common.types import BlockId, SlotRef, slot_of, slot_ref
+from scheduler import policy
+from scheduler.block_pool import BlockPool
+from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
+from scheduler.sequence import Sequence
+
+
+class Row(NamedTuple):
+    """What one outstanding step computes for one sequence."""
+
+    sequence: Sequence
+    attempt: int
+    num_scheduled: int
+    samples: bool
+
+
+class Outstanding(NamedTuple):
+    """A step that was sent and is not answered yet."""
+
+    step: int
+    rows: dict[SlotRef, Row]
+
+
+class Match(NamedTuple):
+    """What of a sequence an executor has cached."""
+
+    blocks: list[BlockId]  # full blocks, shared as they are
+    tail: Tail | None  # the start of one more, shared by copy
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Draft:
+    """A step plan in the making: the same columns, growing."""
+
+    step: int
+    budget: int
+    rows: dict[SlotRef, Row] = field(default_factory=dict[SlotRef, Row])
+    num_scheduled: list[int] = field(default_factory=list[int])
+    append_refs: list[SlotRef] = field(default_factory=list[SlotRef])
+    append_blocks: list[BlockId] = field(default_factory=list[BlockId])
+    replace_refs: list[SlotRef] = field(default_factory=list[SlotRef])
+    replace_indices: list[int] = field(default_factory=list[int])
+    replace_blocks: list[BlockId] = field(default_factory=list[BlockId])
+    new: list[NewSequence] = field(default_factory=list[NewSequence])
+    copies: list[tuple[BlockId, BlockId]] = field(default_factory=list[tuple[BlockId, BlockId]])
+
+
+class Session:
+    """The scheduler's half of one link. Mutated only by Scheduler."""
+
+    def __init__(
+        self, id: int, facts: ExecutorFacts, keys: KeyChain, *, prefix_caching: bool, max_running: int, watermark: int
+    ) -> None:
+        self.id = id
+        self.facts = facts
+        self.block_size = facts.block_size
+        self.pool = BlockPool(facts.num_blocks)
+        self.cache = PrefixCache(facts.block_size)
+        self.running: list[Sequence] = []  # oldest first
+        self.outstanding: deque[Outstanding] = deque()
+        self.leaving = False  # takes no new work
+        self.num_promised = 0  # blocks that the known tokens of running sequences still need
+        self._keys = keys
+        self._prefix_caching = prefix_caching
+        self._watermark = watermark
+        self._next_step = 0
+        num_slots = min(facts.max_sequences, max_running)
+        self._free_slots = list(range(num_slots))
+        self._generations = [0] * num_slots
+        self._released: list[SlotRef] = []
+        self._returning: deque[tuple[int, list[BlockId]]] = deque()  # (last step that may write them, blocks)
+
+    # ---- what there is
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that one sequence can have here."""
+        return min(self.facts.max_model_len, self.facts.num_blocks * self.block_size)
+
+    @property
+    def has_credit(self) -> bool:
+        """Another step may be sent."""
+        return len(self.outstanding) < self.facts.credit
+
+    @property
+    def has_slot(self) -> bool:
+        """Another sequence may become resident."""
+        return bool(self._free_slots)
+
+    @property
+    def last_step(self) -> int:
+        """The step that was sent last; -1 before the first."""
+        return self._next_step - 1
+
+    @property
+    def num_returning(self) -> int:
+        """Blocks that come free when the outstanding steps are answered."""
+        ref_count = self.pool.ref_count
+        return sum(ref_count(b) == 1 for _, blocks in self._returning for b in blocks)
+
+    def in_flight(self, sequence: Sequence) -> tuple[int, int]:
+        """(tokens computed, tokens sampled) for the sequence by the outstanding steps."""
+        computed = sampled = 0
+        for flight in self.outstanding:
+            row = flight.rows.get(sequence.ref)
+            if row is not None and row.sequence is sequence:
+                computed += row.num_scheduled
+                sampled += row.samples
+        return computed, sampled
+
+    def num_planned(self, sequence: Sequence) -> int:
+        """Tokens of the sequence that are computed once the outstanding steps are done."""
+        return sequence.num_computed + self.in_flight(sequence)[0]
+
+    def held(self) -> Iterator[Iterable[BlockId]]:
+        """Every block table and everything on its way back; for checks."""
+        for sequence in self.running:
+            yield sequence.block_table
+        for _, blocks in self._returning:
+            yield blocks
+
+    # ---- matching prefixes
+
+    def match(self, sequence: Sequence) -> Match:
+        """What is cached here of the sequence. Its last known token is always left to compute: it makes the logits."""
+        if not self._prefix_caching:
+            return Match([], None, 0)
+        size = self.block_size
+        usable = len(sequence.tokens) - 1
+        blocks: list[BlockId] = []
+        for i in range(usable // size):
+            block = self.cache.find(self._key(sequence, i))
+            if block is None:
+                break
+            blocks.append(block)
+        start = len(blocks) * size
+        parent = self._key(sequence, len(blocks) - 1) if blocks else sequence.root
+        tail = self.cache.find_tail(parent, sequence.tokens[start : min(start + size, usable)], self._next_step)
+        return Match(blocks, tail, start + (tail.num_tokens if tail else 0))
+
+    def _key(self, sequence: Sequence, index: int) -> BlockKey:
+        size = self.block_size
+        keys = sequence.keys.setdefault(size, [])
+        while len(keys) <= index:
+            parent = keys[-1] if keys else sequence.root
+            start = len(keys) * size
+            keys.append(self._keys.child(parent, sequence.tokens[start : start + size]))
+        return keys[index]
+
+    def remember(self, sequence: Sequence, num_written: int, step: int) -> None:
+        """Offer the sequence's full blocks to the prefix cache: `num_written` tokens are written once `step` is done.
+
+        Executors work in order, so a later step may read what an outstanding one still has to write.
+        """
+        if not self._prefix_caching:
+            return
+        size = self.block_size
+        num_full = min(num_written, len(sequence.tokens)) // size
+        for i in range(sequence.num_remembered, num_full):
+            parent = self._key(sequence, i - 1) if i else sequence.root
+            tokens = sequence.tokens[i * size : (i + 1) * size]
+            self.cache.remember(self._key(sequence, i), parent, tokens, sequence.block_table[i], step)
+        sequence.num_remembered = max(sequence.num_remembered, num_full)
+
+    def _remember_tail(self, sequence: Sequence) -> None:
+        """Offer the last, partly filled block of a sequence that ends."""
+        size = self.block_size
+        planned = min(self.num_planned(sequence), len(sequence.tokens))
+        full = planned // size
+        if not self._prefix_caching or planned % size == 0 or full > sequence.num_remembered:
+            return
+        parent = self._key(sequence, full - 1) if full else sequence.root
+        tokens = sequence.tokens[full * size : planned]
+        block = sequence.block_table[full]
+        if self.pool.ref_count(block) == 1:
+            self.cache.remember(self._keys.child(parent, tokens), parent, tokens, block, self.last_step)
+
+    def can_admit(self, sequence: Sequence, match: Match) -> bool:
+        """Whether there is room for the sequence's known tokens."""
+        return policy.admits(
+            num_needed=self._blocks_needed(sequence, match),
+            num_free=self.pool.num_free,
+            num_promised=self.num_promised,
+            watermark=self._watermark,
+            idle=not self.running,
+        )
+
+    def _blocks_needed(self, sequence: Sequence, match: Match) -> int:
+        """Free blocks that the sequence's known tokens will use up, those included that a match wakes."""
+        held = sum(self.pool.ref_count(b) > 0 for b in match.blocks)
+        copied = len(match.blocks) * self.block_size > match.num_tokens  # a fork writes into a copy of its last block
+        return blocks_for(len(sequence.tokens), self.block_size) - held + copied
+
+    # ---- making a plan
+
+    def draft(self, token_budget: int) -> Draft:
+        """An empty plan for the next step."""
+        return Draft(self._next_step, min(token_budget, self.facts.max_step_tokens))
+
+    def take_block(self) -> BlockId:
+        """A free block; what was remembered of it is forgotten."""
+        block = self.pool.take()
+        self.cache.forget(block)
+        return block
+
+    def admit(
+        self, sequence: Sequence, match: Match, draft: Draft, num_tokens: int, stop_token_ids: tuple[int, ...]
+    ) -> None:
+        """Give the sequence a slot, the matched blocks and room for `num_tokens`, and tell it whole in the plan."""
+        needed, num_free = self._blocks_needed(sequence, match), self.pool.num_free
+        slot = heapq.heappop(self._free_slots)
+        self._generations[slot] += 1
+        sequence.session = self
+        sequence.ref = slot_ref(slot, self._generations[slot])
+        sequence.num_computed = match.num_tokens
+        sequence.num_remembered = match.num_tokens // self.block_size
+        table = sequence.block_table = list(match.blocks)
+        for block in table:
+            self.pool.hold(block)
+        if match.tail is not None:
+            block = self.take_block()
+            table.append(block)
+            if block != match.tail.block:  # the source itself, when it was the next to be reused
+                draft.copies.append((match.tail.block, block))
+        self._make_room(sequence, match.num_tokens, num_tokens, draft, whole=True)
+        self.num_promised += needed - (num_free - self.pool.num_free)
+        draft.new.append(
+            NewSequence(
+                ref=sequence.ref,
+                attempt=sequence.attempt,
+                token_ids=list(sequence.tokens),
+                num_prompt=sequence.num_prompt,
+                num_computed=match.num_tokens,
+                block_table=list(table),
+                sampling=sequence.sampling,
+                choice=sequence.choice,
+                max_tokens=sequence.stop.max_tokens,
+                stop_token_ids=stop_token_ids,
+            )
+        )
+
+    def grant(self, sequence: Sequence, num_planned: int, num_tokens: int, num_known: int, draft: Draft) -> None:
+        """A row of the plan: compute positions [num_planned, num_planned + num_tokens)."""
+        self._make_room(sequence, num_planned, num_tokens, draft, whole=False)
+        self.add_row(sequence, num_planned, num_tokens, num_known, draft)
+
+    def add_row(self, sequence: Sequence, num_planned: int, num_tokens: int, num_known: int, draft: Draft) -> None:
+        """The row itself; the blocks are there. `num_known` counts tokens that are sampled in flight, too."""
+        draft.rows[sequence.ref] = Row(sequence, sequence.attempt, num_tokens, num_planned + num_tokens == num_known)
+        draft.num_scheduled.append(num_tokens)
+        draft.budget -= num_tokens
+        self.remember(sequence, num_planned + num_tokens, draft.step)
+
+    def _make_room(self, sequence: Sequence, start: int, num_tokens: int, draft: Draft, *, whole: bool) -> None:
+        """Blocks for positions [start, start + num_tokens), none of them shared where it will be written.
+
+        `whole`: the table is told whole in this plan, so its changes need no columns of their own.
+        """
+        table = sequence.block_table
+        index = start // self.block_size
+        if index < len(table) and self.pool.ref_count(table[index]) > 1:  # copy on write
+            source, block = table[index], self.take_block()
+            if start % self.block_size:
+                draft.copies.append((source, block))
+            self.pool.give_back(source, worth_keeping=True)
+            table[index] = block
+            if not whole:
+                draft.replace_refs.append(sequence.ref)
+                draft.replace_indices.append(index)
+                draft.replace_blocks.append(block)
+        for _ in range(blocks_for(start + num_tokens, self.block_size) - len(table)):
+            block = self.take_block()
+            table.append(block)
+            if not whole:
+                draft.append_refs.append(sequence.ref)
+                draft.append_blocks.append(block)
+
+    def send(self, draft: Draft) -> StepPlan:
+        """The plan, which is outstanding from now on."""
+        self.outstanding.append(Outstanding(draft.step, draft.rows))
+        self._next_step += 1
+        released, self._released = self._released, []
+        return StepPlan(
+            step=draft.step,
+            refs=list(draft.rows),
+            num_scheduled=draft.num_scheduled,
+            append_refs=draft.append_refs,
+            append_blocks=draft.append_blocks,
+            replace_refs=draft.replace_refs,
+            replace_indices=draft.replace_indices,
+            replace_blocks=draft.replace_blocks,
+            new=draft.new,
+            released=released,
+            copies=draft.copies,
+        )
+
+    # ---- giving back
+
+    def release(self, sequence: Sequence, *, forget: bool = False) -> None:
+        """The sequence leaves: its blocks come free, after the last outstanding step that may write them.
+
+        With `forget`, nothing that only this sequence held is found again: its content is not to be trusted.
+        """
+        if forget:
+            for block in sequence.block_table:
+                if self.pool.ref_count(block) == 1:
+                    self.cache.forget(block)
+        else:
+            self._remember_tail(sequence)
+        last = max((f.step for f in self.outstanding if sequence.ref in f.rows), default=-1)
+        blocks = sequence.block_table[::-1]  # the end of a prefix is worth less than its start: reused first
+        if last < 0:
+            self._free(blocks)
+        else:
+            self._returning.append((last, blocks))
+        self.running.remove(sequence)
+        self._released.append(sequence.ref)
+        heapq.heappush(self._free_slots, slot_of(sequence.ref))
+        sequence.session = None
+        sequence.block_table = []
+        sequence.num_computed = sequence.num_remembered = 0
+
+    def answered(self, step: int) -> None:
+        """The step is done: blocks that waited for it come free."""
+        waiting = self._returning
+        self._returning = deque[tuple[int, list[BlockId]]]()
+        for last, blocks in waiting:
+            if last <= step:
+                self._free(blocks)
+            else:
+                self._returning.append((last, blocks))
+
+    def _free(self, blocks: Iterable[BlockId]) -> None:
+        for block in blocks:
+            self.pool.give_back(block, worth_keeping=block in self.cache)
