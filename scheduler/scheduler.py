@@ -100,6 +100,10 @@ class Scheduler:
         """Tokens that one sequence can have on the largest executor; None while there is none."""
         return max((s.max_length for s in self._sessions.values() if not s.leaving), default=None)
 
+    def session(self, session_id: int) -> Session:
+        """The session of an executor that is joined."""
+        return self._sessions[session_id]
+
     def sequence(self, id: SequenceId) -> Sequence:
         """A sequence that is not finished."""
         return self._sequences[id]
