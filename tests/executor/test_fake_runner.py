@@ -159,7 +159,7 @@ def test_the_tokens_do_not_depend_on_chunks_blocks_or_company() -> None:
 
 
 def test_the_fake_runner_needs_neither_torch_nor_transformers() -> None:
-    modules = "executor.fake_runner, executor.runner, sys"
+    modules = "executor.batch, executor.fake_runner, executor.runner, sys"
     said = subprocess.run(
         [sys.executable, "-c", f"import {modules}; print({{'torch', 'transformers'}} & set(sys.modules))"],
         capture_output=True,

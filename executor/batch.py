@@ -1,0 +1,64 @@
+"""Resident tables and the rows of a step to the columns of one forward pass. Pure, and numpy only: no tensor yet.
+
+Input tokens are named by their place in the token pool, not by their value: the pool lies on the device and the sampler
+writes into it, so a decode row never waits for its token to travel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from executor.resident import Resident, Rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputBatch:
+    """One forward pass, flattened. T tokens, N rows, M blocks in the longest table, S sampled rows.
+
+    The rows with one token lie first, so a backend can cut decode from prefill. Sampled rows keep the plan's order.
+    """
+
+    token_places: NDArray[np.int64]  # (T,) place of each input token in the flattened token pool
+    positions: NDArray[np.int64]  # (T,) position in its own sequence
+    slot_mapping: NDArray[np.int64]  # (T,) slot each token's K and V are written to
+    query_start_loc: NDArray[np.int64]  # (N + 1,) tokens of row n are [loc[n], loc[n + 1])
+    seq_lens: NDArray[np.int64]  # (N,) tokens row n may attend to, this step's included
+    block_tables: NDArray[np.int32]  # (N, M) padded with whatever the table held before
+    num_decodes: int  # the first rows, those with one token each
+    logits_indices: NDArray[np.int64]  # (S,) which of the T tokens are sampled
+    sampled_slots: NDArray[np.int64]  # (S,) their lines in the resident tables
+    sampled_places: NDArray[np.int64]  # (S,) where in the token pool the new tokens go
+    sampled_indices: NDArray[np.int64]  # (S,) their output indices
+
+
+def build_batch(resident: Resident, rows: Rows) -> InputBatch:
+    """Gather what the forward needs. At least one row."""
+    counts = rows.counts
+    order = np.argsort(counts > 1, kind="stable")  # decode rows first
+    ordered = Rows(
+        slots=rows.slots[order], starts=rows.starts[order], stops=rows.stops[order], samples=rows.samples[order]
+    )
+    loc = np.zeros(len(order) + 1, np.int64)
+    np.cumsum(ordered.counts, out=loc[1:])
+    last_token = np.empty(len(order), np.int64)  # of each row, in the plan's order
+    last_token[order] = loc[1:] - 1
+
+    slots, positions = ordered.each_token()
+    longest = -(-int(rows.stops.max()) // resident.block_size)
+    sampled = rows.slots[rows.samples]
+    return InputBatch(
+        token_places=slots * resident.max_model_len + positions,
+        positions=positions,
+        slot_mapping=resident.slot_mapping(slots, positions),
+        query_start_loc=loc,
+        seq_lens=ordered.stops,
+        block_tables=resident.block_tables[ordered.slots, :longest],
+        num_decodes=int((counts == 1).sum()),
+        logits_indices=last_token[rows.samples],
+        sampled_slots=sampled,
+        sampled_places=sampled * resident.max_model_len + resident.num_tokens[sampled],
+        sampled_indices=resident.num_tokens[sampled] - resident.num_prompt[sampled],
+    )

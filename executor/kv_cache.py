@@ -1,0 +1,132 @@
+"""The KV slab: fixed-size blocks, one K and one V tensor a layer, because some models' layers differ in shape.
+
+Head-major, [blocks, kv_heads, block_size, head_dim]: a head of a block is one contiguous run. Memory is mapped, not
+touched: a block costs nothing before a token is written to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import ModelFolderError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """The part of a layer's shape that the slab and the attention backends depend on."""
+
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one K and V head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCache:
+    """K and V of one layer."""
+
+    keys: Tensor  # (num_blocks, num_kv_heads, block_size, key_dim)
+    values: Tensor  # (num_blocks, num_kv_heads, block_size, value_dim)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self.keys.shape[2]
+
+
+class KvCache:
+    """The slab of one model."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        def slab(layer: LayerShape, dim: int) -> Tensor:
+            return _zeros((num_blocks, layer.num_kv_heads, block_size, dim), dtype, device)
+
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.layers = [
+            LayerCache(keys=slab(layer, layer.key_dim), values=slab(layer, layer.value_dim)) for layer in layers
+        ]
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, (source, destination), one after the other: a later copy may read an earlier one."""
+        for source, destination in copies:
+            for layer in self.layers:
+                layer.keys[destination].copy_(layer.keys[source])
+                layer.values[destination].copy_(layer.values[source])
+
+
+def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one block takes, over all layers."""
+    numbers = sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
+    return numbers * block_size * dtype.itemsize
+
+
+def num_blocks_for(
+    budget_bytes: int, layers: Sequence[LayerShape], *, block_size: int, dtype: torch.dtype, max_model_len: int
+) -> int:
+    """Blocks that fit into `budget_bytes`. Raises ModelFolderError when not even one sequence of full length fits."""
+    each = block_bytes(layers, block_size, dtype)
+    needed = -(-max_model_len // block_size)
+    if budget_bytes < needed * each:
+        raise ModelFolderError(
+            f"{budget_bytes / 2**20:.0f} MiB of KV cache hold {budget_bytes // each * block_size} tokens, one sequence "
+            f"may have {max_model_len} ({needed * each / 2**20:.0f} MiB); give more memory or a smaller max_model_len"
+        )
+    return budget_bytes // each
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on `device`: of the card, or of the machine and its container limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(_machine_free_bytes(), _container_free_bytes())
+
+
+def _machine_free_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo has no MemAvailable line")
+
+
+def _container_free_bytes() -> int:
+    """What the control group leaves; as good as infinite where there is no limit."""
+    unlimited = 1 << 62
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            at_most = Path(limit).read_text(encoding="ascii").strip()
+            now = int(Path(used).read_text(encoding="ascii"))
+        except OSError:
+            continue
+        return unlimited if at_most == "max" else max(0, int(at_most) - now)
+    return unlimited
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU of pages that are mapped but not yet taken."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
