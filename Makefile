@@ -1,0 +1,63 @@
+# Everything a person or a machine does here. `make` alone lists it.
+PYTHON ?= python3
+# Where the CPU build of torch is found; `make setup TORCH_INDEX=` takes PyPI's own build (CUDA on Linux).
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+COMPOSE ?= docker compose
+# Arguments of the command behind demo, serve, test and bench-scheduler: `make test ARGS="-k preemption"`.
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STUBS := .venv/stubs
+
+stubs = $(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
+	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/*.proto
+
+.PHONY: help setup protos check test demo serve up bench-scheduler
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | sort | expand -t 18
+
+setup: .venv/.ok ## make .venv with everything at its pinned version (once; then offline)
+
+# torch comes alone: its index is asked for nothing else, and what it holds outranks PyPI's CUDA build of the same version
+.venv/.ok: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=...")'
+	@echo "Making .venv: about 1.3 GB, a minute or two."
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt setuptools
+	$(PIP) install -q --no-deps -c constraints.txt $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) install -q --no-build-isolation -c constraints.txt -e ".[dev]"
+	$(PIP) check
+	@touch $@
+
+protos: setup ## write the stubs in protos/ anew
+	$(call stubs,.)
+
+# The last step writes the stubs into a folder of its own: those in protos/ must be the same.
+check: setup ## format, lint, types, imports, protos
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	@rm -rf $(STUBS) && mkdir $(STUBS)
+	$(call stubs,$(STUBS))
+	@cd $(STUBS) && for stub in protos/*; do diff -u $(CURDIR)/$$stub $$stub || { echo "$$stub is stale: make protos"; exit 1; }; done
+
+test: setup ## run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: setup ## watch a real model answer through a scheduler and an executor
+	$(BIN)/python -m services demo $(ARGS)
+
+serve: setup ## the same, staying up; prints the address and a request to copy
+	$(BIN)/python -m services serve $(ARGS)
+
+up: ## build the images and start them with Docker Compose
+	$(COMPOSE) up --build $(ARGS)
+
+bench-scheduler: setup ## steps a second the scheduler can sustain, and what a plan costs
+	$(BIN)/python -m benchmarks.scheduler $(ARGS)
