@@ -13,9 +13,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 from common.errors import ModelFolderError
+from common.json_value import is_array, is_natural, is_object
 from common.safetensors_header import MalformedSafetensors, SafetensorsHeader, read_safetensors_header
 
 MAX_JSON_BYTES: Final = 64 << 20
@@ -31,7 +32,6 @@ _CONTEXT_KEYS: Final = (
     "seq_length",
 )
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_FETCH_AGAIN: Final = "Fetch the model again: pagewire pull {name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +68,12 @@ def read_model_folder(path: Path) -> ModelFolder:
     if not path.is_dir():
         raise ModelFolderError(f"{path}: there is no such folder. Fetch the default model: pagewire pull smollm2")
     name = _model_name(path)
-    config = _read_json(path / "config.json", name)
+    config_bytes = _read_bytes(path / "config.json", name, MAX_JSON_BYTES)
+    config = _parse_json(path / "config.json", name, config_bytes)
     text_config = _text_config(config)
     tokenizer = _read_tokenizer(path / "tokenizer.json", name)
-    tokenizer_config = _read_json(path / "tokenizer_config.json", name, optional=True)
-    generation_config = _read_json(path / "generation_config.json", name, optional=True)
+    tokenizer_config = _read_optional_json(path / "tokenizer_config.json", name)
+    generation_config = _read_optional_json(path / "generation_config.json", name)
     headers = _read_weight_headers(path, name)
     vocab_size = _positive(path, name, text_config, ("vocab_size",))
     return ModelFolder(
@@ -86,12 +87,16 @@ def read_model_folder(path: Path) -> ModelFolder:
         chat_template=_chat_template(path, name, tokenizer_config),
         special_tokens=_special_tokens(tokenizer_config),
         weight_files=tuple(path / file for file in headers),
-        digest=_digest((path / "config.json").read_bytes(), tokenizer, headers),
+        digest=_digest(config_bytes, tokenizer, headers),
     )
 
 
 def _refuse(file: Path, problem: str, name: str) -> NoReturn:
-    raise ModelFolderError(f"{file}: {problem}. {_FETCH_AGAIN.format(name=name)}")
+    if "/" in name:
+        advice = f"Fetch it again: pagewire pull {name}"
+    else:
+        advice = "Save the model again with Transformers, or fetch the default model: pagewire pull smollm2"
+    raise ModelFolderError(f"{file}: {problem}. {advice}")
 
 
 def _model_name(path: Path) -> str:
@@ -114,20 +119,22 @@ def _read_bytes(file: Path, name: str, limit: int) -> bytes:
         _refuse(file, f"the file cannot be read ({error.strerror})", name)
 
 
-def _read_json(file: Path, name: str, *, optional: bool = False) -> dict[str, Any]:
-    if optional and not file.exists():
-        return {}
+def _read_optional_json(file: Path, name: str) -> Mapping[str, object]:
+    return _parse_json(file, name, _read_bytes(file, name, MAX_JSON_BYTES)) if file.exists() else {}
+
+
+def _parse_json(file: Path, name: str, content: bytes) -> Mapping[str, object]:
     try:
-        value = json.loads(_read_bytes(file, name, MAX_JSON_BYTES).decode())
+        value: object = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         _refuse(file, f"not valid JSON, perhaps truncated ({error})", name)
-    if not isinstance(value, dict):
+    if not is_object(value):
         _refuse(file, "not a JSON object", name)
     return value
 
 
 def _read_tokenizer(file: Path, name: str) -> bytes:
-    """Bytes of tokenizer.json. Parsing it takes longer than all the rest; who loads the tokenizer finds what is left."""
+    """Bytes of tokenizer.json. Parsing it takes longer than all the rest, so that is left to who loads it."""
     content = _read_bytes(file, name, MAX_TOKENIZER_BYTES)
     stripped = content.strip()
     if not (stripped.startswith(b"{") and stripped.endswith(b"}")):
@@ -135,26 +142,26 @@ def _read_tokenizer(file: Path, name: str) -> bytes:
     return content
 
 
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+def _text_config(config: Mapping[str, object]) -> Mapping[str, object]:
     """The language model's part: models that also see or hear keep it nested."""
     nested = config.get("text_config")
-    return {**config, **nested} if isinstance(nested, dict) else config
+    return {**config, **nested} if is_object(nested) else config
 
 
-def _architecture(path: Path, name: str, config: dict[str, Any]) -> str:
-    match config.get("architectures"):
-        case [str(architecture), *_]:
-            return architecture
-        case _:
-            _refuse(path / "config.json", '"architectures" names no model class', name)
+def _architecture(path: Path, name: str, config: Mapping[str, object]) -> str:
+    architectures = config.get("architectures")
+    first = architectures[0] if is_array(architectures) and architectures else None
+    if not isinstance(first, str):
+        _refuse(path / "config.json", '"architectures" names no model class', name)
+    return first
 
 
-def _positive(path: Path, name: str, config: dict[str, Any], keys: tuple[str, ...]) -> int:
+def _positive(path: Path, name: str, config: Mapping[str, object], keys: tuple[str, ...]) -> int:
     for key in keys:
         value = config.get(key)
         if value is None:
             continue
-        if type(value) is not int or value < 1:
+        if not is_natural(value) or value == 0:
             _refuse(path / "config.json", f'"{key}" must be a positive number, got {value!r}', name)
         return value
     _refuse(path / "config.json", f'"{keys[0]}" is missing', name)
@@ -162,18 +169,18 @@ def _positive(path: Path, name: str, config: dict[str, Any], keys: tuple[str, ..
 
 def _token_ids(value: object, vocab_size: int) -> tuple[int, ...]:
     """One id, a list of ids or nothing, as a tuple. An id outside the vocabulary can never be sampled: left out."""
-    ids = value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(id for id in ids if type(id) is int and 0 <= id < vocab_size))
+    ids = value if is_array(value) else [value]
+    return tuple(dict.fromkeys(id for id in ids if is_natural(id) and id < vocab_size))
 
 
-def _eos_token_ids(*configs: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+def _eos_token_ids(*configs: Mapping[str, object], vocab_size: int) -> tuple[int, ...]:
     for config in configs:
         if ids := _token_ids(config.get("eos_token_id"), vocab_size):
             return ids
     return ()
 
 
-def _chat_template(path: Path, name: str, tokenizer_config: dict[str, Any]) -> str | None:
+def _chat_template(path: Path, name: str, tokenizer_config: Mapping[str, object]) -> str | None:
     """The file wins over tokenizer_config.json, where it is one template or a list of named ones."""
     file = path / "chat_template.jinja"
     if file.exists():
@@ -181,23 +188,20 @@ def _chat_template(path: Path, name: str, tokenizer_config: dict[str, Any]) -> s
             return _read_bytes(file, name, MAX_JSON_BYTES).decode()
         except UnicodeDecodeError:
             _refuse(file, "not UTF-8 text", name)
-    match tokenizer_config.get("chat_template"):
-        case str(template):
-            return template
-        case list(named):
-            for entry in named:
-                match entry:
-                    case {"name": "default", "template": str(template)}:
-                        return template
-    return None
+    template = tokenizer_config.get("chat_template")
+    if is_array(template):
+        named = [entry for entry in template if is_object(entry) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) else None
 
 
-def _special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:
-    tokens = {}
+def _special_tokens(tokenizer_config: Mapping[str, object]) -> dict[str, str]:
+    tokens: dict[str, str] = {}
     for key in _SPECIAL_TOKENS:
-        match tokenizer_config.get(key):
-            case str(content) | {"content": str(content)}:
-                tokens[key] = content
+        token = tokenizer_config.get(key)
+        content = token.get("content") if is_object(token) else token
+        if isinstance(content, str):
+            tokens[key] = content
     return tokens
 
 
@@ -213,16 +217,19 @@ def _read_weight_headers(path: Path, name: str) -> dict[str, SafetensorsHeader]:
                 " read. Load and save the model with Transformers, or take another: pagewire pull smollm2"
             )
         _refuse(path / "model.safetensors", "the file is missing", name)
-    weight_map = _read_json(index, name).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = _parse_json(index, name, _read_bytes(index, name, MAX_JSON_BYTES)).get("weight_map")
+    if not is_object(weight_map) or not weight_map:
         _refuse(index, '"weight_map" is missing', name)
-    for shard in weight_map.values():
+    shards: dict[str, list[str]] = {}
+    for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             _refuse(index, f"{shard!r} is not the name of a shard", name)
-    headers = {shard: _read_header(path / shard, name) for shard in sorted(set(weight_map.values()))}
-    for tensor, shard in weight_map.items():
-        if tensor not in headers[shard].tensors:
-            _refuse(path / shard, f"tensor {tensor!r} is missing, which the index places here", name)
+        shards.setdefault(shard, []).append(tensor)
+    headers = {shard: _read_header(path / shard, name) for shard in sorted(shards)}
+    for shard, tensors in shards.items():
+        for tensor in tensors:
+            if tensor not in headers[shard].tensors:
+                _refuse(path / shard, f"tensor {tensor!r} is missing, which the index places here", name)
     return headers
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from common.json_value import is_array, is_natural, is_object
+
 MAX_HEADER_BYTES: Final = 100_000_000
 
 DTYPE_BITS: Final[Mapping[str, int]] = {
@@ -66,10 +68,10 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
 
 def _parse(raw: bytes) -> dict[str, TensorEntry]:
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
+        header: object = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise MalformedSafetensors(f"the header is not JSON ({error})") from error
-    if not isinstance(header, dict):
+    if not is_object(header):
         raise MalformedSafetensors("the header is not a JSON object")
     header.pop("__metadata__", None)
     return {name: _entry(name, value) for name, value in header.items()}
@@ -83,18 +85,19 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _entry(name: str, value: object) -> TensorEntry:
-    match value:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]}:
-            numbers = [*shape, begin, end]
-        case _:
-            raise MalformedSafetensors(f"tensor {name!r} has no dtype, shape and data_offsets")
+    fields = value if is_object(value) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not (isinstance(dtype, str) and is_array(shape) and is_array(offsets) and len(offsets) == 2):
+        raise MalformedSafetensors(f"tensor {name!r} has no dtype, shape and data_offsets")
     if dtype not in DTYPE_BITS:
         raise MalformedSafetensors(f"tensor {name!r} has the unknown dtype {dtype!r}")
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    numbers = [number for number in (*shape, *offsets) if is_natural(number)]
+    if len(numbers) != len(shape) + 2:
         raise MalformedSafetensors(f"tensor {name!r} has a shape or offset that is not a natural number")
-    if math.prod(shape) * DTYPE_BITS[dtype] != (end - begin) * 8:
-        raise MalformedSafetensors(f"tensor {name!r}: {dtype} of shape {shape} does not fill {end - begin} bytes")
-    return TensorEntry(dtype=dtype, shape=tuple(shape), begin=begin, end=end)
+    *sizes, begin, end = numbers
+    if math.prod(sizes) * DTYPE_BITS[dtype] != (end - begin) * 8:
+        raise MalformedSafetensors(f"tensor {name!r}: {dtype} of shape {sizes} does not fill {end - begin} bytes")
+    return TensorEntry(dtype=dtype, shape=tuple(sizes), begin=begin, end=end)
 
 
 def _check_cover(tensors: Mapping[str, TensorEntry], *, data_bytes: int) -> None:
