@@ -1,0 +1,152 @@
+"""The frame that every call runs in: bytes are parsed here, and every ending becomes a status here.
+
+gRPC's own frame would send an exception's text to the client, answer a malformed message with UNKNOWN, and leave a
+client without any status when a CancelledError that the client did not cause escapes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import traceback
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing
+from typing import Any, Final, Never, TypeVar
+
+import grpc
+from google.protobuf.descriptor import FileDescriptor, MethodDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from grpc import aio
+
+from common.errors import InvalidRequest, PagewireError, Unavailable
+from services.status import RpcStatus, internal_status, to_rpc_status
+
+_log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_M = TypeVar("_M", bound=Message)
+
+Context = aio.ServicerContext[bytes, bytes]
+"""What gRPC knows of one call. Messages that pass through it are bytes."""
+
+UnaryMethod = Callable[[Any, Context], Awaitable[Message]]
+StreamMethod = Callable[[Any, Context], AsyncGenerator[Message, None]]
+
+_STOPPED: Final = Unavailable("the server stopped this call")
+
+
+def service_handler(service: str, file: FileDescriptor, implementation: object) -> grpc.GenericRpcHandler:
+    """All methods of `service`, which `file` describes, served by the methods of `implementation` with their names.
+
+    A unary method is `async def Name(self, request, context) -> response`, a streaming one an async generator of
+    responses. Either may raise a PagewireError; services/status.py says what the client sees. A method that streams
+    requests is not for this frame: build its handler with `answer`. Raises AttributeError for a method that
+    `implementation` lacks.
+    """
+    package, _, name = service.rpartition(".")
+    assert file.package == package, f"{service} is not in package {file.package}"
+    methods = file.services_by_name[name].methods
+    return grpc.method_handlers_generic_handler(
+        service, {method.name: _method_handler(method, getattr(implementation, method.name)) for method in methods}
+    )
+
+
+async def answer(call: str, context: Context, work: Awaitable[_T]) -> _T:
+    """Await `work`, the whole of one call, and end the call with a status whatever it raises.
+
+    `call` names the method in the log. Who cancels the task of a call on the server's side gives a message
+    (`task.cancel("draining")`), because gRPC, which speaks for the client, gives none.
+    """
+    try:
+        return await work
+    except (aio.AbortError, aio.InternalError):
+        raise  # the call has its status already | the client is gone, and gRPC knows
+    except asyncio.CancelledError as error:
+        if _client_left(error):
+            raise  # gRPC leaks memory for every call where this is swallowed
+        _log.warning("%s was cancelled on the server's side", call)
+        await _abort(context, to_rpc_status(_STOPPED))
+    except PagewireError as error:
+        await _abort(context, to_rpc_status(error))
+    except Exception as error:  # noqa: BLE001  the edge: whatever it is, the client gets a status and no more
+        error_id = secrets.token_hex(8)
+        _log.error(
+            "%s failed with internal error %s\n%s",
+            call,
+            error_id,
+            "".join(_where(error)),
+            extra={"fields": {"error_id": error_id, "call": call}},
+        )
+        await _abort(context, internal_status(error_id))
+
+
+def parse(message_class: type[_M], data: bytes) -> _M:
+    """The message in `data`. Raises InvalidRequest naming the message's type when it is malformed."""
+    try:
+        return message_class.FromString(data)
+    except DecodeError:
+        raise InvalidRequest(message_class.DESCRIPTOR.full_name, "the message is malformed") from None
+
+
+def _method_handler(method: MethodDescriptor, function: Callable[..., Any]) -> grpc.RpcMethodHandler[bytes, bytes]:
+    assert not method.client_streaming, f"{method.full_name} streams requests"
+    request_class = GetMessageClass(method.input_type)
+    if method.server_streaming:
+        return grpc.unary_stream_rpc_method_handler(_streaming(method.full_name, request_class, function))
+    return grpc.unary_unary_rpc_method_handler(_unary(method.full_name, request_class, function))
+
+
+def _unary(call: str, request_class: type[Message], function: UnaryMethod) -> Callable[..., Awaitable[bytes]]:
+    async def respond(data: bytes, context: Context) -> bytes:
+        response = await function(parse(request_class, data), context)
+        return response.SerializeToString()
+
+    async def handle(data: bytes, context: Context) -> bytes:
+        return await answer(call, context, respond(data, context))
+
+    return handle
+
+
+def _streaming(call: str, request_class: type[Message], function: StreamMethod) -> Callable[..., Awaitable[None]]:
+    async def respond(data: bytes, context: Context) -> None:
+        # Closed here, so that a method's `finally` runs at once and not when the garbage collector finds it.
+        async with aclosing(function(parse(request_class, data), context)) as responses:
+            async for response in responses:
+                await context.write(response.SerializeToString())
+
+    async def handle(data: bytes, context: Context) -> None:
+        await answer(call, context, respond(data, context))
+
+    return handle
+
+
+def _client_left(error: asyncio.CancelledError) -> bool:
+    """True when gRPC cancelled the call's task, not we, and not something that the call waited for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0 and not error.args
+
+
+async def _abort(context: Context, status: RpcStatus) -> Never:
+    """End the call. Trailing metadata that the method has set goes out too. Always raises."""
+    set_before = tuple(context.trailing_metadata() or ())
+    await context.abort(status.code, status.message, (*set_before, *status.trailing_metadata))
+
+
+def _where(error: BaseException) -> Iterator[str]:
+    """The traceback without the exceptions' own texts, which may hold a caller's prompt.
+
+    Assertions keep theirs: they are ours and carry numbers.
+    """
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if cause is not None:
+        yield from _where(cause)
+        yield "then:\n"
+    yield from traceback.format_tb(error.__traceback__)
+    text = f": {error}" if isinstance(error, AssertionError) else ""
+    yield f"{type(error).__module__}.{type(error).__qualname__}{text}\n"
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield "of which:\n"
+            yield from _where(part)

@@ -1,0 +1,136 @@
+"""Errors ↔ gRPC statuses: one table, read in both directions.
+
+A status carries google.rpc details: ErrorInfo always (reason, domain "pagewire"), BadRequest with the field of an
+InvalidRequest, RetryInfo where trying again helps. The retry delay also goes out as `grpc-retry-pushback-ms`, which
+gRPC's own retry policies obey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, cast
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from common.errors import (
+    DeadlineExceeded,
+    ExecutorRejected,
+    InvalidRequest,
+    ModelFolderError,
+    Overloaded,
+    PagewireError,
+    Unavailable,
+    UnknownModel,
+)
+
+DOMAIN: Final = "pagewire"
+DETAILS_KEY: Final = "grpc-status-details-bin"
+PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
+
+MAX_TEXT: Final = 256
+"""Characters of a caller's own words in a status. It travels three times, encoded, and 8 KiB of trailers is all."""
+
+_TABLE: Final[dict[type[PagewireError], tuple[grpc.StatusCode, str]]] = {
+    InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    UnknownModel: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
+    Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    Unavailable: (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
+    DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    ExecutorRejected: (grpc.StatusCode.FAILED_PRECONDITION, "EXECUTOR_REJECTED"),
+    ModelFolderError: (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_FOLDER_ERROR"),
+    PagewireError: (grpc.StatusCode.INTERNAL, "ERROR"),
+}
+_BY_REASON: Final = {reason: kind for kind, (_, reason) in _TABLE.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RpcStatus:
+    """How a call ends: what `context.abort` takes."""
+
+    code: grpc.StatusCode
+    message: str
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
+
+
+def to_rpc_status(error: PagewireError) -> RpcStatus:
+    """The status that tells a client of `error`. A subclass that is not in the table goes out as its parent."""
+    code, reason = next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
+    message = _cut(str(error))
+    details = status_pb2.Status(code=code.value[0], message=message)
+    details.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN))
+    pushback: tuple[tuple[str, str | bytes], ...] = ()
+    if isinstance(error, InvalidRequest):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=_cut(error.problem))
+        details.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, Overloaded | Unavailable):
+        retry_after_ms = max(0, round(error.retry_after_s * 1000))
+        delay = Duration()
+        delay.FromMilliseconds(retry_after_ms)
+        details.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+        pushback = ((PUSHBACK_KEY, str(retry_after_ms)),)
+    return RpcStatus(
+        code=code,
+        message=message,
+        trailing_metadata=((DETAILS_KEY, details.SerializeToString()), *pushback),
+    )
+
+
+def internal_status(error_id: str) -> RpcStatus:
+    """The status of a bug: a fixed text, and the id under which the log has the rest."""
+    message = f"internal error {error_id}; the server's log says more under this id"
+    details = status_pb2.Status(code=grpc.StatusCode.INTERNAL.value[0], message=message)
+    details.details.add().Pack(
+        error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata={"error_id": error_id})
+    )
+    return RpcStatus(
+        code=grpc.StatusCode.INTERNAL,
+        message=message,
+        trailing_metadata=((DETAILS_KEY, details.SerializeToString()),),
+    )
+
+
+def from_rpc_error(error: grpc.RpcError) -> PagewireError | grpc.RpcError:
+    """What a failed call means, for a client to raise; `error` itself when it is none of ours.
+
+    A server that cannot be reached is Unavailable, a deadline that passed on the client's side is DeadlineExceeded.
+    """
+    code, message = error.code(), error.details() or ""
+    info, bad_request, retry = _details_of(error)
+    if info.domain == DOMAIN and info.reason in _BY_REASON:
+        kind = _BY_REASON[info.reason]
+        if issubclass(kind, InvalidRequest):
+            violation = next(iter(bad_request.field_violations), error_details_pb2.BadRequest.FieldViolation())
+            return kind(violation.field, violation.description)
+        if issubclass(kind, Overloaded | Unavailable):
+            return kind(message, retry.retry_delay.ToMilliseconds() / 1000)
+        return kind(message)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return Unavailable(message)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(message)
+    return error
+
+
+def _details_of(
+    error: grpc.RpcError,
+) -> tuple[error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo]:
+    """The details that came with `error`; empty where there are none, or where a proxy mangled them."""
+    known = (error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo())
+    # Pairs also where the stubs say otherwise: grpc and grpc.aio differ in their type here.
+    trailers = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
+    for key, value in trailers:
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            try:
+                for detail in status_pb2.Status.FromString(value).details:
+                    any(detail.Unpack(message) for message in known)
+            except DecodeError:
+                break
+    return known
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
