@@ -1,0 +1,59 @@
+"""A generate request as a value: checked, with its defaults filled in. services/codec_public.py makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from common.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """A prompt in words."""
+
+    field: ClassVar[str] = "text"
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenIds:
+    """A prompt that is tokenised already."""
+
+    field: ClassVar[str] = "token_ids"
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One message of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """A conversation; the model's template makes the prompt."""
+
+    field: ClassVar[str] = "chat"
+    messages: tuple[Message, ...]
+
+
+Input = Text | TokenIds | Chat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateSpec:
+    """What one request asks for."""
+
+    request_id: str
+    model: str  # empty is the one that is served
+    input: Input
+    sampling: SamplingParams
+    n: int
+    max_tokens: int | None  # None: the server's default
+    stop_token_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+    ignore_eos: bool
+    skip_special_tokens: bool
