@@ -205,6 +205,10 @@ def test_trailing_metadata_that_a_method_set_survives_its_error() -> None:
     assert PUSHBACK_KEY in trailers
 
 
+def logged(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.name == "services.handlers"]
+
+
 def chained() -> Exception:
     """A canary in an exception, in its cause, in its context, in a group and in a note."""
     try:
@@ -233,7 +237,7 @@ def test_an_exceptions_text_reaches_neither_the_client_nor_the_log(
 
 def test_a_bug_is_found_in_the_log_under_the_id_that_the_client_got(caplog: pytest.LogCaptureFixture) -> None:
     error = asyncio.run(failure(Service(raising(chained())), "Generate"))
-    (record,) = [record for record in caplog.records if record.name == "services.handlers"]
+    (record,) = logged(caplog)
     error_id = vars(record)["fields"]["error_id"]
 
     assert error_id in (error.details() or "")
@@ -261,17 +265,20 @@ def test_an_answer_that_is_no_message_is_a_bug_like_any_other() -> None:
     assert "NoneType" not in (error.details() or "")
 
 
-def test_a_status_that_a_method_sent_itself_stays() -> None:
+def test_a_status_that_a_method_sent_itself_stays(caplog: pytest.LogCaptureFixture) -> None:
     async def act(context: Context) -> None:
         await context.abort(grpc.StatusCode.DATA_LOSS, "as the method says")
 
     error = asyncio.run(failure(Service(act), "Generate"))
 
     assert (error.code(), error.details()) == (grpc.StatusCode.DATA_LOSS, "as the method says")
+    assert logged(caplog) == []
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
-def test_a_call_that_is_cancelled_by_its_client_sees_the_cancellation_at_once(method: str) -> None:
+def test_a_call_that_is_cancelled_by_its_client_sees_the_cancellation_at_once(
+    method: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async def scenario() -> list[str]:
         events: list[str] = []
         started, over = asyncio.Event(), asyncio.Event()
@@ -296,6 +303,7 @@ def test_a_call_that_is_cancelled_by_its_client_sees_the_cancellation_at_once(me
         return events
 
     assert asyncio.run(scenario()) == ["cancelled", "cleaned up"]
+    assert logged(caplog) == []
 
 
 def test_a_stream_whose_client_leaves_while_it_writes_is_closed_at_once() -> None:
@@ -303,9 +311,11 @@ def test_a_stream_whose_client_leaves_while_it_writes_is_closed_at_once() -> Non
         closed = asyncio.Event()
 
         class Endless(Service):
-            async def GenerateStream(
-                self, request: Any, context: Context
-            ) -> AsyncGenerator[GenerateStreamResponse, None]:
+            def GenerateStream(self, request: Any, context: Context) -> AsyncGenerator[GenerateStreamResponse, None]:
+                self.kept = self.endless()  # so that the garbage collector is not who closes it
+                return self.kept
+
+            async def endless(self) -> AsyncGenerator[GenerateStreamResponse, None]:
                 try:
                     while True:
                         yield GenerateStreamResponse(delta=Delta(text="x" * 100_000))
