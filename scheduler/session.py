@@ -180,11 +180,12 @@ class Session:
         sequence.num_remembered = max(sequence.num_remembered, num_full)
 
     def _remember_tail(self, sequence: Sequence) -> None:
-        """Offer the last, partly filled block of a sequence that ends."""
+        """Offer the last, partly filled block of a sequence that leaves."""
         size = self.block_size
-        planned = min(self.num_planned(sequence), len(sequence.tokens))
+        # the last token does not count: if it ended the sequence, the executor skips the row that would write it
+        planned = min(self.num_planned(sequence), len(sequence.tokens) - 1)
         full = planned // size
-        if not self._prefix_caching or planned % size == 0 or full > sequence.num_remembered:
+        if not self._prefix_caching or planned % size == 0 or full != sequence.num_remembered:
             return
         parent = self._key(sequence, full - 1) if full else sequence.root
         tokens = sequence.tokens[full * size : planned]

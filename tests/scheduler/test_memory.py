@@ -61,6 +61,17 @@ def test_generated_tokens_are_found_by_the_next_turn_of_a_chat() -> None:
     assert world.step() == {"second": 3}, "only the last sampled token and the new ones"
 
 
+def test_a_token_that_ended_a_sequence_is_never_taken_for_computed() -> None:
+    world = World(credit=2, eos=frozenset({9}))
+    prompt = list(range(100, 105))
+    world.add("first", prompt=prompt, max_tokens=9)
+    world.run()
+    assert world.tokens["first"] == [5, 6, 7, 8, 9], "a second row was in flight for the 9, and was skipped"
+    world.add("second", prompt=[*prompt, *world.tokens["first"], 500], max_tokens=1)
+
+    assert world.step() == {"second": 2}, "the 9 and the 500"
+
+
 def test_another_tenant_never_finds_a_block() -> None:
     world = World()
     world.add("a", prompt=list(range(12)), max_tokens=1, tenant="one")
