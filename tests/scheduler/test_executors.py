@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -112,13 +113,15 @@ def test_executors_of_different_block_sizes_serve_together() -> None:
     ],
     ids=["another step", "a gap", "no such token", "a foreign row", "a row left out", "a row twice"],
 )
-def test_an_answer_to_another_question_is_refused_and_commits_nothing(wrong) -> None:  # type: ignore[no-untyped-def]
+def test_an_answer_to_another_question_is_refused_and_commits_nothing(
+    wrong: Callable[[StepResult], StepResult],
+) -> None:
     world = World()
     (id,) = world.add("a", prompt=4)
     plan = world.send()
     assert plan is not None
     good = world.runners[0].execute(plan)
-    bad: StepResult = wrong(good)
+    bad = wrong(good)
 
     with pytest.raises(ProtocolError):
         world.scheduler.update(0, bad, 1)

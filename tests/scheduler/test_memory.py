@@ -44,10 +44,10 @@ def test_requests_of_one_step_share_the_prefix_they_compute_in_it() -> None:
 
 def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
     world = World()
-    for name in "ab":
-        world.add(name, prompt=list(range(8)), max_tokens=1)
-        rows = world.step()
-    assert rows == {"b": 1}
+    world.add("a", prompt=list(range(8)), max_tokens=1)
+    world.run()
+    world.add("b", prompt=list(range(8)), max_tokens=1)
+    assert world.step() == {"b": 1}
     assert world.tokens["b"] == [8]
 
 
@@ -83,10 +83,10 @@ def test_another_tenant_never_finds_a_block() -> None:
 
 def test_without_prefix_caching_everything_is_computed() -> None:
     world = World(prefix_caching=False)
-    for name in "ab":
-        world.add(name, prompt=list(range(8)), max_tokens=1)
-        rows = world.step()
-    assert rows == {"b": 8}
+    world.add("a", prompt=list(range(8)), max_tokens=1)
+    world.run()
+    world.add("b", prompt=list(range(8)), max_tokens=1)
+    assert world.step() == {"b": 8}
 
 
 def test_choices_share_the_blocks_of_their_prompt() -> None:

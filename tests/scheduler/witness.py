@@ -1,0 +1,264 @@
+"""A world that doubts everything: each plan is checked against its own book of blocks, each token against an oracle.
+
+The book is kept from the plans alone, so it knows nothing of how the scheduler counts. The oracle is the fake model run
+alone on the whole prompt. Neither may ever disagree with the scheduler, whatever happens and in whichever order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+from common.blocks import blocks_for
+from common.errors import InvalidRequest
+from common.sampling import SamplingParams, StopConditions
+from common.step import StepPlan, StepResult
+from common.types import BlockId, FinishReason, SequenceId, SlotRef, slot_of
+from executor.fake_runner import Prefix, digests_of, prefix_hash_token
+from scheduler.scheduler import ProtocolError
+from scheduler.session import Session
+from tests.scheduler.world import GREEDY, World
+
+VOCAB_SIZE: Final = 32
+EOS: Final = frozenset({0})
+
+
+def next_token(prefix: Prefix) -> int | None:
+    """A hash of everything that may matter; now and then the logits are not finite."""
+    token = prefix_hash_token(prefix)
+    return None if token % 128 == 77 else token
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """What a sequence generates when nothing else exists."""
+
+    tokens: list[int]
+    reason: FinishReason
+
+
+def alone(prompt: list[int], sampling: SamplingParams, choice: int, stop: StopConditions) -> Alone:
+    """Run the fake model on one sequence, without blocks, steps or scheduler."""
+    digest = digests_of(prompt)[-1]
+    tokens: list[int] = []
+    while True:
+        prefix = Prefix(
+            num_tokens=len(prompt) + len(tokens),
+            digest=digest,
+            greedy=sampling.greedy,
+            seed=sampling.seed,
+            choice=choice,
+        )
+        token = next_token(prefix)
+        if token is None:
+            return Alone(tokens, FinishReason.ERROR)
+        token %= VOCAB_SIZE
+        tokens.append(token)
+        digest = digests_of([token], digest)[-1]
+        if token in EOS and not stop.ignore_eos:
+            return Alone(tokens, FinishReason.EOS)
+        if token in stop.stop_token_ids:
+            return Alone(tokens, FinishReason.STOP_TOKEN)
+        if len(tokens) == stop.max_tokens:
+            return Alone(tokens, FinishReason.LENGTH)
+
+
+@dataclass(slots=True)
+class Seat:
+    """What the plans have told of one resident sequence."""
+
+    table: list[BlockId]
+    position: int  # tokens that the plans so far compute
+
+
+@dataclass(slots=True)
+class Book:
+    """What the plans have told of one executor."""
+
+    seats: dict[SlotRef, Seat]
+    writes: deque[dict[BlockId, SlotRef]]  # for each unanswered step, who writes which block
+
+
+class Witness(World):
+    """A World over many executors, small and different, that are joined and lost at any moment."""
+
+    def __init__(self, *, token_budget: int = 24, prefix_caching: bool = True, watermark: float = 0.0) -> None:
+        self.books: dict[int, Book] = {}
+        self.oracles: dict[str, Alone] = {}
+        self.prompts: dict[str, list[int]] = {}
+        self.aborted: set[str] = set()
+        self.last_result: dict[int, StepResult] = {}
+        super().__init__(
+            executors=0,
+            token_budget=token_budget,
+            prefix_caching=prefix_caching,
+            watermark=watermark,
+            max_model_len=64,
+            vocab_size=VOCAB_SIZE,
+            eos=EOS,
+            next_token=next_token,
+        )
+
+    # ---- events
+
+    def join(self, **changes: int) -> int:
+        session = super().join(**changes)
+        self.books[session] = Book({}, deque())
+        return session
+
+    def lose(self, session: int) -> None:
+        late = [self.runners[session].execute(plan) for plan in self.sent[session]]
+        super().lose(session)
+        del self.books[session]
+        for result in late:  # a zombie: its answers come after its end
+            assert self.scheduler.update(session, result, self.now_ns) == []
+        self.check()
+
+    def request(
+        self, prompt: list[int], *, n: int, stop: StopConditions, sampling: SamplingParams = GREEDY, tenant: str = ""
+    ) -> None:
+        """A request by the name of its number, with what each choice must generate."""
+        name = f"{len(self.names)}:"
+        try:
+            made = self.scheduler.add(prompt, sampling, stop, self.now_ns, choices=n, tenant=tenant)
+        except InvalidRequest:
+            return
+        for choice, sequence in enumerate(made):
+            label = f"{name}{choice}"
+            self.names[sequence.id] = label
+            self.tokens[label] = []
+            self.prompts[label] = prompt
+            self.oracles[label] = alone(prompt, sampling, choice, stop)
+        self.check()
+
+    def abort(self, name: str) -> None:
+        super().abort(name)
+        self.aborted.add(name)
+        self.check()
+
+    def leave(self, session: int) -> None:
+        """The executor finishes what it has."""
+        self.scheduler.leave(session)
+        self.check()
+
+    def send(self, session: int = 0) -> StepPlan | None:
+        plan = super().send(session)
+        if plan is not None:
+            self._witness(session, plan)
+        self.check()
+        return plan
+
+    def answer(self, session: int = 0) -> StepResult:
+        result = super().answer(session)
+        self.books[session].writes.popleft()
+        self.last_result[session] = result
+        self.check()
+        return result
+
+    def answer_twice(self, session: int) -> None:
+        """The last answer once more: refused, nothing committed."""
+        before = self.scheduler.counters.output_tokens
+        try:
+            self.scheduler.update(session, self.last_result[session], self.now_ns)
+        except ProtocolError:
+            assert self.scheduler.counters.output_tokens == before
+        else:
+            raise AssertionError("an answer was taken twice")
+
+    def answer_wrongly(self, session: int) -> None:
+        """An index that is not the next one is refused, and the right answer is still taken after it."""
+        step = self.sent[session][0].step
+        flight = self.session(session).outstanding[0]
+        wrong = [(ref, row) for ref, row in flight.rows.items() if row.samples and row.sequence.id in self.alive]
+        if wrong and wrong[0][1].attempt == wrong[0][1].sequence.attempt:
+            ref, row = wrong[0]
+            result = StepResult(step=step, refs=[ref], tokens=[1], indices=[row.sequence.num_output + 1])
+            try:
+                self.scheduler.update(session, result, self.now_ns)
+            except ProtocolError:
+                self.check()
+            else:
+                raise AssertionError("an index with a gap was taken")
+
+    # ---- looking
+
+    @property
+    def alive(self) -> list[SequenceId]:
+        """Sequences that have not ended."""
+        return [sequence.id for sequence in self.scheduler]
+
+    @property
+    def takers(self) -> list[int]:
+        """Executors that take new sequences."""
+        return [s.id for s in self.scheduler.sessions if not s.leaving]
+
+    def session(self, id: int) -> Session:
+        """The scheduler's half of the link."""
+        return next(s for s in self.scheduler.sessions if s.id == id)
+
+    # ---- what must always hold
+
+    def check(self) -> None:
+        """Blocks conserved, reference counts exact, every stream the start of what its sequence generates alone."""
+        self.scheduler.check()
+        for name, tokens in self.tokens.items():
+            assert tokens == self.oracles[name].tokens[: len(tokens)], f"{name} generated other tokens than alone"
+
+    def check_end(self) -> None:
+        """Nothing is left, nothing is missing."""
+        self.check()
+        assert self.scheduler.num_sequences == 0 and not self.scheduler.waiting
+        for name, oracle in self.oracles.items():
+            if name not in self.aborted:
+                assert Alone(self.tokens[name], self.reasons[name]) == oracle
+        for session in self.scheduler.sessions:
+            if not session.outstanding:
+                assert session.pool.num_free == session.pool.num_blocks, "blocks are lost"
+                assert session.has_slot
+
+    def settle(self) -> None:
+        """Everything admitted ends, given one healthy executor."""
+        if not any(self.session(id).max_length >= 64 for id in self.takers):
+            self.join(num_blocks=20, block_size=4, max_sequences=6, credit=2)
+        self.run(max_steps=3000)
+        self.check_end()
+
+    def _witness(self, session: int, plan: StepPlan) -> None:
+        """Enter the plan in the book. Every block that is written has one writer, now and in every unanswered step."""
+        book, facts = self.books[session], self.session(session).facts
+        pool = self.session(session).pool
+        for ref in plan.released:
+            del book.seats[ref]
+        taken = {slot_of(ref) for ref in book.seats}
+        for new in plan.new:
+            assert slot_of(new.ref) not in taken, f"slot {slot_of(new.ref)} has two owners"
+            assert slot_of(new.ref) < facts.max_sequences
+            taken.add(slot_of(new.ref))
+            book.seats[new.ref] = Seat(list(new.block_table), new.num_computed)
+        for ref, block in zip(plan.append_refs, plan.append_blocks, strict=True):
+            book.seats[ref].table.append(block)
+        for ref, index, block in zip(plan.replace_refs, plan.replace_indices, plan.replace_blocks, strict=True):
+            assert book.seats[ref].table[index] != block
+            book.seats[ref].table[index] = block
+
+        assert 0 < plan.num_tokens <= facts.max_step_tokens
+        assert len(set(plan.refs)) == len(plan.refs), "a sequence has two rows"
+        size = facts.block_size
+        writers: dict[BlockId, SlotRef] = {}
+        for ref, count in zip(plan.refs, plan.num_scheduled, strict=True):
+            seat = book.seats[ref]
+            stop = seat.position + count
+            for index in range(seat.position // size, blocks_for(stop, size)):
+                block = seat.table[index]
+                assert block not in writers, f"block {block} is written by two rows of one step"
+                writers[block] = ref
+                # others may hold it only to read it, from this step on: then it is full after this step
+                assert pool.ref_count(block) == 1 or stop >= (index + 1) * size, f"shared block {block} is written"
+            seat.position = stop
+        for _, destination in plan.copies:
+            assert destination in writers, f"block {destination} is copied to for nobody"
+        for earlier in book.writes:
+            for block, ref in writers.items():
+                assert earlier.get(block, ref) == ref, f"block {block} is reused while an unanswered step may write it"
+        book.writes.append(writers)
