@@ -108,7 +108,7 @@ def test_no_order_of_events_changes_a_token_or_loses_a_block() -> None:
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=60,
+            max_examples=50,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
@@ -118,7 +118,7 @@ def test_no_order_of_events_changes_a_token_or_loses_a_block() -> None:
 
 
 def test_a_crowd_on_tiny_executors_ends_with_the_tokens_each_would_have_had_alone() -> None:
-    worlds = list(stories(num_seeds=120, num_events=150))
-    assert sum(w.scheduler.counters.preemptions for w in worlds) > 300, "memory was never short"
-    assert sum(w.scheduler.counters.moved for w in worlds) > 100, "no executor was ever lost"
-    assert sum(w.scheduler.counters.cached_prompt_tokens for w in worlds) > 3000, "no prefix was ever found"
+    worlds = list(stories(num_seeds=80, num_events=150))
+    assert sum(w.scheduler.counters.preemptions for w in worlds) > 200, "memory was never short"
+    assert sum(w.scheduler.counters.moved for w in worlds) > 70, "no executor was ever lost"
+    assert sum(w.scheduler.counters.cached_prompt_tokens for w in worlds) > 2000, "no prefix was ever found"

@@ -68,6 +68,7 @@ def alone(prompt: list[int], sampling: SamplingParams, choice: int, stop: StopCo
 class Seat:
     """What the plans have told of one resident sequence."""
 
+    tenant: str
     table: list[BlockId]
     position: int  # tokens that the plans so far compute
 
@@ -78,6 +79,7 @@ class Book:
 
     seats: dict[SlotRef, Seat]
     writes: deque[dict[BlockId, SlotRef]]  # for each unanswered step, who writes which block
+    tenants: dict[BlockId, str]  # whose content the block holds
 
 
 class Witness(World):
@@ -86,6 +88,7 @@ class Witness(World):
     def __init__(self, *, token_budget: int = 24, prefix_caching: bool = True, watermark: float = 0.0) -> None:
         self.books: dict[int, Book] = {}
         self.oracles: dict[str, Alone] = {}
+        self.tenants: dict[SequenceId, str] = {}
         self.prompts: dict[str, list[int]] = {}
         self.aborted: set[str] = set()
         self.last_result: dict[int, StepResult] = {}
@@ -104,7 +107,7 @@ class Witness(World):
 
     def join(self, **changes: int) -> int:
         session = super().join(**changes)
-        self.books[session] = Book({}, deque())
+        self.books[session] = Book({}, deque(), {})
         return session
 
     def lose(self, session: int) -> None:
@@ -128,6 +131,7 @@ class Witness(World):
             label = f"{name}{choice}"
             self.names[sequence.id] = label
             self.tokens[label] = []
+            self.tenants[sequence.id] = tenant
             self.prompts[label] = prompt
             self.oracles[label] = alone(prompt, sampling, choice, stop)
         self.check()
@@ -145,7 +149,7 @@ class Witness(World):
     def send(self, session: int = 0) -> StepPlan | None:
         plan = super().send(session)
         if plan is not None:
-            self._witness(session, plan)
+            self._witness(self.session(session), plan)
         self.check()
         return plan
 
@@ -224,41 +228,60 @@ class Witness(World):
         self.run(max_steps=3000)
         self.check_end()
 
-    def _witness(self, session: int, plan: StepPlan) -> None:
+    def _witness(self, session: Session, plan: StepPlan) -> None:
         """Enter the plan in the book. Every block that is written has one writer, now and in every unanswered step."""
-        book, facts = self.books[session], self.session(session).facts
-        pool = self.session(session).pool
+        book = self.books[session.id]
+        self._enter_changes(book, session, plan)
+        writers = self._enter_rows(book, session, plan)
+        for source, destination in plan.copies:
+            assert destination in writers, f"block {destination} is copied to for nobody"
+            assert book.tenants.get(source) == book.seats[writers[destination]].tenant, (
+                "another tenant's block is copied"
+            )
+            book.tenants[destination] = book.tenants[source]
+        for block, ref in writers.items():
+            book.tenants[block] = book.seats[ref].tenant
+        for new in plan.new:
+            for block in new.block_table[: blocks_for(new.num_computed, session.block_size)]:
+                assert book.tenants.get(block) == book.seats[new.ref].tenant, f"block {block} is another tenant's"
+        for earlier in book.writes:
+            for block, ref in writers.items():
+                assert earlier.get(block, ref) == ref, f"block {block} is reused while an unanswered step may write it"
+        book.writes.append(writers)
+
+    def _enter_changes(self, book: Book, session: Session, plan: StepPlan) -> None:
+        """Who leaves, who comes, and how the tables change."""
         for ref in plan.released:
-            del book.seats[ref]
+            assert book.seats.pop(ref, None) is not None, f"{ref:#x} is released but was not there"
         taken = {slot_of(ref) for ref in book.seats}
+        tenants = {sequence.ref: self.tenants[sequence.id] for sequence in session.running}
         for new in plan.new:
             assert slot_of(new.ref) not in taken, f"slot {slot_of(new.ref)} has two owners"
-            assert slot_of(new.ref) < facts.max_sequences
+            assert slot_of(new.ref) < session.facts.max_sequences
             taken.add(slot_of(new.ref))
-            book.seats[new.ref] = Seat(list(new.block_table), new.num_computed)
+            book.seats[new.ref] = Seat(tenants[new.ref], list(new.block_table), new.num_computed)
         for ref, block in zip(plan.append_refs, plan.append_blocks, strict=True):
             book.seats[ref].table.append(block)
         for ref, index, block in zip(plan.replace_refs, plan.replace_indices, plan.replace_blocks, strict=True):
             assert book.seats[ref].table[index] != block
             book.seats[ref].table[index] = block
 
-        assert 0 < plan.num_tokens <= facts.max_step_tokens
+    def _enter_rows(self, book: Book, session: Session, plan: StepPlan) -> dict[BlockId, SlotRef]:
+        """The blocks that the rows write, and which row does."""
+        assert 0 < plan.num_tokens <= session.facts.max_step_tokens
         assert len(set(plan.refs)) == len(plan.refs), "a sequence has two rows"
-        size = facts.block_size
+        size = session.block_size
         writers: dict[BlockId, SlotRef] = {}
         for ref, count in zip(plan.refs, plan.num_scheduled, strict=True):
             seat = book.seats[ref]
             stop = seat.position + count
+            assert stop <= len(seat.table) * size, f"position {stop} is in no block"
             for index in range(seat.position // size, blocks_for(stop, size)):
                 block = seat.table[index]
                 assert block not in writers, f"block {block} is written by two rows of one step"
                 writers[block] = ref
                 # others may hold it only to read it, from this step on: then it is full after this step
-                assert pool.ref_count(block) == 1 or stop >= (index + 1) * size, f"shared block {block} is written"
+                shared = session.pool.ref_count(block) > 1
+                assert not shared or stop >= (index + 1) * size, f"shared block {block} is written"
             seat.position = stop
-        for _, destination in plan.copies:
-            assert destination in writers, f"block {destination} is copied to for nobody"
-        for earlier in book.writes:
-            for block, ref in writers.items():
-                assert earlier.get(block, ref) == ref, f"block {block} is reused while an unanswered step may write it"
-        book.writes.append(writers)
+        return writers

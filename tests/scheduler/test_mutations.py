@@ -1,0 +1,166 @@
+"""The tests that guard the core, guarded: each bug planted here must be caught by the same short crowd.
+
+A checker that never complains proves nothing. Every mutation is a mistake that somebody could make in good faith.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from common.types import BlockId, SlotRef
+from executor.fake_runner import SlabMismatch
+from executor.resident import PlanError
+from scheduler import session as session_module
+from scheduler.block_pool import BlockPool
+from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
+from scheduler.scheduler import ProtocolError, Scheduler
+from scheduler.sequence import Sequence as Running
+from scheduler.session import Draft, Match, Session
+from tests.scheduler.crowd import stories
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def a_block_is_freed_although_a_step_in_flight_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = Session.release
+
+    def at_once(self: Session, sequence: Running, *, forget: bool = False) -> None:
+        release(self, sequence, forget=forget)
+        self.answered(self.last_step)
+
+    monkeypatch.setattr(Session, "release", at_once)
+
+
+def a_fork_shares_its_last_block_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_room = Session._make_room
+
+    def without_copies(self: Session, *args: Any, **kwargs: Any) -> None:
+        draft: Draft = args[3]
+        before = len(draft.copies)
+        make_room(self, *args, **kwargs)
+        del draft.copies[before:]
+
+    monkeypatch.setattr(Session, "_make_room", without_copies)
+
+
+def a_shared_block_is_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_if_alone(self: Session, sequence: Running, start: int, num: int, draft: Draft, *, whole: bool) -> None:
+        while len(sequence.block_table) * self.block_size < start + num:
+            block = self.take_block()
+            sequence.block_table.append(block)
+            if not whole:
+                draft.append_refs.append(sequence.ref)
+                draft.append_blocks.append(block)
+
+    monkeypatch.setattr(Session, "_make_room", as_if_alone)
+
+
+def a_tail_is_shared_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    admit = Session.admit
+
+    def without_tail_copy(self: Session, sequence: Running, match: Match, draft: Draft, *args: Any) -> None:
+        admit(self, sequence, match, draft, *args)
+        if match.tail is not None:
+            draft.copies[:] = [copy for copy in draft.copies if copy[0] != match.tail.block]
+
+    monkeypatch.setattr(Session, "admit", without_tail_copy)
+
+
+def a_key_does_not_name_what_stands_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = KeyChain.child
+    monkeypatch.setattr(KeyChain, "child", lambda self, parent, tokens: child(self, BlockKey(b"any"), tokens))
+
+
+def a_key_does_not_name_the_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KeyChain, "root", lambda self, *parts: BlockKey(b"everybody"))
+
+
+def a_slot_keeps_its_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "slot_ref", lambda slot, generation: SlotRef(slot))
+
+
+def a_reused_block_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "take_block", lambda self: self.pool.take())
+
+
+def a_block_counts_as_written_one_step_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_tail = PrefixCache.find_tail
+
+    def too_early(self: PrefixCache, parent: BlockKey, tokens: Sequence[int], before_step: int) -> Tail | None:
+        return find_tail(self, parent, tokens, before_step + 1)
+
+    monkeypatch.setattr(PrefixCache, "find_tail", too_early)
+
+
+def a_prefix_hit_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockPool, "hold", lambda self, block: None)
+
+
+def a_block_is_given_back_twice_when_it_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_back = BlockPool.give_back
+
+    def whole(self: BlockPool, block: BlockId, *, worth_keeping: bool) -> None:
+        for _ in range(self.ref_count(block)):
+            give_back(self, block, worth_keeping=worth_keeping)
+
+    monkeypatch.setattr(BlockPool, "give_back", whole)
+
+
+def a_token_that_ended_a_sequence_counts_as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    remember_tail = Session._remember_tail
+
+    def with_the_last(self: Session, sequence: Running) -> None:
+        sequence.tokens.append(0)
+        remember_tail(self, sequence)
+        sequence.tokens.pop()
+
+    monkeypatch.setattr(Session, "_remember_tail", with_the_last)
+
+
+def a_token_of_an_earlier_placement_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheduler, "_is_current", lambda self, row: row.sequence.id in self._sequences)
+
+
+def a_plan_forgets_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "in_flight", lambda self, sequence: (0, 0))
+
+
+def a_moved_sequence_loses_its_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_again = Scheduler._wait_again
+
+    def shorter(self: Scheduler, sequence: Running) -> None:
+        if sequence.num_output:
+            sequence.tokens.pop()
+        wait_again(self, sequence)
+
+    monkeypatch.setattr(Scheduler, "_wait_again", shorter)
+
+
+MUTATIONS: list[Plant] = [
+    a_block_is_freed_although_a_step_in_flight_writes_it,
+    a_fork_shares_its_last_block_without_a_copy,
+    a_shared_block_is_written_in_place,
+    a_tail_is_shared_without_a_copy,
+    a_key_does_not_name_what_stands_before,
+    a_key_does_not_name_the_tenant,
+    a_slot_keeps_its_generation,
+    a_reused_block_is_not_forgotten,
+    a_block_counts_as_written_one_step_too_early,
+    a_prefix_hit_is_not_held,
+    a_block_is_given_back_twice_when_it_is_shared,
+    a_token_that_ended_a_sequence_counts_as_computed,
+    a_token_of_an_earlier_placement_is_committed,
+    a_plan_forgets_what_is_in_flight,
+    a_moved_sequence_loses_its_last_token,
+]
+
+
+@pytest.mark.parametrize("plant", MUTATIONS, ids=lambda plant: plant.__name__)
+def test_the_crowd_notices_when(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, SlabMismatch, PlanError, ProtocolError)):
+        for _ in stories(num_seeds=40, num_events=120):
+            pass
