@@ -1,0 +1,78 @@
+# Three images from one file: `docker build --target scheduler | executor | executor-gpu .`
+# The scheduler's has no torch: it stays small, and an import that should not be there fails.
+
+FROM python:3.11-slim-bookworm AS base
+ENV PYTHONUNBUFFERED=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_ROOT_USER_ACTION=ignore \
+    PATH=/opt/pagewire/bin:$PATH \
+    PAGEWIRE_HOME=/models
+# /models is the user's before a volume is laid over it: a new volume takes its owner from here
+RUN groupadd --gid 10001 pagewire && useradd --uid 10001 --gid pagewire --create-home pagewire \
+    && install --directory --owner pagewire --group pagewire /models
+STOPSIGNAL SIGTERM
+
+
+# Pagewire itself, apart from what it depends on: a change in the sources makes nothing else anew
+FROM base AS wheel
+WORKDIR /src
+COPY constraints.txt ./
+RUN pip install -c constraints.txt setuptools
+COPY . .
+RUN pip wheel --no-build-isolation --no-deps --wheel-dir /wheel .
+
+
+FROM base AS scheduler-dependencies
+WORKDIR /src
+RUN python -m venv /opt/pagewire
+COPY pyproject.toml constraints.txt ./
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+       > scheduler.txt \
+    && pip install -c constraints.txt -r scheduler.txt
+
+
+FROM base AS scheduler
+COPY --from=scheduler-dependencies /opt/pagewire /opt/pagewire
+COPY --from=wheel /wheel /wheel
+RUN pip install --no-deps /wheel/*.whl && pip check
+USER pagewire
+EXPOSE 50051 50052
+ENTRYPOINT ["pagewire"]
+CMD ["scheduler", "--help"]
+
+
+FROM scheduler-dependencies AS executor-dependencies
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['executor'], sep='\n')" \
+       > executor.txt
+# torch comes alone: its index is asked for nothing else, and what it holds outranks PyPI's CUDA build of the same version
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --no-deps -c constraints.txt --retries 2 --extra-index-url ${TORCH_INDEX} torch
+RUN pip install -c constraints.txt -r executor.txt
+
+
+FROM base AS executor
+COPY --from=executor-dependencies /opt/pagewire /opt/pagewire
+COPY --from=wheel /wheel /wheel
+RUN pip install --no-deps /wheel/*.whl && pip check
+USER pagewire
+ENTRYPOINT ["pagewire"]
+CMD ["executor", "--help"]
+
+
+# PyPI's torch brings the CUDA libraries with it; the machine gives the driver
+FROM scheduler-dependencies AS executor-gpu-dependencies
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['executor'], sep='\n')" \
+       > executor.txt \
+    && pip install -c constraints.txt -r executor.txt
+
+
+FROM base AS executor-gpu
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=executor-gpu-dependencies /opt/pagewire /opt/pagewire
+COPY --from=wheel /wheel /wheel
+RUN pip install --no-deps /wheel/*.whl && pip check
+USER pagewire
+ENTRYPOINT ["pagewire"]
+CMD ["executor", "--help"]
