@@ -60,4 +60,4 @@ up: ## build the images and start them with Docker Compose
 	$(COMPOSE) up --build $(ARGS)
 
 bench-scheduler: setup ## steps a second the scheduler can sustain, and what a plan costs
-	$(BIN)/python -m benchmarks.scheduler $(ARGS)
+	$(BIN)/python -m tests.benchmarks.bench_scheduler $(ARGS)
