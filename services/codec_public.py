@@ -1,0 +1,152 @@
+"""Protobuf ↔ values, for the public API: the only converter between protos/inference.proto and services/request.py.
+
+Unset fields get their defaults here, and every limit that needs no model state is checked here. A problem is told with
+the field's name and the limit, in the numbers that the caller sent.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+from typing import Final
+
+from common.errors import InvalidRequest
+from common.sampling import RequestLimits, SamplingParams, StopConditions, check_sampling, check_stop
+from protos import inference_pb2 as pb
+from services.answering import Delta, Finish
+from services.request import Chat, GenerateSpec, Input, Message, Text, TokenIds
+
+_DEFAULTS: Final = SamplingParams()
+_MAX_REQUEST_ID: Final = 128
+
+
+def request_from_pb(
+    request: pb.GenerateRequest | pb.GenerateStreamRequest, limits: RequestLimits, *, vocab_size: int
+) -> GenerateSpec:
+    """The request as a checked value. Raises InvalidRequest naming the field and its limit."""
+    sampling = sampling_from_pb(request.sampling)
+    check_sampling(sampling, limits)
+    n = request.sampling.n if request.sampling.HasField("n") else 1
+    if not 1 <= n <= limits.max_choices:
+        raise InvalidRequest("n", f"must be in [1, {limits.max_choices}], got {n}")
+    stopping = request.stopping
+    max_tokens = stopping.max_tokens if stopping.HasField("max_tokens") else None
+    spec = GenerateSpec(
+        request_id=_request_id(request.request_id),
+        model=request.model,
+        input=input_from_pb(request, vocab_size=vocab_size),
+        sampling=sampling,
+        n=n,
+        max_tokens=max_tokens,
+        stop_token_ids=tuple(stopping.stop_token_ids),
+        stop_strings=tuple(stopping.stop),
+        ignore_eos=stopping.ignore_eos,
+        skip_special_tokens=request.skip_special_tokens if request.HasField("skip_special_tokens") else True,
+    )
+    stop = StopConditions(
+        max_tokens=1 if max_tokens is None else max_tokens,
+        stop_token_ids=spec.stop_token_ids,
+        stop_strings=spec.stop_strings,
+    )
+    check_stop(stop, limits, vocab_size)
+    return spec
+
+
+def sampling_from_pb(sampling: pb.SamplingParams) -> SamplingParams:
+    """Sampling parameters with their defaults; a seed is drawn where there is none. Not checked."""
+    return SamplingParams(
+        temperature=_shortest(sampling.temperature) if sampling.HasField("temperature") else _DEFAULTS.temperature,
+        top_k=sampling.top_k if sampling.HasField("top_k") else _DEFAULTS.top_k,
+        top_p=_shortest(sampling.top_p) if sampling.HasField("top_p") else _DEFAULTS.top_p,
+        min_p=_shortest(sampling.min_p) if sampling.HasField("min_p") else _DEFAULTS.min_p,
+        seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(63),
+    )
+
+
+def input_from_pb(
+    request: pb.GenerateRequest | pb.GenerateStreamRequest | pb.TokenizeRequest, *, vocab_size: int
+) -> Input:
+    """The prompt. Raises InvalidRequest when there is none, or when an id is outside the vocabulary."""
+    kind = request.WhichOneof("input")
+    if kind == "text":
+        if not request.text:
+            raise InvalidRequest("text", "is empty")
+        return Text(text=request.text)
+    if kind == "token_ids" and not isinstance(request, pb.TokenizeRequest):
+        return TokenIds(ids=token_ids("token_ids", tuple(request.token_ids.ids), vocab_size))
+    if kind == "chat":
+        if not request.chat.messages:
+            raise InvalidRequest("chat", "is empty")
+        for i, message in enumerate(request.chat.messages):
+            if not message.role:
+                raise InvalidRequest(f"chat.messages[{i}].role", "is empty")
+        return Chat(messages=tuple(Message(role=m.role, content=m.content) for m in request.chat.messages))
+    raise InvalidRequest("input", "one of text, token_ids or chat must be set")
+
+
+def token_ids(field: str, ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    """The ids. Raises InvalidRequest when there are none or one is outside the vocabulary."""
+    if not ids:
+        raise InvalidRequest(field, "is empty")
+    if max(ids) >= vocab_size:
+        raise InvalidRequest(field, f"must be in [0, {vocab_size}), got {max(ids)}")
+    return ids
+
+
+def delta_pb(delta: Delta) -> pb.Delta:
+    """The message of new tokens."""
+    return pb.Delta(choice=delta.choice, index=delta.index, token_ids=delta.token_ids, text=delta.text)
+
+
+def finish_pb(finish: Finish) -> pb.Finish:
+    """The message of a choice's end."""
+    return pb.Finish(
+        choice=finish.choice,
+        reason=pb.FinishReason.ValueType(finish.reason),
+        matched_stop=finish.matched_stop,
+        matched_token_id=finish.matched_token_id,
+        usage=_usage_pb(finish),
+    )
+
+
+def fill_finish(choice: pb.Choice, finish: Finish) -> None:
+    """The end of a choice in the unary answer."""
+    end = finish_pb(finish)
+    choice.reason = end.reason
+    choice.usage.CopyFrom(end.usage)
+    if finish.matched_stop is not None:
+        choice.matched_stop = finish.matched_stop
+    if finish.matched_token_id is not None:
+        choice.matched_token_id = finish.matched_token_id
+
+
+def _usage_pb(finish: Finish) -> pb.Usage:
+    usage = finish.usage
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_prompt_tokens=usage.cached_prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        queue_ns=usage.queue_ns,
+        prefill_ns=usage.prefill_ns,
+        decode_ns=usage.decode_ns,
+    )
+
+
+def _request_id(given: str) -> str:
+    if len(given) > _MAX_REQUEST_ID:
+        raise InvalidRequest("request_id", f"at most {_MAX_REQUEST_ID} characters, got {len(given)}")
+    return given or secrets.token_hex(8)
+
+
+def _shortest(value: float) -> float:
+    """The float32 as the number with fewest digits that rounds to it: 0.1, not 0.10000000149."""
+    if value != value or value in (float("inf"), float("-inf")):
+        return value
+    for digits in range(1, 10):
+        short = float(f"{value:.{digits}g}")
+        try:
+            if struct.unpack("<f", struct.pack("<f", short))[0] == value:
+                return short
+        except OverflowError:  # rounded up past the largest float32
+            continue
+    return value
