@@ -48,6 +48,7 @@ def byte_level_bpe_of_torn_characters() -> tokenizers.Tokenizer:
     vocab = {letter: byte for byte, letter in enumerate(LETTERS)}
     for piece in ("bd a0", "bd a0 e4", "a0 e4", "a0 e4 bd"):  # of 你, whose bytes are e4 bd a0
         vocab["".join(LETTERS[byte] for byte in bytes.fromhex(piece))] = len(vocab)
+    vocab[""] = len(vocab)  # some vocabularies are filled up with tokens of nothing
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -269,6 +270,28 @@ def test_a_bad_byte_in_a_run_does_not_take_back_the_characters_before_it() -> No
     assert tokenizer.decode(ids) == "é" + REPLACEMENT
 
 
+def test_a_space_that_begins_a_text_is_stripped_also_where_it_is_a_byte() -> None:
+    tokenizer, vocab = tokenizer_of(byte_fallback_bpe), vocab_of(byte_fallback_bpe)
+
+    for ids in ([vocab["<0x20>"]], [vocab["<0x20>"], vocab["▁the"]], [vocab["<0x20>"], vocab["<0x20>"]]):
+        assert told(IncrementalDecoder(tokenizer), ids, [1]) == tokenizer.decode(ids)
+    assert tokenizer.decode([vocab["<0x20>"], vocab["▁the"]]) == " the"
+
+
+def test_a_character_is_completed_over_tokens_of_nothing() -> None:
+    build = byte_level_bpe_of_torn_characters
+    vocab = vocab_of(build)
+    first, second, third = (vocab[LETTERS[byte]] for byte in "你".encode())
+
+    assert told(IncrementalDecoder(tokenizer_of(build)), [first, second, *[vocab[""]] * 20, third], []) == "你"
+
+
+def test_a_replacement_character_before_a_byte_comes_out() -> None:
+    tokenizer, vocab = tokenizer_of(byte_fallback_bpe), vocab_of(byte_fallback_bpe)
+
+    assert told(IncrementalDecoder(tokenizer), [vocab[REPLACEMENT], vocab["<0x41>"]], []) == REPLACEMENT + "A"
+
+
 def test_a_real_replacement_character_comes_out() -> None:
     for build in (byte_level_bpe, byte_fallback_bpe):
         tokenizer = tokenizer_of(build)
@@ -322,7 +345,7 @@ def test_the_work_for_a_token_does_not_grow_with_the_text(
     monkeypatch.setattr(Tokenizer, "raw_decode", counting)
     sound = tokenizer.encode(" ".join(CORPUS) * 20)
     silent = [tokenizer.encode("a", add_special_tokens=False)[0], *[0] * 300, *[10_000] * 300]
-    torn = [len(vocab_of(build)) - 5] * 300  # where tokens are torn: the middle of a character, over and over
+    torn = [len(vocab_of(build)) - 6] * 300  # where tokens are torn: the middle of a character, over and over
     for ids in (sound, silent, torn):
         lengths.clear()
         decoder = IncrementalDecoder(tokenizer, ids)
