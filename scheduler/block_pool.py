@@ -60,3 +60,26 @@ class BlockPool:
                 counts[block] += 1
         assert counts == self._ref_counts, "reference counts differ from what is held"
         assert {b for b, count in enumerate(counts) if count == 0} == set(self._free), "free is not what nobody holds"
+
+
+class Reclaim:
+    """What would come free if tables were given back, one after the other. Counts, and changes nothing."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._given: dict[BlockId, int] = {}
+        self._late: set[BlockId] = set()  # a step in flight may write it: free only when that is answered
+
+    def add(self, table: Iterable[BlockId], *, late: bool) -> tuple[int, int]:
+        """One more table. Returns the blocks that nobody holds any more with it: (free at once, free later)."""
+        now = later = 0
+        for block in table:
+            given = self._given[block] = self._given.get(block, 0) + 1
+            if late:
+                self._late.add(block)
+            if given == self._pool.ref_count(block):
+                if block in self._late:
+                    later += 1
+                else:
+                    now += 1
+        return now, later

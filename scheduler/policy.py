@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,8 +16,10 @@ class Running(NamedTuple):
     num_planned: int  # tokens computed once the steps in flight are done
     num_blocks: int  # in its table
     copy_on_write: bool  # its next token goes into a block that others hold too
-    num_exclusive: int  # blocks that nobody else holds: what preempting it yields
-    in_flight: bool  # a step that is not answered yet may write its blocks
+
+
+Yield = Callable[[int], tuple[int, int]]
+"""Blocks that come free by preempting a row after all younger ones: (now, once the steps in flight are answered)."""
 
 
 @dataclass(slots=True)
@@ -25,57 +27,59 @@ class Decision:
     """What the running sequences get in this step."""
 
     grants: list[int]  # tokens for each row; 0 is a pause
+    blocks: list[int]  # blocks that each grant takes
     preempted: list[int]  # rows that give their blocks back, youngest first
     budget_left: int
 
 
 def decide(
-    rows: Sequence[Running], *, token_budget: int, num_free: int, num_returning: int, block_size: int
+    rows: Sequence[Running],
+    *,
+    token_budget: int,
+    num_free: int,
+    num_returning: int,
+    block_size: int,
+    yield_of: Yield,
 ) -> Decision:
     """Share the token budget and the free blocks among the running sequences.
 
     Rows that need one token go before rows that need many, so a long prompt never delays a stream by more than one
     step; among equals the oldest goes first. When blocks run out the youngest gives its own back, so the oldest always
-    finishes. `num_returning` blocks come free when the steps in flight are answered: with those in sight a row waits
-    instead of preempting.
+    finishes; a row never preempts itself or an older one, it waits and keeps what it has. `num_returning` blocks come
+    free when the steps in flight are answered: with enough of those in sight a row waits instead of preempting.
     """
-    decision = Decision(grants=[0] * len(rows), preempted=[], budget_left=token_budget)
-    grants = decision.grants
-    taken = [0] * len(rows)  # blocks this decision hands to each row
-    gone: set[int] = set()
-    youngest = len(rows) - 1
-    for single in (True, False):
-        for i, row in enumerate(rows):
-            if decision.budget_left == 0:
-                return decision
-            if row.num_uncomputed == 0 or (row.num_uncomputed == 1) is not single or i in gone:
+    decision = Decision([0] * len(rows), [0] * len(rows), [], token_budget)
+    grants, blocks = decision.grants, decision.blocks
+    singles = [i for i, row in enumerate(rows) if row.num_uncomputed == 1]
+    others = [i for i, row in enumerate(rows) if row.num_uncomputed > 1]
+    youngest = len(rows) - 1  # all after it are preempted
+    for i in singles + others:
+        if decision.budget_left == 0:
+            break
+        if i > youngest:
+            continue
+        num_uncomputed, num_planned, num_blocks, copy_on_write = rows[i]
+        tokens = min(num_uncomputed, decision.budget_left)
+        need = blocks_for(num_planned + tokens, block_size) - num_blocks + copy_on_write
+        while need > num_free + num_returning and youngest > i:
+            decision.preempted.append(youngest)
+            decision.budget_left += grants[youngest]
+            now, later = yield_of(youngest)
+            num_free += blocks[youngest] + now
+            num_returning += later
+            grants[youngest] = blocks[youngest] = 0
+            youngest -= 1
+        if need > num_free:  # take what fits now, if anything
+            room = (num_blocks + num_free - copy_on_write) * block_size - num_planned
+            tokens = min(tokens, room) if num_free >= copy_on_write else 0
+            if tokens <= 0:
                 continue
-            tokens = min(row.num_uncomputed, decision.budget_left)
-            need = blocks_for(row.num_planned + tokens, block_size) - row.num_blocks + row.copy_on_write
-            while need > num_free and need > num_free + num_returning and i not in gone:
-                while youngest in gone:
-                    youngest -= 1
-                gone.add(youngest)
-                decision.preempted.append(youngest)
-                decision.budget_left += grants[youngest]
-                grants[youngest] = 0
-                num_free += taken[youngest]
-                if rows[youngest].in_flight:
-                    num_returning += rows[youngest].num_exclusive
-                else:
-                    num_free += rows[youngest].num_exclusive
-            if i in gone:
-                continue
-            if need > num_free:  # some come back soon: take what fits now, if anything
-                room = (row.num_blocks + num_free - row.copy_on_write) * block_size - row.num_planned
-                tokens = max(0, min(tokens, room)) if num_free >= row.copy_on_write else 0
-                need = max(0, blocks_for(row.num_planned + tokens, block_size) - row.num_blocks + row.copy_on_write)
-                if tokens == 0:
-                    continue
-            grants[i] = tokens
-            taken[i] = max(0, need)
-            num_free -= taken[i]
-            decision.budget_left -= tokens
+            need = blocks_for(num_planned + tokens, block_size) - num_blocks + copy_on_write
+        grants[i] = tokens
+        if need > 0:
+            blocks[i] = need
+            num_free -= need
+        decision.budget_left -= tokens
     return decision
 
 

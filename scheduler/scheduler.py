@@ -22,9 +22,10 @@ from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, StepPlan, StepResult
 from common.types import FinishReason, SequenceId
 from scheduler import policy
+from scheduler.block_pool import Reclaim
 from scheduler.prefix_cache import KeyChain
 from scheduler.sequence import Sequence, Status
-from scheduler.session import Draft, Match, Outstanding, Row, Session
+from scheduler.session import Draft, Match, Outstanding, Session
 from scheduler.stopping import finish_reason, stop_tokens
 
 
@@ -209,6 +210,7 @@ class Scheduler:
         if not session.leaving:
             self._admit_waiting(session, draft, now_ns)
         if not draft.rows:
+            assert session.outstanding or not session.running, "sequences run, and nothing will ever wake them"
             return None
         self.counters.steps += 1
         return session.send(draft)
@@ -227,53 +229,54 @@ class Scheduler:
         if not session.outstanding or session.outstanding[0].step != result.step:
             raise ProtocolError(f"result of step {result.step}, expected {[f.step for f in session.outstanding][:1]}")
         flight = session.outstanding[0]
-        self._check_result(session, flight, result)  # before anything is committed: a token is never lost half-way
+        tokens, failed = self._read_result(session, flight, result)
         session.outstanding.popleft()
-        for ref, row in flight.rows.items():
-            if row.sequence.session is session and row.sequence.ref == ref:
-                row.sequence.num_computed += row.num_scheduled
-        outputs: list[TokenOutput] = []
-        for ref, token in zip(result.refs, result.tokens, strict=True):
-            row = flight.rows[ref]
-            if self._is_current(row):
-                outputs.append(self._commit(row.sequence, token, now_ns))
-            else:
-                self.counters.rows_dropped += 1
-        for ref in result.failed:
-            row = flight.rows[ref]
-            if self._is_current(row):
-                self._end(row.sequence, FinishReason.ERROR, forget=True)
-                outputs.append(TokenOutput(row.sequence.id, None, FinishReason.ERROR))
+        for ref, (sequence, _, num_scheduled, _) in flight.rows.items():
+            if sequence.ref == ref and sequence.session is session:
+                sequence.num_computed += num_scheduled
+        outputs = [self._commit(sequence, token, now_ns) for sequence, token in tokens]
+        for sequence in failed:
+            self._end(sequence, FinishReason.ERROR, forget=True)
+            outputs.append(TokenOutput(sequence.id, None, FinishReason.ERROR))
+        self.counters.output_tokens += len(tokens)
+        self.counters.rows_dropped += len(result.refs) - len(tokens)
         session.answered(flight.step)
         return outputs
 
     # ---- inside
 
-    def _check_result(self, session: Session, flight: Outstanding, result: StepResult) -> None:
-        answered = set(result.failed)
+    def _read_result(
+        self, session: Session, flight: Outstanding, result: StepResult
+    ) -> tuple[list[tuple[Sequence, int]], list[Sequence]]:
+        """Tokens to commit and sequences that failed. All is checked before any is committed, so none is half taken."""
+        rows, vocab_size = flight.rows, session.facts.vocab_size
+        answered = {*result.refs, *result.failed}
+        if len(answered) != len(result.refs) + len(result.failed):
+            raise ProtocolError(f"step {result.step}: a row is answered twice")
+        tokens: list[tuple[Sequence, int]] = []
         for ref, token, index in zip(result.refs, result.tokens, result.indices, strict=True):
-            row = flight.rows.get(ref)
-            if row is None or not row.samples or ref in answered or not 0 <= token < session.facts.vocab_size:
+            row = rows.get(ref)
+            if row is None or not row.samples or not 0 <= token < vocab_size:
                 raise ProtocolError(f"step {result.step}: row {ref:#x} with token {token} was not asked for")
-            if self._is_current(row) and index != row.sequence.num_output:
+            if row.is_current:
                 expected = row.sequence.num_output
-                raise ProtocolError(f"step {result.step}: output {index} of row {ref:#x}, not {expected}")
-            answered.add(ref)
+                if index != expected:
+                    raise ProtocolError(f"step {result.step}: output {index} of row {ref:#x}, not {expected}")
+                tokens.append((row.sequence, token))
         for ref in result.failed:
-            if ref not in flight.rows:
+            if ref not in rows:
                 raise ProtocolError(f"step {result.step}: row {ref:#x} failed but was not asked for")
-        for ref, row in flight.rows.items():
-            if row.samples and ref not in answered and self._is_current(row):
-                raise ProtocolError(f"step {result.step}: no token for row {ref:#x}")
-
-    def _is_current(self, row: Row) -> bool:
-        return row.sequence.status is not Status.FINISHED and row.attempt == row.sequence.attempt
+        if len(answered) < len(rows):
+            for ref, row in rows.items():
+                if row.samples and ref not in answered and row.is_current:
+                    raise ProtocolError(f"step {result.step}: no token for row {ref:#x}")
+        return tokens, [rows[ref].sequence for ref in result.failed if rows[ref].is_current]
 
     def _commit(self, sequence: Sequence, token: int, now_ns: int) -> TokenOutput:
         sequence.tokens.append(token)
-        sequence.first_token_ns = sequence.first_token_ns or now_ns
+        if not sequence.first_token_ns:
+            sequence.first_token_ns = now_ns
         sequence.last_token_ns = now_ns
-        self.counters.output_tokens += 1
         reason = finish_reason(token, sequence.num_output, sequence.stop, self._eos)
         if reason is not FinishReason.NONE:
             self._end(sequence, reason)
@@ -286,16 +289,21 @@ class Scheduler:
         if sequence.session is not None:
             sequence.session.release(sequence, forget=forget)
         else:
-            self._waiting.remove(sequence)
+            self._leave_line(sequence)
         sequence.become(Status.FINISHED)
         sequence.reason = reason
         del self._sequences[sequence.id]
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
 
+    def _leave_line(self, sequence: Sequence) -> None:
+        index = bisect.bisect_left(self._waiting, sequence.order, key=_order)
+        assert self._waiting[index] is sequence, f"sequence {sequence.id} does not wait"
+        del self._waiting[index]
+
     def _wait_again(self, sequence: Sequence) -> None:
         sequence.become(Status.WAITING)
         sequence.fork_of = None
-        bisect.insort(self._waiting, sequence, key=lambda s: s.order)
+        bisect.insort(self._waiting, sequence, key=_order)
 
     def _preempt(self, session: Session, sequence: Sequence) -> None:
         session.release(sequence)
@@ -304,13 +312,11 @@ class Scheduler:
         self._wait_again(sequence)
 
     def _grant_running(self, session: Session, draft: Draft) -> int:
-        """Rows for the running sequences. Returns the blocks their known tokens will still need."""
+        """Rows for the running sequences. Returns the blocks that what is known of them will still need."""
         running = list(session.running)
-        block_size = session.block_size
-        ref_count = session.pool.ref_count
+        block_size, ref_count = session.block_size, session.pool.ref_count
         rows: list[policy.Running] = []
         known: list[int] = []
-        num_promised = 0
         for sequence in running:
             computed, sampled = session.in_flight(sequence)
             planned = sequence.num_computed + computed
@@ -318,40 +324,34 @@ class Scheduler:
             table = sequence.block_table
             # nothing follows the last token it may have, nor is that token's K and V ever needed
             num_uncomputed = num_known - planned if num_known < sequence.max_length else 0
-            if num_uncomputed > 1:
-                num_promised += blocks_for(num_known, block_size) - len(table)
             index = planned // block_size
-            rows.append(
-                policy.Running(
-                    num_uncomputed,
-                    planned,
-                    len(table),
-                    index < len(table) and ref_count(table[index]) > 1,
-                    0,
-                    computed > 0,
-                )
-            )
+            shared = index < len(table) and ref_count(table[index]) > 1
+            rows.append(policy.Running(num_uncomputed, planned, len(table), shared))
             known.append(num_known)
-        if session.pool.num_free < 2 * len(rows) + blocks_for(draft.budget, block_size):  # memory may run out
-            rows = [
-                row._replace(num_exclusive=sum(ref_count(b) == 1 for b in sequence.block_table))
-                for row, sequence in zip(rows, running, strict=True)
-            ]
+        reclaim = Reclaim(session.pool)
         decision = policy.decide(
             rows,
             token_budget=draft.budget,
             num_free=session.pool.num_free,
-            num_returning=session.num_returning,
+            num_returning=sum(reclaim.add(table, late=True)[1] for table in session.returning()),
             block_size=block_size,
+            yield_of=lambda i: reclaim.add(running[i].block_table, late=rows[i].num_planned > running[i].num_computed),
         )
         for i in decision.preempted:
             self._preempt(session, running[i])
-        for sequence, row, tokens, num_known in zip(running, rows, decision.grants, known, strict=True):
+        num_promised = 0
+        for sequence, row, num_known, tokens, blocks in zip(
+            running, rows, known, decision.grants, decision.blocks, strict=True
+        ):
             if tokens:
-                session.grant(sequence, row.num_planned, tokens, num_known, draft)
+                session.grant(sequence, row.num_planned, tokens, num_known, blocks, draft)
+            if tokens < row.num_uncomputed and sequence.session is session:
+                num_promised += blocks_for(num_known, block_size) - len(sequence.block_table)
         return num_promised
 
     def _admit_waiting(self, session: Session, draft: Draft, now_ns: int) -> None:
+        if draft.budget == 0 or not session.has_slot:
+            return  # before the line is copied: it may be long
         for sequence in list(self._waiting):
             if draft.budget == 0 or not session.has_slot:
                 return
@@ -371,14 +371,14 @@ class Scheduler:
             self._admit(sequence, session, match, draft, now_ns)
 
     def _admit(self, sequence: Sequence, session: Session, match: Match, draft: Draft, now_ns: int) -> None:
-        self._waiting.remove(sequence)
+        self._leave_line(sequence)
         sequence.become(Status.RUNNING)
         sequence.attempt += 1
         if not sequence.admitted_ns:
             sequence.admitted_ns = now_ns
             sequence.num_cached_prompt = match.num_tokens
             self.counters.cached_prompt_tokens += match.num_tokens
-        bisect.insort(session.running, sequence, key=lambda s: s.order)
+        bisect.insort(session.running, sequence, key=_order)
         tokens = min(len(sequence.tokens) - match.num_tokens, draft.budget)
         session.admit(sequence, match, draft, tokens, stop_tokens(sequence.stop, self._eos))
         session.add_row(sequence, match.num_tokens, tokens, len(sequence.tokens), draft)
@@ -428,3 +428,7 @@ class Scheduler:
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(list(self._sequences.values()))
+
+
+def _order(sequence: Sequence) -> int:
+    return sequence.order

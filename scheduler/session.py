@@ -18,7 +18,7 @@ from common.types import BlockId, SlotRef, slot_of, slot_ref
 from scheduler import policy
 from scheduler.block_pool import BlockPool
 from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
-from scheduler.sequence import Sequence
+from scheduler.sequence import Sequence, Status
 
 
 class Row(NamedTuple):
@@ -28,6 +28,11 @@ class Row(NamedTuple):
     attempt: int
     num_scheduled: int
     samples: bool
+
+    @property
+    def is_current(self) -> bool:
+        """Its sequence goes on, and was not placed anew since: what the row brings is the sequence's next token."""
+        return self.attempt == self.sequence.attempt and self.sequence.status is not Status.FINISHED
 
 
 class Outstanding(NamedTuple):
@@ -109,18 +114,12 @@ class Session:
         """The step that was sent last; -1 before the first."""
         return self._next_step - 1
 
-    @property
-    def num_returning(self) -> int:
-        """Blocks that come free when the outstanding steps are answered."""
-        ref_count = self.pool.ref_count
-        return sum(ref_count(b) == 1 for _, blocks in self._returning for b in blocks)
-
     def in_flight(self, sequence: Sequence) -> tuple[int, int]:
         """(tokens computed, tokens sampled) for the sequence by the outstanding steps."""
         computed = sampled = 0
         for flight in self.outstanding:
             row = flight.rows.get(sequence.ref)
-            if row is not None and row.sequence is sequence:
+            if row is not None:
                 computed += row.num_scheduled
                 sampled += row.samples
         return computed, sampled
@@ -129,12 +128,14 @@ class Session:
         """Tokens of the sequence that are computed once the outstanding steps are done."""
         return sequence.num_computed + self.in_flight(sequence)[0]
 
+    def returning(self) -> Iterator[Iterable[BlockId]]:
+        """Released tables that come free when the outstanding steps are answered."""
+        return (blocks for _, blocks in self._returning)
+
     def held(self) -> Iterator[Iterable[BlockId]]:
         """Every block table and everything on its way back; for checks."""
-        for sequence in self.running:
-            yield sequence.block_table
-        for _, blocks in self._returning:
-            yield blocks
+        yield from (sequence.block_table for sequence in self.running)
+        yield from self.returning()
 
     # ---- matching prefixes
 
@@ -257,17 +258,22 @@ class Session:
             )
         )
 
-    def grant(self, sequence: Sequence, num_planned: int, num_tokens: int, num_known: int, draft: Draft) -> None:
-        """A row of the plan: compute positions [num_planned, num_planned + num_tokens)."""
-        self._make_room(sequence, num_planned, num_tokens, draft, whole=False)
+    def grant(
+        self, sequence: Sequence, num_planned: int, num_tokens: int, num_known: int, num_blocks: int, draft: Draft
+    ) -> None:
+        """A row of the plan: compute positions [num_planned, num_planned + num_tokens), which take `num_blocks`."""
+        if num_blocks:
+            self._make_room(sequence, num_planned, num_tokens, draft, whole=False)
         self.add_row(sequence, num_planned, num_tokens, num_known, draft)
 
     def add_row(self, sequence: Sequence, num_planned: int, num_tokens: int, num_known: int, draft: Draft) -> None:
         """The row itself; the blocks are there. `num_known` counts tokens that are sampled in flight, too."""
-        draft.rows[sequence.ref] = Row(sequence, sequence.attempt, num_tokens, num_planned + num_tokens == num_known)
+        stop = num_planned + num_tokens
+        draft.rows[sequence.ref] = Row(sequence, sequence.attempt, num_tokens, stop == num_known)
         draft.num_scheduled.append(num_tokens)
         draft.budget -= num_tokens
-        self.remember(sequence, num_planned + num_tokens, draft.step)
+        if stop // self.block_size > sequence.num_remembered:
+            self.remember(sequence, stop, draft.step)
 
     def _make_room(self, sequence: Sequence, start: int, num_tokens: int, draft: Draft, *, whole: bool) -> None:
         """Blocks for positions [start, start + num_tokens), none of them shared where it will be written.

@@ -56,7 +56,7 @@ def _join(world: Witness, draw: random.Random) -> None:
         world.join(
             block_size=size,
             num_blocks=draw.choice([16, 24, 40, 64, 80]) // size + 1,
-            max_sequences=draw.choice([2, 4, 8]),
+            max_sequences=draw.choice([1, 2, 4, 8]),
             credit=draw.choice([1, 2, 2, 3]),
             max_step_tokens=draw.choice([8, 256]),
         )

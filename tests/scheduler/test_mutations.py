@@ -18,7 +18,8 @@ from scheduler.block_pool import BlockPool
 from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
 from scheduler.scheduler import ProtocolError, Scheduler
 from scheduler.sequence import Sequence as Running
-from scheduler.session import Draft, Match, Session
+from scheduler.sequence import Status
+from scheduler.session import Draft, Match, Row, Session
 from tests.scheduler.crowd import stories
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -121,7 +122,7 @@ def a_token_that_ended_a_sequence_counts_as_computed(monkeypatch: pytest.MonkeyP
 
 
 def a_token_of_an_earlier_placement_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Scheduler, "_is_current", lambda self, row: row.sequence.id in self._sequences)
+    monkeypatch.setattr(Row, "is_current", property(lambda row: row.sequence.status is not Status.FINISHED))
 
 
 def a_plan_forgets_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,5 +163,5 @@ MUTATIONS: list[Plant] = [
 def test_the_crowd_notices_when(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
     with pytest.raises((AssertionError, SlabMismatch, PlanError, ProtocolError)):
-        for _ in stories(num_seeds=40, num_events=120):
+        for _ in stories(num_seeds=80, num_events=120):
             pass

@@ -5,12 +5,17 @@ from __future__ import annotations
 from scheduler.policy import Decision, Place, Running, decide, place
 
 
-def row(num_uncomputed: int, num_planned: int = 0, num_blocks: int = 0, *, in_flight: bool = False) -> Running:
-    return Running(num_uncomputed, num_planned, num_blocks, False, num_blocks, in_flight)
+def row(num_uncomputed: int, num_planned: int = 0, num_blocks: int = 0) -> Running:
+    return Running(num_uncomputed, num_planned, num_blocks, False)
 
 
-def share(rows: list[Running], *, budget: int = 64, free: int = 64, returning: int = 0) -> Decision:
-    return decide(rows, token_budget=budget, num_free=free, num_returning=returning, block_size=4)
+def share(
+    rows: list[Running], *, budget: int = 64, free: int = 64, returning: int = 0, in_flight: tuple[int, ...] = ()
+) -> Decision:
+    def yield_of(i: int) -> tuple[int, int]:
+        return (0, rows[i].num_blocks) if i in in_flight else (rows[i].num_blocks, 0)
+
+    return decide(rows, token_budget=budget, num_free=free, num_returning=returning, block_size=4, yield_of=yield_of)
 
 
 def test_a_decoding_sequence_is_never_delayed_by_an_older_long_prompt() -> None:
@@ -45,9 +50,15 @@ def test_nobody_is_preempted_while_enough_blocks_are_on_their_way_back() -> None
 
 
 def test_blocks_of_a_victim_in_flight_are_waited_for_not_taken() -> None:
-    decision = share([row(1, 8, 2), row(1, 9, 3, in_flight=True)], free=0)
+    decision = share([row(1, 8, 2), row(1, 9, 3)], free=0, in_flight=(1,))
     assert decision.preempted == [1]
     assert decision.grants == [0, 0]
+
+
+def test_the_youngest_waits_with_what_it_has_rather_than_preempt_itself() -> None:
+    decision = share([row(1, 9, 3), row(1, 8, 2)], free=0)
+    assert decision.preempted == []
+    assert decision.grants == [1, 0]
 
 
 def test_a_prompt_takes_the_blocks_there_are_and_the_rest_later() -> None:
