@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.blocks import blocks_for
 from common.errors import ModelFolderError
 
 
@@ -80,18 +81,34 @@ def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtyp
     return numbers * block_size * dtype.itemsize
 
 
-def num_blocks_for(
-    budget_bytes: int, layers: Sequence[LayerShape], *, block_size: int, dtype: torch.dtype, max_model_len: int
-) -> int:
-    """Blocks that fit into `budget_bytes`. Raises ModelFolderError when not even one sequence of full length fits."""
+def fit_slab(
+    layers: Sequence[LayerShape],
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    budget_bytes: int,
+    max_sequences: int,
+    longest: int,
+    max_model_len: int | None = None,
+) -> tuple[int, int]:
+    """Return how many blocks to take, and how many tokens one sequence may have.
+
+    `longest` is what the model allows. A wanted `max_model_len` is kept; without it the length is cut to what fits.
+    Raises ModelFolderError when it is out of range, or one sequence of it does not fit into `budget_bytes`.
+    """
+    if max_model_len is not None and not 2 <= max_model_len <= longest:
+        raise ModelFolderError(f"max_model_len must be in [2, {longest}] for this model, got {max_model_len}")
     each = block_bytes(layers, block_size, dtype)
-    needed = -(-max_model_len // block_size)
-    if budget_bytes < needed * each:
+    useful = max_sequences * blocks_for(max_model_len or longest, block_size)
+    num_blocks = min(budget_bytes // each, useful)
+    needed = max_model_len or 2
+    if num_blocks * block_size < needed:
         raise ModelFolderError(
-            f"{budget_bytes / 2**20:.0f} MiB of KV cache hold {budget_bytes // each * block_size} tokens, one sequence "
-            f"may have {max_model_len} ({needed * each / 2**20:.0f} MiB); give more memory or a smaller max_model_len"
+            f"{budget_bytes / 2**20:.0f} MiB of KV cache hold {num_blocks * block_size} tokens, one sequence may have "
+            f"{needed} ({blocks_for(needed, block_size) * each / 2**20:.0f} MiB); give more memory or a smaller "
+            "max_model_len"
         )
-    return budget_bytes // each
+    return num_blocks, max_model_len or min(longest, num_blocks * block_size)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -35,4 +35,5 @@ def uniforms(seeds: NDArray[np.uint64], choices: NDArray[np.int64], indices: NDA
     counter = np.stack([choices.astype(np.uint64) & _LOW, indices.astype(np.uint64) & _LOW, zero, zero])
     words = philox(counter, np.stack([seeds & _LOW, seeds >> _32]))
     bits = (words[0] << _32 | words[1]) >> np.uint64(11)
-    return np.ldexp(bits.astype(np.float64), -53)
+    fractions: NDArray[np.float64] = np.ldexp(bits.astype(np.float64), -53)
+    return fractions

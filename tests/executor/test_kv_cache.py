@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import ModelFolderError
-from executor.kv_cache import KvCache, LayerShape, block_bytes, free_bytes, num_blocks_for
+from executor.kv_cache import KvCache, LayerShape, block_bytes, fit_slab, free_bytes
 
 CPU = torch.device("cpu")
 WIDE = LayerShape(num_heads=8, num_kv_heads=4, key_dim=16, value_dim=16)
@@ -37,16 +37,41 @@ def test_copies_are_done_one_after_the_other() -> None:
     assert [set(layer.values[block].view(-1).tolist()) for block in range(4)] == [{0}, {-3}, {-3}, {-3}]
 
 
-def test_a_budget_becomes_blocks_and_too_small_a_one_is_refused() -> None:
-    each = block_bytes([WIDE], 4, torch.float32)
-    assert each == 4 * 4 * 32 * 4
+def fit(budget_bytes: int, max_model_len: int | None = None, max_sequences: int = 8) -> tuple[int, int]:
+    return fit_slab(
+        [WIDE],
+        block_size=4,
+        dtype=torch.float32,
+        budget_bytes=budget_bytes,
+        max_sequences=max_sequences,
+        longest=40,
+        max_model_len=max_model_len,
+    )
 
-    def blocks(budget: int) -> int:
-        return num_blocks_for(budget, [WIDE], block_size=4, dtype=torch.float32, max_model_len=9)
 
-    assert blocks(10 * each + 1) == 10
-    with pytest.raises(ModelFolderError, match="hold 8 tokens, one sequence may have 9"):
-        blocks(3 * each - 1)
+EACH = 4 * 4 * 32 * 4  # bytes: heads, tokens, K and V numbers of a head, bytes of a number
+
+
+def test_the_slab_takes_what_the_budget_allows_and_no_more_than_all_slots_can_use() -> None:
+    assert fit(30 * EACH + 1) == (30, 40)
+    assert fit(1000 * EACH) == (80, 40)
+    assert fit(1000 * EACH, max_sequences=2) == (20, 40)
+    assert fit(1000 * EACH, max_model_len=9) == (24, 9)
+
+
+def test_sequences_are_cut_to_what_fits_unless_a_length_is_wanted() -> None:
+    assert fit(3 * EACH) == (3, 12)
+    assert fit(3 * EACH, max_model_len=12) == (3, 12)
+    with pytest.raises(ModelFolderError, match="hold 12 tokens, one sequence may have 13"):
+        fit(3 * EACH, max_model_len=13)
+    with pytest.raises(ModelFolderError, match="hold 0 tokens"):
+        fit(EACH - 1)
+
+
+@pytest.mark.parametrize("wanted", [1, 41])
+def test_a_length_that_the_model_does_not_have_is_refused(wanted: int) -> None:
+    with pytest.raises(ModelFolderError, match=r"max_model_len must be in \[2, 40\]"):
+        fit(1000 * EACH, max_model_len=wanted)
 
 
 def test_free_memory_is_a_plausible_number_of_bytes() -> None:

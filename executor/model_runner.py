@@ -1,0 +1,183 @@
+"""The runner that computes: a plan to tensors, through the model, to tokens. Walks the stops; decides nothing.
+
+Importing this module imports torch. Import it, and call everything in it, from the one compute thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from common.model_folder import read_model_folder
+from common.step import ExecutorFacts, StepPlan, StepResult
+from common.types import slot_of
+from executor.attention import choose
+from executor.batch import InputBatch, build_batch
+from executor.kv_cache import KvCache, block_bytes, fit_slab, free_bytes
+from executor.paged_model import PagedModel, probe_layers
+from executor.resident import Resident
+from executor.runner import Report
+from executor.sampler import Choice, SamplingColumns, sample
+from executor.token_pool import TokenPool
+from executor.weights import load_model, max_positions
+
+_log = logging.getLogger(__name__)
+
+_CPU_SHARE: Final = 0.5  # of the free memory: a machine has other work
+_CPU_MOST_BYTES: Final = 4 << 30
+_GPU_SHARE: Final = 0.85  # the rest is for activations
+
+
+class ModelRunner:
+    """A Runner over a Hugging Face folder."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        model_folder: Path,
+        dtype: str = "auto",
+        device: str = "cpu",
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        kv_cache_bytes: int | None = None,
+        max_sequences: int = 256,
+        max_step_tokens: int = 2048,
+        max_model_len: int | None = None,
+        num_threads: int | None = None,
+        attention_backend: str = "auto",
+        credit: int = 2,
+    ) -> None:
+        """Take the settings; nothing is read before `load`.
+
+        `dtype` is auto, float32, bfloat16 or float16. `num_blocks` wins over `kv_cache_bytes`; without either the size
+        is found from the free memory. Without `max_model_len` it is the model's, or less where the memory is less.
+        """
+        self._name = name
+        self._model_folder = model_folder
+        self._dtype = dtype
+        self._device = torch.device(device)
+        self._block_size = block_size
+        self._num_blocks = num_blocks
+        self._kv_cache_bytes = kv_cache_bytes
+        self._max_sequences = max_sequences
+        self._max_step_tokens = max_step_tokens
+        self._max_model_len = max_model_len
+        self._num_threads = num_threads
+        self._attention_backend = attention_backend
+        self._credit = credit
+
+    def load(self, report: Report) -> ExecutorFacts:
+        """Read the model, check that it can be served, take the KV slab, and run once to warm up.
+
+        Raises ModelFolderError when the folder or the settings do not allow it.
+        """
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
+        folder = read_model_folder(self._model_folder)
+        report("weights", 0, 1)
+        model = load_model(folder.path, dtype=self._dtype, device=self._device)
+        report("weights", 1, 1)
+
+        needs = probe_layers(model, folder.vocab_size)
+        longest = min(filter(None, [folder.max_model_len, max_positions(model.config.get_text_config())]))
+        shapes = [layer.shape for layer in needs]
+        num_blocks, max_model_len = fit_slab(
+            shapes,
+            block_size=self._block_size,
+            dtype=needs[0].dtype,
+            budget_bytes=self._budget_bytes(block_bytes(shapes, self._block_size, needs[0].dtype)),
+            max_sequences=self._max_sequences,
+            longest=longest,
+            max_model_len=self._max_model_len,
+        )
+        report("KV cache", 0, 1)
+        self._cache = KvCache(
+            shapes,
+            num_blocks=num_blocks,
+            block_size=self._block_size,
+            dtype=needs[0].dtype,
+            device=self._device,
+        )
+        self._model = PagedModel(model, self._cache, choose(needs, self._attention_backend))
+        self._resident = Resident(
+            num_blocks=num_blocks,
+            block_size=self._block_size,
+            max_sequences=self._max_sequences,
+            max_step_tokens=self._max_step_tokens,
+            max_model_len=max_model_len,
+            vocab_size=folder.vocab_size,
+        )
+        self._pool = TokenPool(self._resident.token_ids, self._device)
+        report("KV cache", 1, 1)
+        facts = ExecutorFacts(
+            name=self._name,
+            model=folder.name,
+            model_digest=folder.digest,
+            vocab_size=folder.vocab_size,
+            max_model_len=max_model_len,
+            num_blocks=num_blocks,
+            block_size=self._block_size,
+            max_sequences=self._max_sequences,
+            max_step_tokens=self._max_step_tokens,
+            credit=self._credit,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=self._device.type,
+        )
+        _log.info(
+            "%s: %s on %s, %d blocks of %d tokens, at most %d tokens a sequence",
+            folder.architecture, facts.dtype, facts.device, num_blocks, self._block_size, max_model_len,
+        )  # fmt: skip
+        return facts
+
+    def begin_session(self) -> None:
+        """Forget every resident sequence; what the KV slab holds is void."""
+        self._resident.clear()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. Raises PlanError when the plan does not fit what is resident."""
+        started_ns = time.perf_counter_ns()
+        rows = self._resident.apply(plan)
+        self._pool.admit(slot_of(sequence.ref) for sequence in plan.new)
+        self._cache.copy_blocks(plan.copies)
+        chosen = Choice(tokens=[], failed=[])
+        if len(rows.slots):
+            batch = build_batch(self._resident, rows)
+            logits = self._model.forward(batch, self._pool.take(batch.token_places))
+            chosen = sample(logits.float().cpu().numpy(), self._how(batch))
+            self._pool.put(batch.sampled_places, torch.tensor(chosen.tokens, dtype=torch.int32))
+        sampled = self._resident.advance(rows, chosen.tokens, chosen.failed)
+        return StepResult(
+            step=plan.step,
+            refs=sampled.refs,
+            tokens=sampled.tokens,
+            indices=sampled.indices,
+            failed=sampled.failed,
+            compute_ns=time.perf_counter_ns() - started_ns,
+        )
+
+    def _how(self, batch: InputBatch) -> SamplingColumns:
+        held, slots = self._resident, batch.sampled_slots
+        return SamplingColumns(
+            temperature=held.temperature[slots],
+            top_k=held.top_k[slots],
+            top_p=held.top_p[slots],
+            min_p=held.min_p[slots],
+            seed=held.seed[slots],
+            choice=held.choice[slots],
+            index=batch.sampled_indices,
+        )
+
+    def _budget_bytes(self, block: int) -> int:
+        """Memory for the slab, when one block takes `block` bytes."""
+        if self._num_blocks is not None:
+            return self._num_blocks * block
+        if self._kv_cache_bytes is not None:
+            return self._kv_cache_bytes
+        if self._device.type == "cpu":
+            return min(int(free_bytes(self._device) * _CPU_SHARE), _CPU_MOST_BYTES)
+        return int(free_bytes(self._device) * _GPU_SHARE)
