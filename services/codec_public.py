@@ -6,6 +6,8 @@ the field's name and the limit, in the numbers that the caller sent.
 
 from __future__ import annotations
 
+import math
+import math
 import secrets
 import struct
 from typing import Final
@@ -135,12 +137,14 @@ def _usage_pb(finish: Finish) -> pb.Usage:
 def _request_id(given: str) -> str:
     if len(given) > _MAX_REQUEST_ID:
         raise InvalidRequest("request_id", f"at most {_MAX_REQUEST_ID} characters, got {len(given)}")
+    if not all("!" <= character <= "~" for character in given):  # it goes into log lines and metadata as it is
+        raise InvalidRequest("request_id", "must be printable ASCII without spaces")
     return given or secrets.token_hex(8)
 
 
 def _shortest(value: float) -> float:
     """The float32 as the number with fewest digits that rounds to it: 0.1, not 0.10000000149."""
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         return value
     for digits in range(1, 10):
         short = float(f"{value:.{digits}g}")

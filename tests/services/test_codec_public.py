@@ -1,0 +1,382 @@
+"""Requests become checked values: every field at its limit and beyond it, unset and zero told apart."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import InvalidRequest
+from common.sampling import MAX_SEED, RequestLimits, SamplingParams
+from common.types import FinishReason
+from protos import inference_pb2 as pb
+from services.answering import Delta, Finish, Usage
+from services.codec_public import delta_pb, fill_finish, finish_pb, input_from_pb, request_from_pb, token_ids
+from services.request import Chat, GenerateSpec, Message, Text, TokenIds
+
+LIMITS = RequestLimits(
+    max_choices=4, max_stop_strings=3, max_stop_string_bytes=5, max_stop_token_ids=2, max_temperature=2.0
+)
+VOCAB_SIZE = 100
+
+Request = pb.GenerateRequest | pb.GenerateStreamRequest
+Change = Callable[[Any], object]
+
+FLOATS = st.floats(width=32)
+
+
+def spec_of(request: Request) -> GenerateSpec:
+    return request_from_pb(request, LIMITS, vocab_size=VOCAB_SIZE)
+
+
+def refused(request: Request) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        spec_of(request)
+    return caught.value
+
+
+def sampling(**values: float) -> pb.GenerateRequest:
+    return pb.GenerateRequest(text="hi", sampling=pb.SamplingParams(**values))  # type: ignore[arg-type]
+
+
+def stopping(**values: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(text="hi", stopping=pb.StopConditions(**values))
+
+
+# ---- the message
+
+
+def shape(message: Descriptor) -> list[tuple[Any, ...]]:
+    def one(field: FieldDescriptor) -> tuple[Any, ...]:
+        of = field.message_type.full_name if field.message_type else None
+        oneof = field.containing_oneof.name if field.containing_oneof else None
+        return field.name, field.number, field.type, field.is_repeated, field.has_presence, of, oneof
+
+    return [one(field) for field in message.fields]
+
+
+def test_the_two_generate_requests_are_the_same_field_for_field() -> None:
+    assert shape(pb.GenerateRequest.DESCRIPTOR) == shape(pb.GenerateStreamRequest.DESCRIPTOR)
+
+
+def test_the_numbers_of_finish_reasons_are_those_of_the_wire() -> None:
+    on_the_wire = {
+        value.name.removeprefix("FINISH_REASON_"): value.number for value in pb.FinishReason.DESCRIPTOR.values
+    }
+
+    assert {reason.name: reason.value for reason in FinishReason} | {"UNSPECIFIED": 0} == on_the_wire | {"NONE": 0}
+
+
+# ---- defaults, and what is not one
+
+
+@pytest.mark.parametrize("kind", [pb.GenerateRequest, pb.GenerateStreamRequest])
+def test_what_is_not_set_takes_its_default(kind: type[Request]) -> None:
+    spec = spec_of(kind(text="hi"))
+    drawn = spec.sampling.seed
+
+    assert spec == GenerateSpec(
+        request_id=spec.request_id,
+        model="",
+        input=Text(text="hi"),
+        sampling=SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=drawn),
+        n=1,
+        max_tokens=None,
+        stop_token_ids=(),
+        stop_strings=(),
+        ignore_eos=False,
+        skip_special_tokens=True,
+    )
+    assert spec.request_id != ""
+
+
+@pytest.mark.parametrize("kind", [pb.GenerateRequest, pb.GenerateStreamRequest])
+def test_every_field_reaches_the_value(kind: type[Request]) -> None:
+    request = kind(
+        request_id="r",
+        model="m",
+        text="hi",
+        sampling=pb.SamplingParams(temperature=0.1, top_k=5, top_p=0.2, min_p=0.3, seed=7, n=2),
+        stopping=pb.StopConditions(max_tokens=9, stop=["a", "b"], stop_token_ids=[3], ignore_eos=True),
+        skip_special_tokens=False,
+    )
+
+    assert spec_of(request) == GenerateSpec(
+        request_id="r",
+        model="m",
+        input=Text(text="hi"),
+        sampling=SamplingParams(temperature=0.1, top_k=5, top_p=0.2, min_p=0.3, seed=7),
+        n=2,
+        max_tokens=9,
+        stop_token_ids=(3,),
+        stop_strings=("a", "b"),
+        ignore_eos=True,
+        skip_special_tokens=False,
+    )
+
+
+def test_zero_is_a_value_and_not_unset() -> None:
+    spec = spec_of(sampling(temperature=0.0, top_k=0, min_p=0.0, seed=0))
+
+    assert spec.sampling == SamplingParams(temperature=0.0, top_k=0, min_p=0.0, seed=0)
+    assert spec.sampling.greedy
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [(sampling(top_p=0.0), "top_p"), (sampling(n=0), "n"), (stopping(max_tokens=0), "max_tokens")],
+)
+def test_a_zero_that_makes_no_sense_is_refused_and_not_taken_for_the_default(
+    request_: pb.GenerateRequest, field: str
+) -> None:
+    assert refused(request_).field == field
+
+
+def test_a_seed_that_is_not_set_is_drawn_anew_each_time() -> None:
+    seeds = {spec_of(pb.GenerateRequest(text="hi")).sampling.seed for _ in range(8)}
+
+    assert len(seeds) == 8
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+@given(st.integers(0, MAX_SEED))
+def test_a_seed_that_is_set_is_kept(seed: int) -> None:
+    assert spec_of(sampling(seed=seed)).sampling.seed == seed
+
+
+# ---- numbers
+
+
+def as_float32(value: float) -> float:
+    (rounded,) = struct.unpack("<f", struct.pack("<f", value))
+    assert isinstance(rounded, float)
+    return rounded
+
+
+@given(FLOATS, st.sampled_from(["temperature", "top_p", "min_p"]))
+def test_a_float_is_taken_inside_its_range_and_refused_by_name_outside(value: float, name: str) -> None:
+    inside = {"temperature": 0 <= value <= 2, "top_p": 0 < value <= 1, "min_p": 0 <= value <= 1}[name]
+    request = sampling(**{name: value})
+
+    if inside:
+        assert as_float32(getattr(spec_of(request).sampling, name)) == value
+    else:
+        assert refused(request).field == name
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        ("temperature", [0.0, 2.0], [-1e-6, 2.001, math.nan, math.inf, -math.inf]),
+        ("top_p", [1e-6, 1.0], [0.0, -0.1, 1.001, math.nan, math.inf, -math.inf]),
+        ("min_p", [0.0, 1.0], [-1e-6, 1.001, math.nan, math.inf, -math.inf]),
+    ],
+)
+def test_a_float_at_its_limit_is_taken_and_the_next_is_refused(
+    name: str, inside: list[float], outside: list[float]
+) -> None:
+    for value in inside:
+        assert getattr(spec_of(sampling(**{name: value})).sampling, name) == value
+    for value in outside:
+        assert refused(sampling(**{name: value})).field == name
+
+
+@given(st.decimals(0, 2, places=3))
+def test_a_float_is_the_number_that_the_caller_typed(typed: Any) -> None:
+    assert spec_of(sampling(temperature=float(typed))).sampling.temperature == float(typed)
+
+
+@given(st.decimals("1.001", 99, places=3))
+def test_a_problem_is_told_in_the_number_that_the_caller_typed(typed: Any) -> None:
+    assert str(refused(sampling(top_p=float(typed)))) == f"top_p: must be in (0, 1], got {float(typed)}"
+
+
+@pytest.mark.parametrize("largest", [3.4028234663852886e38, -3.4028234663852886e38])
+def test_the_largest_float_is_refused_like_any_other(largest: float) -> None:
+    assert refused(sampling(temperature=largest)).field == "temperature"
+
+
+@given(st.integers(0, (1 << 32) - 1))
+def test_any_top_k_is_taken(top_k: int) -> None:
+    assert spec_of(sampling(top_k=top_k)).sampling.top_k == top_k
+
+
+@given(st.integers(0, (1 << 32) - 1) | st.integers(0, 6))
+def test_n_is_taken_up_to_its_limit(n: int) -> None:
+    if 1 <= n <= LIMITS.max_choices:
+        assert spec_of(sampling(n=n)).n == n
+    else:
+        assert str(refused(sampling(n=n))) == f"n: must be in [1, 4], got {n}"
+
+
+@given(st.integers(1, (1 << 32) - 1))
+def test_any_max_tokens_above_zero_is_taken(max_tokens: int) -> None:
+    assert spec_of(stopping(max_tokens=max_tokens)).max_tokens == max_tokens
+
+
+# ---- the prompt
+
+
+@pytest.mark.parametrize("kind", [pb.GenerateRequest, pb.GenerateStreamRequest])
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda r: None, "input"),
+        (lambda r: setattr(r, "text", ""), "text"),
+        (lambda r: r.token_ids.SetInParent(), "token_ids"),
+        (lambda r: r.chat.SetInParent(), "chat"),
+        (lambda r: r.chat.messages.add(content="hi"), "chat.messages[0].role"),
+    ],
+    ids=["no input", "empty text", "no token ids", "no messages", "no role"],
+)
+def test_a_request_without_a_prompt_is_refused(kind: type[Request], change: Change, field: str) -> None:
+    request = kind()
+    change(request)
+
+    assert refused(request).field == field
+
+
+def test_the_message_without_a_role_is_named() -> None:
+    messages = [pb.ChatMessage(role="user", content="hi"), pb.ChatMessage(content="hi")]
+
+    assert refused(pb.GenerateRequest(chat=pb.ChatMessages(messages=messages))).field == "chat.messages[1].role"
+
+
+def test_messages_keep_their_order_and_may_be_empty() -> None:
+    messages = [pb.ChatMessage(role="system"), pb.ChatMessage(role="user", content="hi")]
+
+    assert spec_of(pb.GenerateRequest(chat=pb.ChatMessages(messages=messages))).input == Chat(
+        messages=(Message(role="system", content=""), Message(role="user", content="hi"))
+    )
+
+
+@given(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=5))
+def test_token_ids_inside_the_vocabulary_are_taken(ids: list[int]) -> None:
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids))
+
+    assert spec_of(request).input == TokenIds(ids=tuple(ids))
+
+
+@given(st.integers(VOCAB_SIZE, (1 << 32) - 1), st.integers(0, 3))
+def test_a_token_id_outside_the_vocabulary_is_named(beyond: int, place: int) -> None:
+    ids = [1, 2, 3]
+    ids.insert(place, beyond)
+    error = refused(pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids)))
+
+    assert str(error) == f"token_ids: must be in [0, 100), got {beyond}"
+
+
+def test_ids_to_detokenize_are_checked_alike() -> None:
+    assert token_ids("token_ids", (0, 99), VOCAB_SIZE) == (0, 99)
+    with pytest.raises(InvalidRequest, match="got 100"):
+        token_ids("token_ids", (100,), VOCAB_SIZE)
+
+
+def test_a_text_to_tokenize_is_checked_alike() -> None:
+    assert input_from_pb(pb.TokenizeRequest(text="hi"), vocab_size=VOCAB_SIZE) == Text(text="hi")
+    with pytest.raises(InvalidRequest, match="input: one of text"):
+        input_from_pb(pb.TokenizeRequest(), vocab_size=VOCAB_SIZE)
+
+
+# ---- stop conditions
+
+
+def test_stop_strings_at_their_limits_are_taken() -> None:
+    assert spec_of(stopping(stop=["a", "b", "12345"])).stop_strings == ("a", "b", "12345")
+
+
+@pytest.mark.parametrize("stop", [["a"] * 4, [""], ["a", "123456"], ["ééé"]], ids=["many", "empty", "long", "bytes"])
+def test_stop_strings_beyond_their_limits_are_refused(stop: list[str]) -> None:
+    assert refused(stopping(stop=stop)).field == "stop"
+
+
+def test_stop_token_ids_at_their_limits_are_taken() -> None:
+    assert spec_of(stopping(stop_token_ids=[0, 99])).stop_token_ids == (0, 99)
+
+
+@pytest.mark.parametrize("ids", [[100], [1, 2, 3]], ids=["outside the vocabulary", "many"])
+def test_stop_token_ids_beyond_their_limits_are_refused(ids: list[int]) -> None:
+    assert refused(stopping(stop_token_ids=ids)).field == "stop_token_ids"
+
+
+# ---- request ids
+
+
+def test_a_request_id_is_kept() -> None:
+    longest = "x" * 128
+
+    assert spec_of(pb.GenerateRequest(text="hi", request_id=longest)).request_id == longest
+
+
+def test_a_request_id_that_is_not_given_is_made() -> None:
+    first, second = (spec_of(pb.GenerateRequest(text="hi")).request_id for _ in range(2))
+
+    assert first != second
+
+
+@pytest.mark.parametrize("request_id", ["x" * 129, "a\nERROR forged line", "a\x1b[31m", "ünicode", " "])
+def test_a_request_id_that_would_spoil_a_log_is_refused(request_id: str) -> None:
+    assert refused(pb.GenerateRequest(text="hi", request_id=request_id)).field == "request_id"
+
+
+# ---- answers
+
+USAGE = Usage(prompt_tokens=1, cached_prompt_tokens=2, completion_tokens=3, queue_ns=4, prefill_ns=5, decode_ns=6)
+USAGE_PB = pb.Usage(prompt_tokens=1, cached_prompt_tokens=2, completion_tokens=3, queue_ns=4, prefill_ns=5, decode_ns=6)
+
+
+def a_finish(reason: FinishReason, stop: str | None = None, token: int | None = None) -> Finish:
+    return Finish(choice=2, reason=reason, matched_stop=stop, matched_token_id=token, usage=USAGE)
+
+
+def test_a_delta_tells_all_it_has() -> None:
+    delta = Delta(choice=1, index=7, token_ids=[5, 6], text="hi")
+
+    assert delta_pb(delta) == pb.Delta(choice=1, index=7, token_ids=[5, 6], text="hi")
+
+
+@pytest.mark.parametrize("reason", [reason for reason in FinishReason if reason is not FinishReason.NONE])
+def test_a_finish_tells_its_reason_by_name(reason: FinishReason) -> None:
+    message = finish_pb(a_finish(reason))
+
+    assert pb.FinishReason.Name(message.reason) == f"FINISH_REASON_{reason.name}"
+    assert (message.choice, message.usage) == (2, USAGE_PB)
+
+
+def test_a_finish_without_a_match_names_none_and_token_zero_is_a_match() -> None:
+    by_length = finish_pb(a_finish(FinishReason.LENGTH))
+    by_token = finish_pb(a_finish(FinishReason.STOP_TOKEN, token=0))
+    by_string = finish_pb(a_finish(FinishReason.STOP_STRING, stop="end"))
+
+    assert not by_length.HasField("matched_stop") and not by_length.HasField("matched_token_id")
+    assert by_token.HasField("matched_token_id") and by_token.matched_token_id == 0
+    assert by_string.matched_stop == "end"
+
+
+@pytest.mark.parametrize(
+    "finish",
+    [
+        a_finish(FinishReason.LENGTH),
+        a_finish(FinishReason.STOP_TOKEN, token=0),
+        a_finish(FinishReason.STOP_STRING, stop="end"),
+    ],
+    ids=lambda finish: finish.reason.name,
+)
+def test_the_unary_answer_ends_a_choice_like_the_stream(finish: Finish) -> None:
+    choice, end = pb.Choice(index=2, text="hi"), finish_pb(finish)
+    fill_finish(choice, finish)
+
+    assert choice == pb.Choice(
+        index=2,
+        text="hi",
+        reason=end.reason,
+        matched_stop=end.matched_stop if end.HasField("matched_stop") else None,
+        matched_token_id=end.matched_token_id if end.HasField("matched_token_id") else None,
+        usage=end.usage,
+    )
