@@ -12,6 +12,7 @@ from typing import Final
 
 import torch
 
+from common.errors import ModelFolderError
 from common.model_folder import read_model_folder
 from common.step import ExecutorFacts, StepPlan, StepResult
 from common.types import slot_of
@@ -41,7 +42,7 @@ class ModelRunner:
         name: str,
         model_folder: Path,
         dtype: str = "auto",
-        device: str = "cpu",
+        device: str = "auto",
         block_size: int = 16,
         num_blocks: int | None = None,
         kv_cache_bytes: int | None = None,
@@ -60,7 +61,7 @@ class ModelRunner:
         self._name = name
         self._model_folder = model_folder
         self._dtype = dtype
-        self._device = torch.device(device)
+        self._device = _device(device)
         self._block_size = block_size
         self._num_blocks = num_blocks
         self._kv_cache_bytes = kv_cache_bytes
@@ -181,3 +182,13 @@ class ModelRunner:
         if self._device.type == "cpu":
             return min(int(free_bytes(self._device) * _CPU_SHARE), _CPU_MOST_BYTES)
         return int(free_bytes(self._device) * _GPU_SHARE)
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name; "auto" is the GPU where there is one. Raises ModelFolderError for one that is not."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ModelFolderError(f"there is no device {name!r}. Type: --device cpu, or --device cuda") from None

@@ -27,6 +27,10 @@ _SERVED_LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
 # These choose their frequencies by the longest position of the batch: beyond the original length a row would depend
 # on its company.
 _LENGTH_DEPENDENT_ROPE: Final = frozenset({"dynamic", "longrope"})
+# What architectures raise that never heard of our attention, and loaders of files that are not what they seem.
+_LOAD_ERRORS: Final = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError,
+)  # fmt: skip
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -76,8 +80,9 @@ def load_model(folder: Path, *, dtype: str, device: torch.device) -> PreTrainedM
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelFolderError(f"{folder}: {_architecture(config)} cannot be loaded: {error}") from error
+    except _LOAD_ERRORS as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ModelFolderError(f"{folder}: {_architecture(config)} cannot be served: {problem}") from error
     model, loading = loaded
     _check_weights(folder, loading)
     if getattr(model, "_is_stateful", False):
