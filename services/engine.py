@@ -1,0 +1,252 @@
+"""The one loop: plan, send, fold the answers back in, hand the tokens out. The only place that waits for work.
+
+Everything here runs on one event loop. Calls from handlers and links change the core at once and wake the loop; the
+loop folds results, then asks for the next steps of every executor that has credit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from common.errors import Overloaded, PagewireError, Unavailable
+from common.sampling import SamplingParams, StopConditions
+from common.step import ExecutorFacts, StepPlan, StepResult
+from common.types import FinishReason, SequenceId
+from scheduler.scheduler import ProtocolError, Scheduler
+from scheduler.sequence import Sequence as CoreSequence
+from scheduler.sequence import Status
+
+log = logging.getLogger(__name__)
+
+
+class Link(Protocol):
+    """The way to one executor."""
+
+    def send(self, plan: StepPlan) -> None:
+        """Queue the plan; never waits."""
+        ...
+
+    def close(self, why: str) -> None:
+        """End the link: the executor may come back with a new session."""
+        ...
+
+
+class ChoiceEvent(NamedTuple):
+    """New tokens of one choice, and why it ended, if it did."""
+
+    choice: int
+    tokens: list[int]
+    reason: FinishReason
+
+
+class RequestStream:
+    """What one request receives. Tokens that the reader has not taken yet are merged, never dropped."""
+
+    def __init__(self, engine: Engine, sequences: Sequence[CoreSequence]) -> None:
+        self.sequences = sequences
+        self._engine = engine
+        self._pending: dict[int, ChoiceEvent] = {}
+        self._open = {s.choice for s in sequences}
+        self._error: PagewireError | None = None
+        self._wake = asyncio.Event()
+
+    def push(self, choice: int, token: int | None, reason: FinishReason) -> None:
+        """A token, an end, or both."""
+        event = self._pending.get(choice)
+        tokens = event.tokens if event else []
+        if token is not None:
+            tokens.append(token)
+        self._pending[choice] = ChoiceEvent(choice, tokens, reason)
+        self._wake.set()
+
+    def fail(self, error: PagewireError) -> None:
+        """The whole request ends with an error."""
+        self._error = error
+        self._wake.set()
+
+    def end_choice(self, choice: int, reason: FinishReason) -> None:
+        """The reader found an end that the core cannot see: a stop string. Nothing more comes for this choice."""
+        self._open.discard(choice)
+        self._pending.pop(choice, None)
+        self._engine.finish(self.sequences[choice].id, reason)
+
+    async def events(self) -> AsyncGenerator[ChoiceEvent, None]:
+        """Events until every choice has ended. Raises the error the request failed with."""
+        while self._open:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._error is not None:
+                raise self._error
+            while self._pending and self._open:
+                choice = next(iter(self._pending))
+                event = self._pending.pop(choice)
+                if event.reason is not FinishReason.NONE:
+                    self._open.discard(choice)
+                yield event
+
+    def close(self) -> None:
+        """The reader leaves; whatever still runs is aborted and its blocks come free."""
+        for sequence in self.sequences:
+            self._engine.finish(sequence.id, FinishReason.ABORTED)
+
+
+class Engine:
+    """Owns the core. `executor_wait_s`: how long a request waits while no executor could run it."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        *,
+        executor_wait_s: float = 30.0,
+        max_waiting: int = 2048,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.scheduler = scheduler
+        self.draining = False
+        self.last_result_ns = 0
+        self._executor_wait_s = executor_wait_s
+        self._max_waiting = max_waiting
+        self._clock_ns = clock_ns
+        self._links: dict[int, Link] = {}
+        self._streams: dict[SequenceId, RequestStream] = {}
+        self._answers: deque[tuple[int, StepResult]] = deque()
+        self._work = asyncio.Event()
+        self._changed = asyncio.Event()  # a sequence ended
+        self._executors_changed = asyncio.Event()
+
+    # ---- requests
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        stop: StopConditions,
+        *,
+        choices: int = 1,
+        tenant: str = "",
+    ) -> RequestStream:
+        """Queue a request. Raises InvalidRequest, Overloaded, or Unavailable while draining."""
+        if self.draining:
+            raise Unavailable("the scheduler is shutting down")
+        waiting = len(self.scheduler.waiting)
+        if waiting + choices > self._max_waiting:
+            raise Overloaded(f"{waiting} sequences wait already, at most {self._max_waiting} may")
+        now = self._clock_ns()
+        made = self.scheduler.add(prompt, sampling, stop, now, choices=choices, tenant=tenant)
+        stream = RequestStream(self, made)
+        for sequence in made:
+            self._streams[sequence.id] = stream
+        if not self.scheduler.fits_somewhere(made[0]):
+            self._give_up_later(stream)
+        self._work.set()
+        return stream
+
+    def finish(self, id: SequenceId, reason: FinishReason) -> None:
+        """End a sequence early. Harmless when it has ended."""
+        self.scheduler.finish(id, reason)
+        if self._streams.pop(id, None) is not None:
+            self._changed.set()
+            self._work.set()  # blocks came free: somebody may be waiting for them
+
+    @property
+    def num_requests(self) -> int:
+        """Sequences that have not ended."""
+        return len(self._streams)
+
+    async def idle(self) -> None:
+        """Return once nothing runs or waits."""
+        while self._streams:
+            self._changed.clear()
+            await self._changed.wait()
+
+    # ---- executors
+
+    def join(self, session: int, facts: ExecutorFacts, link: Link) -> None:
+        """An executor is ready for plans."""
+        self.scheduler.join(session, facts)
+        self._links[session] = link
+        self._executors_changed.set()
+        self._work.set()
+
+    def leave(self, session: int) -> None:
+        """The executor wants no new sequences."""
+        self.scheduler.leave(session)
+        self._work.set()
+
+    def lose(self, session: int) -> None:
+        """The link is gone; what ran there goes on elsewhere."""
+        if self._links.pop(session, None) is None:
+            return
+        self.scheduler.lose(session)
+        for stream in set(self._streams.values()):
+            if any(s.status is Status.WAITING and not self.scheduler.fits_somewhere(s) for s in stream.sequences):
+                self._give_up_later(stream)
+        self._executors_changed.set()
+        self._work.set()
+
+    async def executors_changed(self) -> None:
+        """Return once an executor has joined or gone since the last call."""
+        await self._executors_changed.wait()
+        self._executors_changed.clear()
+
+    def answered(self, session: int, result: StepResult) -> None:
+        """A result arrived."""
+        self._answers.append((session, result))
+        self._work.set()
+
+    # ---- the loop
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            while self._answers:
+                self._fold(*self._answers.popleft())
+            for session in list(self._links):
+                self._send_steps(session)
+
+    def _send_steps(self, session: int) -> None:
+        link = self._links[session]
+        while (plan := self.scheduler.schedule(session, self._clock_ns())) is not None:
+            link.send(plan)
+        state = self.scheduler.session(session)
+        if state.leaving and not state.running and not state.outstanding:
+            link.close("nothing left to run")
+
+    def _fold(self, session: int, result: StepResult) -> None:
+        self.last_result_ns = self._clock_ns()
+        try:
+            outputs = self.scheduler.update(session, result, self.last_result_ns)
+        except ProtocolError as error:
+            log.error("executor of session %d broke the protocol: %s", session, error)
+            link = self._links[session]
+            self.lose(session)
+            link.close(str(error))
+            return
+        for id, token, reason in outputs:
+            ended = reason is not FinishReason.NONE
+            stream = self._streams.pop(id) if ended else self._streams[id]
+            stream.push(self._choice(stream, id), token, reason)
+            if ended:
+                self._changed.set()
+
+    @staticmethod
+    def _choice(stream: RequestStream, id: SequenceId) -> int:
+        return id - stream.sequences[0].id  # the choices of one request have consecutive ids
+
+    def _give_up_later(self, stream: RequestStream) -> None:
+        asyncio.get_running_loop().call_later(self._executor_wait_s, self._give_up, stream)
+
+    def _give_up(self, stream: RequestStream) -> None:
+        stuck = [s for s in stream.sequences if s.status is Status.WAITING and not self.scheduler.fits_somewhere(s)]
+        if not stuck:
+            return
+        what = "no executor is connected" if not self._links else "no connected executor can hold the request"
+        stream.fail(Unavailable(f"{what}; waited {self._executor_wait_s:g} s"))
+        stream.close()

@@ -1,0 +1,212 @@
+"""The loop with fake executors at the end of its links: no socket, no process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from common.errors import Overloaded, Unavailable
+from common.sampling import SamplingParams, StopConditions
+from common.step import ExecutorFacts, StepPlan
+from common.types import FinishReason
+from executor.fake_runner import FakeRunner
+from scheduler.scheduler import Scheduler, SchedulerLimits
+from services.engine import Engine, RequestStream
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+class InstantLink:
+    """An executor on the same loop: it answers when `steps` allows, or at once."""
+
+    def __init__(self, engine: Engine, session: int, *, steps: int | None = None) -> None:
+        self.runner = FakeRunner(num_blocks=32)
+        self.facts: ExecutorFacts = self.runner.load(lambda stage, done, total: None)
+        self.closed = ""
+        self._engine, self._session, self._steps = engine, session, steps
+        self._held: list[StepPlan] = []
+
+    def send(self, plan: StepPlan) -> None:
+        self._held.append(plan)
+        asyncio.get_running_loop().call_soon(self.pump)
+
+    def allow(self, steps: int) -> None:
+        self._steps = (self._steps or 0) + steps
+        self.pump()
+
+    def pump(self) -> None:
+        while self._held and not self.closed and self._steps != 0:
+            if self._steps is not None:
+                self._steps -= 1
+            self._engine.answered(self._session, self.runner.execute(self._held.pop(0)))
+
+    def close(self, why: str) -> None:
+        self.closed = why
+
+
+def run(test: Callable[[Engine], Awaitable[None]], **settings: float) -> None:
+    """Run a test beside the engine's loop."""
+
+    async def main() -> None:
+        core = Scheduler(SchedulerLimits(), model="fake", eos=set(), secret=b"test")
+        engine = Engine(core, **settings)  # type: ignore[arg-type]
+        loop = asyncio.create_task(engine.run())
+        async with asyncio.timeout(20):
+            await test(engine)
+        loop.cancel()
+        await asyncio.gather(loop, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def join(engine: Engine, session: int = 1, *, steps: int | None = None) -> InstantLink:
+    link = InstantLink(engine, session, steps=steps)
+    engine.join(session, link.facts, link)
+    return link
+
+
+async def read(stream: RequestStream) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = {}
+    async for event in stream.events():
+        tokens.setdefault(event.choice, []).extend(event.tokens)
+    return tokens
+
+
+def test_a_request_receives_its_tokens_and_its_end() -> None:
+    async def test(engine: Engine) -> None:
+        join(engine)
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=4))
+        assert await read(stream) == {0: [3, 4, 5, 6]}
+        assert stream.sequences[0].reason is FinishReason.LENGTH
+        assert engine.num_requests == 0
+
+    run(test)
+
+
+def test_choices_arrive_in_one_stream() -> None:
+    async def test(engine: Engine) -> None:
+        join(engine)
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=2), choices=3)
+        assert await read(stream) == {0: [3, 4], 1: [3, 4], 2: [3, 4]}
+
+    run(test)
+
+
+def test_a_request_waits_for_an_executor_to_join() -> None:
+    async def test(engine: Engine) -> None:
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=2))
+        reading = asyncio.create_task(read(stream))
+        await asyncio.sleep(0)
+        join(engine)
+        assert await reading == {0: [3, 4]}
+
+    run(test)
+
+
+def test_without_an_executor_a_request_gives_up_after_its_wait() -> None:
+    async def test(engine: Engine) -> None:
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=2))
+        with pytest.raises(Unavailable, match="no executor is connected"):
+            await read(stream)
+        assert engine.num_requests == 0
+
+    run(test, executor_wait_s=0.01)
+
+
+def test_closing_a_stream_frees_its_blocks_with_the_step_in_flight() -> None:
+    async def test(engine: Engine) -> None:
+        link = join(engine, steps=1)
+        stream = engine.submit([1] * 9, GREEDY, StopConditions(max_tokens=50))
+        await anext(stream.events())
+        pool = engine.scheduler.session(1).pool
+        assert pool.num_free < 32
+        stream.close()
+        link.allow(2)
+        await engine.idle()
+        while engine.scheduler.session(1).outstanding:
+            await asyncio.sleep(0)
+        assert pool.num_free == 32
+
+    run(test)
+
+
+def test_a_reader_that_is_slow_gets_everything_in_fewer_events() -> None:
+    async def test(engine: Engine) -> None:
+        join(engine)
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=9))
+        await engine.idle()
+        events = [event async for event in stream.events()]
+        assert [e.tokens for e in events] == [[3, 4, 5, 6, 7, 8, 9, 10, 11]]
+
+    run(test)
+
+
+def test_a_lost_executor_is_a_pause_for_the_reader() -> None:
+    async def test(engine: Engine) -> None:
+        join(engine, 1, steps=3)
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=8))
+        reading = asyncio.create_task(read(stream))
+        while stream.sequences[0].num_output < 3:
+            await asyncio.sleep(0)
+        engine.lose(1)
+        join(engine, 2)
+        assert await reading == {0: [3, 4, 5, 6, 7, 8, 9, 10]}
+
+    run(test)
+
+
+def test_an_executor_that_breaks_the_protocol_loses_its_link_not_its_requests() -> None:
+    async def test(engine: Engine) -> None:
+        first = join(engine, 1, steps=0)
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=3))
+        reading = asyncio.create_task(read(stream))
+        while not engine.scheduler.session(1).outstanding:
+            await asyncio.sleep(0)
+        wrong = FakeRunner(num_blocks=32).execute(StepPlan(step=7, refs=[], num_scheduled=[]))
+        engine.answered(1, wrong)
+        join(engine, 2)
+        assert await reading == {0: [3, 4, 5]}
+        assert "step" in first.closed
+
+    run(test)
+
+
+def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
+    async def test(engine: Engine) -> None:
+        engine.submit([1], GREEDY, StopConditions(max_tokens=1))
+        engine.submit([1], GREEDY, StopConditions(max_tokens=1))
+        with pytest.raises(Overloaded) as refusal:
+            engine.submit([1], GREEDY, StopConditions(max_tokens=1))
+        assert refusal.value.retry_after_s > 0
+
+    run(test, max_waiting=2)
+
+
+def test_a_draining_engine_finishes_what_it_has_and_takes_nothing_new() -> None:
+    async def test(engine: Engine) -> None:
+        join(engine)
+        stream = engine.submit([1, 2], GREEDY, StopConditions(max_tokens=3))
+        engine.draining = True
+        with pytest.raises(Unavailable):
+            engine.submit([1], GREEDY, StopConditions(max_tokens=1))
+        assert await read(stream) == {0: [2, 3, 4]}
+
+    run(test)
+
+
+def test_an_executor_that_leaves_is_let_go_when_it_has_nothing_left() -> None:
+    async def test(engine: Engine) -> None:
+        link = join(engine, steps=1)
+        stream = engine.submit([1, 2], GREEDY, StopConditions(max_tokens=3))
+        reading = asyncio.create_task(read(stream))
+        while not engine.scheduler.session(1).running:
+            await asyncio.sleep(0)
+        engine.leave(1)
+        link.allow(10)
+        assert await reading == {0: [2, 3, 4]}
+        while not link.closed:
+            await asyncio.sleep(0)
+
+    run(test)
