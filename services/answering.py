@@ -1,0 +1,195 @@
+"""From a request to its events: prompt to token ids, tokens to text, stop strings. What both Generate calls share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from common.errors import InvalidRequest, UnknownModel
+from common.model_folder import ModelFolder
+from common.sampling import StopConditions
+from common.types import FinishReason
+from scheduler.sequence import Sequence
+from services.chat_template import ChatTemplate
+from services.engine import ChoiceEvent, Engine, RequestStream
+from services.request import Chat, GenerateSpec, Input, Text, TokenIds
+from services.text import IncrementalDecoder, StopMatcher, Tokenizer
+
+_LONG_TEXT = 4096  # characters; above, tokenising would hold up other streams for a millisecond
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What one choice cost. Times in nanoseconds."""
+
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    completion_tokens: int
+    queue_ns: int
+    prefill_ns: int
+    decode_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """New tokens and text of one choice; the text may lag behind the tokens."""
+
+    choice: int
+    index: int
+    token_ids: list[int]
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """The end of one choice."""
+
+    choice: int
+    reason: FinishReason
+    matched_stop: str | None
+    matched_token_id: int | None
+    usage: Usage
+
+
+class Answer:
+    """One request that is being answered."""
+
+    def __init__(self, spec: GenerateSpec, prompt: list[int], stream: RequestStream, tokenizer: Tokenizer) -> None:
+        self.spec = spec
+        self.num_prompt_tokens = len(prompt)
+        self._stream = stream
+        self._choices = [_Choice(s, spec, prompt, tokenizer) for s in stream.sequences]
+
+    async def events(self) -> AsyncGenerator[Delta | Finish, None]:
+        """Deltas of all choices as they come, and a Finish for each. Leaving early aborts what still runs."""
+        try:
+            async with aclosing(self._stream.events()) as events:
+                async for event in events:
+                    for out in self._choices[event.choice].take(event, self._stream):
+                        yield out
+        finally:
+            self._stream.close()
+
+
+class Answerer:
+    """Starts answers: knows the model's tokenizer, its chat template and its limits."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: ModelFolder,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        *,
+        default_max_tokens: int = 0,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._engine = engine
+        self._template = template
+        self._default_max_tokens = default_max_tokens
+
+    def check_model(self, name: str) -> None:
+        """Raise UnknownModel unless `name` is empty or the served model's."""
+        if name not in ("", self.model.name):
+            raise UnknownModel(f"model: {name!r} is not served here; {self.model.name!r} is")
+
+    async def prompt(self, source: Input, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of an input. Raises InvalidRequest when it has none, or when the model cannot chat."""
+        match source:
+            case TokenIds():
+                return list(source.ids)
+            case Chat():
+                if self._template is None:
+                    raise InvalidRequest("chat", f"{self.model.name} has no chat template; send text instead")
+                text, add_special_tokens = self._template.render(source.messages), False
+            case Text():
+                text = source.text
+        if len(text) > _LONG_TEXT:  # the tokenizer works without the interpreter lock: streams go on meanwhile
+            ids = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+        else:
+            ids = self.tokenizer.encode(text, add_special_tokens)
+        if not ids:
+            raise InvalidRequest(source.field, "the prompt has no tokens")
+        return ids
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that one sequence can have, prompt and answer together."""
+        return min(self._engine.scheduler.max_length or self.model.max_model_len, self.model.max_model_len)
+
+    async def start(self, spec: GenerateSpec) -> Answer:
+        """Queue the request. Raises every PagewireError that a request can meet before its first token."""
+        self.check_model(spec.model)
+        prompt = await self.prompt(spec.input)
+        room = self.max_length - len(prompt)
+        if room < 1:
+            problem = f"{len(prompt)} tokens leave no room in the context of {self.max_length}"
+            raise InvalidRequest(spec.input.field, problem)
+        max_tokens = spec.max_tokens or min(self._default_max_tokens or room, room)
+        if max_tokens > room:
+            problem = f"at most {room} after a prompt of {len(prompt)} tokens, got {max_tokens}"
+            raise InvalidRequest("max_tokens", problem)
+        stop = StopConditions(
+            max_tokens=max_tokens,
+            stop_token_ids=spec.stop_token_ids,
+            stop_strings=spec.stop_strings,
+            ignore_eos=spec.ignore_eos,
+        )
+        stream = self._engine.submit(prompt, spec.sampling, stop, choices=spec.n)
+        return Answer(spec, prompt, stream, self.tokenizer)
+
+
+class _Choice:
+    """Text and usage of one choice."""
+
+    def __init__(self, sequence: Sequence, spec: GenerateSpec, prompt: list[int], tokenizer: Tokenizer) -> None:
+        self._sequence = sequence
+        self._decoder = IncrementalDecoder(tokenizer, prompt, skip_special_tokens=spec.skip_special_tokens)
+        self._stops = StopMatcher(spec.stop_strings)
+        self._num_tokens = 0
+
+    def take(self, event: ChoiceEvent, stream: RequestStream) -> list[Delta | Finish]:
+        """What the client is told of these tokens."""
+        last_is_mark = event.reason in (FinishReason.EOS, FinishReason.STOP_TOKEN)  # ends the text, is not part of it
+        text, matched, used = "", None, 0
+        for used, token in enumerate(event.tokens, start=1):  # one by one: a stop ends at its token
+            is_mark = last_is_mark and used == len(event.tokens)
+            piece, matched = self._stops.push("" if is_mark else self._decoder.push([token]))
+            text += piece
+            if matched is not None:
+                break
+        ended = event.reason is not FinishReason.NONE
+        if ended and matched is None:
+            piece, matched = self._stops.push(self._decoder.finish())
+            text += piece + ("" if matched else self._stops.flush())
+        out: list[Delta | Finish] = []
+        tokens = event.tokens[:used]
+        if tokens or text:
+            out.append(Delta(choice=event.choice, index=self._num_tokens, token_ids=tokens, text=text))
+        self._num_tokens += len(tokens)
+        if matched is not None:
+            stream.end_choice(event.choice, FinishReason.STOP_STRING)
+            out.append(self._finish(event.choice, FinishReason.STOP_STRING, matched, None))
+        elif ended:
+            out.append(self._finish(event.choice, event.reason, None, tokens[-1] if last_is_mark else None))
+        return out
+
+    def _finish(self, choice: int, reason: FinishReason, stop: str | None, token: int | None) -> Finish:
+        s = self._sequence
+        return Finish(
+            choice=choice,
+            reason=reason,
+            matched_stop=stop,
+            matched_token_id=token,
+            usage=Usage(
+                prompt_tokens=s.num_prompt,
+                cached_prompt_tokens=s.num_cached_prompt,
+                completion_tokens=self._num_tokens,
+                queue_ns=max(0, s.admitted_ns - s.arrived_ns),
+                prefill_ns=max(0, s.first_token_ns - s.admitted_ns),
+                decode_ns=max(0, s.last_token_ns - s.first_token_ns),
+            ),
+        )
