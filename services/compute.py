@@ -1,0 +1,103 @@
+"""The thread that owns the device: it loads the model, then runs plans one after another.
+
+Everything the runner does happens here and nowhere else (libgomp slows a forward by three quarters once two threads
+have run parallel regions). The event loop only passes plans in and takes results out.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from common.step import ExecutorFacts, StepPlan, StepResult
+from executor.runner import Report, Runner
+
+log = logging.getLogger(__name__)
+
+
+class ComputeThread:
+    """Runs a Runner. The callbacks are called from the thread: hand them on with call_soon_threadsafe."""
+
+    def __init__(
+        self,
+        make_runner: Callable[[], Runner],
+        *,
+        report: Report,
+        on_loaded: Callable[[ExecutorFacts | BaseException], None],
+        on_result: Callable[[int, StepResult], None],
+        on_failure: Callable[[int, BaseException], None],
+        tick_s: float = 0.25,
+    ) -> None:
+        self.tick = 0  # counted up by the thread; a heartbeat that carries it cannot lie
+        self.computing = False
+        self.next_step = 0
+        self._make_runner = make_runner
+        self._report = report
+        self._on_loaded = on_loaded
+        self._on_result = on_result
+        self._on_failure = on_failure
+        self._tick_s = tick_s
+        self._inbox: queue.SimpleQueue[tuple[int, StepPlan | None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+
+    def start(self) -> None:
+        """Load the model and be ready for plans."""
+        self._thread.start()
+
+    def begin_session(self, session: int) -> None:
+        """Forget everything; plans of this session follow."""
+        self._inbox.put((session, None))
+
+    def execute(self, session: int, plan: StepPlan) -> None:
+        """Queue one plan."""
+        self._inbox.put((session, plan))
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End after the step that runs."""
+        self._inbox.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            runner = self._make_runner()
+            facts = runner.load(self._report)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the event loop must hear of it and end
+            self._on_loaded(error)
+            return
+        self._on_loaded(facts)
+        session = -1  # whose plans are run; others are leftovers of a link that is gone
+        finished_ns = time.monotonic_ns()
+        while True:
+            self.tick += 1
+            try:
+                item = self._inbox.get(timeout=self._tick_s)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
+            owner, plan = item
+            if plan is None:
+                session, self.next_step = owner, 0
+                runner.begin_session()
+                finished_ns = time.monotonic_ns()
+                continue
+            if owner != session:
+                continue
+            started_ns = time.monotonic_ns()
+            self.computing = True
+            try:
+                result = runner.execute(plan)
+            except Exception as error:
+                log.exception("step %d of session %d failed", plan.step, session)
+                session = -1
+                self._on_failure(owner, error)
+                continue
+            finally:
+                self.computing = False
+            idle_ns, finished_ns = started_ns - finished_ns, time.monotonic_ns()
+            self.next_step = plan.step + 1
+            self._on_result(owner, replace(result, compute_ns=finished_ns - started_ns, idle_ns=idle_ns))

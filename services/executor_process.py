@@ -1,0 +1,74 @@
+"""The executor process: one runner, one link. Everything that needs torch is imported on the compute thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from pathlib import Path
+
+from common.config import ExecutorConfig
+from common.model_folder import ModelFolder, read_model_folder
+from executor.runner import Runner
+from services import lifecycle
+from services.executor_service import ExecutorService
+
+log = logging.getLogger(__name__)
+
+
+async def run(config: ExecutorConfig, model_path: Path, ready_fd: int | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. Announces itself when the first scheduler has welcomed it.
+
+    Raises ModelFolderError and ExecutorRejected.
+    """
+    stop = lifecycle.stop_event()
+    model = read_model_folder(model_path)
+    name = config.name or f"{socket.gethostname()}-{os.getpid()}"
+    announced = asyncio.Event()
+
+    def on_joined(_: object) -> None:
+        if not announced.is_set():
+            announced.set()
+            lifecycle.announce(ready_fd, name)
+
+    service = ExecutorService(
+        lambda: make_runner(config, model, name), config.scheduler, on_joined=on_joined, drain_s=config.drain_s
+    )
+    await service.run(stop)
+    log.info("stopped")
+
+
+def make_runner(config: ExecutorConfig, model: ModelFolder, name: str) -> Runner:
+    """The runner that the configuration asks for. Called on the compute thread."""
+    if config.fake:
+        from executor.fake_runner import FakeRunner
+
+        return FakeRunner(
+            name=name,
+            model=model.name,
+            model_digest=model.digest,
+            vocab_size=model.vocab_size,
+            max_model_len=config.max_model_len or model.max_model_len,
+            num_blocks=config.num_blocks or 4096,
+            block_size=config.block_size,
+            max_sequences=config.max_sequences,
+            max_step_tokens=config.max_step_tokens,
+            step_time_s=config.fake_step_s,
+        )
+    from executor.model_runner import ModelRunner
+
+    return ModelRunner(
+        model_folder=model.path,
+        name=name,
+        dtype=config.dtype,
+        device=config.device,
+        attention_backend=config.attention,
+        num_blocks=config.num_blocks or None,
+        kv_cache_bytes=config.kv_cache_bytes or None,
+        block_size=config.block_size,
+        max_sequences=config.max_sequences,
+        max_step_tokens=config.max_step_tokens,
+        max_model_len=config.max_model_len or None,
+        num_threads=config.threads or None,
+    )

@@ -1,0 +1,235 @@
+"""The executor's end of the link: dial the scheduler, say what is here, run its plans, dial again when it is gone.
+
+The executor listens on nothing. It keeps its weights from one session to the next, and nothing else: a scheduler that
+comes back tells it everything anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc import aio
+
+from common.errors import ExecutorRejected
+from common.step import ExecutorFacts, StepResult
+from executor.runner import Runner
+from protos import executor_pb2 as pb
+from services import codec_link
+from services.codec_link import WireError
+from services.compute import ComputeThread
+from services.grpc_options import link_options
+
+log = logging.getLogger(__name__)
+
+_METHOD = "/" + pb.DESCRIPTOR.services_by_name["ExecutorLink"].full_name + "/Link"
+_WELCOME_TIMEOUT_S = 10.0
+
+Call = aio.StreamStreamCall[bytes, bytes]
+
+
+class LinkLost(Exception):
+    """The link ended; another one may work."""
+
+
+class ExecutorService:
+    """One executor process. `scheduler` is HOST:PORT or unix:PATH of the scheduler's link address."""
+
+    def __init__(
+        self,
+        make_runner: Callable[[], Runner],
+        scheduler: str,
+        *,
+        on_joined: Callable[[ExecutorFacts], None] = lambda facts: None,
+        drain_s: float = 30.0,
+        max_backoff_s: float = 1.0,
+    ) -> None:
+        self._scheduler = scheduler
+        self._on_joined = on_joined
+        self._drain_s = drain_s
+        self._max_backoff_s = max_backoff_s
+        self._incarnation = secrets.token_bytes(codec_link.INCARNATION_BYTES)
+        self._session: int | None = None  # the one that is served; None between links
+        self._outbox: asyncio.Queue[pb.LinkRequest | LinkLost] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._loaded: asyncio.Future[ExecutorFacts] = loop.create_future()
+        self._compute = ComputeThread(
+            make_runner,
+            report=ProgressLog(),
+            on_loaded=lambda facts: _call_soon(loop, self._note_loaded, facts),
+            on_result=lambda session, result: _call_soon(loop, self._note_result, session, result),
+            on_failure=lambda session, error: _call_soon(loop, self._note_failure, session, error),
+        )
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set and what runs here has finished, or the grace is over.
+
+        Raises ModelFolderError when the model cannot be loaded, and ExecutorRejected when the scheduler serves
+        something else: an operator must act.
+        """
+        self._compute.start()
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            both: set[asyncio.Future[Any]] = {self._loaded, stopping}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not stopping.done():
+                await self._serve(self._loaded.result(), stopping)
+        finally:
+            stopping.cancel()
+            self._compute.stop()
+
+    async def _serve(self, facts: ExecutorFacts, stopping: asyncio.Task[Any]) -> None:
+        failures = 0
+        while not stopping.done():
+            link = asyncio.create_task(self._link(facts))
+            await asyncio.wait({link, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done():
+                await self._leave(link)
+                return
+            joined, why = link.result()  # ExecutorRejected is for an operator
+            failures = 0 if joined else failures + 1
+            log.log(logging.DEBUG if failures > 1 else logging.INFO, "no link to %s: %s", self._scheduler, why)
+            # jitter, so that a scheduler that comes back is not met by all executors at once
+            delay_s = min(self._max_backoff_s, 0.05 * 2**failures) * random.uniform(0.5, 1.0)
+            await asyncio.wait({stopping}, timeout=delay_s)
+
+    async def _leave(self, link: asyncio.Task[Any]) -> None:
+        """Ask the scheduler for no more, and let what runs here finish."""
+        if self._session is not None and not link.done():
+            log.info("leaving; what runs here may finish within %g s", self._drain_s)
+            self._outbox.put_nowait(pb.LinkRequest(leave=pb.Leave(reason="the executor is shutting down")))
+            await asyncio.wait({link}, timeout=self._drain_s)
+        link.cancel()
+        await asyncio.gather(link, return_exceptions=True)
+
+    async def _link(self, facts: ExecutorFacts) -> tuple[bool, str]:
+        """One link from its first message to its last. Returns whether it came to a session, and why it ended."""
+        self._outbox = asyncio.Queue()
+        async with aio.insecure_channel(self._scheduler, options=link_options()) as channel:
+            call: Call = channel.stream_stream(_METHOD)()
+            try:
+                await call.write(
+                    pb.LinkRequest(hello=codec_link.hello_to_pb(facts, self._incarnation)).SerializeToString()
+                )
+                async with asyncio.timeout(_WELCOME_TIMEOUT_S):
+                    first = await _read(call)
+                if first.WhichOneof("message") != "welcome":
+                    raise LinkLost("the first message was not a welcome")
+                self._session = first.welcome.session
+                self._compute.begin_session(self._session)
+                self._on_joined(facts)
+                log.info("joined %s as session %d", self._scheduler, self._session)
+                await self._exchange(call, self._session, first.welcome.heartbeat_ms / 1000)
+                return True, "it closed the stream"
+            except (LinkLost, WireError) as error:
+                return self._session is not None, str(error)
+            except TimeoutError:
+                return False, f"no welcome within {_WELCOME_TIMEOUT_S:g} s"
+            except aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                    raise ExecutorRejected(error.details() or "rejected") from error
+                return self._session is not None, f"{error.code().name}: {error.details()}"
+            finally:
+                self._session = None
+                call.cancel()
+
+    async def _exchange(self, call: Call, session: int, heartbeat_s: float) -> None:
+        """Returns when the scheduler closed the stream; raises what broke it."""
+        tasks = {
+            asyncio.create_task(self._receive(call, session)),
+            asyncio.create_task(self._send(call)),
+            asyncio.create_task(self._beat(session, heartbeat_s)),
+        }
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _receive(self, call: Call, session: int) -> None:
+        while True:
+            try:
+                message = await _read(call)
+            except EOFError:
+                return
+            if message.WhichOneof("message") != "plan" or message.plan.session != session:
+                raise LinkLost(f"expected a plan of session {session}")
+            self._compute.execute(session, codec_link.plan_from_pb(message.plan))
+
+    async def _send(self, call: Call) -> None:
+        while True:
+            message = await self._outbox.get()
+            if isinstance(message, LinkLost):
+                raise message
+            await call.write(message.SerializeToString())
+
+    async def _beat(self, session: int, heartbeat_s: float) -> None:
+        while True:
+            compute = self._compute
+            beat = pb.Heartbeat(session=session, tick=compute.tick, step=compute.next_step, computing=compute.computing)
+            self._outbox.put_nowait(pb.LinkRequest(heartbeat=beat))
+            await asyncio.sleep(heartbeat_s)
+
+    # ---- from the compute thread, on the event loop
+
+    def _note_loaded(self, facts: ExecutorFacts | BaseException) -> None:
+        if self._loaded.done():
+            return
+        if isinstance(facts, BaseException):
+            self._loaded.set_exception(facts)
+        else:
+            self._loaded.set_result(facts)
+
+    def _note_result(self, session: int, result: StepResult) -> None:
+        if session == self._session:  # else the link it belongs to is gone, and so is its meaning
+            self._outbox.put_nowait(pb.LinkRequest(result=codec_link.result_to_pb(result, session)))
+
+    def _note_failure(self, session: int, error: BaseException) -> None:
+        if session == self._session:
+            self._outbox.put_nowait(LinkLost(f"a step failed: {type(error).__name__}"))
+
+
+class ProgressLog:
+    """Says how far loading is: a line a stage, and every tenth of a long one."""
+
+    def __init__(self) -> None:
+        self._last = ("", -1)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Report `done` of `total` of a stage; total 0 is unknown."""
+        tenth = 10 * done // total if total else 0
+        if (stage, tenth) != self._last:
+            self._last = (stage, tenth)
+            log.info("%s%s", stage, f" {100 * done // total}%" if total else "")
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
+    try:
+        loop.call_soon_threadsafe(function, *args)
+    except RuntimeError:  # the loop is closed: the process ends while a step still ran
+        if not loop.is_closed():
+            raise
+
+
+async def _read(call: Call) -> pb.LinkResponse:
+    data = await call.read()
+    if isinstance(data, bytes):
+        try:
+            return pb.LinkResponse.FromString(data)
+        except DecodeError as error:
+            raise LinkLost("not a pagewire.executor.v1.LinkResponse") from error
+    code, details = await call.code(), await call.details()
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        raise ExecutorRejected(details)
+    if code is not grpc.StatusCode.OK:
+        raise LinkLost(f"{code.name}: {details}")
+    raise EOFError
