@@ -1,0 +1,326 @@
+"""The command line. Reads the configuration, unpacks it, and starts one thing; nobody else reads flags."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import log
+from common.config import DEFAULT_MODEL, ExecutorConfig, LogConfig, SchedulerConfig
+from common.errors import ExecutorRejected, ModelFolderError, PagewireError
+from services.flags import add_flags, from_flags
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+DEMO_PROMPT = "Explain in three sentences why a server keeps the keys and values of earlier tokens."
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code: 0 done, 1 failed, 2 wrong usage, 78 an operator must act."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    command: Command = parsed.command
+    try:
+        return command(parsed)
+    except (ModelFolderError, ExecutorRejected) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return os.EX_CONFIG
+    except PagewireError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 130
+
+
+# ---- servers
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    from services import lifecycle
+    from services.model_store import resolve
+    from services.serve import serve
+
+    logs = _configure_log("serve", parsed)
+    scheduler = from_flags(SchedulerConfig, parsed)
+    executor = _executor_config(parsed)
+    model = resolve(scheduler.model)
+
+    async def run() -> None:
+        await serve(
+            scheduler,
+            executor,
+            num_executors=parsed.executors,
+            model=model,
+            logs=logs,
+            stop=lifecycle.stop_event(),
+            on_ready=lambda address: print(_invitation(address), flush=True),
+        )
+
+    _run(run())
+    return 0
+
+
+def _scheduler(parsed: argparse.Namespace) -> int:
+    from services import scheduler_process
+    from services.model_store import resolve
+
+    _configure_log("scheduler", parsed)
+    _follow_parent(parsed)
+    config = from_flags(SchedulerConfig, parsed)
+    _run(scheduler_process.run(config, resolve(config.model), parsed.ready_fd))
+    return 0
+
+
+def _executor(parsed: argparse.Namespace) -> int:
+    from services import executor_process
+    from services.model_store import resolve
+
+    _configure_log(parsed.name or "executor", parsed)
+    _follow_parent(parsed)
+    config = _executor_config(parsed)
+    _run(executor_process.run(config, resolve(config.model), parsed.ready_fd))
+    return 0
+
+
+# ---- clients
+
+
+def _generate(parsed: argparse.Namespace) -> int:
+    from services import talk
+
+    _run(talk.generate(parsed.address, _request(parsed), stats=parsed.stats))
+    return 0
+
+
+def _chat(parsed: argparse.Namespace) -> int:
+    from services import talk
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - line editing and history for input()
+    _run(talk.chat(parsed.address, _sampling(parsed), _stopping(parsed), parsed.system))
+    return 0
+
+
+def _health(parsed: argparse.Namespace) -> int:
+    from services.client import connect
+
+    async def run() -> bool:
+        async with connect(parsed.address) as client:
+            return await client.is_serving()
+
+    serving = _run(run())
+    print("SERVING" if serving else "NOT_SERVING: no executor is connected, or the scheduler drains")
+    return 0 if serving else 1
+
+
+def _demo(parsed: argparse.Namespace) -> int:
+    from protos import inference_pb2 as pb
+    from services import talk
+    from services.client import connect
+    from services.model_store import resolve
+    from services.serve import cluster
+
+    logs = LogConfig(log_level="warning")
+    log.configure("demo", level=logs.log_level, fmt=logs.log_format)
+    model = resolve(parsed.model)
+
+    async def run() -> None:
+        print("Starting a scheduler and an executor, each in a process of its own …", flush=True)
+        async with cluster(
+            SchedulerConfig(listen="127.0.0.1:0"), ExecutorConfig(), num_executors=1, model=model, logs=logs
+        ) as running:
+            print(f"Scheduler: {running.address} (process {running.scheduler.pid}). ", end="")
+            print(f"Executor: process {running.executors[0].pid}.\n\n> {parsed.prompt}\n", flush=True)
+            request = pb.GenerateStreamRequest(
+                chat=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=parsed.prompt)]),
+                sampling=pb.SamplingParams(temperature=0.0),
+                stopping=pb.StopConditions(max_tokens=parsed.max_tokens),
+            )
+            async with connect(running.address) as client:
+                told = await talk.tell(client, request)
+            print(f"\n\n{told.summary()}", flush=True)
+
+    _run(run())
+    return 0
+
+
+# ---- models and machine
+
+
+def _pull(parsed: argparse.Namespace) -> int:
+    from services.model_store import pull
+
+    log.configure("pull")
+    print(pull(parsed.model))
+    return 0
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from services import doctor
+    from services.model_store import find
+
+    return 0 if doctor.report(doctor.examine(find(parsed.model), parsed.listen)) else 1
+
+
+# ---- the parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pagewire", description="A server for large language models, in two halves.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = _add(commands, "serve", _serve, "start a scheduler and local executors; stays up")
+    serve.add_argument("--executors", type=_at_least_one, default=1, help="local executors (default: 1)")
+    add_flags(serve, SchedulerConfig)
+    _add_executor_flags(serve, but=("model", "scheduler", "name", "drain_s"))
+    add_flags(serve, LogConfig)
+
+    scheduler = _add(commands, "scheduler", _scheduler, "start a scheduler; executors dial in")
+    add_flags(scheduler, SchedulerConfig)
+    add_flags(scheduler, LogConfig)
+    _add_child_flags(scheduler)
+
+    executor = _add(commands, "executor", _executor, "start an executor; it dials the scheduler")
+    add_flags(executor, ExecutorConfig)
+    add_flags(executor, LogConfig)
+    _add_child_flags(executor)
+
+    generate = _add(commands, "generate", _generate, "stream one answer")
+    generate.add_argument("prompt", help="what to answer")
+    generate.add_argument("--raw", action="store_true", help="send the text as it is, without the chat template")
+    generate.add_argument("--no-stats", dest="stats", action="store_false", help="print the answer alone")
+    _add_client_flags(generate)
+
+    chat = _add(commands, "chat", _chat, "talk; Ctrl-C stops an answer")
+    chat.add_argument("--system", default="", help="a system message")
+    _add_client_flags(chat)
+
+    health = _add(commands, "health", _health, "exit 0 when the server can answer requests")
+    health.add_argument("address", nargs="?", default=DEFAULT_ADDRESS, metavar="HOST:PORT")
+
+    pull = _add(commands, "pull", _pull, "fetch a model, convert it once, print its folder")
+    pull.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="smollm2, a .gguf file or a repository id")
+
+    demo = _add(commands, "demo", _demo, "start everything, stream one answer, stop everything")
+    demo.add_argument("prompt", nargs="?", default=DEMO_PROMPT)
+    demo.add_argument("--model", default=DEFAULT_MODEL)
+    demo.add_argument("--max-tokens", type=_at_least_one, default=96)
+
+    doctor = _add(commands, "doctor", _doctor, "look at this machine and say what is missing")
+    doctor.add_argument("--model", default=DEFAULT_MODEL)
+    doctor.add_argument("--listen", default=DEFAULT_ADDRESS)
+    return parser
+
+
+def _add(commands: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_executor_flags(parser: argparse.ArgumentParser, but: Sequence[str]) -> None:
+    """The executors' flags beside the scheduler's; those both have are given once."""
+    alone = argparse.ArgumentParser(add_help=False)
+    add_flags(alone, ExecutorConfig)
+    for action in alone._actions:  # argparse has no public way to copy a flag
+        if action.dest not in but:
+            parser._add_action(action)
+
+
+def _add_child_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ready-fd", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--die-with-parent", action="store_true", help=argparse.SUPPRESS)
+
+
+def _add_client_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="the scheduler")
+    parser.add_argument("--max-tokens", type=_at_least_one, default=None, help="longest answer")
+    parser.add_argument("--temperature", type=float, default=None, help="0 is greedy (default: 1)")
+    parser.add_argument("--top-k", type=int, default=None)
+    parser.add_argument("--top-p", type=float, default=None)
+    parser.add_argument("--min-p", type=float, default=None)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--stop", action="append", default=[], help="end the answer before this text; repeatable")
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+# ---- unpacking
+
+
+def _executor_config(parsed: argparse.Namespace) -> ExecutorConfig:
+    known = {name: getattr(parsed, name) for name in ExecutorConfig.__dataclass_fields__ if hasattr(parsed, name)}
+    return ExecutorConfig(**known)
+
+
+def _request(parsed: argparse.Namespace) -> Any:
+    from protos import inference_pb2 as pb
+
+    request = pb.GenerateStreamRequest(sampling=_sampling(parsed), stopping=_stopping(parsed))
+    if parsed.raw:
+        request.text = parsed.prompt
+    else:
+        request.chat.messages.add(role="user", content=parsed.prompt)
+    return request
+
+
+def _sampling(parsed: argparse.Namespace) -> Any:
+    from protos import inference_pb2 as pb
+
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    try:
+        return pb.SamplingParams(**{n: v for n in names if (v := getattr(parsed, n)) is not None})
+    except ValueError as error:
+        raise PagewireError(f"a number is out of range: {error}") from None
+
+
+def _stopping(parsed: argparse.Namespace) -> Any:
+    from protos import inference_pb2 as pb
+
+    return pb.StopConditions(max_tokens=parsed.max_tokens, stop=parsed.stop)
+
+
+def _configure_log(process: str, parsed: argparse.Namespace) -> LogConfig:
+    logs = from_flags(LogConfig, parsed)
+    log.configure(process, level=logs.log_level, fmt=logs.log_format)
+    return logs
+
+
+def _follow_parent(parsed: argparse.Namespace) -> None:
+    if parsed.die_with_parent:
+        from services.lifecycle import die_with_parent
+
+        die_with_parent()
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    import uvloop
+
+    return uvloop.run(work)
+
+
+def _invitation(address: str) -> str:
+    root = Path(__file__).resolve().parents[1]
+    proto = "protos/inference.proto" if Path.cwd() == root else str(root / "protos" / "inference.proto")
+    body = '{"chat": {"messages": [{"role": "user", "content": "Hello!"}]}, "stopping": {"max_tokens": 64}}'
+    return (
+        f"Serving on {address}. Try:\n"
+        f"  pagewire generate --address {address} 'Hello!'\n"
+        f"  buf curl --http2-prior-knowledge --protocol grpc --schema {proto} \\\n"
+        f"    -d '{body}' http://{address}/pagewire.v1.InferenceService/GenerateStream"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

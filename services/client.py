@@ -1,0 +1,62 @@
+"""A small client for the command line: one channel, errors as PagewireErrors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health_pb2
+
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc
+from services.grpc_options import client_options
+from services.status import from_rpc_error
+
+
+class Client:
+    """The public API over one channel."""
+
+    def __init__(self, channel: aio.Channel) -> None:
+        self._stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
+        self._check = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+
+    async def generate_stream(
+        self, request: pb.GenerateStreamRequest, timeout_s: float | None = None
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        """The stream's messages. Leaving the loop early cancels the request. Raises PagewireErrors."""
+        call = self._stub.GenerateStream(request, timeout=timeout_s)
+        try:
+            async for message in call:
+                yield message
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        finally:
+            call.cancel()
+
+    async def model(self, timeout_s: float = 5.0) -> pb.GetModelResponse:
+        """What is served."""
+        try:
+            return await self._stub.GetModel(pb.GetModelRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def is_serving(self, timeout_s: float = 5.0) -> bool:
+        """Whether the server says that it can answer requests."""
+        try:
+            answer = await self._check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+@asynccontextmanager
+async def connect(address: str) -> AsyncIterator[Client]:
+    """A client of the server at `address`."""
+    async with aio.insecure_channel(address, options=client_options()) as channel:
+        yield Client(channel)

@@ -1,0 +1,94 @@
+"""`doctor`: what this machine has, what is missing, and the command that mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import PagewireError
+from common.model_folder import read_model_folder
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. `mend` is empty when all is well."""
+
+    what: str
+    is_well: bool
+    detail: str
+    mend: str = ""
+
+
+def examine(model: Path | None, listen: str) -> Iterator[Finding]:
+    """Look at everything that a scheduler and an executor need here."""
+    version = platform.python_version()
+    yield Finding("Python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")
+    yield Finding("processors", True, f"{os.cpu_count()}")
+    yield _memory()
+    for package in ("grpcio", "protobuf", "tokenizers", "uvloop"):
+        yield _package(package, "make setup")
+    for package in ("torch", "transformers"):
+        yield _package(package, "make setup (only executors need it)")
+    yield _gpu()
+    yield _model(model)
+    yield _port(listen)
+
+
+def report(findings: Iterator[Finding]) -> bool:
+    """Print the findings as they come. True when all is well."""
+    well = True
+    for finding in findings:
+        well &= finding.is_well
+        print(f"{'ok  ' if finding.is_well else 'BAD '} {finding.what:<14} {finding.detail}")
+        if not finding.is_well and finding.mend:
+            print(f"     {'':<14} → {finding.mend}")
+    return well
+
+
+def _memory() -> Finding:
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return Finding("memory", True, "unknown on this system")
+    return Finding("memory", free > 2 << 30, f"{free / (1 << 30):.1f} GiB available", "free at least 2 GiB")
+
+
+def _package(name: str, mend: str) -> Finding:
+    try:
+        return Finding(name, True, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, False, "not installed", mend)
+
+
+def _gpu() -> Finding:
+    driver = shutil.which("nvidia-smi")
+    return Finding("GPU", True, "NVIDIA driver found" if driver else "none; the CPU is used")
+
+
+def _model(model: Path | None) -> Finding:
+    if model is None:
+        return Finding("model", False, "the default model is not here yet", "pagewire pull smollm2")
+    try:
+        folder = read_model_folder(model)
+    except PagewireError as error:
+        return Finding("model", False, str(error), "pagewire pull smollm2")
+    return Finding("model", True, f"{folder.name}, {folder.architecture}, context {folder.max_model_len}, {model}")
+
+
+def _port(listen: str) -> Finding:
+    host, _, port = listen.rpartition(":")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+        except OSError as error:
+            return Finding("port", False, f"{listen}: {error.strerror}", "stop what runs there, or use --listen")
+    return Finding("port", True, f"{listen} is free")

@@ -1,0 +1,97 @@
+"""`serve`: a scheduler and its local executors as processes of their own, kept alive, ended together."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.config import ExecutorConfig, LogConfig, SchedulerConfig
+from services.children import Child, keep_alive
+from services.flags import to_flags
+from services.lifecycle import check_bind
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """What runs."""
+
+    address: str  # for clients
+    scheduler: Child
+    executors: list[Child]
+
+
+@asynccontextmanager
+async def cluster(
+    scheduler: SchedulerConfig,
+    executor: ExecutorConfig,
+    *,
+    num_executors: int,
+    model: Path,
+    logs: LogConfig,
+    on_start: Callable[[str], None] = lambda what: None,
+    quiet: bool = False,
+) -> AsyncIterator[Cluster]:
+    """Start everything, wait until it serves, keep it alive, and end it all on leaving.
+
+    Executors dial a socket in a folder that only this user can open, so no port is needed for them. Raises
+    ChildFailed when a process cannot start.
+    """
+    check_bind(scheduler.listen, insecure=scheduler.insecure)
+    with tempfile.TemporaryDirectory(prefix="pagewire-") as folder:
+        link = f"unix:{folder}/link"
+        scheduler = replace(scheduler, model=str(model), link_listen=link)
+        threads = executor.threads or max(1, (os.cpu_count() or 1) // num_executors)
+        executor = replace(executor, model=str(model), scheduler=link, threads=threads)
+        on_start("scheduler")
+        first = Child("scheduler", ["scheduler", *to_flags(scheduler), *to_flags(logs)], quiet=quiet)
+        others: list[Child] = []
+        keepers: list[asyncio.Task[None]] = []
+        try:
+            address = json.loads(await first.start())["listen"]
+            # from now on the port is fixed: a scheduler that is started again must be found where it was
+            first.arguments = ["scheduler", *to_flags(replace(scheduler, listen=address)), *to_flags(logs)]
+            on_start(f"{num_executors} executor{'s' if num_executors > 1 else ''}: loading the model")
+            for i in range(num_executors):
+                named = replace(executor, name=executor.name or f"executor-{i}")
+                others.append(Child(named.name, ["executor", *to_flags(named), *to_flags(logs)], quiet=quiet))
+            await asyncio.gather(*(child.start() for child in others))
+            keepers += [asyncio.create_task(keep_alive(child)) for child in (first, *others)]
+            yield Cluster(address=address, scheduler=first, executors=others)
+        finally:
+            for keeper in keepers:
+                keeper.cancel()
+            await asyncio.gather(*keepers, return_exceptions=True)
+            await first.stop(scheduler.drain_s + 5)  # it lets requests finish on the executors, so it goes first
+            await asyncio.gather(*(child.stop(5) for child in others))
+
+
+async def serve(
+    scheduler: SchedulerConfig,
+    executor: ExecutorConfig,
+    *,
+    num_executors: int,
+    model: Path,
+    logs: LogConfig,
+    stop: asyncio.Event,
+    on_ready: Callable[[str], None],
+) -> None:
+    """Serve until `stop` is set."""
+    async with cluster(
+        scheduler,
+        executor,
+        num_executors=num_executors,
+        model=model,
+        logs=logs,
+        on_start=lambda what: log.info("starting %s", what),
+    ) as running:
+        on_ready(running.address)
+        await stop.wait()

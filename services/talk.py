@@ -1,0 +1,120 @@
+"""`generate`, `chat` and `demo`: answers on the screen as they are made, and what they cost."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common.errors import PagewireError
+from protos import inference_pb2 as pb
+from services.client import Client, connect
+
+
+@dataclass(slots=True)
+class Told:
+    """An answer that was shown, and its times."""
+
+    text: str = ""
+    num_tokens: int = 0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+    usage: pb.Usage | None = None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode speed: tokens after the first over the time after the first."""
+        decode_s = self.total_s - self.first_token_s
+        return (self.num_tokens - 1) / decode_s if self.num_tokens > 1 and decode_s > 0 else 0.0
+
+    def summary(self) -> str:
+        """One line for people."""
+        cached = (
+            f", {self.usage.cached_prompt_tokens} of {self.usage.prompt_tokens} prompt tokens cached"
+            if self.usage
+            else ""
+        )
+        return (
+            f"{self.num_tokens} tokens, {self.tokens_per_s:.1f} tokens/s, "
+            f"first token after {1000 * self.first_token_s:.0f} ms{cached}"
+        )
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+async def tell(client: Client, request: pb.GenerateStreamRequest, show: Callable[[str], None] = _show) -> Told:
+    """Stream one answer (the first choice) to `show`. Raises PagewireErrors."""
+    told = Told()
+    began = time.perf_counter()
+    async for message in client.generate_stream(request):
+        now = time.perf_counter() - began
+        kind = message.WhichOneof("event")
+        if kind == "delta" and message.delta.choice == 0:
+            if told.num_tokens == 0:
+                told.first_token_s = now
+            told.num_tokens += len(message.delta.token_ids)
+            told.text += message.delta.text
+            told.total_s = now
+            show(message.delta.text)
+        elif kind == "finish" and message.finish.choice == 0:
+            told.usage = message.finish.usage
+    return told
+
+
+async def generate(address: str, request: pb.GenerateStreamRequest, *, stats: bool = True) -> None:
+    """Answer one prompt on the screen."""
+    async with connect(address) as client:
+        told = await tell(client, request)
+        print(flush=True)
+        if stats:
+            print(f"[{told.summary()}]", file=sys.stderr)
+
+
+async def chat(address: str, sampling: pb.SamplingParams, stopping: pb.StopConditions, system: str) -> None:
+    """Talk until end of input. Ctrl-C ends the answer that runs; the conversation goes on."""
+    async with connect(address) as client:
+        model = await client.model()
+        print(f"{model.model}. Ctrl-C stops an answer, Ctrl-D ends the talk.")
+        messages = [pb.ChatMessage(role="system", content=system)] if system else []
+        while True:
+            try:
+                line = await asyncio.to_thread(input, "\n> ")
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            if not line.strip():
+                continue
+            messages.append(pb.ChatMessage(role="user", content=line))
+            request = pb.GenerateStreamRequest(
+                chat=pb.ChatMessages(messages=messages), sampling=sampling, stopping=stopping
+            )
+            told = await _interruptible(client, request)
+            if told is None:
+                messages.pop()  # what was asked and not answered is not part of the talk
+                continue
+            messages.append(pb.ChatMessage(role="assistant", content=told.text))
+
+
+async def _interruptible(client: Client, request: pb.GenerateStreamRequest) -> Told | None:
+    """The answer; None when Ctrl-C or an error ended it."""
+    import signal
+
+    loop = asyncio.get_running_loop()
+    task = asyncio.create_task(tell(client, request))
+    loop.add_signal_handler(signal.SIGINT, task.cancel)
+    try:
+        told = await task
+        print(f"\n[{told.summary()}]", flush=True)
+        return told
+    except asyncio.CancelledError:
+        print("\n[stopped]", flush=True)
+    except PagewireError as error:
+        print(f"\nerror: {error}", flush=True)
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+    return None
