@@ -1,0 +1,130 @@
+"""Real processes for tests: a scheduler and executors on free ports, their logs at hand, killed at will."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import grpc
+
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 120.0
+
+
+class Process:
+    """One `python -m services …`, ready once it has announced itself."""
+
+    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+        read_fd, write_fd = os.pipe()
+        self.log = log
+        with log.open("ab") as stderr:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "services", *arguments, "--ready-fd", str(write_fd), "--die-with-parent"],
+                cwd=ROOT,
+                pass_fds=(write_fd,),
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+            )
+        os.close(write_fd)
+        self._ready = os.fdopen(read_fd, "rb", buffering=0)
+
+    def wait_ready(self) -> str:
+        """The announcement. Fails with the log when the process ends first."""
+        line = b""
+        while not line.endswith(b"\n"):
+            readable, _, _ = select.select([self._ready], [], [], START_TIMEOUT_S)
+            chunk = self._ready.read(4096) if readable else b""
+            if not chunk:
+                raise AssertionError(f"not ready, exit code {self.popen.poll()}:\n{self.log.read_text()}")
+            line += chunk
+        self._ready.close()
+        return line.decode().strip()
+
+    def wait(self, timeout_s: float = 30.0) -> int:
+        """The exit code."""
+        return self.popen.wait(timeout_s)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        self.popen.send_signal(number)
+
+    def close(self) -> None:
+        """Kill it if it still runs."""
+        with contextlib.suppress(OSError):
+            self._ready.close()
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait()
+
+
+class Cluster:
+    """A scheduler, its executors, and a client of the public API."""
+
+    def __init__(self, model: Path, folder: Path, *, flags: Sequence[str] = ()) -> None:
+        self.model = model
+        self.folder = folder
+        self.executors: list[Process] = []
+        self.link = f"unix:{folder}/link"
+        self.scheduler = Process(
+            [
+                *("scheduler", "--model", str(model), "--listen", "127.0.0.1:0", "--link-listen", self.link),
+                *flags,
+            ],
+            folder / "scheduler.log",
+        )
+        self.address: str = json.loads(self.scheduler.wait_ready())["listen"]
+        self.channel = grpc.insecure_channel(self.address)
+        self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
+
+    def start_executor(self, *flags: str, fake: bool = True) -> Process:
+        """Another executor, joined."""
+        number = len(self.executors)
+        process = Process(
+            [
+                *("executor", "--model", str(self.model), "--scheduler", self.link, "--name", f"executor-{number}"),
+                *(("--fake",) if fake else ()),
+                *flags,
+            ],
+            self.folder / f"executor-{number}.log",
+        )
+        self.executors.append(process)
+        process.wait_ready()
+        return process
+
+    def tokens(self, prompt: Sequence[int], max_tokens: int, **sampling: float) -> list[int]:
+        """The token ids of one answer; greedy unless told."""
+        request = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=prompt),
+            sampling=pb.SamplingParams(**{"temperature": 0.0, **sampling}),  # type: ignore[arg-type]
+            stopping=pb.StopConditions(max_tokens=max_tokens, ignore_eos=True),
+        )
+        return list(self.stub.Generate(request).choices[0].token_ids)
+
+    def close(self) -> None:
+        """End everything."""
+        self.channel.close()
+        for process in (self.scheduler, *self.executors):
+            process.close()
+
+
+@contextlib.contextmanager
+def cluster(model: Path, folder: Path, *, executors: int = 1, flags: Sequence[str] = ()) -> Iterator[Cluster]:
+    """A cluster with fake executors."""
+    running = Cluster(model, folder, flags=flags)
+    try:
+        for _ in range(executors):
+            running.start_executor()
+        yield running
+    finally:
+        running.close()

@@ -1,0 +1,24 @@
+"""Shared by the tests that start processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import fake_model
+from tests.e2e.cluster import Cluster, cluster
+
+
+@pytest.fixture(scope="session")
+def fake_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder that only the fake runner can serve."""
+    return fake_model.write(tmp_path_factory.mktemp("model") / "fake")
+
+
+@pytest.fixture(scope="module")
+def shared(fake_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A scheduler and one fake executor that the tests of a module share; none of them may harm it."""
+    with cluster(fake_folder, tmp_path_factory.mktemp("cluster")) as running:
+        yield running

@@ -1,0 +1,41 @@
+"""A model folder without a model: a byte-level tokenizer, a chat template, and weights of 32 bytes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+VOCAB_SIZE = 320
+MAX_MODEL_LEN = 512
+EOS = 319
+
+CHAT_TEMPLATE = """{% for m in messages %}<|{{ m.role }}|>{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+def write(folder: Path) -> Path:
+    """The folder, ready for a scheduler and for executors with --fake."""
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate(alphabet)}
+    vocab |= {f"filler{i}": i for i in range(len(alphabet), EOS)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": MAX_MODEL_LEN,
+        "eos_token_id": EOS,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    template = {"chat_template": CHAT_TEMPLATE, "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(template))
+    header = json.dumps({"w": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(32))
+    return folder

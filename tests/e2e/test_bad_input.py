@@ -1,0 +1,99 @@
+"""What cannot be served is refused by name, and nobody else notices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import grpc
+import pytest
+
+from protos import inference_pb2 as pb
+from services.status import from_rpc_error
+from tests.e2e.cluster import Cluster
+
+METHOD = "/pagewire.v1.InferenceService/Generate"
+Change = Callable[[pb.GenerateRequest], object]
+
+
+def fields(**values: object) -> Change:
+    """Set sampling or stopping fields by name."""
+
+    def change(request: pb.GenerateRequest) -> None:
+        for name, value in values.items():
+            part = request.sampling if name in pb.SamplingParams.DESCRIPTOR.fields_by_name else request.stopping
+            if isinstance(value, list):
+                getattr(part, name).extend(value)
+            else:
+                setattr(part, name, value)
+
+    return change
+
+
+CASES: dict[str, tuple[Change, str, str]] = {
+    "no input": (lambda r: r.ClearField("text"), "input", "text"),
+    "empty prompt": (lambda r: setattr(r, "text", ""), "text", "empty"),
+    "empty ids": (lambda r: r.token_ids.SetInParent(), "token_ids", "empty"),
+    "empty chat": (lambda r: r.chat.SetInParent(), "chat", "empty"),
+    "id outside the vocabulary": (lambda r: r.token_ids.ids.append(320), "token_ids", "320"),
+    "prompt longer than the model": (lambda r: r.token_ids.ids.extend([1] * 512), "token_ids", "512"),
+    "no choices": (fields(n=0), "n", "1"),
+    "too many choices": (fields(n=9), "n", "8"),
+    "no tokens": (fields(max_tokens=0), "max_tokens", "1"),
+    "more tokens than room": (fields(max_tokens=600), "max_tokens", "507"),
+    "temperature is not a number": (fields(temperature=float("nan")), "temperature", "nan"),
+    "temperature is infinite": (fields(temperature=float("inf")), "temperature", "inf"),
+    "temperature below zero": (fields(temperature=-0.1), "temperature", "-0.1"),
+    "top_p is zero": (fields(top_p=0.0), "top_p", "(0, 1]"),
+    "top_p above one": (fields(top_p=1.5), "top_p", "1.5"),
+    "min_p above one": (fields(min_p=1.5), "min_p", "1.5"),
+    "too many stop strings": (fields(stop=["x"] * 9), "stop", "8"),
+    "empty stop string": (fields(stop=[""]), "stop", "1"),
+    "long stop string": (fields(stop=["x" * 257]), "stop", "256"),
+    "stop id outside the vocabulary": (fields(stop_token_ids=[320]), "stop_token_ids", "320"),
+    "too many stop ids": (fields(stop_token_ids=[1] * 65), "stop_token_ids", "64"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrong_field_is_named_with_its_limit(shared: Cluster, case: str) -> None:
+    change, field, limit = CASES[case]
+    request = pb.GenerateRequest(text="hello")
+    change(request)
+    with pytest.raises(grpc.RpcError) as failure:
+        shared.stub.Generate(request)
+
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    error = from_rpc_error(failure.value)
+    assert getattr(error, "field", "").startswith(field), error
+    assert limit in str(error)
+    assert shared.tokens([1, 2], 2) == [2, 3], "others are served"
+
+
+def test_an_unknown_model_is_not_found(shared: Cluster) -> None:
+    with pytest.raises(grpc.RpcError) as failure:
+        shared.stub.Generate(pb.GenerateRequest(text="x", model="gpt-9"))
+    assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+    assert "gpt-9" in failure.value.details() and "fake" in failure.value.details()
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x1a\x02\xc3\x28"], ids=["garbage", "invalid UTF-8"])
+def test_bytes_that_are_no_message_are_an_invalid_argument(shared: Cluster, data: bytes) -> None:
+    call = shared.channel.unary_unary(METHOD)
+    with pytest.raises(grpc.RpcError) as failure:
+        call(data)
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "pagewire.v1.GenerateRequest" in failure.value.details()
+
+
+def test_a_message_too_large_is_refused(shared: Cluster) -> None:
+    with pytest.raises(grpc.RpcError) as failure:
+        shared.stub.Generate(pb.GenerateRequest(text="x" * (5 << 20)))
+    assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert shared.tokens([1, 2], 2) == [2, 3]
+
+
+def test_a_client_cannot_dial_in_as_an_executor(shared: Cluster) -> None:
+    call = shared.channel.stream_stream("/pagewire.executor.v1.ExecutorLink/Link")
+    with pytest.raises(grpc.RpcError) as failure:
+        list(call(iter([b""])))
+    assert failure.value.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -1,0 +1,166 @@
+"""Served tokens are Transformers' tokens: SmolLM2-135M in float32, however the work is cut, shared or moved."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.model_folder import read_model_folder
+from protos import inference_pb2 as pb
+from services.text import Tokenizer
+from tests.e2e.cluster import Cluster
+
+NUM_NEW = 64
+LENGTHS = [5, 6, 7, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64, 90, 128, 180, 256, 300, 360, 480, 700, 1000, 1500]
+TEXT = """
+The harbour master kept two ledgers. In the first he wrote every ship that came in, its flag, its cargo and the hour;
+in the second he wrote what the captains told him, and he never let anybody read it. When the great storm of that autumn
+closed the bay for nine days, no ship came in at all, and so the second ledger began to fill with other things: the
+price of bread, the height of the water on the third step of the quay, the names of the children who carried messages
+between the warehouses. A list of what a small town needs is longer than it looks: salt, lamp oil, rope, nails, flour, paper,
+medicine, wool, glass, tar, seed and patience. def ledger(entries): return {hour: ship for hour, ship in entries}
+On the tenth morning the wind turned. 1, 2, 3, 5, 8, 13, 21, 34 fishing boats left before noon, and the harbour master
+opened the first ledger again. "What did you write while we were gone?" asked the youngest of the captains. He said that
+he had written nothing that could be sold, and nothing that he would want to forget.
+"""
+
+
+@pytest.fixture(scope="module")
+def prompts(default_model: Path) -> list[list[int]]:
+    """24 prompts of 5 to 1,500 tokens; the odd ones share beginnings, the even ones do not."""
+    ids = Tokenizer(default_model / "tokenizer.json").encode(TEXT * 10)
+    return [ids[:n] if i % 2 else ids[37 * i : 37 * i + n] for i, n in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def expected(default_model: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """What `model.generate` says, one prompt at a time."""
+    model = AutoModelForCausalLM.from_pretrained(default_model, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    outputs: list[list[int]] = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_NEW)
+        outputs.append(output[0, len(prompt) :].tolist())
+    assert all(len(output) == NUM_NEW for output in outputs)
+    return outputs
+
+
+@contextmanager
+def serving(
+    model: Path, folder: Path, *, scheduler: Sequence[str] = (), executor: Sequence[str] = (), executors: int = 1
+) -> Iterator[Cluster]:
+    running = Cluster(model, folder, flags=["--log-format=json", *scheduler])
+    try:
+        for _ in range(executors):
+            running.start_executor("--dtype=float32", "--max-sequences=32", *executor, fake=False)
+        yield running
+    finally:
+        running.close()
+
+
+def counters(running: Cluster) -> Mapping[str, int]:
+    """What the scheduler counted, from the last line of its log. Stops it."""
+    running.scheduler.signal(signal.SIGTERM)
+    assert running.scheduler.wait() == 0
+    last: Mapping[str, int] = json.loads(running.scheduler.log.read_text().splitlines()[-1])
+    return last
+
+
+def all_at_once(running: Cluster, prompts: list[list[int]], **sampling: float) -> list[list[int]]:
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(lambda p: running.tokens(p, NUM_NEW, **sampling), prompts))
+
+
+def test_one_at_a_time(
+    default_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    with serving(default_model, tmp_path) as running:
+        assert [running.tokens(prompt, NUM_NEW) for prompt in prompts] == expected
+
+
+def test_all_at_once(default_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    with serving(default_model, tmp_path) as running:
+        assert all_at_once(running, prompts) == expected
+        assert all_at_once(running, prompts) == expected, "again, with every prompt cached"
+        assert counters(running)["cached_prompt_tokens"] > sum(LENGTHS) * 0.9
+
+
+def test_without_prefix_caching(
+    default_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    with serving(default_model, tmp_path, scheduler=["--no-prefix-caching"]) as running:
+        assert all_at_once(running, prompts) == expected
+        assert counters(running)["cached_prompt_tokens"] == 0
+
+
+def test_with_a_pool_so_small_that_sequences_are_preempted(
+    default_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    blocks = (max(LENGTHS) + NUM_NEW) // 16 + 3
+    flags = ["--watermark=0"]
+    with serving(default_model, tmp_path, scheduler=flags, executor=[f"--num-blocks={blocks}"]) as running:
+        assert all_at_once(running, prompts) == expected
+        assert counters(running)["preemptions"] > 0
+
+
+def test_with_a_token_budget_of_sixteen(
+    default_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    with serving(default_model, tmp_path, scheduler=["--token-budget=16"]) as running:
+        assert all_at_once(running, prompts) == expected
+
+
+def test_over_two_executors_of_which_one_is_killed(
+    default_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    with serving(default_model, tmp_path, executor=["--threads=1"], executors=2) as running:
+        assert all_at_once(running, prompts) == expected
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            futures = [pool.submit(running.tokens, prompt, NUM_NEW) for prompt in prompts]
+            futures[0].result()
+            running.executors[0].signal(signal.SIGKILL)
+            assert [future.result() for future in futures] == expected
+
+
+def test_seeded_sampling_is_the_same_alone_in_a_crowd_preempted_and_elsewhere(
+    default_model: Path, tmp_path: Path, prompts: list[list[int]]
+) -> None:
+    some = prompts[:18:3]
+    sampling = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "seed": 1234}
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    with serving(default_model, tmp_path / "one", executor=["--num-blocks=30"]) as running:
+        alone = [running.tokens(prompt, NUM_NEW, **sampling) for prompt in some]
+        assert all_at_once(running, some, **sampling) == alone
+        assert counters(running)["preemptions"] > 0
+    with serving(default_model, tmp_path / "two", executors=2, executor=["--threads=1"]) as running:
+        assert all_at_once(running, some, **sampling) == alone
+
+
+def test_the_choices_of_one_request_differ_and_each_is_reproducible(default_model: Path, tmp_path: Path) -> None:
+    request = pb.GenerateRequest(
+        text="Once upon a time",
+        sampling=pb.SamplingParams(temperature=1.0, seed=5, n=4),
+        stopping=pb.StopConditions(max_tokens=20, ignore_eos=True),
+    )
+    with serving(default_model, tmp_path) as running:
+        first = [list(choice.token_ids) for choice in running.stub.Generate(request).choices]
+        again = [list(choice.token_ids) for choice in running.stub.Generate(request).choices]
+    assert first == again
+    assert len({tuple(choice) for choice in first}) == 4
+
+
+def test_the_context_that_the_server_states_is_the_models(default_model: Path, tmp_path: Path) -> None:
+    with serving(default_model, tmp_path) as running:
+        model = running.stub.GetModel(pb.GetModelRequest())
+    assert model.max_model_len == read_model_folder(default_model).max_model_len
+    assert model.chat
