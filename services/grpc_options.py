@@ -25,6 +25,8 @@ _CHANNEL: Final[Options] = (
 _SERVER: Final[Options] = (
     # A second server on the same port is an error, and does not silently take half of the traffic.
     ("grpc.so_reuseport", 0),
+    # A call that gRPC itself refuses (too large, for one) hears so at once: by default it waits 0.1 to 1 s for that.
+    ("grpc.http.tarpit", 0),
     # Nobody reads channelz here; its records cost memory for each connection.
     ("grpc.enable_channelz", 0),
 )
