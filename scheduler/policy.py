@@ -48,22 +48,22 @@ def decide(
     finishes; a row never preempts itself or an older one, it waits and keeps what it has. `num_returning` blocks come
     free when the steps in flight are answered: with enough of those in sight a row waits instead of preempting.
     """
-    decision = Decision([0] * len(rows), [0] * len(rows), [], token_budget)
-    grants, blocks = decision.grants, decision.blocks
+    grants, blocks = [0] * len(rows), [0] * len(rows)
+    preempted: list[int] = []
     singles = [i for i, row in enumerate(rows) if row.num_uncomputed == 1]
     others = [i for i, row in enumerate(rows) if row.num_uncomputed > 1]
     youngest = len(rows) - 1  # all after it are preempted
     for i in singles + others:
-        if decision.budget_left == 0:
+        if token_budget == 0:
             break
         if i > youngest:
             continue
         num_uncomputed, num_planned, num_blocks, copy_on_write = rows[i]
-        tokens = min(num_uncomputed, decision.budget_left)
+        tokens = min(num_uncomputed, token_budget)
         need = blocks_for(num_planned + tokens, block_size) - num_blocks + copy_on_write
         while need > num_free + num_returning and youngest > i:
-            decision.preempted.append(youngest)
-            decision.budget_left += grants[youngest]
+            preempted.append(youngest)
+            token_budget += grants[youngest]
             now, later = yield_of(youngest)
             num_free += blocks[youngest] + now
             num_returning += later
@@ -79,8 +79,8 @@ def decide(
         if need > 0:
             blocks[i] = need
             num_free -= need
-        decision.budget_left -= tokens
-    return decision
+        token_budget -= tokens
+    return Decision(grants, blocks, preempted, token_budget)
 
 
 def admits(*, num_needed: int, num_free: int, num_promised: int, watermark: int, idle: bool) -> bool:

@@ -11,6 +11,7 @@ prefix hits, preemption and the move to another executor are all that one rule.
 from __future__ import annotations
 
 import bisect
+from array import array
 from collections.abc import Iterator, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -146,7 +147,8 @@ class Scheduler:
             sequence = Sequence(
                 id=id,
                 order=self._next_id,
-                prompt=list(prompt),
+                tokens=array("I", prompt),
+                num_prompt=len(prompt),
                 root=root,
                 sampling=sampling,
                 stop=stop,
@@ -278,7 +280,7 @@ class Scheduler:
             sequence.first_token_ns = now_ns
         sequence.last_token_ns = now_ns
         reason = finish_reason(token, sequence.num_output, sequence.stop, self._eos)
-        if reason is not FinishReason.NONE:
+        if reason:
             self._end(sequence, reason)
         elif sequence.session is not None and len(sequence.tokens) % sequence.session.block_size == 0:
             session = sequence.session
@@ -286,6 +288,7 @@ class Scheduler:
         return TokenOutput(sequence.id, token, reason)
 
     def _end(self, sequence: Sequence, reason: FinishReason, *, forget: bool = False) -> None:
+        assert reason, f"sequence {sequence.id} ends without a reason"
         if sequence.session is not None:
             sequence.session.release(sequence, forget=forget)
         else:
@@ -343,8 +346,10 @@ class Scheduler:
         for sequence, row, num_known, tokens, blocks in zip(
             running, rows, known, decision.grants, decision.blocks, strict=True
         ):
+            if blocks:
+                session.make_room(sequence, row.num_planned, tokens, draft)
             if tokens:
-                session.grant(sequence, row.num_planned, tokens, num_known, blocks, draft)
+                session.add_row(sequence, row.num_planned, tokens, num_known, draft)
             if tokens < row.num_uncomputed and sequence.session is session:
                 num_promised += blocks_for(num_known, block_size) - len(sequence.block_table)
         return num_promised

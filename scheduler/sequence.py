@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,8 @@ class Sequence:
 
     id: SequenceId
     order: int  # arrival; who came first goes first, who came last is preempted first
-    prompt: list[int]
+    tokens: array[int]  # prompt, then committed output: the only truth. No list: the garbage collector would walk it
+    num_prompt: int
     root: BlockKey  # parent of its first block's key
     sampling: SamplingParams
     stop: StopConditions
@@ -43,8 +45,7 @@ class Sequence:
     fork_of: Sequence | None = None  # shares this one's prompt blocks, if it still runs by then
 
     status: Status = Status.WAITING
-    reason: FinishReason = FinishReason.NONE
-    tokens: list[int] = field(default_factory=list[int])  # prompt, then committed output: the only truth
+    reason: FinishReason = FinishReason.NONE  # not NONE: FINISHED
     attempt: int = 0  # placements so far
     preemptions: int = 0
     keys: dict[int, list[BlockKey]] = field(default_factory=dict[int, list[BlockKey]])  # of full blocks, by block size
@@ -63,23 +64,15 @@ class Sequence:
     last_token_ns: int = 0
     num_cached_prompt: int = 0  # prompt tokens that needed no computing at the first admission
 
-    def __post_init__(self) -> None:
-        self.tokens = list(self.prompt)
+    max_length: int = field(init=False)  # tokens it may come to hold: prompt and all it may generate
 
-    @property
-    def num_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.prompt)
+    def __post_init__(self) -> None:
+        self.max_length = self.num_prompt + self.stop.max_tokens
 
     @property
     def num_output(self) -> int:
         """Committed output tokens; the index of the next one."""
-        return len(self.tokens) - len(self.prompt)
-
-    @property
-    def max_length(self) -> int:
-        """Tokens it may come to hold: prompt and all it may generate."""
-        return len(self.prompt) + self.stop.max_tokens
+        return len(self.tokens) - self.num_prompt
 
     def become(self, status: Status) -> None:
         """Move on in the table of lives."""

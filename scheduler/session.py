@@ -18,7 +18,7 @@ from common.types import BlockId, SlotRef, slot_of, slot_ref
 from scheduler import policy
 from scheduler.block_pool import BlockPool
 from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
-from scheduler.sequence import Sequence, Status
+from scheduler.sequence import Sequence
 
 
 class Row(NamedTuple):
@@ -32,7 +32,7 @@ class Row(NamedTuple):
     @property
     def is_current(self) -> bool:
         """Its sequence goes on, and was not placed anew since: what the row brings is the sequence's next token."""
-        return self.attempt == self.sequence.attempt and self.sequence.status is not Status.FINISHED
+        return self.attempt == self.sequence.attempt and not self.sequence.reason
 
 
 class Outstanding(NamedTuple):
@@ -71,7 +71,7 @@ class Session:
     """The scheduler's half of one link. Mutated only by Scheduler."""
 
     def __init__(
-        self, id: int, facts: ExecutorFacts, keys: KeyChain, *, prefix_caching: bool, max_running: int, watermark: int
+        self, id: int, facts: ExecutorFacts, chain: KeyChain, *, prefix_caching: bool, max_running: int, watermark: int
     ) -> None:
         self.id = id
         self.facts = facts
@@ -82,7 +82,7 @@ class Session:
         self.outstanding: deque[Outstanding] = deque()
         self.leaving = False  # takes no new work
         self.num_promised = 0  # blocks that the known tokens of running sequences still need
-        self._keys = keys
+        self._chain = chain
         self._prefix_caching = prefix_caching
         self._watermark = watermark
         self._next_step = 0
@@ -147,23 +147,28 @@ class Session:
         usable = len(sequence.tokens) - 1
         blocks: list[BlockId] = []
         for i in range(usable // size):
-            block = self.cache.find(self._key(sequence, i))
+            block = self.cache.find(self._keys_of(sequence, i + 1)[i])  # no key is made beyond the first miss
             if block is None:
                 break
             blocks.append(block)
         start = len(blocks) * size
-        parent = self._key(sequence, len(blocks) - 1) if blocks else sequence.root
+        parent = self._parent_of(sequence, len(blocks))
         tail = self.cache.find_tail(parent, sequence.tokens[start : min(start + size, usable)], self._next_step)
         return Match(blocks, tail, start + (tail.num_tokens if tail else 0))
 
-    def _key(self, sequence: Sequence, index: int) -> BlockKey:
+    def _keys_of(self, sequence: Sequence, num_blocks: int) -> list[BlockKey]:
+        """Keys of the sequence's full blocks, the first `num_blocks` at least. They never change, so they are kept."""
         size = self.block_size
         keys = sequence.keys.setdefault(size, [])
-        while len(keys) <= index:
-            parent = keys[-1] if keys else sequence.root
-            start = len(keys) * size
-            keys.append(self._keys.child(parent, sequence.tokens[start : start + size]))
-        return keys[index]
+        parent = keys[-1] if keys else sequence.root
+        for i in range(len(keys), num_blocks):
+            parent = self._chain.child(parent, sequence.tokens[i * size : (i + 1) * size])
+            keys.append(parent)
+        return keys
+
+    def _parent_of(self, sequence: Sequence, index: int) -> BlockKey:
+        """What stands before the block at `index`."""
+        return self._keys_of(sequence, index)[index - 1] if index else sequence.root
 
     def remember(self, sequence: Sequence, num_written: int, step: int) -> None:
         """Offer the sequence's full blocks to the prefix cache: `num_written` tokens are written once `step` is done.
@@ -174,11 +179,15 @@ class Session:
             return
         size = self.block_size
         num_full = min(num_written, len(sequence.tokens)) // size
+        if num_full <= sequence.num_remembered:
+            return
+        keys = self._keys_of(sequence, num_full)
+        parent = self._parent_of(sequence, sequence.num_remembered)
         for i in range(sequence.num_remembered, num_full):
-            parent = self._key(sequence, i - 1) if i else sequence.root
             tokens = sequence.tokens[i * size : (i + 1) * size]
-            self.cache.remember(self._key(sequence, i), parent, tokens, sequence.block_table[i], step)
-        sequence.num_remembered = max(sequence.num_remembered, num_full)
+            self.cache.remember(keys[i], parent, tokens, sequence.block_table[i], step)
+            parent = keys[i]
+        sequence.num_remembered = num_full
 
     def _remember_tail(self, sequence: Sequence) -> None:
         """Offer the last, partly filled block of a sequence that leaves."""
@@ -188,11 +197,11 @@ class Session:
         full = planned // size
         if not self._prefix_caching or planned % size == 0 or full != sequence.num_remembered:
             return
-        parent = self._key(sequence, full - 1) if full else sequence.root
+        parent = self._parent_of(sequence, full)
         tokens = sequence.tokens[full * size : planned]
         block = sequence.block_table[full]
         if self.pool.ref_count(block) == 1:
-            self.cache.remember(self._keys.child(parent, tokens), parent, tokens, block, self.last_step)
+            self.cache.remember(self._chain.child(parent, tokens), parent, tokens, block, self.last_step)
 
     def can_admit(self, sequence: Sequence, match: Match) -> bool:
         """Whether there is room for the sequence's known tokens."""
@@ -241,13 +250,13 @@ class Session:
             table.append(block)
             if block != match.tail.block:  # the source itself, when it was the next to be reused
                 draft.copies.append((match.tail.block, block))
-        self._make_room(sequence, match.num_tokens, num_tokens, draft, whole=True)
+        self.make_room(sequence, match.num_tokens, num_tokens, draft, whole=True)
         self.num_promised += needed - (num_free - self.pool.num_free)
         draft.new.append(
             NewSequence(
                 ref=sequence.ref,
                 attempt=sequence.attempt,
-                token_ids=list(sequence.tokens),
+                token_ids=sequence.tokens[:],
                 num_prompt=sequence.num_prompt,
                 num_computed=match.num_tokens,
                 block_table=list(table),
@@ -258,16 +267,11 @@ class Session:
             )
         )
 
-    def grant(
-        self, sequence: Sequence, num_planned: int, num_tokens: int, num_known: int, num_blocks: int, draft: Draft
-    ) -> None:
-        """A row of the plan: compute positions [num_planned, num_planned + num_tokens), which take `num_blocks`."""
-        if num_blocks:
-            self._make_room(sequence, num_planned, num_tokens, draft, whole=False)
-        self.add_row(sequence, num_planned, num_tokens, num_known, draft)
-
     def add_row(self, sequence: Sequence, num_planned: int, num_tokens: int, num_known: int, draft: Draft) -> None:
-        """The row itself; the blocks are there. `num_known` counts tokens that are sampled in flight, too."""
+        """A row of the plan: compute positions [num_planned, num_planned + num_tokens). The blocks are there.
+
+        `num_known` counts tokens that are sampled in flight, too.
+        """
         stop = num_planned + num_tokens
         draft.rows[sequence.ref] = Row(sequence, sequence.attempt, num_tokens, stop == num_known)
         draft.num_scheduled.append(num_tokens)
@@ -275,7 +279,7 @@ class Session:
         if stop // self.block_size > sequence.num_remembered:
             self.remember(sequence, stop, draft.step)
 
-    def _make_room(self, sequence: Sequence, start: int, num_tokens: int, draft: Draft, *, whole: bool) -> None:
+    def make_room(self, sequence: Sequence, start: int, num_tokens: int, draft: Draft, *, whole: bool = False) -> None:
         """Blocks for positions [start, start + num_tokens), none of them shared where it will be written.
 
         `whole`: the table is told whole in this plan, so its changes need no columns of their own.

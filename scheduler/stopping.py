@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from typing import Final
 
 from common.sampling import StopConditions
 from common.types import FinishReason
+
+_GOES_ON: Final = FinishReason.NONE  # looked up once: this runs for every token, and an enum's member is slow to find
 
 
 def finish_reason(token: int, num_output: int, stop: StopConditions, eos: Set[int]) -> FinishReason:
@@ -16,7 +19,7 @@ def finish_reason(token: int, num_output: int, stop: StopConditions, eos: Set[in
         return FinishReason.STOP_TOKEN
     if num_output >= stop.max_tokens:
         return FinishReason.LENGTH
-    return FinishReason.NONE
+    return _GOES_ON
 
 
 def stop_tokens(stop: StopConditions, eos: Set[int]) -> tuple[int, ...]:

@@ -18,7 +18,6 @@ from scheduler.block_pool import BlockPool
 from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
 from scheduler.scheduler import ProtocolError, Scheduler
 from scheduler.sequence import Sequence as Running
-from scheduler.sequence import Status
 from scheduler.session import Draft, Match, Row, Session
 from tests.scheduler.crowd import stories
 
@@ -36,7 +35,7 @@ def a_block_is_freed_although_a_step_in_flight_writes_it(monkeypatch: pytest.Mon
 
 
 def a_fork_shares_its_last_block_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_room = Session._make_room
+    make_room = Session.make_room
 
     def without_copies(self: Session, *args: Any, **kwargs: Any) -> None:
         draft: Draft = args[3]
@@ -44,11 +43,13 @@ def a_fork_shares_its_last_block_without_a_copy(monkeypatch: pytest.MonkeyPatch)
         make_room(self, *args, **kwargs)
         del draft.copies[before:]
 
-    monkeypatch.setattr(Session, "_make_room", without_copies)
+    monkeypatch.setattr(Session, "make_room", without_copies)
 
 
 def a_shared_block_is_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    def as_if_alone(self: Session, sequence: Running, start: int, num: int, draft: Draft, *, whole: bool) -> None:
+    def as_if_alone(
+        self: Session, sequence: Running, start: int, num: int, draft: Draft, *, whole: bool = False
+    ) -> None:
         while len(sequence.block_table) * self.block_size < start + num:
             block = self.take_block()
             sequence.block_table.append(block)
@@ -56,7 +57,7 @@ def a_shared_block_is_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
                 draft.append_refs.append(sequence.ref)
                 draft.append_blocks.append(block)
 
-    monkeypatch.setattr(Session, "_make_room", as_if_alone)
+    monkeypatch.setattr(Session, "make_room", as_if_alone)
 
 
 def a_tail_is_shared_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +123,7 @@ def a_token_that_ended_a_sequence_counts_as_computed(monkeypatch: pytest.MonkeyP
 
 
 def a_token_of_an_earlier_placement_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Row, "is_current", property(lambda row: row.sequence.status is not Status.FINISHED))
+    monkeypatch.setattr(Row, "is_current", property(lambda row: not row.sequence.reason))
 
 
 def a_plan_forgets_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
