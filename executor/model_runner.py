@@ -189,6 +189,9 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise ModelFolderError(f"there is no device {name!r}. Type: --device cpu, or --device cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelFolderError("there is no GPU that torch can use here. Type: --device cpu")
+    return device

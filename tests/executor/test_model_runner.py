@@ -239,6 +239,7 @@ def test_an_architecture_that_paged_attention_cannot_serve_is_refused_by_name(
         ({"dtype": "int3"}, "dtype must be one of auto, float32"),
         ({"max_model_len": 129}, r"max_model_len must be in \[2, 128\]"),
         ({"num_blocks": None, "kv_cache_bytes": 1}, "hold 0 tokens"),
+        ({"device": "abacus"}, "there is no device 'abacus'"),
         ({"attention_backend": "fast"}, "there are: auto, torch, reference"),
     ],
 )
