@@ -48,6 +48,7 @@ class SchedulerLimits:
 
     token_budget: int = 2048  # tokens per step over all sequences
     max_running: int = 256  # sequences resident on one executor
+    patience_ns: int = 1_000_000_000  # nobody is kept waiting for an executor that answered nothing for so long
     watermark: float = 0.01  # share of the blocks that admissions leave to running sequences
     prefix_caching: bool = True
 
@@ -215,7 +216,7 @@ class Scheduler:
             assert session.outstanding or not session.running, "sequences run, and nothing will ever wake them"
             return None
         self.counters.steps += 1
-        return session.send(draft)
+        return session.send(draft, now_ns)
 
     def update(self, session_id: int, result: StepResult, now_ns: int) -> list[TokenOutput]:
         """Fold the answer of the oldest outstanding step back in, and say what was committed.
@@ -355,6 +356,7 @@ class Scheduler:
         return num_promised
 
     def _admit_waiting(self, session: Session, draft: Draft, now_ns: int) -> None:
+        session.full = False
         if draft.budget == 0 or not session.has_slot:
             return  # before the line is copied: it may be long
         for sequence in list(self._waiting):
@@ -369,9 +371,10 @@ class Scheduler:
                 continue
             else:
                 match = session.match(sequence)
-                if not self._belongs_here(sequence, session, match):
+                if not self._belongs_here(sequence, session, match, now_ns):
                     continue
             if not session.can_admit(sequence, match):
+                session.full = True
                 return  # nobody overtakes: small requests must not starve a large one
             self._admit(sequence, session, match, draft, now_ns)
 
@@ -407,13 +410,15 @@ class Scheduler:
             return None
         return Match(parent.block_table[: blocks_for(shared, session.block_size)], None, shared)
 
-    def _belongs_here(self, sequence: Sequence, session: Session, match: Match) -> bool:
+    def _belongs_here(self, sequence: Sequence, session: Session, match: Match, now_ns: int) -> bool:
         """Whether this executor is the best of those that could take the sequence now."""
         if len(self._sessions) == 1:
             return True
         places = [policy.Place(match.num_tokens, len(session.running))]
         for other in self._sessions.values():
-            if other is session or other.leaving or not other.has_slot or sequence.max_length > other.max_length:
+            if other is session or other.leaving or other.full or not other.has_slot:
+                continue
+            if sequence.max_length > other.max_length or other.silent_since(now_ns - self._limits.patience_ns):
                 continue
             there = other.match(sequence)
             if other.can_admit(sequence, there):

@@ -40,6 +40,7 @@ class Outstanding(NamedTuple):
 
     step: int
     rows: dict[SlotRef, Row]
+    sent_ns: int
 
 
 class Match(NamedTuple):
@@ -81,6 +82,7 @@ class Session:
         self.running: list[Sequence] = []  # oldest first
         self.outstanding: deque[Outstanding] = deque()
         self.leaving = False  # takes no new work
+        self.full = False  # the first in the line that fits here waits for room
         self.num_promised = 0  # blocks that the known tokens of running sequences still need
         self._chain = chain
         self._prefix_caching = prefix_caching
@@ -108,6 +110,10 @@ class Session:
     def has_slot(self) -> bool:
         """Another sequence may become resident."""
         return bool(self._free_slots)
+
+    def silent_since(self, time_ns: int) -> bool:
+        """A step that was sent before then is not answered."""
+        return bool(self.outstanding) and self.outstanding[0].sent_ns < time_ns
 
     @property
     def last_step(self) -> int:
@@ -303,9 +309,9 @@ class Session:
                 draft.append_refs.append(sequence.ref)
                 draft.append_blocks.append(block)
 
-    def send(self, draft: Draft) -> StepPlan:
+    def send(self, draft: Draft, now_ns: int) -> StepPlan:
         """The plan, which is outstanding from now on."""
-        self.outstanding.append(Outstanding(draft.step, draft.rows))
+        self.outstanding.append(Outstanding(draft.step, draft.rows, now_ns))
         self._next_step += 1
         released, self._released = self._released, []
         return StepPlan(

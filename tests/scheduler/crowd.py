@@ -107,6 +107,7 @@ def _abort(world: Witness, draw: random.Random) -> None:
 
 def _send(world: Witness, draw: random.Random) -> None:
     if world.runners:
+        world.now_ns += draw.choice([0] * 19 + [2_000_000_000])  # somebody was silent for long
         world.send(draw.choice(list(world.runners)))
 
 

@@ -48,6 +48,35 @@ def test_a_popular_prefix_does_not_pull_everything_to_one_executor() -> None:
     assert all(len(s.running) > 0 for s in world.scheduler.sessions)
 
 
+def test_a_request_does_not_wait_for_the_best_executor_while_that_has_no_room() -> None:
+    world = World(executors=0)
+    large, small = world.join(num_blocks=16), world.join(num_blocks=4)
+    world.add("warm", prompt=list(range(8)), max_tokens=1)
+    world.send(large)
+    world.answer(large)
+    world.add("running", prompt=30, max_tokens=20)
+    world.send(large)
+    world.answer(large)
+    world.add("too large for the small one", prompt=40, max_tokens=5)
+    world.add("next", prompt=[*range(8), 99], max_tokens=3)
+
+    world.send(large)
+    assert world.send(small) is not None
+
+
+def test_a_request_does_not_wait_for_the_best_executor_while_that_is_silent() -> None:
+    world = World(executors=2, credit=1)
+    world.add("warm", prompt=list(range(8)), max_tokens=2)
+    world.send(1)
+    world.answer(1)
+    world.send(1)
+    world.add("next", prompt=[*range(8), 99], max_tokens=3)
+
+    assert world.send(0) is None, "the other one has its prefix"
+    world.now_ns += 2_000_000_000
+    assert world.send(0) is not None
+
+
 def test_the_sequences_of_a_lost_executor_go_on_elsewhere_with_the_same_tokens() -> None:
     undisturbed = World(next_token=prefix_hash_token)
     undisturbed.add("a", prompt=list(range(9)), max_tokens=10, sampling=SamplingParams(seed=3))
