@@ -67,7 +67,7 @@ def server_options(
 ) -> Options:
     """Options of a server that strangers call, each with `max_streams` calls at once that we would still answer.
 
-    Executors may dial the same port: their pings, one a second, are as welcome as a client's.
+    A caller may ping as often as an executor does, once a second: some clients do, and are cut off by default.
     """
     return (
         *_EVERYWHERE,
