@@ -76,7 +76,7 @@ async def answer(call: str, context: Context, work: Awaitable[_T]) -> _T:
             "%s failed with internal error %s\n%s",
             call,
             error_id,
-            "".join(_where(error)),
+            "".join(without_texts(error)),
             extra={"fields": {"error_id": error_id, "call": call}},
         )
         await _abort(context, internal_status(error_id))
@@ -134,14 +134,14 @@ async def _abort(context: Context, status: RpcStatus) -> Never:
     await context.abort(status.code, status.message, (*set_before, *status.trailing_metadata))
 
 
-def _where(error: BaseException) -> Iterator[str]:
-    """The traceback without the exceptions' own texts, which may hold a caller's prompt.
+def without_texts(error: BaseException) -> Iterator[str]:
+    """The lines of a traceback without the exceptions' own texts, which may hold a caller's prompt.
 
     Assertions keep theirs: they are ours and carry numbers.
     """
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     if cause is not None:
-        yield from _where(cause)
+        yield from without_texts(cause)
         yield "then:\n"
     yield from traceback.format_tb(error.__traceback__)
     text = f": {error}" if isinstance(error, AssertionError) else ""
@@ -149,4 +149,4 @@ def _where(error: BaseException) -> Iterator[str]:
     if isinstance(error, BaseExceptionGroup):
         for part in error.exceptions:
             yield "of which:\n"
-            yield from _where(part)
+            yield from without_texts(part)

@@ -10,8 +10,10 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import secrets
 from pathlib import Path
+from typing import NoReturn
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -27,7 +29,7 @@ from services.answering import Answerer
 from services.chat_template import ChatTemplate
 from services.engine import Engine
 from services.grpc_options import link_options, server_options
-from services.handlers import service_handler
+from services.handlers import service_handler, without_texts
 from services.lifecycle import StartupError
 from services.link_service import ExecutorLinkService
 from services.scheduler_service import SchedulerService
@@ -88,8 +90,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({stopping, loop_task}, return_when=asyncio.FIRST_COMPLETED)
         if loop_task.done():
-            log.critical("the engine failed", exc_info=loop_task.exception())  # a bug: the supervisor starts anew
-            loop_task.result()
+            _die_of(loop_task.exception())
         log.info("draining %d sequences, at most %g s", engine.num_requests, config.drain_s)
         engine.draining = True
         await health_servicer.enter_graceful_shutdown()
@@ -103,6 +104,14 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
             task.cancel()
         await asyncio.gather(loop_task, health_task, return_exceptions=True)
     log.info("stopped: %s", core.counters, extra={"fields": dataclasses.asdict(core.counters)})
+
+
+def _die_of(bug: BaseException | None) -> NoReturn:
+    """End at once: a core that failed cannot be trusted, and whoever started this process starts it anew."""
+    assert bug is not None, "the engine's loop has no end"
+    log.critical("the engine failed\n%s", "".join(without_texts(bug)))
+    logging.shutdown()
+    os._exit(os.EX_SOFTWARE)
 
 
 def _bind(server: aio.Server, address: str) -> str:
