@@ -1,0 +1,111 @@
+"""`serve`: everything under one parent, kept alive and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc
+from tests.e2e.cluster import ROOT
+
+
+class Served:
+    """A `serve` with two fake executors that prints its address."""
+
+    def __init__(self, model: Path, log: Path) -> None:
+        self._log = log.open("wb")
+        flags = [f"--model={model}", "--listen=127.0.0.1:0", "--executors=2", "--fake", "--fake-step-s=0.01"]
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "services", "serve", *flags],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+        )
+        assert self.popen.stdout is not None
+        first = self.popen.stdout.readline().decode()
+        match = re.match(r"Serving on (\S+)\. Try:", first)
+        assert match, f"{first!r}\n{log.read_text()}"
+        self.address = match[1]
+        self.channel = grpc.insecure_channel(self.address)
+        self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
+
+    def children(self) -> dict[str, int]:
+        """Name (scheduler, executor-0, …) → pid of the processes that run now."""
+        found: dict[str, int] = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            with contextlib.suppress(OSError):
+                if f"\nPPid:\t{self.popen.pid}\n" in (entry / "status").read_text():
+                    words = (entry / "cmdline").read_bytes().decode().split("\0")
+                    name = next((w.removeprefix("--name=") for w in words if w.startswith("--name=")), "scheduler")
+                    found[name] = int(entry.name)
+        return found
+
+    def tokens(self, length: int, max_tokens: int) -> list[int]:
+        request = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=[1] * length),
+            sampling=pb.SamplingParams(temperature=0),
+            stopping=pb.StopConditions(max_tokens=max_tokens),
+        )
+        return list(self.stub.Generate(request, wait_for_ready=True, timeout=60).choices[0].token_ids)
+
+    def close(self) -> None:
+        self.channel.close()
+        if self.popen.poll() is None:
+            self.popen.terminate()
+        self.popen.wait(30)
+        assert self.popen.stdout is not None
+        self.popen.stdout.close()
+        self._log.close()
+
+
+@pytest.fixture
+def served(fake_folder: Path, tmp_path: Path) -> Iterator[Served]:
+    running = Served(fake_folder, tmp_path / "serve.log")
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+def test_a_process_that_is_killed_is_started_again_where_it_was(served: Served) -> None:
+    before = served.children()
+    assert set(before) == {"scheduler", "executor-0", "executor-1"}
+    for name in ("executor-0", "scheduler", "executor-1"):
+        os.kill(served.children()[name], signal.SIGKILL)
+        assert served.tokens(5, 20) == list(range(5, 25)), f"after {name} was killed"
+    while set(served.children()) != set(before):
+        served.tokens(5, 2)
+    assert not set(served.children().values()) & set(before.values())
+
+
+def test_sigterm_ends_every_process_and_exits_with_zero(served: Served) -> None:
+    children = served.children()
+    assert served.tokens(3, 2) == [3, 4]
+    served.popen.terminate()
+
+    assert served.popen.wait(30) == 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children.values())
+
+
+def test_no_process_outlives_a_parent_that_is_killed(served: Served) -> None:
+    children = [os.pidfd_open(pid) for pid in served.children().values()]
+    served.popen.kill()
+    for child in children:
+        poll = select.poll()
+        poll.register(child)
+        assert poll.poll(20_000), "still there"
+        os.close(child)
