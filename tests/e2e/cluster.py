@@ -42,13 +42,15 @@ class Process:
     def wait_ready(self) -> str:
         """The announcement. Fails with the log when the process ends first."""
         line = b""
-        while not line.endswith(b"\n"):
-            readable, _, _ = select.select([self._ready], [], [], START_TIMEOUT_S)
-            chunk = self._ready.read(4096) if readable else b""
-            if not chunk:
-                raise AssertionError(f"not ready, exit code {self.popen.poll()}:\n{self.log.read_text()}")
-            line += chunk
-        self._ready.close()
+        with self._ready:
+            while not line.endswith(b"\n"):
+                readable, _, _ = select.select([self._ready], [], [], START_TIMEOUT_S)
+                chunk = self._ready.read(4096) if readable else b""
+                if not chunk:
+                    if not readable:
+                        self.popen.kill()
+                    raise AssertionError(f"not ready, exit code {self.wait()}:\n{self.log.read_text()}")
+                line += chunk
         return line.decode().strip()
 
     def wait(self, timeout_s: float = 30.0) -> int:

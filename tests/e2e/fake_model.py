@@ -23,8 +23,8 @@ def write(folder: Path) -> Path:
     vocab = {symbol: i for i, symbol in enumerate(alphabet)}
     vocab |= {f"filler{i}": i for i in range(len(alphabet), EOS)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

@@ -12,6 +12,7 @@ from services.status import from_rpc_error
 from tests.e2e.cluster import Cluster
 
 METHOD = "/pagewire.v1.InferenceService/Generate"
+LINK = "/pagewire.executor.v1.ExecutorLink/Link"
 Change = Callable[[pb.GenerateRequest], object]
 
 
@@ -73,16 +74,17 @@ def test_an_unknown_model_is_not_found(shared: Cluster) -> None:
     with pytest.raises(grpc.RpcError) as failure:
         shared.stub.Generate(pb.GenerateRequest(text="x", model="gpt-9"))
     assert failure.value.code() is grpc.StatusCode.NOT_FOUND
-    assert "gpt-9" in failure.value.details() and "fake" in failure.value.details()
+    problem = str(failure.value.details())
+    assert "gpt-9" in problem and "fake" in problem
 
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x1a\x02\xc3\x28"], ids=["garbage", "invalid UTF-8"])
 def test_bytes_that_are_no_message_are_an_invalid_argument(shared: Cluster, data: bytes) -> None:
-    call = shared.channel.unary_unary(METHOD)
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = shared.channel.unary_unary(METHOD)
     with pytest.raises(grpc.RpcError) as failure:
         call(data)
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "pagewire.v1.GenerateRequest" in failure.value.details()
+    assert "pagewire.v1.GenerateRequest" in str(failure.value.details())
 
 
 def test_a_message_too_large_is_refused(shared: Cluster) -> None:
@@ -93,7 +95,7 @@ def test_a_message_too_large_is_refused(shared: Cluster) -> None:
 
 
 def test_a_client_cannot_dial_in_as_an_executor(shared: Cluster) -> None:
-    call = shared.channel.stream_stream("/pagewire.executor.v1.ExecutorLink/Link")
+    call: grpc.StreamStreamMultiCallable[bytes, bytes] = shared.channel.stream_stream(LINK)
     with pytest.raises(grpc.RpcError) as failure:
         list(call(iter([b""])))
     assert failure.value.code() is grpc.StatusCode.UNIMPLEMENTED

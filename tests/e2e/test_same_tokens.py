@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ The harbour master kept two ledgers. In the first he wrote every ship that came 
 in the second he wrote what the captains told him, and he never let anybody read it. When the great storm of that autumn
 closed the bay for nine days, no ship came in at all, and so the second ledger began to fill with other things: the
 price of bread, the height of the water on the third step of the quay, the names of the children who carried messages
-between the warehouses. A list of what a small town needs is longer than it looks: salt, lamp oil, rope, nails, flour, paper,
-medicine, wool, glass, tar, seed and patience. def ledger(entries): return {hour: ship for hour, ship in entries}
+between the warehouses. A list of what a small town needs is longer than it looks: salt, lamp oil, rope, nails, flour,
+paper, medicine, wool, glass, tar, seed and patience. def ledger(entries): return {hour: ship for hour, ship in entries}
 On the tenth morning the wind turned. 1, 2, 3, 5, 8, 13, 21, 34 fishing boats left before noon, and the harbour master
 opened the first ledger again. "What did you write while we were gone?" asked the youngest of the captains. He said that
 he had written nothing that could be sold, and nothing that he would want to forget.
@@ -43,7 +44,8 @@ def prompts(default_model: Path) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def expected(default_model: Path, prompts: list[list[int]]) -> list[list[int]]:
     """What `model.generate` says, one prompt at a time."""
-    model = AutoModelForCausalLM.from_pretrained(default_model, dtype=torch.float32).eval()
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(default_model, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     outputs: list[list[int]] = []
     for prompt in prompts:

@@ -10,15 +10,17 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from common.errors import Unavailable
 from protos import inference_pb2 as pb
+from services.status import from_rpc_error
 from tests.e2e import fake_model
 from tests.e2e.cluster import Cluster, cluster
 
 
-def request(prompt: list[int], max_tokens: int, **more: int) -> pb.GenerateStreamRequest:
+def request(prompt: list[int], max_tokens: int, *, n: int = 1) -> pb.GenerateStreamRequest:
     return pb.GenerateStreamRequest(
         token_ids=pb.TokenIds(ids=prompt),
-        sampling=pb.SamplingParams(temperature=0.0, **more),  # type: ignore[arg-type]
+        sampling=pb.SamplingParams(temperature=0.0, n=n),
         stopping=pb.StopConditions(max_tokens=max_tokens),
     )
 
@@ -39,7 +41,11 @@ def test_a_stream_is_prompt_info_then_deltas_then_finish(shared: Cluster) -> Non
 
 def test_the_unary_call_gives_what_the_stream_gives(shared: Cluster) -> None:
     answer = shared.stub.Generate(
-        pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(temperature=0, n=2), stopping={"max_tokens": 40})
+        pb.GenerateRequest(
+            text="hello",
+            sampling=pb.SamplingParams(temperature=0, n=2),
+            stopping=pb.StopConditions(max_tokens=40),
+        )
     )
     assert len(answer.choices) == 2
     assert list(answer.choices[0].token_ids) == list(range(5, 45))
@@ -62,12 +68,11 @@ def test_eos_ends_the_text_and_is_named(shared: Cluster) -> None:
 
 def test_a_stop_string_ends_the_text_before_it(shared: Cluster) -> None:
     asked = pb.GenerateRequest(
-        text="A" * 60, sampling=pb.SamplingParams(temperature=0), stopping={"max_tokens": 60, "stop": ["cd"]}
+        text="A" * 60, sampling=pb.SamplingParams(temperature=0), stopping=pb.StopConditions(max_tokens=60)
     )
-    free = pb.GenerateRequest(text=asked.text, sampling=asked.sampling, stopping={"max_tokens": 60})
-    whole = shared.stub.Generate(free).choices[0]
+    whole = shared.stub.Generate(asked).choices[0]
     stop = whole.text[10:12]
-    asked.stopping.stop[:] = [stop]
+    asked.stopping.stop.append(stop)
     choice = shared.stub.Generate(asked).choices[0]
 
     assert choice.text == whole.text[: whole.text.index(stop)]
@@ -93,7 +98,7 @@ def test_the_server_says_what_it_serves(shared: Cluster) -> None:
 
 
 def test_health_is_serving_while_an_executor_is_connected(shared: Cluster) -> None:
-    check = shared.channel.unary_unary("/grpc.health.v1.Health/Check")
+    check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = shared.channel.unary_unary("/grpc.health.v1.Health/Check")
     for service in ("", "pagewire.v1.InferenceService"):
         answer = check(health_pb2.HealthCheckRequest(service=service).SerializeToString())
         assert health_pb2.HealthCheckResponse.FromString(answer).status == health_pb2.HealthCheckResponse.SERVING
@@ -157,8 +162,10 @@ def test_without_an_executor_the_call_fails_after_its_wait_and_says_when_to_come
         with pytest.raises(grpc.RpcError) as failure:
             running.tokens([1, 2], 2)
         assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert "no executor is connected" in failure.value.details()
-        assert dict(failure.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+        error = from_rpc_error(failure.value)
+        assert isinstance(error, Unavailable)
+        assert "no executor is connected" in str(error)
+        assert error.retry_after_s == 1.0
 
 
 def test_sigterm_lets_a_running_stream_end_and_takes_no_new_one(fake_folder: Path, tmp_path: Path) -> None:
