@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # Where the CPU build of torch is found; `make setup TORCH_INDEX=` takes PyPI's own build (CUDA on Linux).
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-COMPOSE ?= docker compose
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 # Arguments of the command behind demo, serve, test and bench-scheduler: `make test ARGS="-k preemption"`.
 ARGS ?=
 
