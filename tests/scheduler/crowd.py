@@ -30,7 +30,7 @@ def crowd(seed: int, num_events: int) -> Witness:
     )
     for _ in range(draw.choice([1, 1, 2, 3])):
         _join(world, draw)
-    events = [_add] * 4 + [_talk_on] * 2 + [_send] * 12 + [_answer] * 10 + [_abort, _join, _lose, _leave]
+    events = [_add] * 3 + [_talk_on] * 4 + [_send] * 12 + [_answer] * 10 + [_abort, _join, _lose, _leave]
     quiet = draw.random() < 0.5  # executors stay: memory, not loss, is what hurts
     for _ in range(num_events):
         event = draw.choice(events)
@@ -74,7 +74,7 @@ def _leave(world: Witness, draw: random.Random) -> None:
 
 def _add(world: Witness, draw: random.Random) -> None:
     own = [draw.randrange(VOCAB_SIZE) for _ in range(draw.choice([1, 1, 2, 5]))]
-    _ask(world, draw, prompt_of(draw.randrange(2), draw.randrange(0, 20), own))
+    _ask(world, draw, prompt_of(draw.randrange(2), draw.randrange(0, 20), own), draw.choice(["", "", "b"]))
 
 
 def _talk_on(world: Witness, draw: random.Random) -> None:
@@ -83,10 +83,11 @@ def _talk_on(world: Witness, draw: random.Random) -> None:
         ended = [name for name in world.reasons if name not in world.aborted]
         name = ended[-1] if ended and draw.random() < 0.7 else draw.choice(list(world.prompts))
         more = [draw.randrange(VOCAB_SIZE) for _ in range(draw.choice([1, 2, 3]))]
-        _ask(world, draw, [*world.prompts[name], *world.tokens[name], *more])
+        tenant = world.tenants[world.id(name)]
+        _ask(world, draw, [*world.prompts[name], *world.tokens[name], *more], tenant)
 
 
-def _ask(world: Witness, draw: random.Random, prompt: list[int]) -> None:
+def _ask(world: Witness, draw: random.Random, prompt: list[int], tenant: str) -> None:
     if len(prompt) > 48 or len(world.alive) > 24:
         return
     sampling = SamplingParams(temperature=float(draw.random() < 0.7), seed=draw.randrange(3))
@@ -95,9 +96,7 @@ def _ask(world: Witness, draw: random.Random, prompt: list[int]) -> None:
         stop_token_ids=draw.choice([(), (), (5,), (5, 9, 11, 30)]),
         ignore_eos=draw.random() < 0.3,
     )
-    world.request(
-        prompt, n=draw.choice([1, 1, 1, 2, 4]), stop=stop, sampling=sampling, tenant=draw.choice(["", "", "b"])
-    )
+    world.request(prompt, n=draw.choice([1, 1, 1, 2, 4]), stop=stop, sampling=sampling, tenant=tenant)
 
 
 def _abort(world: Witness, draw: random.Random) -> None:

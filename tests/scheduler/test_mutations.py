@@ -164,5 +164,5 @@ MUTATIONS: list[Plant] = [
 def test_the_crowd_notices_when(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
     with pytest.raises((AssertionError, SlabMismatch, PlanError, ProtocolError)):
-        for _ in stories(num_seeds=80, num_events=120):
+        for _ in stories(num_seeds=120, num_events=120):
             pass
