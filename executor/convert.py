@@ -15,6 +15,12 @@ import warnings
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
+
 from common.errors import ModelFolderError
 from common.model_folder import read_model_folder
 
@@ -45,10 +51,7 @@ def convert(source: Path, folder: Path) -> None:
 
 
 def _write_tokenizer(source: Path, folder: Path) -> None:
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
     backend = tokenizer.backend_tokenizer
     learned_with = _pre_tokenizer(source)
     if learned_with in _SINGLE_DIGITS:
@@ -68,19 +71,15 @@ def _write_tokenizer(source: Path, folder: Path) -> None:
 
 def _pre_tokenizer(source: Path) -> str:
     """What the file calls the way its vocabulary was learned, as llama.cpp names it."""
-    from gguf import GGUFReader
-
     field = GGUFReader(source).get_field("tokenizer.ggml.pre")
     return "" if field is None else str(field.contents())
 
 
 def _write_model(source: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
-
     model: Any = AutoModelForCausalLM.from_pretrained(
         source.parent,
         gguf_file=source.name,
+        local_files_only=True,
         quantization_config=GgufConfig(dequantize=True),  # else the weights stay packed
         dtype=torch.bfloat16,
     )
@@ -94,11 +93,8 @@ def _sync(file: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     """Convert; return 0, or 1 after one line that says why not."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     [source, folder] = arguments
     try:
         convert(Path(source), Path(folder))
