@@ -7,6 +7,7 @@ loop folds results, then asks for the next steps of every executor that has cred
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -22,6 +23,8 @@ from scheduler.sequence import Sequence as CoreSequence
 from scheduler.sequence import Status
 
 log = logging.getLogger(__name__)
+
+_LOOK_AGAIN_S = 1.0
 
 
 class Link(Protocol):
@@ -204,12 +207,19 @@ class Engine:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            await self._work.wait()
-            self._work.clear()
+            await self._wait_for_work()
             while self._answers:
                 self._fold(*self._answers.popleft())
             for session in list(self._links):
                 self._send_steps(session)
+
+    async def _wait_for_work(self) -> None:
+        """Also looks again now and then while requests wait for the best of several executors: it may be stuck."""
+        patient = self.scheduler.waiting and len(self._links) > 1
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LOOK_AGAIN_S if patient else None):
+                await self._work.wait()
+        self._work.clear()
 
     def _send_steps(self, session: int) -> None:
         link = self._links[session]

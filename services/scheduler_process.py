@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -82,6 +83,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
     link = _bind(executors, config.link_listen)
     await clients.start()
     await executors.start()
+    _spare_the_collector()
     loop_task = asyncio.create_task(engine.run(), name="engine")
     health_task = asyncio.create_task(_tell_health(engine, health_servicer), name="health")
     log.info("serving %s on %s; executors dial %s", model.name, listen, link)
@@ -104,6 +106,13 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
             task.cancel()
         await asyncio.gather(loop_task, health_task, return_exceptions=True)
     log.info("stopped: %s", core.counters, extra={"fields": dataclasses.asdict(core.counters)})
+
+
+def _spare_the_collector() -> None:
+    """What is loaded by now stays for ever: a full collection would walk it for tens of milliseconds, in a step."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def _die_of(bug: BaseException | None) -> NoReturn:
