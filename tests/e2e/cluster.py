@@ -9,8 +9,9 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -35,6 +36,8 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
                 stderr=stderr,
+                # threads that wait sleep: where there is other work, spinning ones would keep it from its core
+                env={**os.environ, "OMP_WAIT_POLICY": "passive"},
             )
         os.close(write_fd)
         self._ready = os.fdopen(read_fd, "rb", buffering=0)
@@ -112,6 +115,14 @@ class Cluster:
             stopping=pb.StopConditions(max_tokens=max_tokens, ignore_eos=True),
         )
         return list(self.stub.Generate(request).choices[0].token_ids)
+
+    def counters(self) -> Mapping[str, Any]:
+        """What the scheduler counted: it logs that as it stops, here with --log-format=json. Stops it."""
+        self.scheduler.signal(signal.SIGTERM)
+        assert self.scheduler.wait() == 0
+        lines = [json.loads(line) for line in self.scheduler.log.read_text().splitlines()]
+        (counted,) = [line for line in lines if line["message"].startswith("stopped")]
+        return dict(counted)
 
     def close(self) -> None:
         """End everything."""

@@ -8,18 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from common.model_folder import read_model_folder
 from protos import inference_pb2 as pb
 from services.text import Tokenizer
+from tests.e2e import reference
 from tests.e2e.cluster import Cluster
 
 NUM_NEW = 64
+ONE_THREAD = ["--threads=1"]  # where two executors share the machine
 LENGTHS = [5, 6, 7, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64, 90, 128, 180, 256, 300, 360, 480, 700, 1000, 1500]
 TEXT = """
 The harbour master kept two ledgers. In the first he wrote every ship that came in, its flag, its cargo and the hour;
@@ -44,14 +43,7 @@ def prompts(default_model: Path) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def expected(default_model: Path, prompts: list[list[int]]) -> list[list[int]]:
     """What `model.generate` says, one prompt at a time."""
-    auto: Any = AutoModelForCausalLM
-    model = auto.from_pretrained(default_model, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None
-    outputs: list[list[int]] = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_NEW)
-        outputs.append(output[0, len(prompt) :].tolist())
+    outputs = reference.generate(default_model, prompts, NUM_NEW)
     assert all(len(output) == NUM_NEW for output in outputs)
     return outputs
 
@@ -85,8 +77,16 @@ def all_at_once(running: Cluster, prompts: list[list[int]], **sampling: float) -
 def test_one_at_a_time(
     default_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    with serving(default_model, tmp_path) as running:
-        assert [running.tokens(prompt, NUM_NEW) for prompt in prompts] == expected
+    def serve(share: int) -> list[list[int]]:
+        folder = tmp_path / str(share)
+        folder.mkdir()
+        with serving(default_model, folder, executor=ONE_THREAD) as running:
+            return [running.tokens(prompt, NUM_NEW) for prompt in prompts[share::2]]
+
+    with ThreadPoolExecutor(2) as pool:  # two servers, each with one request at a time: half the minutes
+        even, odd = pool.map(serve, range(2))
+    assert even == expected[::2]
+    assert odd == expected[1::2]
 
 
 def test_all_at_once(default_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
@@ -124,7 +124,7 @@ def test_with_a_token_budget_of_sixteen(
 def test_over_two_executors_of_which_one_is_killed(
     default_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    with serving(default_model, tmp_path, executor=["--threads=1"], executors=2) as running:
+    with serving(default_model, tmp_path, executors=2, executor=ONE_THREAD) as running:
         assert all_at_once(running, prompts) == expected
         with ThreadPoolExecutor(len(prompts)) as pool:
             futures = [pool.submit(running.tokens, prompt, NUM_NEW) for prompt in prompts]
@@ -144,7 +144,7 @@ def test_seeded_sampling_is_the_same_alone_in_a_crowd_preempted_and_elsewhere(
         alone = [running.tokens(prompt, NUM_NEW, **sampling) for prompt in some]
         assert all_at_once(running, some, **sampling) == alone
         assert counters(running)["preemptions"] > 0
-    with serving(default_model, tmp_path / "two", executors=2, executor=["--threads=1"]) as running:
+    with serving(default_model, tmp_path / "two", executors=2, executor=ONE_THREAD) as running:
         assert all_at_once(running, some, **sampling) == alone
 
 
