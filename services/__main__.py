@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
+import shutil
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from common import log
 from common.config import DEFAULT_MODEL, ExecutorConfig, LogConfig, SchedulerConfig
 from common.errors import ExecutorRejected, ModelFolderError, PagewireError
+from services.children import ChildFailed
 from services.flags import add_flags, from_flags
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -23,6 +26,9 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 1 failed, 2 wrong usage, 78 an operator must act."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show or tell becomes a mark, not a traceback
+            stream.reconfigure(errors="replace")
     parser = _parser()
     parsed = parser.parse_args(arguments)
     command: Command = parsed.command
@@ -33,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return os.EX_CONFIG
     except PagewireError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return os.EX_CONFIG if isinstance(error, ChildFailed) and error.code == os.EX_CONFIG else 1
     except (KeyboardInterrupt, BrokenPipeError):
         return 130
 
@@ -103,7 +109,7 @@ def _chat(parsed: argparse.Namespace) -> int:
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing and history for input()
-    _run(talk.chat(parsed.address, _sampling(parsed), _stopping(parsed), parsed.system))
+    talk.chat(parsed.address, _sampling(parsed), _stopping(parsed), _system(parsed))
     return 0
 
 
@@ -163,9 +169,8 @@ def _pull(parsed: argparse.Namespace) -> int:
 
 def _doctor(parsed: argparse.Namespace) -> int:
     from services import doctor
-    from services.model_store import find
 
-    return 0 if doctor.report(doctor.examine(find(parsed.model), parsed.listen)) else 1
+    return 0 if doctor.report(doctor.examine(parsed.model, parsed.listen)) else 1
 
 
 # ---- the parser
@@ -269,26 +274,58 @@ def _request(parsed: argparse.Namespace) -> Any:
 
     request = pb.GenerateStreamRequest(sampling=_sampling(parsed), stopping=_stopping(parsed))
     if parsed.raw:
-        request.text = parsed.prompt
+        _set(request, "text", parsed.prompt, "the prompt")
     else:
-        request.chat.messages.add(role="user", content=parsed.prompt)
+        _set(request.chat.messages.add(role="user"), "content", parsed.prompt, "the prompt")
     return request
+
+
+def _system(parsed: argparse.Namespace) -> list[Any]:
+    from protos import inference_pb2 as pb
+
+    if not parsed.system:
+        return []
+    message = pb.ChatMessage(role="system")
+    _set(message, "content", parsed.system, "--system")
+    return [message]
 
 
 def _sampling(parsed: argparse.Namespace) -> Any:
     from protos import inference_pb2 as pb
 
-    names = ("temperature", "top_k", "top_p", "min_p", "seed")
-    try:
-        return pb.SamplingParams(**{n: v for n in names if (v := getattr(parsed, n)) is not None})
-    except ValueError as error:
-        raise PagewireError(f"a number is out of range: {error}") from None
+    sampling = pb.SamplingParams()
+    for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+        if (value := getattr(parsed, name)) is not None:
+            _set(sampling, name, value, f"--{name.replace('_', '-')}")
+    return sampling
 
 
 def _stopping(parsed: argparse.Namespace) -> Any:
     from protos import inference_pb2 as pb
 
-    return pb.StopConditions(max_tokens=parsed.max_tokens, stop=parsed.stop)
+    stopping = pb.StopConditions()
+    if parsed.max_tokens is not None:
+        _set(stopping, "max_tokens", parsed.max_tokens, "--max-tokens")
+    for text in parsed.stop:
+        stopping.stop.append(_text(text, "--stop"))
+    return stopping
+
+
+def _set(message: Any, field: str, value: str | float, typed_as: str) -> None:
+    """Set a field of a message. Raises PagewireError for a value that it cannot hold."""
+    try:
+        setattr(message, field, _text(value, typed_as) if isinstance(value, str) else value)
+    except ValueError:
+        raise PagewireError(f"{typed_as}: {value} is out of range") from None
+
+
+def _text(text: str, typed_as: str) -> str:
+    """`text`, as it was typed. Raises PagewireError when that was not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PagewireError(f"{typed_as}: not valid UTF-8") from None
+    return text
 
 
 def _configure_log(process: str, parsed: argparse.Namespace) -> LogConfig:
@@ -311,15 +348,21 @@ def _run(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 def _invitation(address: str) -> str:
-    root = Path(__file__).resolve().parents[1]
-    proto = "protos/inference.proto" if Path.cwd() == root else str(root / "protos" / "inference.proto")
     body = '{"chat": {"messages": [{"role": "user", "content": "Hello!"}]}, "stopping": {"max_tokens": 64}}'
     return (
         f"Serving on {address}. Try:\n"
-        f"  pagewire generate --address {address} 'Hello!'\n"
-        f"  buf curl --http2-prior-knowledge --protocol grpc --schema {proto} \\\n"
-        f"    -d '{body}' http://{address}/pagewire.v1.InferenceService/GenerateStream"
+        f"  {_as_typed('pagewire')} generate --address {address} 'Hello!'\n"
+        f"  {_as_typed('buf')} curl --protocol grpc -d '{body}' \\\n"
+        f"    http://{address}/pagewire.v1.InferenceService/GenerateStream"
     )
+
+
+def _as_typed(program: str) -> str:
+    """How a person starts a program of this environment from here: .venv/bin/pagewire, where it is not on the path."""
+    beside = Path(sys.executable).with_name(program)
+    if shutil.which(program) or not beside.exists():
+        return program
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A small client for the command line: one channel, errors as PagewireErrors."""
+"""A small client for the command line: one channel, and every failure as a PagewireError that a person can read."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2
 
+from common.errors import PagewireError, Unavailable
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from services.grpc_options import client_options
-from services.status import from_rpc_error
+from services.status import DETAILS_KEY, from_rpc_error
 
 
 class Client:
     """The public API over one channel."""
 
-    def __init__(self, channel: aio.Channel) -> None:
+    def __init__(self, channel: aio.Channel, address: str) -> None:
+        self._address = address
         self._stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
         self._check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
@@ -34,8 +36,8 @@ class Client:
         try:
             async for message in call:
                 yield message
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+        except aio.AioRpcError as error:
+            raise _for_people(error, self._address) from error
         finally:
             call.cancel()
 
@@ -43,15 +45,15 @@ class Client:
         """What is served."""
         try:
             return await self._stub.GetModel(pb.GetModelRequest(), timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+        except aio.AioRpcError as error:
+            raise _for_people(error, self._address) from error
 
     async def is_serving(self, timeout_s: float = 5.0) -> bool:
         """Whether the server says that it can answer requests."""
         try:
             answer = await self._check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+        except aio.AioRpcError as error:
+            raise _for_people(error, self._address) from error
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
@@ -59,4 +61,19 @@ class Client:
 async def connect(address: str) -> AsyncIterator[Client]:
     """A client of the server at `address`."""
     async with aio.insecure_channel(address, options=client_options()) as channel:
-        yield Client(channel)
+        yield Client(channel, address)
+
+
+def _for_people(error: aio.AioRpcError, address: str) -> PagewireError:
+    """The error in words, also where it is gRPC's own and not the server's."""
+    details = error.details() or "no details"
+    if error.code() is grpc.StatusCode.UNAVAILABLE and DETAILS_KEY not in error.trailing_metadata():
+        # gRPC tells the whole story in one line, from general to particular; the last part is what a person can use
+        reason = details.rsplit(": ", 1)[-1].rstrip("]")
+        return Unavailable(
+            f"no connection to {address}: {reason}. Is a server running there? Start one: pagewire serve"
+        )
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return PagewireError(f"what answers on {address} is not a Pagewire server for clients ({details})")
+    known = from_rpc_error(error)
+    return known if isinstance(known, PagewireError) else PagewireError(f"{error.code().name}: {details}")

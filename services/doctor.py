@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import PagewireError
+from common.errors import ModelFolderError
 from common.model_folder import read_model_folder
+from services.lifecycle import split_address
+from services.model_store import find
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +28,12 @@ class Finding:
     mend: str = ""
 
 
-def examine(model: Path | None, listen: str) -> Iterator[Finding]:
-    """Look at everything that a scheduler and an executor need here."""
+def examine(model: str, listen: str) -> Iterator[Finding]:
+    """Look at everything that a scheduler and an executor need here, last at the model and the address to listen on.
+
+    Raises ModelFolderError and StartupError for a `model` or `listen` that can be none.
+    """
+    folder, address = find(model), split_address(listen)
     version = platform.python_version()
     yield Finding("Python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")
     yield Finding("processors", True, f"{os.cpu_count()}")
@@ -37,8 +43,8 @@ def examine(model: Path | None, listen: str) -> Iterator[Finding]:
     for package in ("torch", "transformers"):
         yield _package(package, "make setup (only executors need it)")
     yield _gpu()
-    yield _model(model)
-    yield _port(listen)
+    yield _model(model, folder)
+    yield _port(listen, *address)
 
 
 def report(findings: Iterator[Finding]) -> bool:
@@ -73,22 +79,21 @@ def _gpu() -> Finding:
     return Finding("GPU", True, "NVIDIA driver found" if driver else "none; the CPU is used")
 
 
-def _model(model: Path | None) -> Finding:
-    if model is None:
-        return Finding("model", False, "the default model is not here yet", "pagewire pull smollm2")
+def _model(model: str, path: Path | None) -> Finding:
+    if path is None:
+        return Finding("model", False, f"{model} is not here yet", f"pagewire pull {model}")
     try:
-        folder = read_model_folder(model)
-    except PagewireError as error:
-        return Finding("model", False, str(error), "pagewire pull smollm2")
-    return Finding("model", True, f"{folder.name}, {folder.architecture}, context {folder.max_model_len}, {model}")
+        folder = read_model_folder(path)
+    except ModelFolderError as error:
+        return Finding("model", False, str(error))  # says itself what to type
+    return Finding("model", True, f"{folder.name}, {folder.architecture}, context {folder.max_model_len}, {path}")
 
 
-def _port(listen: str) -> Finding:
-    host, _, port = listen.rpartition(":")
+def _port(listen: str, host: str, port: int) -> Finding:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host.strip("[]"), int(port)))
+            probe.bind((host, port))
         except OSError as error:
             return Finding("port", False, f"{listen}: {error.strerror}", "stop what runs there, or use --listen")
     return Finding("port", True, f"{listen} is free")

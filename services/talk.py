@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
+
+import uvloop
 
 from common.errors import PagewireError
 from protos import inference_pb2 as pb
@@ -48,21 +51,26 @@ def _show(text: str) -> None:
 
 
 async def tell(client: Client, request: pb.GenerateStreamRequest, show: Callable[[str], None] = _show) -> Told:
-    """Stream one answer (the first choice) to `show`. Raises PagewireErrors."""
+    """Stream one answer (the first choice) to `show`. Raises PagewireErrors, on a line of their own."""
     told = Told()
     began = time.perf_counter()
-    async for message in client.generate_stream(request):
-        now = time.perf_counter() - began
-        kind = message.WhichOneof("event")
-        if kind == "delta" and message.delta.choice == 0:
-            if told.num_tokens == 0:
-                told.first_token_s = now
-            told.num_tokens += len(message.delta.token_ids)
-            told.text += message.delta.text
-            told.total_s = now
-            show(message.delta.text)
-        elif kind == "finish" and message.finish.choice == 0:
-            told.usage = message.finish.usage
+    try:
+        async for message in client.generate_stream(request):
+            now = time.perf_counter() - began
+            kind = message.WhichOneof("event")
+            if kind == "delta" and message.delta.choice == 0:
+                if told.num_tokens == 0:
+                    told.first_token_s = now
+                told.num_tokens += len(message.delta.token_ids)
+                told.text += message.delta.text
+                told.total_s = now
+                show(message.delta.text)
+            elif kind == "finish" and message.finish.choice == 0:
+                told.usage = message.finish.usage
+    except PagewireError:
+        if told.text:
+            show("\n")
+        raise
     return told
 
 
@@ -75,46 +83,48 @@ async def generate(address: str, request: pb.GenerateStreamRequest, *, stats: bo
             print(f"[{told.summary()}]", file=sys.stderr)
 
 
-async def chat(address: str, sampling: pb.SamplingParams, stopping: pb.StopConditions, system: str) -> None:
-    """Talk until end of input. Ctrl-C ends the answer that runs; the conversation goes on."""
-    async with connect(address) as client:
-        model = await client.model()
-        print(f"{model.model}. Ctrl-C stops an answer, Ctrl-D ends the talk.")
-        messages = [pb.ChatMessage(role="system", content=system)] if system else []
-        while True:
-            try:
-                line = await asyncio.to_thread(input, "\n> ")
-            except (EOFError, KeyboardInterrupt):
-                print()
-                return
-            if not line.strip():
-                continue
-            messages.append(pb.ChatMessage(role="user", content=line))
-            request = pb.GenerateStreamRequest(
-                chat=pb.ChatMessages(messages=messages), sampling=sampling, stopping=stopping
-            )
-            told = await _interruptible(client, request)
-            if told is None:
-                messages.pop()  # what was asked and not answered is not part of the talk
-                continue
-            messages.append(pb.ChatMessage(role="assistant", content=told.text))
+def chat(
+    address: str, sampling: pb.SamplingParams, stopping: pb.StopConditions, messages: Sequence[pb.ChatMessage] = ()
+) -> None:
+    """Talk until end of input. Ctrl-C ends the answer that runs, and the talk goes on. Raises PagewireErrors.
+
+    The event loop runs while an answer does and stands still in between, so that line editing and Ctrl-C work at the
+    prompt as in any other program.
+    """
+    talk = list(messages)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        stack = AsyncExitStack()
+        try:
+            client = runner.run(stack.enter_async_context(connect(address)))
+            model = runner.run(client.model())
+            print(f"{model.model}. Ctrl-C stops an answer, Ctrl-D ends the talk.")
+            while (line := _next_line()) is not None:
+                asked = pb.ChatMessage(role="user", content=line)
+                request = pb.GenerateStreamRequest(
+                    chat=pb.ChatMessages(messages=[*talk, asked]), sampling=sampling, stopping=stopping
+                )
+                try:
+                    told = runner.run(tell(client, request))
+                except KeyboardInterrupt:
+                    print("\n[stopped]", flush=True)
+                except PagewireError as error:
+                    print(f"error: {error}", flush=True)
+                else:
+                    print(f"\n[{told.summary()}]", flush=True)
+                    talk += [asked, pb.ChatMessage(role="assistant", content=told.text)]
+        finally:
+            runner.run(stack.aclose())
 
 
-async def _interruptible(client: Client, request: pb.GenerateStreamRequest) -> Told | None:
-    """The answer; None when Ctrl-C or an error ended it."""
-    import signal
-
-    loop = asyncio.get_running_loop()
-    task = asyncio.create_task(tell(client, request))
-    loop.add_signal_handler(signal.SIGINT, task.cancel)
-    try:
-        told = await task
-        print(f"\n[{told.summary()}]", flush=True)
-        return told
-    except asyncio.CancelledError:
-        print("\n[stopped]", flush=True)
-    except PagewireError as error:
-        print(f"\nerror: {error}", flush=True)
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
-    return None
+def _next_line() -> str | None:
+    """What the person types next; None at the end of input. Ctrl-C drops the line that is being typed."""
+    while True:
+        try:
+            line = input("\n> ")
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            print()
+            return None
+        if line.strip():
+            return line

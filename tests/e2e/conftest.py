@@ -22,3 +22,11 @@ def shared(fake_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """A scheduler and one fake executor that the tests of a module share; none of them may harm it."""
     with cluster(fake_folder, tmp_path_factory.mktemp("cluster")) as running:
         yield running
+
+
+@pytest.fixture
+def slow(fake_folder: Path, tmp_path: Path) -> Iterator[Cluster]:
+    """A cluster of its own whose answers take half a minute, and which tells at its end what it counted."""
+    with cluster(fake_folder, tmp_path, executors=0, flags=["--log-format=json"]) as running:
+        running.start_executor("--fake-step-s=0.05")
+        yield running
