@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,14 +60,6 @@ def serving(
         running.close()
 
 
-def counters(running: Cluster) -> Mapping[str, int]:
-    """What the scheduler counted, from the last line of its log. Stops it."""
-    running.scheduler.signal(signal.SIGTERM)
-    assert running.scheduler.wait() == 0
-    last: Mapping[str, int] = json.loads(running.scheduler.log.read_text().splitlines()[-1])
-    return last
-
-
 def all_at_once(running: Cluster, prompts: list[list[int]], **sampling: float) -> list[list[int]]:
     with ThreadPoolExecutor(len(prompts)) as pool:
         return list(pool.map(lambda p: running.tokens(p, NUM_NEW, **sampling), prompts))
@@ -93,7 +84,7 @@ def test_all_at_once(default_model: Path, tmp_path: Path, prompts: list[list[int
     with serving(default_model, tmp_path) as running:
         assert all_at_once(running, prompts) == expected
         assert all_at_once(running, prompts) == expected, "again, with every prompt cached"
-        assert counters(running)["cached_prompt_tokens"] > sum(LENGTHS) * 0.9
+        assert running.counters()["cached_prompt_tokens"] > sum(LENGTHS) * 0.9
 
 
 def test_without_prefix_caching(
@@ -101,7 +92,7 @@ def test_without_prefix_caching(
 ) -> None:
     with serving(default_model, tmp_path, scheduler=["--no-prefix-caching"]) as running:
         assert all_at_once(running, prompts) == expected
-        assert counters(running)["cached_prompt_tokens"] == 0
+        assert running.counters()["cached_prompt_tokens"] == 0
 
 
 def test_with_a_pool_so_small_that_sequences_are_preempted(
@@ -111,7 +102,7 @@ def test_with_a_pool_so_small_that_sequences_are_preempted(
     flags = ["--watermark=0"]
     with serving(default_model, tmp_path, scheduler=flags, executor=[f"--num-blocks={blocks}"]) as running:
         assert all_at_once(running, prompts) == expected
-        assert counters(running)["preemptions"] > 0
+        assert running.counters()["preemptions"] > 0
 
 
 def test_with_a_token_budget_of_sixteen(
@@ -143,7 +134,7 @@ def test_seeded_sampling_is_the_same_alone_in_a_crowd_preempted_and_elsewhere(
     with serving(default_model, tmp_path / "one", executor=["--num-blocks=30"]) as running:
         alone = [running.tokens(prompt, NUM_NEW, **sampling) for prompt in some]
         assert all_at_once(running, some, **sampling) == alone
-        assert counters(running)["preemptions"] > 0
+        assert running.counters()["preemptions"] > 0
     with serving(default_model, tmp_path / "two", executors=2, executor=ONE_THREAD) as running:
         assert all_at_once(running, some, **sampling) == alone
 
