@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from typing import Literal
+from typing import Literal, cast
 
 LogFormat = Literal["text", "json"]
 
@@ -24,7 +24,7 @@ class JsonFormatter(logging.Formatter):
         }
         fields = getattr(record, "fields", None)
         if isinstance(fields, dict):
-            line.update(fields)
+            line.update(cast("dict[str, object]", fields))
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)

@@ -7,7 +7,6 @@ the field's name and the limit, in the numbers that the caller sent.
 from __future__ import annotations
 
 import math
-import math
 import secrets
 import struct
 from typing import Final

@@ -213,7 +213,7 @@ def chained() -> Exception:
     """A canary in an exception, in its cause, in its context, in a group and in a note."""
     try:
         try:
-            raise ValueError(CANARY)  # noqa: TRY301  raised here so that there is a chain
+            raise ValueError(CANARY)  # raised here so that there is a chain
         except ValueError:
             raise KeyError(CANARY)  # noqa: B904  the context is what is tested
     except KeyError as context:
