@@ -1,0 +1,65 @@
+"""What the README says is what the sources say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from common.config import ExecutorConfig, SchedulerConfig
+from common.sampling import RequestLimits
+from tests.executor.tiny_models import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def section(title: str) -> str:
+    """The text under a heading."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def cells(title: str) -> list[list[str]]:
+    """The rows of the table under a heading, without its head."""
+    rows = [line.strip("|").split("|") for line in section(title).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def test_every_architecture_that_is_tested_is_named_once_and_no_other() -> None:
+    named = [kind for row in cells("Models") for kind in re.findall(r"`(\w+)`", row[1])]
+
+    assert sorted(named) == sorted(TINY)
+
+
+def test_the_limits_are_the_defaults() -> None:
+    limit = {row[0].strip("`"): row[1] for row in cells("Limits")}
+    request, scheduler = RequestLimits(), SchedulerConfig()
+
+    assert limit["n"] == f"{scheduler.max_choices}"
+    assert limit["temperature`, `top_p`, `min_p"].startswith(f"[0, {request.max_temperature:g}]")
+    assert limit["stop"] == f"{request.max_stop_strings} strings of 1 to {request.max_stop_string_bytes} bytes"
+    assert limit["stop_token_ids"] == f"{request.max_stop_token_ids}"
+    assert limit["one message"] == f"{scheduler.max_message_bytes >> 20} MiB"
+    assert limit["sequences that wait"] == f"{scheduler.max_waiting}"
+    assert limit["wait while no executor is there"] == f"{scheduler.executor_wait_s:g} s"
+    assert f"{scheduler.drain_s:g} s (`--drain-s`)" in section("Limits")
+
+
+def test_every_flag_and_target_that_is_named_exists() -> None:
+    settings = {field.name for config in (SchedulerConfig, ExecutorConfig) for field in fields(config)}
+    flags = {
+        flag.replace("-", "_")
+        for part in ("Limits", "Not there yet")
+        for flag in re.findall(r"--([a-z]+[a-z-]*)", section(part))
+    }
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+
+    assert flags and flags <= settings
+    assert set(re.findall(r"\bmake ([a-z]+)\b", README)) <= targets
+
+
+def test_every_link_leads_to_a_file() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+
+    assert len(links) >= 5
+    assert [link for link in links if not (ROOT / link).is_file()] == []
