@@ -17,6 +17,8 @@ from services.engine import ChoiceEvent, Engine, RequestStream
 from services.request import Chat, GenerateSpec, Input, Text, TokenIds
 from services.text import IncrementalDecoder, StopMatcher, Tokenizer
 
+_ENOUGH_TEXT = 8  # characters a token: more than plain text has
+_TORN_TOKENS = 64  # tokens that the end of a text that was cut short may have more than the whole
 _LONG_TEXT = 4096  # characters; above, tokenising would hold up other streams for a millisecond
 
 
@@ -96,8 +98,13 @@ class Answerer:
         if name not in ("", self.model.name):
             raise UnknownModel(f"model: {name!r} is not served here; {self.model.name!r} is")
 
-    async def prompt(self, source: Input, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of an input. Raises InvalidRequest when it has none, or when the model cannot chat."""
+    async def prompt(
+        self, source: Input, *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
+        """Token ids of an input. Raises InvalidRequest when it has none, or when the model cannot chat.
+
+        With `max_tokens`, a text that must have more is refused after its beginning, not after megabytes of work.
+        """
         match source:
             case TokenIds():
                 return list(source.ids)
@@ -107,13 +114,19 @@ class Answerer:
                 text, add_special_tokens = self._template.render(source.messages), False
             case Text():
                 text = source.text
-        if len(text) > _LONG_TEXT:  # the tokenizer works without the interpreter lock: streams go on meanwhile
-            ids = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
-        else:
-            ids = self.tokenizer.encode(text, add_special_tokens)
+        if max_tokens is not None and len(text) > _ENOUGH_TEXT * max_tokens:
+            head = await self._encode(text[: _ENOUGH_TEXT * max_tokens], add_special_tokens)
+            if len(head) > max_tokens + _TORN_TOKENS:
+                raise InvalidRequest(source.field, f"more than {max_tokens} tokens, which is all the context has")
+        ids = await self._encode(text, add_special_tokens)
         if not ids:
             raise InvalidRequest(source.field, "the prompt has no tokens")
         return ids
+
+    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) > _LONG_TEXT:  # the tokenizer works without the interpreter lock: streams go on meanwhile
+            return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+        return self.tokenizer.encode(text, add_special_tokens)
 
     @property
     def max_length(self) -> int:
@@ -123,7 +136,7 @@ class Answerer:
     async def start(self, spec: GenerateSpec) -> Answer:
         """Queue the request. Raises every PagewireError that a request can meet before its first token."""
         self.check_model(spec.model)
-        prompt = await self.prompt(spec.input)
+        prompt = await self.prompt(spec.input, max_tokens=self.max_length)
         room = self.max_length - len(prompt)
         if room < 1:
             problem = f"{len(prompt)} tokens leave no room in the context of {self.max_length}"

@@ -37,6 +37,7 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "empty chat": (lambda r: r.chat.SetInParent(), "chat", "empty"),
     "id outside the vocabulary": (lambda r: r.token_ids.ids.append(320), "token_ids", "320"),
     "prompt longer than the model": (lambda r: r.token_ids.ids.extend([1] * 512), "token_ids", "512"),
+    "text far longer than the model": (lambda r: setattr(r, "text", "x" * (3 << 20)), "text", "512"),
     "no choices": (fields(n=0), "n", "1"),
     "too many choices": (fields(n=9), "n", "8"),
     "no tokens": (fields(max_tokens=0), "max_tokens", "1"),
