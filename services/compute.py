@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 
 
 class ComputeThread:
-    """Runs a Runner. The callbacks are called from the thread: hand them on with call_soon_threadsafe."""
+    """Runs a Runner. The callbacks are called from the thread: hand them on with call_soon_threadsafe.
+
+    A session's number must never be used twice: what is left of the one before is told apart by it.
+    """
 
     def __init__(
         self,

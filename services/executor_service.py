@@ -7,11 +7,12 @@ comes back tells it everything anew.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 import secrets
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Never
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -55,7 +56,11 @@ class ExecutorService:
         self._drain_s = drain_s
         self._max_backoff_s = max_backoff_s
         self._incarnation = secrets.token_bytes(codec_link.INCARNATION_BYTES)
-        self._session: int | None = None  # the one that is served; None between links
+        self._session: int | None = None  # the one that is served, in the scheduler's words; None between links
+        # The compute thread is told our own number of the session: every scheduler counts from 1, and a step of the
+        # one that is gone must not answer for the one that came.
+        self._numbers = itertools.count()
+        self._number = next(self._numbers)
         self._outbox: asyncio.Queue[pb.LinkRequest | LinkLost] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         self._loaded: asyncio.Future[ExecutorFacts] = loop.create_future()
@@ -63,8 +68,8 @@ class ExecutorService:
             make_runner,
             report=ProgressLog(),
             on_loaded=lambda facts: _call_soon(loop, self._note_loaded, facts),
-            on_result=lambda session, result: _call_soon(loop, self._note_result, session, result),
-            on_failure=lambda session, error: _call_soon(loop, self._note_failure, session, error),
+            on_result=lambda number, result: _call_soon(loop, self._note_result, number, result),
+            on_failure=lambda number, error: _call_soon(loop, self._note_failure, number, error),
         )
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -96,7 +101,7 @@ class ExecutorService:
             failures = 0 if joined else failures + 1
             log.log(logging.DEBUG if failures > 1 else logging.INFO, "no link to %s: %s", self._scheduler, why)
             # jitter, so that a scheduler that comes back is not met by all executors at once
-            delay_s = min(self._max_backoff_s, 0.05 * 2**failures) * random.uniform(0.5, 1.0)
+            delay_s = min(self._max_backoff_s, 0.05 * 2 ** min(failures, 16)) * random.uniform(0.5, 1.0)
             await asyncio.wait({stopping}, timeout=delay_s)
 
     async def _leave(self, link: asyncio.Task[Any]) -> None:
@@ -121,12 +126,13 @@ class ExecutorService:
                     first = await _read(call)
                 if first.WhichOneof("message") != "welcome":
                     raise LinkLost("the first message was not a welcome")
-                self._session = first.welcome.session
-                self._compute.begin_session(self._session)
+                self._session, self._number = first.welcome.session, next(self._numbers)
+                self._compute.begin_session(self._number)
                 self._on_joined(facts)
                 log.info("joined %s as session %d", self._scheduler, self._session)
                 await self._exchange(call, self._session, first.welcome.heartbeat_ms / 1000)
-                return True, "it closed the stream"
+            except EOFError:
+                return self._session is not None, "it closed the stream"
             except (LinkLost, WireError) as error:
                 return self._session is not None, str(error)
             except TimeoutError:
@@ -139,8 +145,8 @@ class ExecutorService:
                 self._session = None
                 call.cancel()
 
-    async def _exchange(self, call: Call, session: int, heartbeat_s: float) -> None:
-        """Returns when the scheduler closed the stream; raises what broke it."""
+    async def _exchange(self, call: Call, session: int, heartbeat_s: float) -> Never:
+        """Raises EOFError when the scheduler closed the stream, else what broke it."""
         tasks = {
             asyncio.create_task(self._receive(call, session)),
             asyncio.create_task(self._send(call)),
@@ -148,31 +154,31 @@ class ExecutorService:
         }
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            done.pop().result()
+            raise AssertionError("none of them returns")
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _receive(self, call: Call, session: int) -> None:
+    async def _receive(self, call: Call, session: int) -> Never:
         while True:
-            try:
-                message = await _read(call)
-            except EOFError:
-                return
+            message = await _read(call)
             if message.WhichOneof("message") != "plan" or message.plan.session != session:
                 raise LinkLost(f"expected a plan of session {session}")
-            self._compute.execute(session, codec_link.plan_from_pb(message.plan))
+            self._compute.execute(self._number, codec_link.plan_from_pb(message.plan))
 
-    async def _send(self, call: Call) -> None:
+    async def _send(self, call: Call) -> Never:
         while True:
             message = await self._outbox.get()
             if isinstance(message, LinkLost):
                 raise message
-            await call.write(message.SerializeToString())
+            try:
+                await call.write(message.SerializeToString())
+            except asyncio.InvalidStateError:  # the call is over, and this is heard before the receiver hears it
+                raise await _ending(call) from None
 
-    async def _beat(self, session: int, heartbeat_s: float) -> None:
+    async def _beat(self, session: int, heartbeat_s: float) -> Never:
         while True:
             compute = self._compute
             beat = pb.Heartbeat(session=session, tick=compute.tick, step=compute.next_step, computing=compute.computing)
@@ -189,12 +195,13 @@ class ExecutorService:
         else:
             self._loaded.set_result(facts)
 
-    def _note_result(self, session: int, result: StepResult) -> None:
-        if session == self._session:  # else the link it belongs to is gone, and so is its meaning
-            self._outbox.put_nowait(pb.LinkRequest(result=codec_link.result_to_pb(result, session)))
+    def _note_result(self, number: int, result: StepResult) -> None:
+        # of another session: the link it belongs to is gone, and so is its meaning
+        if number == self._number and self._session is not None:
+            self._outbox.put_nowait(pb.LinkRequest(result=codec_link.result_to_pb(result, self._session)))
 
-    def _note_failure(self, session: int, error: BaseException) -> None:
-        if session == self._session:
+    def _note_failure(self, number: int, error: BaseException) -> None:
+        if number == self._number and self._session is not None:
             self._outbox.put_nowait(LinkLost(f"a step failed: {type(error).__name__}"))
 
 
@@ -227,9 +234,12 @@ async def _read(call: Call) -> pb.LinkResponse:
             return pb.LinkResponse.FromString(data)
         except DecodeError as error:
             raise LinkLost("not a pagewire.executor.v1.LinkResponse") from error
+    raise await _ending(call)
+
+
+async def _ending(call: Call) -> Exception:
+    """How a call ended that is over."""
     code, details = await call.code(), await call.details()
     if code is grpc.StatusCode.FAILED_PRECONDITION:
-        raise ExecutorRejected(details)
-    if code is not grpc.StatusCode.OK:
-        raise LinkLost(f"{code.name}: {details}")
-    raise EOFError
+        return ExecutorRejected(details)
+    return EOFError() if code is grpc.StatusCode.OK else LinkLost(f"{code.name}: {details}")
