@@ -56,7 +56,7 @@ class Finish:
 
 
 class Answer:
-    """One request that is being answered."""
+    """One request that is being answered. Whoever started it closes it, also where no event was ever asked for."""
 
     def __init__(self, spec: GenerateSpec, prompt: list[int], stream: RequestStream, tokenizer: Tokenizer) -> None:
         self.spec = spec
@@ -65,14 +65,15 @@ class Answer:
         self._choices = [_Choice(s, spec, prompt, tokenizer) for s in stream.sequences]
 
     async def events(self) -> AsyncGenerator[Delta | Finish, None]:
-        """Deltas of all choices as they come, and a Finish for each. Leaving early aborts what still runs."""
-        try:
-            async with aclosing(self._stream.events()) as events:
-                async for event in events:
-                    for out in self._choices[event.choice].take(event, self._stream):
-                        yield out
-        finally:
-            self._stream.close()
+        """Deltas of all choices as they come, and a Finish for each."""
+        async with aclosing(self._stream.events()) as events:
+            async for event in events:
+                for out in self._choices[event.choice].take(event, self._stream):
+                    yield out
+
+    def close(self) -> None:
+        """The caller is served, or has left: what still runs is aborted."""
+        self._stream.close()
 
 
 class Answerer:

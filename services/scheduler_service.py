@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
+from contextlib import closing
 
 from common.sampling import RequestLimits
 from protos import inference_pb2 as pb
@@ -21,28 +22,28 @@ class SchedulerService:
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         """The whole answer at once."""
-        answer = await self._start(request)
-        choices = [pb.Choice(index=i) for i in range(answer.spec.n)]
-        async for event in answer.events():
-            choice = choices[event.choice]
-            if isinstance(event, Delta):
-                choice.token_ids.extend(event.token_ids)
-                choice.text += event.text
-            else:
-                codec_public.fill_finish(choice, event)
+        with closing(await self._start(request)) as answer:
+            choices = [pb.Choice(index=i) for i in range(answer.spec.n)]
+            async for event in answer.events():
+                choice = choices[event.choice]
+                if isinstance(event, Delta):
+                    choice.token_ids.extend(event.token_ids)
+                    choice.text += event.text
+                else:
+                    codec_public.fill_finish(choice, event)
         return pb.GenerateResponse(prompt=self._prompt_info(answer), choices=choices)
 
     async def GenerateStream(  # noqa: N802
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The answer as it is made."""
-        answer = await self._start(request)
-        yield pb.GenerateStreamResponse(prompt=self._prompt_info(answer))
-        async for event in answer.events():
-            if isinstance(event, Delta):
-                yield pb.GenerateStreamResponse(delta=codec_public.delta_pb(event))
-            else:
-                yield pb.GenerateStreamResponse(finish=codec_public.finish_pb(event))
+        with closing(await self._start(request)) as answer:
+            yield pb.GenerateStreamResponse(prompt=self._prompt_info(answer))
+            async for event in answer.events():
+                if isinstance(event, Delta):
+                    yield pb.GenerateStreamResponse(delta=codec_public.delta_pb(event))
+                else:
+                    yield pb.GenerateStreamResponse(finish=codec_public.finish_pb(event))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text or chat to token ids."""
