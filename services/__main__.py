@@ -240,7 +240,7 @@ def _add_executor_flags(parser: argparse.ArgumentParser, but: Sequence[str]) -> 
 
 def _add_child_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ready-fd", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--die-with-parent", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--die-with-parent", type=int, default=None, help=argparse.SUPPRESS)
 
 
 def _add_client_flags(parser: argparse.ArgumentParser) -> None:
@@ -335,10 +335,10 @@ def _configure_log(process: str, parsed: argparse.Namespace) -> LogConfig:
 
 
 def _follow_parent(parsed: argparse.Namespace) -> None:
-    if parsed.die_with_parent:
+    if parsed.die_with_parent is not None:
         from services.lifecycle import die_with_parent
 
-        die_with_parent()
+        die_with_parent(parsed.die_with_parent)
 
 
 def _run(work: Coroutine[Any, Any, Any]) -> Any:

@@ -46,7 +46,8 @@ class Child:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", "services", *self.arguments, "--ready-fd", str(write_fd), "--die-with-parent"),
+            *("-m", "services", *self.arguments, "--ready-fd", str(write_fd)),
+            *("--die-with-parent", str(os.getpid())),
             pass_fds=(write_fd,),
             env={**os.environ, "PYTHONPATH": path},
             stdin=asyncio.subprocess.DEVNULL,
@@ -92,21 +93,15 @@ async def keep_alive(child: Child, *, max_backoff_s: float = 10.0) -> None:
 
     A child that ends for a reason that only an operator can mend (exit code 78) is not started again.
     """
-    failures = 0
-    while True:
-        code = await child.wait()
-        if code == os.EX_CONFIG:
-            log.error("%s cannot run as it is configured; not starting it again", child.name)
-            return
+    loop = asyncio.get_running_loop()
+    failures, began = 0, loop.time()
+    while (code := await child.wait()) != os.EX_CONFIG:
         log.warning("%s ended with %d; starting it again", child.name, code)
-        while True:
-            await asyncio.sleep(min(max_backoff_s, 0.1 * 2**failures) if failures else 0)
-            began = asyncio.get_running_loop().time()
-            try:
-                await child.start()
-            except ChildFailed as error:
-                failures += 1
-                log.error("%s", error)
-                continue
-            failures = failures + 1 if asyncio.get_running_loop().time() - began < max_backoff_s else 0
-            break
+        failures = failures + 1 if loop.time() - began < max_backoff_s else 0
+        await asyncio.sleep(min(max_backoff_s, 0.1 * 2 ** min(failures, 16)) if failures > 1 else 0)
+        began = loop.time()
+        try:
+            await child.start()
+        except ChildFailed as error:
+            log.error("%s", error)
+    log.error("%s cannot run as it is configured; not starting it again", child.name)

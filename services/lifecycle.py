@@ -51,12 +51,15 @@ def announce(ready_fd: int | None, line: str) -> None:
             out.write(line + "\n")
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent dies, so that no orphan holds memory or a port. Linux only."""
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGTERM when the parent dies, so that no orphan holds memory or a port. Linux only.
+
+    `parent` is its process id, which it tells itself: in a container it may well be 1.
+    """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-        if os.getppid() == 1:  # it died before we asked
+        if os.getppid() != parent:  # it died before we asked
             os.kill(os.getpid(), signal.SIGTERM)
 
 

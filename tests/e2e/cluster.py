@@ -30,7 +30,14 @@ class Process:
         self.log = log
         with log.open("ab") as stderr:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "services", *arguments, "--ready-fd", str(write_fd), "--die-with-parent"],
+                [
+                    sys.executable,
+                    "-m",
+                    "services",
+                    *arguments,
+                    f"--ready-fd={write_fd}",
+                    f"--die-with-parent={os.getpid()}",
+                ],
                 cwd=ROOT,
                 pass_fds=(write_fd,),
                 stdin=subprocess.DEVNULL,
