@@ -44,12 +44,10 @@ def from_flags(config: type[Config], arguments: argparse.Namespace) -> Config:
 
 
 def to_flags(config: Any) -> list[str]:
-    """The command line that gives this configuration to another process. Defaults are left out."""
+    """The command line that gives this configuration to another process, whatever its environment says."""
     flags: list[str] = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value == field.default:
-            continue
         flag = field.name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
