@@ -30,8 +30,20 @@ _NATIVE: Final = sys.byteorder == "little" and array("I").itemsize == 4  # a col
 # The ranges that the sampler can compute with; a caller's limits were checked at the public edge.
 _ANY_TEMPERATURE: Final = replace(RequestLimits(), max_temperature=sys.float_info.max)
 
-# Facts that must be positive, or the scheduler would divide by zero or wait for ever.
-_POSITIVE_FACTS: Final = ("vocab_size", "max_model_len", "num_blocks", "block_size", "max_step_tokens", "credit")
+_U32: Final = (1 << 32) - 1
+
+# At least 1, or the scheduler would divide by zero or wait for ever. It keeps a line for each block, and plans ahead
+# while there is credit: where those are many it would be out of memory, or plan and do nothing else.
+_MAX_FACTS: Final = {
+    "vocab_size": _U32,
+    "max_model_len": _U32,
+    "num_blocks": 1 << 22,
+    "block_size": 1 << 16,
+    "max_sequences": MAX_SLOTS,
+    "max_step_tokens": _U32,
+    "credit": 16,
+}
+_MAX_WORD: Final = 256  # characters of a name: it goes into log lines
 
 
 class WireError(ValueError):
@@ -157,11 +169,12 @@ def facts_from_pb(hello: pb.Hello) -> ExecutorFacts:
         raise ExecutorRejected(f"executor speaks version {hello.protocol} of the link, this scheduler {PROTOCOL}")
     if len(hello.incarnation) != INCARNATION_BYTES:
         raise WireError("incarnation", f"must have {INCARNATION_BYTES} bytes, got {len(hello.incarnation)}")
-    for name in _POSITIVE_FACTS:
-        if getattr(hello, name) == 0:
-            raise WireError(name, "must be at least 1, got 0")
-    if not 1 <= hello.max_sequences <= MAX_SLOTS:
-        raise WireError("max_sequences", f"must be in [1, {MAX_SLOTS}], got {hello.max_sequences}")
+    for name, most in _MAX_FACTS.items():
+        if not 1 <= getattr(hello, name) <= most:
+            raise WireError(name, f"must be in [1, {most}], got {getattr(hello, name)}")
+    for name in ("name", "model", "model_digest", "dtype", "device"):
+        if len(word := getattr(hello, name)) > _MAX_WORD or not word.isprintable():
+            raise WireError(name, f"must be at most {_MAX_WORD} printable characters")
     return ExecutorFacts(
         name=hello.name,
         model=hello.model,

@@ -90,6 +90,8 @@ class ExecutorLinkService:
                 f"this scheduler serves {model.name} ({model.digest[:12]}), "
                 f"the executor has {facts.model} ({facts.model_digest[:12]}): start both with the same model folder"
             )
+        if facts.vocab_size != model.vocab_size:
+            raise InvalidRequest("hello.vocab_size", f"must be {model.vocab_size}, got {facts.vocab_size}")
         return facts
 
     async def _run(self, session: int, facts: ExecutorFacts, context: Context) -> None:

@@ -97,20 +97,21 @@ def results(draw: st.DrawFn) -> StepResult:
     )
 
 
+WORD = st.text(max_size=256).filter(str.isprintable)
 FACTS = st.builds(
     ExecutorFacts,
-    name=st.text(),
-    model=st.text(),
-    model_digest=st.text(),
+    name=WORD,
+    model=WORD,
+    model_digest=WORD,
     vocab_size=POSITIVE,
     max_model_len=POSITIVE,
-    num_blocks=POSITIVE,
-    block_size=POSITIVE,
+    num_blocks=st.integers(1, 1 << 22),
+    block_size=st.integers(1, 1 << 16),
     max_sequences=st.integers(1, MAX_SLOTS),
     max_step_tokens=POSITIVE,
-    credit=POSITIVE,
-    dtype=st.text(),
-    device=st.text(),
+    credit=st.integers(1, 16),
+    dtype=WORD,
+    device=WORD,
     capabilities=st.lists(st.text(), max_size=3).map(tuple),
 )
 
@@ -385,9 +386,14 @@ def test_an_executor_of_another_protocol_is_told_both_versions() -> None:
         ("credit", 0),
         ("max_sequences", 0),
         ("max_sequences", MAX_SLOTS + 1),
+        ("num_blocks", (1 << 32) - 1),
+        ("block_size", (1 << 32) - 1),
+        ("credit", (1 << 32) - 1),
+        ("name", "x" * 257),
+        ("name", "two\nlines"),
     ],
 )
-def test_an_impossible_fact_is_refused_by_name(name: str, value: int | bytes) -> None:
+def test_an_impossible_fact_is_refused_by_name(name: str, value: int | bytes | str) -> None:
     hello = a_hello()
     setattr(hello, name, value)
 
