@@ -38,8 +38,19 @@ class Served:
         match = re.match(r"Serving on (\S+)\. Try:", first)
         assert match, f"{first!r}\n{log.read_text()}"
         self.address = match[1]
+        self.dial()
+
+    def dial(self) -> None:
+        """Connect, anew where a connection was: a call on one whose end is not seen yet would fail."""
         self.channel = grpc.insecure_channel(self.address)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
+
+    def kill(self, name: str) -> None:
+        """Kill a child; return when it is gone."""
+        gone = os.pidfd_open(self.children()[name])
+        signal.pidfd_send_signal(gone, signal.SIGKILL)
+        select.select([gone], [], [], 20)
+        os.close(gone)
 
     def children(self) -> dict[str, int]:
         """Name (scheduler, executor-0, …) → pid of the processes that run now."""
@@ -85,7 +96,10 @@ def test_a_process_that_is_killed_is_started_again_where_it_was(served: Served) 
     before = served.children()
     assert set(before) == {"scheduler", "executor-0", "executor-1"}
     for name in ("executor-0", "scheduler", "executor-1"):
-        os.kill(served.children()[name], signal.SIGKILL)
+        served.kill(name)
+        if name == "scheduler":
+            served.channel.close()
+            served.dial()
         assert served.tokens(5, 20) == list(range(5, 25)), f"after {name} was killed"
     while set(served.children()) != set(before):
         served.tokens(5, 2)
