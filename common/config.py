@@ -5,15 +5,21 @@ Read once, in services/__main__.py, and unpacked there: nobody else is handed a 
 
 from __future__ import annotations
 
+import math
 from dataclasses import Field, dataclass, field
 from typing import Any, Literal
 
 DEFAULT_MODEL = "smollm2"
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with a help text."""
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, *, least: float = 0, most: float = math.inf) -> Any:
+    """A dataclass field with a help text, and for numbers the range it may be in."""
+    return field(default=default, metadata={"help": text, "least": least, "most": most})
+
+
+def range_of(setting: Field[Any]) -> tuple[float, float]:
+    """Least and most of a number made by `option`."""
+    return setting.metadata["least"], setting.metadata["most"]
 
 
 def help_of(setting: Field[Any]) -> str:
@@ -39,17 +45,18 @@ class SchedulerConfig:
     listen: str = option("127.0.0.1:50051", "HOST:PORT for clients; port 0 takes a free one")
     link_listen: str = option("127.0.0.1:50052", "HOST:PORT or unix:PATH for executors")
     insecure: bool = option(False, "allow addresses that other machines can reach, without TLS and keys")
-    token_budget: int = option(2048, "tokens per step over all sequences")
-    max_running: int = option(256, "sequences resident on one executor")
-    watermark: float = option(0.01, "share of the KV blocks that admissions leave to running sequences")
+    token_budget: int = option(2048, "tokens per step over all sequences", least=1)
+    max_running: int = option(256, "sequences resident on one executor", least=1)
+    watermark: float = option(0.01, "share of the KV blocks that admissions leave to running sequences", most=1)
     prefix_caching: bool = option(True, "share the blocks of equal prefixes")
-    max_waiting: int = option(2048, "sequences that may wait; one more is refused with RESOURCE_EXHAUSTED")
+    max_waiting: int = option(2048, "sequences that may wait; one more is refused with RESOURCE_EXHAUSTED", least=1)
     executor_wait_s: float = option(30.0, "seconds a request waits while no executor could run it")
     default_max_tokens: int = option(0, "max_tokens where a request gives none; 0 is the room the context has left")
-    max_choices: int = option(8, "largest n of a request")
-    max_message_bytes: int = option(4 << 20, "largest message from a client")
-    max_streams: int = option(4096, "calls that may be open at once")
-    silence_s: float = option(5.0, "seconds without a word after which an executor is given up")
+    max_choices: int = option(8, "largest n of a request", least=1)
+    max_message_bytes: int = option(4 << 20, "largest message from a client", least=1024)
+    max_streams: int = option(4096, "calls that may be open at once", least=1)
+    silence_s: float = option(5.0, "seconds without a word after which an executor is given up", least=0.5)
+    step_timeout_s: float = option(120.0, "seconds one step may take before its executor is given up", least=1)
     drain_s: float = option(30.0, "seconds that running requests get after SIGTERM")
 
 
@@ -65,9 +72,9 @@ class ExecutorConfig:
     attention: str = option("auto", "attention backend; auto takes the first that works")
     num_blocks: int = option(0, "KV blocks; 0 finds out from --kv-cache-bytes or free memory")
     kv_cache_bytes: int = option(0, "bytes of the KV cache; 0 takes a share of free memory")
-    block_size: int = option(16, "tokens of a KV block")
-    max_sequences: int = option(256, "sequences resident at once")
-    max_step_tokens: int = option(8192, "tokens of one step")
+    block_size: int = option(16, "tokens of a KV block", least=1)
+    max_sequences: int = option(256, "sequences resident at once", least=1)
+    max_step_tokens: int = option(8192, "tokens of one step", least=1)
     max_model_len: int = option(0, "tokens of one sequence; 0 is what the model was made for")
     threads: int = option(0, "threads of the forward; 0 is one a core")
     drain_s: float = option(30.0, "seconds that running sequences get after SIGTERM")

@@ -6,10 +6,10 @@ import argparse
 import dataclasses
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
-from common.config import help_of
+from common.config import help_of, range_of
 
 ENVIRONMENT_PREFIX = "PAGEWIRE_"
 
@@ -34,7 +34,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Any], environment: M
             parser.error(f"{variable}={given}: choose from {', '.join(choices)}")
         # argparse converts a default that is a string as if it had been typed, and names the flag where it cannot
         default = field.default if given is None else given
-        parser.add_argument(flag, type=str if choices else kind, choices=choices, default=default, help=text)
+        number = _number(kind, *range_of(field)) if kind in (int, float) else None
+        parser.add_argument(flag, type=number or str, choices=choices, default=default, help=text)
 
 
 def from_flags(config: type[Config], arguments: argparse.Namespace) -> Config:
@@ -54,6 +55,18 @@ def to_flags(config: Any) -> list[str]:
         else:
             flags.append(f"--{flag}={value}")
     return flags
+
+
+def _number(kind: type[int | float], least: float, most: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        number = kind(text)
+        if not least <= number <= most:
+            bound = f"at most {most:g}" if number > most else f"at least {least:g}"
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return number
+
+    parse.__name__ = kind.__name__  # argparse names it where a text is no number
+    return parse
 
 
 def _parse_bool(parser: argparse.ArgumentParser, variable: str, text: str) -> bool:

@@ -39,8 +39,9 @@ def check_bind(address: str, *, insecure: bool) -> None:
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of `host:port` or `[v6]:port`. Raises StartupError."""
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise StartupError(f"{address!r} is not HOST:PORT, for example 127.0.0.1:50051")
+    bare_v6 = ":" in host and not (host.startswith("[") and host.endswith("]"))
+    if not colon or not host or bare_v6 or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise StartupError(f"{address!r} is not HOST:PORT, for example 127.0.0.1:50051 or [::1]:50051")
     return host.strip("[]"), int(port)
 
 

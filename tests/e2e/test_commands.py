@@ -173,7 +173,7 @@ def test_doctor_refuses_an_address_that_is_none() -> None:
     ended = run(*PAGEWIRE, "doctor", "--listen=nonsense")
 
     assert ended.code == 1
-    assert ended.err == "error: 'nonsense' is not HOST:PORT, for example 127.0.0.1:50051\n"
+    assert ended.err == "error: 'nonsense' is not HOST:PORT, for example 127.0.0.1:50051 or [::1]:50051\n"
 
 
 @pytest.mark.parametrize("command", ["serve", "scheduler", "executor", "doctor", "demo", "pull"])
