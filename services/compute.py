@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from common.step import ExecutorFacts, StepPlan, StepResult
 from executor.runner import Report, Runner
+from services.handlers import without_texts
 
 log = logging.getLogger(__name__)
 
@@ -83,19 +84,19 @@ class ComputeThread:
             if item is None:
                 return
             owner, plan = item
-            if plan is None:
-                session, self.next_step = owner, 0
-                runner.begin_session()
-                finished_ns = time.monotonic_ns()
-                continue
-            if owner != session:
+            if plan is not None and owner != session:
                 continue
             started_ns = time.monotonic_ns()
             self.computing = True
             try:
+                if plan is None:
+                    session, self.next_step = owner, 0
+                    runner.begin_session()
+                    finished_ns = time.monotonic_ns()
+                    continue
                 result = runner.execute(plan)
-            except Exception as error:
-                log.exception("step %d of session %d failed", plan.step, session)
+            except Exception as error:  # noqa: BLE001 - one link ends by it, and the next begins from nothing
+                log.error("step %d of session %d failed\n%s", self.next_step, owner, "".join(without_texts(error)))
                 session = -1
                 self._on_failure(owner, error)
                 continue

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _METHOD = "/" + pb.DESCRIPTOR.services_by_name["ExecutorLink"].full_name + "/Link"
 _WELCOME_TIMEOUT_S = 10.0
+_LEAST_HEARTBEAT_S = 0.01
 
 Call = aio.StreamStreamCall[bytes, bytes]
 
@@ -130,7 +131,7 @@ class ExecutorService:
                 self._compute.begin_session(self._number)
                 self._on_joined(facts)
                 log.info("joined %s as session %d", self._scheduler, self._session)
-                await self._exchange(call, self._session, first.welcome.heartbeat_ms / 1000)
+                await self._exchange(call, self._session, max(_LEAST_HEARTBEAT_S, first.welcome.heartbeat_ms / 1000))
             except EOFError:
                 return self._session is not None, "it closed the stream"
             except (LinkLost, WireError) as error:

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import time
+from collections.abc import Callable
 
 import grpc
 
@@ -39,6 +40,7 @@ class ExecutorLinkService:
         heartbeat_ms: int = 250,
         hello_timeout_s: float = 10.0,
         silence_s: float = 5.0,
+        step_timeout_s: float = 120.0,
     ) -> None:
         self._engine = engine
         self._model = model
@@ -46,6 +48,7 @@ class ExecutorLinkService:
         self._heartbeat_ms = heartbeat_ms
         self._hello_timeout_s = hello_timeout_s
         self._silence_s = silence_s
+        self._step_timeout_s = step_timeout_s
         self._sessions = itertools.count(1)
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -116,6 +119,7 @@ class ExecutorLinkService:
             await asyncio.gather(sender, receiver, return_exceptions=True)
 
     async def _receive(self, session: int, context: Context) -> None:
+        pulse = ComputePulse(idle_s=self._silence_s, step_s=self._step_timeout_s)
         while (message := await self._read(context, self._silence_s)) is not None:
             kind = message.WhichOneof("message")
             if kind == "result":
@@ -126,6 +130,8 @@ class ExecutorLinkService:
                     self._engine.answered(session, codec_link.result_from_pb(message.result))
                 except WireError as error:
                     raise InvalidRequest(f"result.{error.field}", error.problem) from error
+            elif kind == "heartbeat":
+                pulse.beat(message.heartbeat)
             elif kind == "leave":
                 log.info("session %d leaves: %s", session, message.leave.reason)
                 self._engine.leave(session)
@@ -141,6 +147,28 @@ class ExecutorLinkService:
         return parse(pb.LinkRequest, data) if isinstance(data, bytes) else None
 
 
+class ComputePulse:
+    """Whether an executor's compute thread moves: its event loop sends the heartbeats, so they alone prove nothing."""
+
+    def __init__(self, *, idle_s: float, step_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._idle_s = idle_s
+        self._step_s = step_s
+        self._clock = clock
+        self._seen = (-1, -1, False)
+        self._since = 0.0
+
+    def beat(self, heartbeat: pb.Heartbeat) -> None:
+        """Raise Unavailable when the thread has stood still for too long: in one step, or without one."""
+        seen = (heartbeat.tick, heartbeat.step, heartbeat.computing)
+        if seen != self._seen:
+            self._seen, self._since = seen, self._clock()
+            return
+        limit_s = self._step_s if heartbeat.computing else self._idle_s
+        if self._clock() - self._since > limit_s:
+            what = f"step {heartbeat.step}" if heartbeat.computing else "its loop"
+            raise Unavailable(f"the compute thread has been in {what} for over {limit_s:g} s")
+
+
 class _Link:
     """The engine's way to one executor. Plans queue here; the executor's credit bounds how many."""
 
@@ -148,13 +176,16 @@ class _Link:
         self._session = session
         self._context = context
         self._queue: asyncio.Queue[StepPlan | object] = asyncio.Queue()
+        self._closed = False
 
     def send(self, plan: StepPlan) -> None:
         self._queue.put_nowait(plan)
 
     def close(self, why: str) -> None:
-        log.info("session %d: closing the link: %s", self._session, why)
-        self._queue.put_nowait(_ENDED)
+        if not self._closed:
+            self._closed = True
+            log.info("session %d: closing the link: %s", self._session, why)
+            self._queue.put_nowait(_ENDED)
 
     async def send_loop(self) -> None:
         """Returns when the link was closed from this side."""

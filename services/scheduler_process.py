@@ -66,8 +66,13 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         ChatTemplate.of(model) if model.has_chat_template else None,
         default_max_tokens=config.default_max_tokens,
     )
-    service = SchedulerService(answerer, RequestLimits(max_choices=config.max_choices), lambda: len(core.sessions))
-    links = ExecutorLinkService(engine, model, silence_s=config.silence_s)
+    service = SchedulerService(
+        answerer,
+        RequestLimits(max_choices=config.max_choices),
+        lambda: len(core.sessions),
+        max_streams=config.max_streams,
+    )
+    links = ExecutorLinkService(engine, model, silence_s=config.silence_s, step_timeout_s=config.step_timeout_s)
 
     clients = aio.server(
         options=server_options(max_streams=config.max_streams, max_message_bytes=config.max_message_bytes)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import closing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import closing, contextmanager
 
+from common.errors import Overloaded
 from common.sampling import RequestLimits
 from protos import inference_pb2 as pb
 from services import codec_public
@@ -15,14 +16,23 @@ from services.handlers import Context
 class SchedulerService:
     """The public API of one scheduler."""
 
-    def __init__(self, answerer: Answerer, limits: RequestLimits, num_executors: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        answerer: Answerer,
+        limits: RequestLimits,
+        num_executors: Callable[[], int],
+        *,
+        max_streams: int = 4096,
+    ) -> None:
         self._answerer = answerer
         self._limits = limits
+        self._max_streams = max_streams
+        self._num_open = 0
         self._num_executors = num_executors
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         """The whole answer at once."""
-        with closing(await self._start(request)) as answer:
+        with self._open_call(), closing(await self._start(request)) as answer:
             choices = [pb.Choice(index=i) for i in range(answer.spec.n)]
             async for event in answer.events():
                 choice = choices[event.choice]
@@ -37,7 +47,7 @@ class SchedulerService:
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The answer as it is made."""
-        with closing(await self._start(request)) as answer:
+        with self._open_call(), closing(await self._start(request)) as answer:
             yield pb.GenerateStreamResponse(prompt=self._prompt_info(answer))
             async for event in answer.events():
                 if isinstance(event, Delta):
@@ -48,7 +58,9 @@ class SchedulerService:
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text or chat to token ids."""
         self._answerer.check_model(request.model)
-        source = codec_public.input_from_pb(request, vocab_size=self._answerer.model.vocab_size)
+        source = codec_public.input_from_pb(
+            request, vocab_size=self._answerer.model.vocab_size, max_messages=self._limits.max_messages
+        )
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
         return pb.TokenizeResponse(token_ids=await self._answerer.prompt(source, add_special_tokens=special))
 
@@ -57,7 +69,7 @@ class SchedulerService:
         self._answerer.check_model(request.model)
         ids = codec_public.token_ids("token_ids", tuple(request.token_ids), self._answerer.model.vocab_size)
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        return pb.DetokenizeResponse(text=self._answerer.tokenizer.decode(ids, skip))
+        return pb.DetokenizeResponse(text=await self._answerer.text(ids, skip_special_tokens=skip))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
         """What is served, and its limits."""
@@ -72,6 +84,17 @@ class SchedulerService:
             chat=model.has_chat_template,
             num_executors=self._num_executors(),
         )
+
+    @contextmanager
+    def _open_call(self) -> Iterator[None]:
+        """Count the call while it is open. Raises Overloaded for one too many."""
+        if self._num_open >= self._max_streams:
+            raise Overloaded(f"{self._num_open} calls are open already, which is all there may be")
+        self._num_open += 1
+        try:
+            yield
+        finally:
+            self._num_open -= 1
 
     async def _start(self, request: pb.GenerateRequest | pb.GenerateStreamRequest) -> Answer:
         spec = codec_public.request_from_pb(request, self._limits, vocab_size=self._answerer.model.vocab_size)
