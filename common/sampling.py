@@ -49,6 +49,7 @@ class RequestLimits:
     max_stop_string_bytes: int = 256
     max_stop_token_ids: int = 64
     max_temperature: float = 100.0
+    max_messages: int = 4096  # of a chat
 
 
 def check_sampling(params: SamplingParams, limits: RequestLimits) -> None:

@@ -19,6 +19,7 @@ from services.text import IncrementalDecoder, StopMatcher, Tokenizer
 
 _ENOUGH_TEXT = 8  # characters a token: more than plain text has
 _TORN_TOKENS = 64  # tokens that the end of a text that was cut short may have more than the whole
+_LONG_CHAT = 64  # messages
 _LONG_TEXT = 4096  # characters; above, tokenising would hold up other streams for a millisecond
 
 
@@ -112,7 +113,11 @@ class Answerer:
             case Chat():
                 if self._template is None:
                     raise InvalidRequest("chat", f"{self.model.name} has no chat template; send text instead")
-                text, add_special_tokens = self._template.render(source.messages), False
+                render, add_special_tokens = self._template.render, False
+                if len(source.messages) > _LONG_CHAT:
+                    text = await asyncio.to_thread(render, source.messages)
+                else:
+                    text = render(source.messages)
             case Text():
                 text = source.text
         if max_tokens is not None and len(text) > _ENOUGH_TEXT * max_tokens:
@@ -123,6 +128,12 @@ class Answerer:
         if not ids:
             raise InvalidRequest(source.field, "the prompt has no tokens")
         return ids
+
+    async def text(self, ids: tuple[int, ...], *, skip_special_tokens: bool) -> str:
+        """The text of token ids. Raises InvalidRequest when there are more than a sequence can have."""
+        if len(ids) > self.model.max_model_len:
+            raise InvalidRequest("token_ids", f"at most {self.model.max_model_len}, got {len(ids)}")
+        return await asyncio.to_thread(self.tokenizer.decode, ids, skip_special_tokens)
 
     async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) > _LONG_TEXT:  # the tokenizer works without the interpreter lock: streams go on meanwhile

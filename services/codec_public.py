@@ -35,7 +35,7 @@ def request_from_pb(
     spec = GenerateSpec(
         request_id=_request_id(request.request_id),
         model=request.model,
-        input=input_from_pb(request, vocab_size=vocab_size),
+        input=input_from_pb(request, vocab_size=vocab_size, max_messages=limits.max_messages),
         sampling=sampling,
         n=n,
         max_tokens=max_tokens,
@@ -65,9 +65,12 @@ def sampling_from_pb(sampling: pb.SamplingParams) -> SamplingParams:
 
 
 def input_from_pb(
-    request: pb.GenerateRequest | pb.GenerateStreamRequest | pb.TokenizeRequest, *, vocab_size: int
+    request: pb.GenerateRequest | pb.GenerateStreamRequest | pb.TokenizeRequest,
+    *,
+    vocab_size: int,
+    max_messages: int = RequestLimits().max_messages,
 ) -> Input:
-    """The prompt. Raises InvalidRequest when there is none, or when an id is outside the vocabulary."""
+    """The prompt. Raises InvalidRequest when there is none, an id is outside the vocabulary, or a chat is too long."""
     kind = request.WhichOneof("input")
     if kind == "text":
         if not request.text:
@@ -78,6 +81,8 @@ def input_from_pb(
     if kind == "chat":
         if not request.chat.messages:
             raise InvalidRequest("chat", "is empty")
+        if len(request.chat.messages) > max_messages:
+            raise InvalidRequest("chat", f"at most {max_messages} messages, got {len(request.chat.messages)}")
         for i, message in enumerate(request.chat.messages):
             if not message.role:
                 raise InvalidRequest(f"chat.messages[{i}].role", "is empty")

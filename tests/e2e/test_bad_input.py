@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 import pytest
 
 from protos import inference_pb2 as pb
 from services.status import from_rpc_error
-from tests.e2e.cluster import Cluster
+from tests.e2e.cluster import Cluster, cluster
 
 METHOD = "/pagewire.v1.InferenceService/Generate"
 LINK = "/pagewire.executor.v1.ExecutorLink/Link"
@@ -38,6 +39,11 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "id outside the vocabulary": (lambda r: r.token_ids.ids.append(320), "token_ids", "320"),
     "prompt longer than the model": (lambda r: r.token_ids.ids.extend([1] * 512), "token_ids", "512"),
     "text far longer than the model": (lambda r: setattr(r, "text", "x" * (3 << 20)), "text", "512"),
+    "too many messages": (
+        lambda r: r.chat.messages.extend([pb.ChatMessage(role="user")] * 4097),
+        "chat",
+        "at most 4096",
+    ),
     "no choices": (fields(n=0), "n", "1"),
     "too many choices": (fields(n=9), "n", "8"),
     "no tokens": (fields(max_tokens=0), "max_tokens", "1"),
@@ -69,6 +75,24 @@ def test_a_wrong_field_is_named_with_its_limit(shared: Cluster, case: str) -> No
     assert getattr(error, "field", "").startswith(field), error
     assert limit in str(error)
     assert shared.tokens([1, 2], 2) == [2, 3], "others are served"
+
+
+def test_more_ids_than_a_sequence_can_have_are_not_decoded(shared: Cluster) -> None:
+    with pytest.raises(grpc.RpcError) as failure:
+        shared.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1] * 513))
+    assert "token_ids: at most 512" in str(failure.value.details())
+
+
+def test_one_call_too_many_is_refused_with_a_time_to_come_back(fake_folder: Path, tmp_path: Path) -> None:
+    with cluster(fake_folder, tmp_path, executors=0, flags=["--max-streams=1"]) as running:
+        running.start_executor("--fake-step-s=0.02")
+        asked = {"token_ids": {"ids": [1, 2]}, "stopping": {"max_tokens": 300}}
+        first = running.stub.GenerateStream(pb.GenerateStreamRequest(**asked))  # type: ignore[arg-type]
+        next(first)
+        with pytest.raises(grpc.RpcError) as failure:
+            running.tokens([1, 2], 2)
+        assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        first.cancel()
 
 
 def test_an_unknown_model_is_not_found(shared: Cluster) -> None:
