@@ -84,14 +84,24 @@ async def serve(
     stop: asyncio.Event,
     on_ready: Callable[[str], None],
 ) -> None:
-    """Serve until `stop` is set."""
-    async with cluster(
-        scheduler,
-        executor,
-        num_executors=num_executors,
-        model=model,
-        logs=logs,
-        on_start=lambda what: log.info("starting %s", what),
-    ) as running:
-        on_ready(running.address)
-        await stop.wait()
+    """Serve until `stop` is set, which may be before everything is up."""
+
+    async def run() -> None:
+        async with cluster(
+            scheduler,
+            executor,
+            num_executors=num_executors,
+            model=model,
+            logs=logs,
+            on_start=lambda what: log.info("starting %s", what),
+        ) as running:
+            on_ready(running.address)
+            await asyncio.Event().wait()
+
+    serving, stopping = asyncio.create_task(run()), asyncio.create_task(stop.wait())
+    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        serving.result()
+    serving.cancel()  # ends the processes in order
+    stopping.cancel()
+    await asyncio.gather(serving, stopping, return_exceptions=True)

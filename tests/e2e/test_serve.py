@@ -123,3 +123,19 @@ def test_no_process_outlives_a_parent_that_is_killed(served: Served) -> None:
         poll.register(child)
         assert poll.poll(20_000), "still there"
         os.close(child)
+
+
+def test_a_signal_before_everything_is_up_ends_it_all_the_same(fake_folder: Path) -> None:
+    flags = [f"--model={fake_folder}", "--listen=127.0.0.1:0", "--fake"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "services", "serve", *flags],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as starting:
+        assert starting.stderr is not None
+        assert b"starting scheduler" in starting.stderr.readline()
+        starting.terminate()
+        starting.communicate(timeout=30)
+        assert starting.returncode == 0
