@@ -57,6 +57,7 @@ class RequestStream:
         self._open = {s.choice for s in sequences}
         self._error: PagewireError | None = None
         self._wake = asyncio.Event()
+        self.giving_up: asyncio.TimerHandle | None = None  # runs while no executor could hold the request
 
     def push(self, choice: int, token: int | None, reason: FinishReason) -> None:
         """A token, an end, or both."""
@@ -94,6 +95,9 @@ class RequestStream:
 
     def close(self) -> None:
         """The reader leaves; whatever still runs is aborted and its blocks come free."""
+        if self.giving_up is not None:
+            self.giving_up.cancel()
+            self.giving_up = None
         for sequence in self.sequences:
             self._engine.finish(sequence.id, FinishReason.ABORTED)
 
@@ -173,6 +177,10 @@ class Engine:
         """An executor is ready for plans."""
         self.scheduler.join(session, facts)
         self._links[session] = link
+        for stream in set(self._streams.values()):
+            if stream.giving_up is not None and self.scheduler.fits_somewhere(stream.sequences[0]):
+                stream.giving_up.cancel()
+                stream.giving_up = None
         self._executors_changed.set()
         self._work.set()
 
@@ -251,9 +259,12 @@ class Engine:
         return id - stream.sequences[0].id  # the choices of one request have consecutive ids
 
     def _give_up_later(self, stream: RequestStream) -> None:
-        asyncio.get_running_loop().call_later(self._executor_wait_s, self._give_up, stream)
+        if stream.giving_up is None:
+            loop = asyncio.get_running_loop()
+            stream.giving_up = loop.call_later(self._executor_wait_s, self._give_up, stream)
 
     def _give_up(self, stream: RequestStream) -> None:
+        stream.giving_up = None
         stuck = [s for s in stream.sequences if s.status is Status.WAITING and not self.scheduler.fits_somewhere(s)]
         if not stuck:
             return

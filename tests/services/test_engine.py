@@ -210,3 +210,16 @@ def test_an_executor_that_leaves_is_let_go_when_it_has_nothing_left() -> None:
             await asyncio.sleep(0)
 
     run(test)
+
+
+def test_an_executor_that_comes_back_ends_the_wait_and_its_clock() -> None:
+    async def test(engine: Engine) -> None:
+        join(engine, 1, steps=0)
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=2))
+        engine.lose(1)
+        assert stream.giving_up is not None
+        join(engine, 2)
+        assert stream.giving_up is None
+        assert await read(stream) == {0: [3, 4]}
+
+    run(test)
