@@ -333,12 +333,11 @@ class Session:
     def release(self, sequence: Sequence, *, forget: bool = False) -> None:
         """The sequence leaves: its blocks come free, after the last outstanding step that may write them.
 
-        With `forget`, nothing that only this sequence held is found again: its content is not to be trusted.
+        With `forget`, nothing it held is found again: its content is not to be trusted.
         """
         if forget:
             for block in sequence.block_table:
-                if self.pool.ref_count(block) == 1:
-                    self.cache.forget(block)
+                self.cache.forget(block)
         else:
             self._remember_tail(sequence)
         last = max((f.step for f in self.outstanding if sequence.ref in f.rows), default=-1)
