@@ -42,7 +42,8 @@ class Served:
 
     def dial(self) -> None:
         """Connect, anew where a connection was: a call on one whose end is not seen yet would fail."""
-        self.channel = grpc.insecure_channel(self.address)
+        # a pool of its own: gRPC would share the old connection, whose end it may not have seen yet
+        self.channel = grpc.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)])
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
 
     def kill(self, name: str) -> None:
