@@ -55,7 +55,7 @@ def build_batch(resident: Resident, rows: Rows) -> InputBatch:
         slot_mapping=resident.slot_mapping(slots, positions),
         query_start_loc=loc,
         seq_lens=ordered.stops,
-        block_tables=resident.block_tables[ordered.slots, :longest],
+        block_tables=np.ascontiguousarray(resident.block_tables[ordered.slots, :longest]),
         num_decodes=int((counts == 1).sum()),
         logits_indices=last_token[rows.samples],
         sampled_slots=sampled,

@@ -1,7 +1,7 @@
 """The KV slab: fixed-size blocks, one K and one V tensor a layer, because some models' layers differ in shape.
 
-Head-major, [blocks, kv_heads, block_size, head_dim]: a head of a block is one contiguous run. Memory is mapped, not
-touched: a block costs nothing before a token is written to it.
+Head-major: a head of a block is one contiguous run. What lies inside of a run is the format's: rows of a token each, or
+the records of the C++ kernels. Memory is mapped, not touched: a block costs nothing before a token is written to it.
 """
 
 from __future__ import annotations
@@ -34,16 +34,26 @@ class LayerShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SlabFormat:
+    """What one head of a block is made of."""
+
+    dtype: torch.dtype  # int8 only if packed: each token's numbers then share a float32 scale
+    packed: bool = False  # records of the C++ kernels (executor/native/csrc/types.h), not rows of one token each
+
+    def head_bytes(self, block_size: int, dim: int) -> int:
+        """Bytes of one head of a block, of K or of V."""
+        scale = 4 if self.dtype is torch.int8 else 0
+        return block_size * (dim * self.dtype.itemsize + scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCache:
-    """K and V of one layer."""
+    """K and V of one layer, in rows: (num_blocks, num_kv_heads, block_size, dim). Packed: (.., .., bytes) uint8."""
 
-    keys: Tensor  # (num_blocks, num_kv_heads, block_size, key_dim)
-    values: Tensor  # (num_blocks, num_kv_heads, block_size, value_dim)
-
-    @property
-    def block_size(self) -> int:
-        """Tokens in a block."""
-        return self.keys.shape[2]
+    keys: Tensor
+    values: Tensor
+    block_size: int
+    format: SlabFormat
 
 
 class KvCache:
@@ -55,16 +65,24 @@ class KvCache:
         *,
         num_blocks: int,
         block_size: int,
-        dtype: torch.dtype,
+        format: SlabFormat,
         device: torch.device,
     ) -> None:
         def slab(layer: LayerShape, dim: int) -> Tensor:
-            return _zeros((num_blocks, layer.num_kv_heads, block_size, dim), dtype, device)
+            head = format.head_bytes(block_size, dim)
+            flat = _zeros((num_blocks, layer.num_kv_heads, head), device)
+            return flat if format.packed else flat.view(format.dtype).view(*flat.shape[:2], block_size, dim)
 
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.layers = [
-            LayerCache(keys=slab(layer, layer.key_dim), values=slab(layer, layer.value_dim)) for layer in layers
+            LayerCache(
+                keys=slab(layer, layer.key_dim),
+                values=slab(layer, layer.value_dim),
+                block_size=block_size,
+                format=format,
+            )
+            for layer in layers
         ]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -75,17 +93,20 @@ class KvCache:
                 layer.values[destination].copy_(layer.values[source])
 
 
-def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:
+def block_bytes(layers: Sequence[LayerShape], block_size: int, format: SlabFormat) -> int:
     """Bytes that one block takes, over all layers."""
-    numbers = sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
-    return numbers * block_size * dtype.itemsize
+    return sum(
+        layer.num_kv_heads * format.head_bytes(block_size, dim)
+        for layer in layers
+        for dim in (layer.key_dim, layer.value_dim)
+    )
 
 
 def fit_slab(
     layers: Sequence[LayerShape],
     *,
     block_size: int,
-    dtype: torch.dtype,
+    format: SlabFormat,
     budget_bytes: int,
     max_sequences: int,
     longest: int,
@@ -98,7 +119,7 @@ def fit_slab(
     """
     if max_model_len is not None and not 2 <= max_model_len <= longest:
         raise ModelFolderError(f"max_model_len must be in [2, {longest}] for this model, got {max_model_len}")
-    each = block_bytes(layers, block_size, dtype)
+    each = block_bytes(layers, block_size, format)
     useful = max_sequences * blocks_for(max_model_len or longest, block_size)
     num_blocks = min(budget_bytes // each, useful)
     needed = max_model_len or 2
@@ -141,9 +162,8 @@ def _container_free_bytes() -> int:
     return unlimited
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on the CPU of pages that are mapped but not yet taken."""
+def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Zero bytes; on the CPU of pages that are mapped but not yet taken (huge ones where the machine has them)."""
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+        return torch.zeros(shape, dtype=torch.uint8, device=device)
+    return torch.from_numpy(np.zeros(shape, np.uint8))

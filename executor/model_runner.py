@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from common.errors import ModelFolderError
 from common.model_folder import read_model_folder
 from common.step import ExecutorFacts, StepPlan, StepResult
 from common.types import slot_of
 from executor.attention import choose
+from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.batch import InputBatch, build_batch
-from executor.kv_cache import KvCache, block_bytes, fit_slab, free_bytes
+from executor.kv_cache import KvCache, SlabFormat, block_bytes, fit_slab, free_bytes
+from executor.llama import LlamaModel
+from executor.llama import why_not as why_not_fused
+from executor.native.library import INT4, INT8, native
 from executor.paged_model import PagedModel, probe_layers
 from executor.resident import Resident
 from executor.runner import Report
@@ -31,6 +39,15 @@ _log = logging.getLogger(__name__)
 _CPU_SHARE: Final = 0.5  # of the free memory: a machine has other work
 _CPU_MOST_BYTES: Final = 4 << 30
 _GPU_SHARE: Final = 0.85  # the rest is for activations
+_WEIGHT_KINDS: Final = {"auto": None, "int8": INT8, "int4": INT4}
+
+
+class Forward(Protocol):
+    """A model over the slab: one batch in, logits out."""
+
+    def forward(self, batch: InputBatch, token_ids: Tensor, /) -> Tensor:
+        """Compute every token of the batch; return logits (S, vocab_size), void at the next call."""
+        ...
 
 
 class ModelRunner:
@@ -51,12 +68,15 @@ class ModelRunner:
         max_model_len: int | None = None,
         num_threads: int | None = None,
         attention_backend: str = "auto",
+        weights: str = "auto",
+        kv_cache_dtype: str = "auto",
         credit: int = 2,
     ) -> None:
         """Take the settings; nothing is read before `load`.
 
         `dtype` is auto, float32, bfloat16 or float16. `num_blocks` wins over `kv_cache_bytes`; without either the size
         is found from the free memory. Without `max_model_len` it is the model's, or less where the memory is less.
+        `weights` is auto (as they are), int8 or int4; `kv_cache_dtype` auto (as the activations) or int8.
         """
         self._name = name
         self._model_folder = model_folder
@@ -70,6 +90,8 @@ class ModelRunner:
         self._max_model_len = max_model_len
         self._num_threads = num_threads
         self._attention_backend = attention_backend
+        self._weights = weights
+        self._kv_cache_dtype = kv_cache_dtype
         self._credit = credit
 
     def load(self, report: Report) -> ExecutorFacts:
@@ -84,14 +106,16 @@ class ModelRunner:
         model = load_model(folder.path, dtype=self._dtype, device=self._device)
         report("weights", 1, 1)
 
-        needs = probe_layers(model, folder.vocab_size)
+        needs = [replace(layer, block_size=self._block_size) for layer in probe_layers(model, folder.vocab_size)]
+        backends = choose(needs, self._attention_backend)
+        slab = self._slab_format(needs, backends)
         longest = min(filter(None, [folder.max_model_len, max_positions(model.config.get_text_config())]))
         shapes = [layer.shape for layer in needs]
         num_blocks, max_model_len = fit_slab(
             shapes,
             block_size=self._block_size,
-            dtype=needs[0].dtype,
-            budget_bytes=self._budget_bytes(block_bytes(shapes, self._block_size, needs[0].dtype)),
+            format=slab,
+            budget_bytes=self._budget_bytes(block_bytes(shapes, self._block_size, slab)),
             max_sequences=self._max_sequences,
             longest=longest,
             max_model_len=self._max_model_len,
@@ -101,10 +125,10 @@ class ModelRunner:
             shapes,
             num_blocks=num_blocks,
             block_size=self._block_size,
-            dtype=needs[0].dtype,
+            format=slab,
             device=self._device,
         )
-        self._model = PagedModel(model, self._cache, choose(needs, self._attention_backend))
+        self._model = self._fast_model(model, needs, backends, max_model_len)
         self._resident = Resident(
             num_blocks=num_blocks,
             block_size=self._block_size,
@@ -172,6 +196,30 @@ class ModelRunner:
             choice=held.choice[slots],
             index=batch.sampled_indices,
         )
+
+    def _fast_model(
+        self, model: PreTrainedModel, needs: list[LayerNeeds], backends: list[AttentionBackend], max_model_len: int
+    ) -> Forward:
+        """The fastest forward that serves this model."""
+        kind = _WEIGHT_KINDS[self._weights]
+        reason = why_not_fused(model, kind)
+        if reason is None and not all(backend.packed for backend in backends):
+            reason = "its attention is not native"
+        if reason is None:
+            _log.info("forward: fused (%s, %d threads)", native().isa, native().num_threads)
+            return LlamaModel(native(), model, self._cache, needs, max_positions=max_model_len, kind=kind)
+        _log.info("forward: Transformers' own (not fused: %s)", reason)
+        return PagedModel(model, self._cache, backends)
+
+    def _slab_format(self, needs: Sequence[LayerNeeds], backends: Sequence[AttentionBackend]) -> SlabFormat:
+        packed = all(backend.packed for backend in backends)
+        if self._kv_cache_dtype == "int8":
+            if not packed:
+                raise ModelFolderError(
+                    "an int8 KV cache needs the native attention backend. Type: --kv-cache-dtype auto"
+                )
+            return SlabFormat(dtype=torch.int8, packed=True)
+        return SlabFormat(dtype=needs[0].dtype, packed=packed)
 
     def _budget_bytes(self, block: int) -> int:
         """Memory for the slab, when one block takes `block` bytes."""

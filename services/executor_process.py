@@ -64,6 +64,8 @@ def make_runner(config: ExecutorConfig, model: ModelFolder, name: str) -> Runner
         dtype=config.dtype,
         device=config.device,
         attention_backend=config.attention,
+        weights=config.weights,
+        kv_cache_dtype=config.kv_cache_dtype,
         num_blocks=config.num_blocks or None,
         kv_cache_bytes=config.kv_cache_bytes or None,
         block_size=config.block_size,

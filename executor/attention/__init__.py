@@ -6,18 +6,19 @@ import logging
 from collections.abc import Sequence
 
 from common.errors import ModelFolderError
+from executor.attention.native import NativeAttention
 from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.attention.reference import ReferenceAttention
 from executor.attention.torch_sdpa import SdpaAttention
 
 _log = logging.getLogger(__name__)
 
-BACKENDS: tuple[AttentionBackend, ...] = (SdpaAttention(), ReferenceAttention())
+BACKENDS: tuple[AttentionBackend, ...] = (NativeAttention(), SdpaAttention(), ReferenceAttention())
 """Fastest first; the last one serves everything."""
 
 
 def choose(layers: Sequence[LayerNeeds], wanted: str = "auto") -> list[AttentionBackend]:
-    """Return each layer's backend: the first that serves it, or the wanted one.
+    """Return each layer's backend: the first that serves it, or the wanted one. Packed ones serve all layers or none.
 
     Raises ModelFolderError when `wanted` is unknown or does not serve a layer.
     """
@@ -25,18 +26,23 @@ def choose(layers: Sequence[LayerNeeds], wanted: str = "auto") -> list[Attention
     if not candidates:
         names = ", ".join(["auto", *(backend.name for backend in BACKENDS)])
         raise ModelFolderError(f"no attention backend is called {wanted!r}; there are: {names}")
-    chosen: list[AttentionBackend] = []
-    said: set[str] = set()
-    for number, layer in enumerate(layers):
-        reasons: list[str] = []
-        for backend in candidates:
-            reason = backend.why_not(layer)
-            if reason is None:
-                chosen.append(backend)
-                break
-            reasons.append(f"{backend.name}: {reason}")
-        else:
-            raise ModelFolderError(f"no attention backend for layer {number}: {'; '.join(reasons)}")
-        said.add(f"{chosen[-1].name}" + (f" (not {'; '.join(reasons)})" if reasons else ""))
+    chosen = [_choose_one(number, layer, candidates) for number, layer in enumerate(layers)]
+    if len({backend.packed for backend, _ in chosen}) > 1:
+        rows = [backend for backend in candidates if not backend.packed]
+        chosen = [_choose_one(number, layer, rows) for number, layer in enumerate(layers)]
+    said = {backend.name + (f" (not {'; '.join(reasons)})" if reasons else "") for backend, reasons in chosen}
     _log.info("attention: %s", ", ".join(sorted(said)))
-    return chosen
+    return [backend for backend, _ in chosen]
+
+
+def _choose_one(
+    number: int, layer: LayerNeeds, candidates: Sequence[AttentionBackend]
+) -> tuple[AttentionBackend, list[str]]:
+    """The first that serves the layer, and why those before it do not."""
+    reasons: list[str] = []
+    for backend in candidates:
+        reason = backend.why_not(layer)
+        if reason is None:
+            return backend, reasons
+        reasons.append(f"{backend.name}: {reason}")
+    raise ModelFolderError(f"no attention backend for layer {number}: {'; '.join(reasons)}")

@@ -22,6 +22,7 @@ class LayerNeeds:
     window: int | None = None  # a token attends to itself and the window - 1 before it
     softcap: float | None = None
     sinks: bool = False
+    block_size: int = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,7 @@ class AttentionBackend(Protocol):
     """Stores a step's K and V in the slab and attends through the block tables. Holds no state of its own."""
 
     name: str
+    packed: bool  # whether it reads the C++ kernels' records
 
     def why_not(self, layer: LayerNeeds, /) -> str | None:
         """Return why this backend cannot serve the layer, or None when it can."""

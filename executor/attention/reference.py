@@ -13,6 +13,7 @@ class ReferenceAttention:
     """Serves every layer. Computes in float32, or in float64 when that is what it is given."""
 
     name = "reference"
+    packed = False
 
     def why_not(self, _layer: LayerNeeds, /) -> str | None:
         """Return None: everything is served."""

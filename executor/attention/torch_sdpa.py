@@ -33,6 +33,7 @@ class SdpaAttention:
     """Torch only. Serves any group size, head dimension and window."""
 
     name = "torch"
+    packed = False
 
     def why_not(self, layer: LayerNeeds, /) -> str | None:
         """Soft caps and sinks change the scores inside the softmax, where torch offers no hook."""

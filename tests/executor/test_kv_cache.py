@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import ModelFolderError
-from executor.kv_cache import KvCache, LayerShape, block_bytes, fit_slab, free_bytes
+from executor.kv_cache import KvCache, LayerShape, SlabFormat, block_bytes, fit_slab, free_bytes
 
 CPU = torch.device("cpu")
 WIDE = LayerShape(num_heads=8, num_kv_heads=4, key_dim=16, value_dim=16)
@@ -14,18 +14,18 @@ NARROW = LayerShape(num_heads=8, num_kv_heads=2, key_dim=24, value_dim=8)
 
 
 def test_layers_may_differ_in_shape() -> None:
-    cache = KvCache([WIDE, NARROW], num_blocks=3, block_size=4, dtype=torch.bfloat16, device=CPU)
+    cache = KvCache([WIDE, NARROW], num_blocks=3, block_size=4, format=SlabFormat(dtype=torch.bfloat16), device=CPU)
 
     assert [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in cache.layers] == [
         ((3, 4, 4, 16), (3, 4, 4, 16)),
         ((3, 2, 4, 24), (3, 2, 4, 8)),
     ]
     taken = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-    assert taken == 3 * block_bytes([WIDE, NARROW], 4, torch.bfloat16)
+    assert taken == 3 * block_bytes([WIDE, NARROW], 4, SlabFormat(dtype=torch.bfloat16))
 
 
 def test_copies_are_done_one_after_the_other() -> None:
-    cache = KvCache([WIDE], num_blocks=4, block_size=2, dtype=torch.float32, device=CPU)
+    cache = KvCache([WIDE], num_blocks=4, block_size=2, format=SlabFormat(dtype=torch.float32), device=CPU)
     layer = cache.layers[0]
     for block in range(4):
         layer.keys[block] = block
@@ -41,7 +41,7 @@ def fit(budget_bytes: int, max_model_len: int | None = None, max_sequences: int 
     return fit_slab(
         [WIDE],
         block_size=4,
-        dtype=torch.float32,
+        format=SlabFormat(dtype=torch.float32),
         budget_bytes=budget_bytes,
         max_sequences=max_sequences,
         longest=40,

@@ -240,7 +240,7 @@ def test_an_architecture_that_paged_attention_cannot_serve_is_refused_by_name(
         ({"max_model_len": 129}, r"max_model_len must be in \[2, 128\]"),
         ({"num_blocks": None, "kv_cache_bytes": 1}, "hold 0 tokens"),
         ({"device": "abacus"}, "there is no device 'abacus'"),
-        ({"attention_backend": "fast"}, "there are: auto, torch, reference"),
+        ({"attention_backend": "fast"}, "there are: auto, native, torch, reference"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(folder: Path, settings: dict[str, Any], says: str) -> None:

@@ -18,7 +18,7 @@ from executor.attention import choose
 from executor.attention.protocol import AttentionBackend, AttentionStep, LayerNeeds, LayerOptions
 from executor.attention.reference import ReferenceAttention
 from executor.batch import build_batch
-from executor.kv_cache import KvCache, LayerCache
+from executor.kv_cache import KvCache, LayerCache, SlabFormat
 from executor.model_runner import ModelRunner
 from executor.paged_model import PagedModel, probe_layers
 from executor.resident import Resident
@@ -26,7 +26,7 @@ from executor.weights import load_model
 from tests.executor.tiny_models import TINY, VOCAB_SIZE, load_plain, save_tiny
 
 CPU = torch.device("cpu")
-BLOCK_SIZE = 4
+BLOCK_SIZE = 16
 LENGTHS = (30, 17, 23)  # all longer than the sliding windows
 GRANTS = ((5, 1, 1, 9, 1, 13), (17,), (8, 8, 1, 1, 5))  # chunks, a whole prompt, decodes: mixed in every step
 GREEDY = SamplingParams(temperature=0.0)
@@ -61,12 +61,14 @@ def tables(lengths: tuple[int, ...], num_blocks: int) -> list[list[int]]:
 def paged_logits(folder: Path, backend: AttentionBackend | None = None) -> list[Tensor]:
     """The logits of every position of every prompt, computed in chunks over a slab whose free blocks are NaN."""
     model = load_model(folder, dtype="float32", device=CPU)
-    needs = probe_layers(model, VOCAB_SIZE)
-    cache = KvCache([n.shape for n in needs], num_blocks=40, block_size=BLOCK_SIZE, dtype=torch.float32, device=CPU)
+    needs = [replace(layer, block_size=BLOCK_SIZE) for layer in probe_layers(model, VOCAB_SIZE)]
+    backends = [backend] * len(needs) if backend else choose(needs)
+    slab = SlabFormat(dtype=torch.float32, packed=backends[0].packed)
+    cache = KvCache([n.shape for n in needs], num_blocks=40, block_size=BLOCK_SIZE, format=slab, device=CPU)
     for layer in cache.layers:
-        layer.keys.fill_(torch.nan)
-        layer.values.fill_(torch.nan)
-    paged = PagedModel(model, cache, [backend] * len(needs) if backend else choose(needs))
+        for which in (layer.keys, layer.values):
+            which.fill_(255 if slab.packed else torch.nan)  # all bits set is NaN too
+    paged = PagedModel(model, cache, backends)
     held = Resident(
         num_blocks=40,
         block_size=BLOCK_SIZE,
@@ -118,12 +120,12 @@ def test_paged_logits_and_greedy_tokens_are_those_of_transformers(kind: str, tmp
 
 def greedy_tokens(folder: Path, starts: list[list[int]]) -> list[list[int]]:
     runner = ModelRunner(
-        name="tiny", model_folder=folder, dtype="float32", block_size=BLOCK_SIZE, num_blocks=40, max_sequences=2
+        name="tiny", model_folder=folder, dtype="float32", block_size=BLOCK_SIZE, num_blocks=16, max_sequences=2
     )
     runner.load(lambda _stage, _done, _total: None)
     runner.begin_session()
     refs = [slot_ref(row, 0) for row in range(len(starts))]
-    blocks = tables(tuple(len(start) + 12 for start in starts), 40)
+    blocks = tables(tuple(len(start) + 12 for start in starts), 16)
     new = [sequence(*told) for told in zip(refs, starts, blocks, strict=True)]
     tokens: dict[SlotRef, list[int]] = {ref: [] for ref in refs}
     plans = [

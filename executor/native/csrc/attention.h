@@ -1,0 +1,386 @@
+// Paged attention over one layer's slab: store the step's K and V, then every row attends through its block table.
+//
+// Keys are taken in stretches of kStretch, from position 0 on. A stretch is reduced by itself (scores, maximum, sum, weighted
+// values) and the stretches of a query are merged in order, whether one thread did them all or several did one each, so a
+// query's result does not depend on the batch, on chunks, or on the number of threads (FlashAttention's online softmax,
+// split over KV as in Flash-Decoding).
+
+constexpr int kStretch = 128;  // keys
+constexpr int kAttentionRows = kTileRows;
+constexpr int kMaxDim = 512;
+
+static inline int kv_lanes(int32_t kind) { return kind == kFloat32 ? 1 : 2; }
+static inline int64_t kv_bytes(int32_t kind) { return kind == kFloat32 ? 4 : kind == kBfloat16 ? 2 : 1; }
+static inline int64_t record_bytes(const AttentionLayer& a, int64_t dim) {
+  return a.block_size * (dim * kv_bytes(a.kv_kind) + (a.kv_kind == kInt8 ? 4 : 0));
+}
+
+// The scale of a token's K or V, and the token rounded to it.
+static inline float quantise_head(const float* x, int64_t dim, int8_t* to) {
+  float top = 0;
+  for (int64_t i = 0; i < dim; i++) top = std::max(top, std::abs(x[i]));
+  const float inverse = top > 0 ? 127.f / top : 0.f;
+  for (int64_t i = 0; i < dim; i++) to[i] = (int8_t)std::nearbyint(x[i] * inverse);
+  return top / 127.f;
+}
+
+// Scatter one token's numbers into the 16 tokens' places: keys side by side by token, values by number. ONE is the type of
+// a number, WORD of what lies together of a key.
+template <class ONE, class WORD>
+static inline void scatter_key(const ONE* x, int64_t dim, int64_t lane, uint8_t* to) {
+  for (int64_t i = 0; i < dim * (int64_t)sizeof(ONE) / (int64_t)sizeof(WORD); i++)
+    store((WORD*)to + i * 16 + lane, load<WORD>((const WORD*)x + i));
+}
+template <class ONE>
+static inline void scatter_value(const ONE* x, int64_t dim, int64_t lane, uint8_t* to) {
+  ONE* at = (ONE*)to + lane / 2 * dim * 2 + lane % 2;
+  for (int64_t i = 0; i < dim; i++) at[i * 2] = x[i];
+}
+
+// Write one token's K and V of one head to its slot.
+static inline void store_token(const AttentionLayer& a, int64_t slot, int64_t head, const float* key, const float* value) {
+  const int64_t block = slot / a.block_size, offset = slot % a.block_size, lane = offset % 16;
+  const int64_t key_dim = a.key_dim, value_dim = a.value_dim, index = block * a.num_kv_heads + head;
+  uint8_t* const keys = a.keys + index * record_bytes(a, key_dim);
+  uint8_t* const values = a.values + index * record_bytes(a, value_dim);
+  uint8_t* const key_at = keys + offset / 16 * 16 * key_dim * kv_bytes(a.kv_kind);
+  uint8_t* const value_at = values + offset / 16 * 16 * value_dim * kv_bytes(a.kv_kind);
+  if (a.kv_kind == kFloat32) {
+    scatter_key<float, float>(key, key_dim, lane, key_at);
+    std::memcpy((float*)value_at + lane * value_dim, value, value_dim * sizeof(float));
+  } else if (a.kv_kind == kBfloat16) {
+    alignas(64) uint16_t x[kMaxDim];
+    for (int64_t i = 0; i < key_dim; i += 16) store(x + i, narrow(load<f32x16>(key + i)));
+    scatter_key<uint16_t, uint32_t>(x, key_dim, lane, key_at);
+    for (int64_t i = 0; i < value_dim; i += 16) store(x + i, narrow(load<f32x16>(value + i)));
+    scatter_value(x, value_dim, lane, value_at);
+  } else {
+    alignas(64) int8_t x[kMaxDim];
+    ((float*)(keys + a.block_size * key_dim))[offset] = quantise_head(key, key_dim, x);
+    scatter_key<int8_t, uint16_t>(x, key_dim, lane, key_at);
+    ((float*)(values + a.block_size * value_dim))[offset] = quantise_head(value, value_dim, x);
+    scatter_value(x, value_dim, lane, value_at);
+  }
+}
+
+// Queries of one row and KV head that are worked together: query i is token i / group of the row, head i % group.
+struct Item {
+  int32_t row, kv_head, first, count;  // queries [first, first + count)
+  int32_t first_stretch, last_stretch;
+  int64_t part;                        // where the partial result lies, or -1: this item does all and writes the output
+};
+
+struct AttentionWork {
+  std::vector<Item> items;   // in the order they are claimed
+  std::vector<Item> merges;  // what is put together of parts; `part` is the first
+  int64_t num_parts = 0;
+};
+
+// Cut a step into items; the same for every layer of a shape. Few queries are also split over their keys.
+static AttentionWork plan_attention(const Step& s, const AttentionLayer& a, int num_threads) {
+  AttentionWork work;
+  const int64_t group = a.num_heads / a.num_kv_heads;
+  std::vector<Item> whole;
+  for (int64_t row = s.num_rows - 1; row >= 0; row--) {  // prompts lie last; their last queries see most
+    const int64_t tokens = s.query_start_loc[row + 1] - s.query_start_loc[row], queries = tokens * group;
+    for (int64_t tile = (queries - 1) / kAttentionRows; tile >= 0; tile--)
+      for (int64_t head = 0; head < a.num_kv_heads; head++) {
+        const int64_t first = tile * kAttentionRows, count = std::min<int64_t>(kAttentionRows, queries - first);
+        const int64_t before = s.seq_lens[row] - tokens;
+        const int64_t seen = before + (first + count - 1) / group + 1;  // keys that the last of them sees
+        const int64_t hidden = a.window ? std::max<int64_t>(0, before + first / group + 1 - a.window) : 0;
+        whole.push_back({(int32_t)row, (int32_t)head, (int32_t)first, (int32_t)count, (int32_t)(hidden / kStretch),
+                         (int32_t)((seen + kStretch - 1) / kStretch), -1});
+      }
+  }
+  const bool split = num_threads > 1 && (int64_t)whole.size() < 8 * num_threads;
+  for (Item item : whole) {
+    if (!split || item.last_stretch - item.first_stretch < 2) {
+      work.items.push_back(item);
+      continue;
+    }
+    Item merge = item;
+    merge.part = work.num_parts;
+    work.merges.push_back(merge);
+    for (int32_t stretch = merge.first_stretch; stretch < merge.last_stretch; stretch++) {
+      item.first_stretch = stretch, item.last_stretch = stretch + 1, item.part = work.num_parts++;
+      work.items.push_back(item);
+    }
+  }
+  return work;
+}
+
+// A partial result of up to kAttentionRows queries.
+struct Part {
+  float most[kAttentionRows], total[kAttentionRows];
+  float out[kAttentionRows * kMaxDim];  // [query][value_dim]
+};
+
+static inline void clear(Part& p, int count, int64_t dim) {
+  for (int r = 0; r < count; r++) p.most[r] = -INFINITY, p.total[r] = 0;
+  std::memset(p.out, 0, count * dim * sizeof(float));
+}
+
+// Put the keys of `b` behind those of `a`.
+static inline void merge(Part& a, const Part& b, int count, int64_t dim) {
+  for (int r = 0; r < count; r++) {
+    if (b.most[r] == -INFINITY) continue;  // it saw nothing
+    const float most = std::max(a.most[r], b.most[r]);
+    const float keep = vexp(splat(a.most[r] - most))[0], add = vexp(splat(b.most[r] - most))[0];
+    a.most[r] = most;
+    a.total[r] = a.total[r] * keep + b.total[r] * add;
+    for (int64_t i = 0; i < dim; i += 16)
+      store(a.out + r * dim + i, load<f32x16>(a.out + r * dim + i) * keep + load<f32x16>(b.out + r * dim + i) * add);
+  }
+}
+
+// Sixteen tokens of int8 to bfloat16 pairs, as if they had been stored so.
+static inline void widen_bytes(const int8_t* from, int64_t count, uint16_t* to) {
+  for (int64_t i = 0; i < count; i += 16)
+    store(to + i, narrow(__builtin_convertvector(load<i8x16>(from + i), f32x16)));
+}
+
+// What a stretch needs to find its blocks.
+struct Stretch {
+  const AttentionLayer& layer;
+  const int32_t* table;
+  int64_t kv_head, first_key, num_keys;  // keys [first_key, first_key + num_keys) hold something
+
+  const uint8_t* tokens(bool values, int64_t group16) const {  // the 16 tokens that start at first_key + 16 * group16
+    const int64_t position = first_key + group16 * 16, dim = values ? layer.value_dim : layer.key_dim;
+    return record(values, position) + position % layer.block_size / 16 * 16 * dim * kv_bytes(layer.kv_kind);
+  }
+  const float* scales(bool values, int64_t group16) const {
+    const int64_t position = first_key + group16 * 16, dim = values ? layer.value_dim : layer.key_dim;
+    return (const float*)(record(values, position) + layer.block_size * dim) + position % layer.block_size;
+  }
+
+ private:
+  const uint8_t* record(bool values, int64_t position) const {
+    const int64_t dim = values ? layer.value_dim : layer.key_dim;
+    const int64_t block = table[position / layer.block_size];
+    return (values ? layer.values : layer.keys) + (block * layer.num_kv_heads + kv_head) * record_bytes(layer, dim);
+  }
+};
+
+template <bool FLOAT, int R, int V>
+static inline void accumulate(const uint32_t* a, int64_t stride, const uint32_t* (&b)[V], int64_t step, int64_t steps,
+                              f32x16 (&acc)[R][V]) {
+  for (int64_t s = 0; s < steps; s++) {
+    u32x16 w[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) w[v] = load<u32x16>(b[v] + s * step);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const uint32_t word = a[r * stride + s];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) {
+        if (FLOAT) {
+          float value;
+          std::memcpy(&value, &word, 4);
+          acc[r][v] += (f32x16)w[v] * value;
+        } else {
+          acc[r][v] = dot2(acc[r][v], w[v], word);
+        }
+      }
+    }
+  }
+}
+
+static inline void prefetch(const uint8_t* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+// R queries (words, dense) against one stretch. Query r sees keys [low[r], high[r]) of the stretch.
+template <bool FLOAT, int R>
+static void attend_stretch(const Stretch& s, const uint32_t* query, const int64_t* low, const int64_t* high, Part& part) {
+  constexpr int L = FLOAT ? 1 : 2;
+  const AttentionLayer& a = s.layer;
+  const bool bytes = a.kv_kind == kInt8;
+  const int64_t groups = (s.num_keys + 15) / 16, columns = (groups + 1) / 2 * 32;
+  const int64_t key_words = a.key_dim / L, key_bytes = a.key_dim * 16 * kv_bytes(a.kv_kind);
+  const int64_t value_bytes = a.value_dim * 16 * kv_bytes(a.kv_kind);
+  alignas(64) float scores[R][kStretch];
+  alignas(64) uint32_t weights[R][kStretch / L];
+  alignas(64) static thread_local uint16_t wide[kStretch * kMaxDim];  // int8 made bfloat16
+  alignas(64) static thread_local uint32_t tail[16 * kMaxDim];
+
+  for (int64_t g = 0; g < groups; g += 2) {
+    const int64_t last = std::min(g + 1, groups - 1);
+    const uint32_t* b[2] = {(const uint32_t*)s.tokens(false, g), (const uint32_t*)s.tokens(false, last)};
+    if (g + 2 < groups) prefetch(s.tokens(false, g + 2), key_bytes);
+    if (g + 3 < groups) prefetch(s.tokens(false, g + 3), key_bytes);
+    prefetch(s.tokens(true, g), value_bytes);
+    prefetch(s.tokens(true, last), value_bytes);
+    if (bytes)
+      for (int v = 0; v < 2; v++) {
+        uint16_t* to = wide + v * 16 * a.key_dim;
+        widen_bytes((const int8_t*)b[v], 16 * a.key_dim, to);
+        b[v] = (const uint32_t*)to;
+      }
+    f32x16 acc[R][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = splat(0.f);
+    accumulate<FLOAT, R, 2>(query, key_words, b, 16, key_words, acc);
+    f32x16 scale[2] = {splat(a.scale), splat(a.scale)};
+    if (bytes) {
+      scale[0] *= load<f32x16>(s.scales(false, g));
+      scale[1] *= load<f32x16>(s.scales(false, last));
+    }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < 2; v++) store(&scores[r][g * 16 + v * 16], acc[r][v] * scale[v]);
+  }
+
+  for (int r = 0; r < R; r++) {
+    float* row = scores[r];
+    if (a.softcap != 0)
+      for (int64_t i = 0; i < columns; i++) row[i] = a.softcap * std::tanh(row[i] / a.softcap);
+    for (int64_t i = 0; i < std::min(low[r], columns); i++) row[i] = -INFINITY;
+    for (int64_t i = std::max<int64_t>(high[r], 0); i < columns; i++) row[i] = -INFINITY;
+    f32x16 most = splat(-INFINITY);
+    for (int64_t i = 0; i < columns; i += 16) most = vmax(load<f32x16>(row + i), most);
+    part.most[r] = highest(most);
+    if (low[r] < high[r] && part.most[r] == -INFINITY) part.most[r] = NAN;  // scores of NaN or -inf alone: say so
+    const f32x16 top = splat(part.most[r] == -INFINITY ? 0.f : part.most[r]);
+    f32x16 total = splat(0.f);
+    for (int64_t i = 0; i < columns; i += 16) {
+      f32x16 p = vexp(load<f32x16>(row + i) - top);
+      total += p;
+      if (bytes && i < groups * 16) p = p == 0.f ? p : p * load<f32x16>(s.scales(true, i / 16));  // unused ones may be NaN
+      if (FLOAT)
+        store((float*)weights[r] + i, p);
+      else
+        store((uint16_t*)weights[r] + i, narrow(p));
+    }
+    part.total[r] = sum(total);
+  }
+
+  const uint32_t* values[kStretch / 16];
+  for (int64_t g = 0; g < groups; g++) {
+    values[g] = (const uint32_t*)s.tokens(true, g);
+    if (bytes) {
+      uint16_t* to = wide + g * 16 * a.value_dim;
+      widen_bytes((const int8_t*)values[g], 16 * a.value_dim, to);
+      values[g] = (const uint32_t*)to;
+    }
+    const int64_t valid = s.num_keys - g * 16;
+    if (valid < 16) {  // what lies behind the last key may be NaN, and a weight of zero does not silence that
+      std::memcpy(tail, values[g], 16 * a.value_dim * (FLOAT ? 4 : 2));
+      for (int64_t k = valid; k < 16; k++)
+        for (int64_t i = 0; i < a.value_dim; i++) {
+          if (FLOAT)
+            tail[k * a.value_dim + i] = 0;
+          else
+            ((uint16_t*)tail)[(k / 2) * a.value_dim * 2 + i * 2 + k % 2] = 0;
+        }
+      values[g] = tail;
+    }
+  }
+  int64_t d = 0;
+  for (; d + 32 <= a.value_dim; d += 32) {
+    f32x16 acc[R][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = splat(0.f);
+    for (int64_t g = 0; g < groups; g++) {
+      const uint32_t* b[2] = {values[g] + d, values[g] + d + 16};
+      accumulate<FLOAT, R, 2>(weights[0] + g * 16 / L, kStretch / L, b, a.value_dim, 16 / L, acc);
+    }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < 2; v++) store(part.out + r * a.value_dim + d + v * 16, acc[r][v]);
+  }
+  if (d < a.value_dim) {
+    f32x16 acc[R][1];
+    for (int r = 0; r < R; r++) acc[r][0] = splat(0.f);
+    for (int64_t g = 0; g < groups; g++) {
+      const uint32_t* b[1] = {values[g] + d};
+      accumulate<FLOAT, R, 1>(weights[0] + g * 16 / L, kStretch / L, b, a.value_dim, 16 / L, acc);
+    }
+    for (int r = 0; r < R; r++) store(part.out + r * a.value_dim + d, acc[r][0]);
+  }
+}
+
+template <bool FLOAT, int R>
+static inline void attend_count(int count, const Stretch& s, const uint32_t* query, const int64_t* low,
+                                const int64_t* high, Part& part) {
+  if constexpr (R > 1)
+    if (count < R) return attend_count<FLOAT, R - 1>(count, s, query, low, high, part);
+  attend_stretch<FLOAT, R>(s, query, low, high, part);
+}
+
+// The stretches of one item, merged into `whole`. `queries`: (num_tokens, num_heads, key_dim) as words.
+static void attend_item(const Step& step, const AttentionLayer& a, const uint32_t* queries, const Item& item, Part& whole) {
+  const int64_t L = kv_lanes(a.kv_kind), words = a.key_dim / L, group = a.num_heads / a.num_kv_heads;
+  const int64_t start = step.query_start_loc[item.row], tokens = step.query_start_loc[item.row + 1] - start;
+  const int64_t seq_len = step.seq_lens[item.row], before = seq_len - tokens;
+  alignas(64) uint32_t query[kAttentionRows * kMaxDim];
+  int64_t position[kAttentionRows];
+  for (int r = 0; r < item.count; r++) {
+    const int64_t token = (item.first + r) / group, head = item.kv_head * group + (item.first + r) % group;
+    std::memcpy(query + r * words, queries + ((start + token) * a.num_heads + head) * words, words * 4);
+    position[r] = before + token;
+  }
+  static thread_local Part part;
+  clear(whole, item.count, a.value_dim);
+  for (int64_t n = item.first_stretch; n < item.last_stretch; n++) {
+    const int64_t first = n * kStretch;
+    const int64_t last_seen = position[item.count - 1] + 1;
+    Stretch s{a, step.block_tables + item.row * step.table_stride, item.kv_head, first,
+              std::min<int64_t>(kStretch, last_seen - first)};
+    int64_t low[kAttentionRows], high[kAttentionRows];
+    for (int r = 0; r < item.count; r++) {
+      low[r] = a.window ? std::max<int64_t>(0, position[r] + 1 - a.window - first) : 0;
+      high[r] = position[r] + 1 - first;
+    }
+    if (a.kv_kind == kFloat32)
+      attend_count<true, kAttentionRows>(item.count, s, query, low, high, part);
+    else
+      attend_count<false, kAttentionRows>(item.count, s, query, low, high, part);
+    merge(whole, part, item.count, a.value_dim);
+  }
+}
+
+// Divide by the sums and hand each query's result to `put(token, column, lanes)`, a row being all heads' values.
+template <class Put>
+static inline void finish_item(const Step& step, const AttentionLayer& a, const Item& item, Part& whole, Put&& put) {
+  const int64_t group = a.num_heads / a.num_kv_heads, start = step.query_start_loc[item.row];
+  for (int r = 0; r < item.count; r++) {
+    const int64_t token = start + (item.first + r) / group, head = item.kv_head * group + (item.first + r) % group;
+    float total = whole.total[r], keep = 1;
+    if (a.sinks) {
+      const float most = std::max(whole.most[r], a.sinks[head]);
+      keep = std::exp(whole.most[r] - most);
+      total = total * keep + std::exp(a.sinks[head] - most);
+    }
+    const float inverse = keep / total;
+    for (int64_t i = 0; i < a.value_dim; i += 16)
+      put(token, head * a.value_dim + i, load<f32x16>(whole.out + r * a.value_dim + i) * inverse);
+  }
+}
+
+// Two phases, the first claimed from `phase`. All K and V of the step must be stored before.
+template <class Put>
+static void attend(Team& team, int phase, const Step& step, const AttentionLayer& a, const uint32_t* queries,
+                   const AttentionWork& work, Part* parts, Put&& put) {
+  static thread_local Part whole;
+  int64_t from, to;
+  while (team.claim(phase, work.items.size(), 4, from, to))
+    for (; from < to; from++) {
+      const Item& item = work.items[from];
+      if (item.part >= 0) {
+        attend_item(step, a, queries, item, parts[item.part]);
+      } else {
+        attend_item(step, a, queries, item, whole);
+        finish_item(step, a, item, whole, put);
+      }
+    }
+  if (work.merges.empty()) return;
+  team.barrier();
+  while (team.claim(phase + 1, work.merges.size(), 4, from, to))
+    for (; from < to; from++) {
+      const Item& item = work.merges[from];
+      clear(whole, item.count, a.value_dim);
+      for (int64_t n = 0; n < item.last_stretch - item.first_stretch; n++)
+        merge(whole, parts[item.part + n], item.count, a.value_dim);
+      finish_item(step, a, item, whole, put);
+    }
+}

@@ -1,0 +1,9 @@
+#include "kernels.h"
+
+#if defined(__x86_64__)
+// after the standard headers: what is inline in them must stay fit for every machine
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c")
+#define PAGEWIRE_AVX512  // the pragma does not define the macros that a flag would
+#define NAME avx512
+#include "isa.inc"
+#endif

@@ -1,0 +1,4 @@
+#include "kernels.h"
+
+#define NAME baseline
+#include "isa.inc"

@@ -1,0 +1,28 @@
+// One table of kernels for each instruction set; api.cpp chooses.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "team.h"
+#include "types.h"
+
+namespace pagewire {
+
+struct Kernels {
+  void (*llama_forward)(const Llama&, const Step&, float* logits);
+  void (*linear)(const Linear&, const Rows& x, const Rows& y, int64_t rows);
+  void (*attention)(const AttentionLayer&, const Step&, const Rows& query, const Rows& key, const Rows& value,
+                    const Rows& out);
+  void (*norm)(const Rows& x, const Rows* residual, const float* weight, float epsilon, int64_t rows, int64_t n,
+               const Rows& y);
+  void (*silu_mul)(const Rows& gate, const Rows& up, int64_t rows, int64_t n, const Rows& y);
+  void (*pack)(const Rows& from, const int64_t* row_of, const Linear& to);
+};
+
+int num_threads();
+char* scratch(int64_t bytes);  // one buffer for the whole process, aligned to 64; what it held is lost
+
+}  // namespace pagewire

@@ -1,0 +1,104 @@
+// Sixteen lanes of arithmetic, written once in the compiler's vector extensions: one AVX-512 register, two of AVX2, four of
+// SSE2. The order of every sum is therefore the same on every machine; only the fused steps (dot2, dot4) may round apart.
+//
+// This file is read once per instruction set (see isa.inc); everything in it lives in that set's namespace.
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+
+template <class V, class T>
+static inline V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T>
+static inline void store(T* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+static inline f32x16 splat(float x) { return f32x16{} + x; }
+static inline i32x16 splat(int32_t x) { return i32x16{} + x; }
+static inline u32x16 splat(uint32_t x) { return u32x16{} + x; }
+
+static inline f32x16 vmax(f32x16 a, f32x16 b) { return a > b ? a : b; }
+static inline f32x16 widen(u16x16 bf16) { return (f32x16)(__builtin_convertvector(bf16, u32x16) << 16); }
+
+static inline u16x16 narrow(f32x16 x) {  // to bfloat16, nearest even; NaN stays NaN
+#if defined(PAGEWIRE_AVX512)
+  return (u16x16)_mm512_cvtneps_pbh((__m512)x);
+#else
+  u32x16 u = (u32x16)x;
+  u32x16 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : splat(0x7fc0u), u16x16);
+#endif
+}
+static inline float widen(uint16_t bf16) {
+  uint32_t u = (uint32_t)bf16 << 16;
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+static inline uint16_t narrow(float x) { return narrow(splat(x))[0]; }
+
+static inline float sum(f32x16 v) {  // a tree: the order of the additions is fixed
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; i++) v[i] += v[i + half];
+  return v[0];
+}
+static inline float highest(f32x16 v) {
+  float m = v[0];
+  for (int i = 1; i < 16; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+static inline f32x16 vexp(f32x16 x) {  // e^x to about 1e-7; 0 below -87, also for -inf; NaN for NaN
+  const f32x16 capped = x > splat(88.7f) ? splat(88.7f) : x;
+  const f32x16 clamped = capped < splat(-87.3f) ? splat(-87.3f) : capped;
+  const f32x16 magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const f32x16 n = (clamped * 1.44269504f + magic) - magic;
+  const f32x16 r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  f32x16 y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.f;
+  const f32x16 scale = (f32x16)((__builtin_convertvector(n, i32x16) + 127) << 23);
+  return x < splat(-87.3f) ? splat(0.f) : y * scale;
+}
+
+// c + the products of two bfloat16 pairs. `w` holds a pair a lane, `a` is one pair for all lanes.
+static inline f32x16 dot2(f32x16 c, u32x16 w, uint32_t a) {
+#if defined(PAGEWIRE_AVX512)
+  return (f32x16)_mm512_dpbf16_ps((__m512)c, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)a));
+#else
+  const u32x16 pair = splat(a);
+  c += (f32x16)(w << 16) * (f32x16)(pair << 16);
+  return c + (f32x16)(w & 0xffff0000u) * (f32x16)(pair & 0xffff0000u);
+#endif
+}
+
+// c + the products of four bytes: `w` holds four unsigned ones a lane, `a` four signed ones for all lanes. Exact.
+static inline i32x16 dot4(i32x16 c, u32x16 w, uint32_t a) {
+#if defined(PAGEWIRE_AVX512)
+  return (i32x16)_mm512_dpbusd_epi32((__m512i)c, (__m512i)w, _mm512_set1_epi32((int)a));
+#elif defined(PAGEWIRE_AVX2)
+  const u32x16 even = w & 0x00ff00ffu, odd = (w >> 8) & 0x00ff00ffu;
+  const int32_t low = (int8_t)a & 0xffff, high = (int32_t)((uint32_t)(int32_t)(int8_t)(a >> 16) << 16);
+  const int32_t low1 = (int8_t)(a >> 8) & 0xffff, high1 = (int32_t)((uint32_t)(int32_t)(int8_t)(a >> 24) << 16);
+  const __m256i ae = _mm256_set1_epi32(low | high), ao = _mm256_set1_epi32(low1 | high1);
+  __m256i e[2], o[2], s[2];
+  std::memcpy(e, &even, 64), std::memcpy(o, &odd, 64);
+  for (int i = 0; i < 2; i++) s[i] = _mm256_add_epi32(_mm256_madd_epi16(e[i], ae), _mm256_madd_epi16(o[i], ao));
+  i32x16 added;
+  std::memcpy(&added, s, 64);
+  return c + added;
+#else
+  for (int byte = 0; byte < 4; byte++)
+    c += (i32x16)((w >> (8 * byte)) & 0xffu) * (int32_t)(int8_t)(a >> (8 * byte));
+  return c;
+#endif
+}

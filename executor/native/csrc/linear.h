@@ -1,0 +1,258 @@
+// Matrix products against packed weights. An output is summed over k in one fixed order, whatever else is in the batch:
+// a row's result depends on that row alone, bit for bit.
+
+// The left side of a product: rows of words, and for int8 their scales and (shifted) sums by group.
+struct Operand {
+  uint32_t* words;
+  int64_t stride;  // words a row
+  float* scales;   // (rows, groups)
+  int32_t* sums;   // (rows, groups) what the weights' shift adds, negated
+  int64_t groups;
+
+  Operand from(int64_t row) const {
+    return {words + row * stride, stride, scales + row * groups, sums + row * groups, groups};
+  }
+};
+
+static inline int per_word(int32_t kind) { return kind == kFloat32 ? 1 : kind == kBfloat16 ? 2 : 4; }
+
+// Sixteen columns of one row of `x` to the operand of a product; float32 and bfloat16 only.
+static inline void put_lanes(int32_t kind, uint32_t* row, int64_t column, f32x16 x) {
+  if (kind == kFloat32)
+    store((float*)row + column, x);
+  else
+    store((uint16_t*)row + column, narrow(x));
+}
+
+// Quantise one row to signed bytes, a scale for each `group`. k is a multiple of `group`, a multiple of 16.
+static inline void quantise(const float* x, int64_t k, const Linear& linear, const Operand& to) {
+  const int shift = linear.kind == kInt8 ? 128 : 8;
+  for (int64_t g = 0; g < to.groups; g++) {
+    const float* from = x + g * linear.group;
+    f32x16 most = splat(0.f);
+    for (int i = 0; i < linear.group; i += 16) {
+      const f32x16 v = load<f32x16>(from + i);
+      most = vmax(most, vmax(v, -v));
+    }
+    const float top = highest(most);
+    const f32x16 inverse = splat(top > 0 ? 127.f / top : 0.f), magic = splat(12582912.f);
+    i32x16 total = splat(0);
+    for (int i = 0; i < linear.group; i += 16) {
+      const f32x16 rounded = (load<f32x16>(from + i) * inverse + magic) - magic;
+      const i32x16 q = __builtin_convertvector(rounded, i32x16);
+      total += q;
+      store((int8_t*)to.words + g * linear.group + i, __builtin_convertvector(q, i8x16));
+    }
+    int32_t added = 0;
+    for (int i = 0; i < 16; i++) added += total[i];
+    to.scales[g] = top / 127.f;
+    to.sums[g] = -shift * added;
+  }
+}
+
+static inline void prepare(const float* x, int64_t k, const Linear& linear, const Operand& to) {
+  if (linear.kind >= kInt8) return quantise(x, k, linear, to);
+  for (int64_t i = 0; i < k; i += 16) put_lanes(linear.kind, to.words, i, load<f32x16>(x + i));
+}
+
+// What becomes of a tile of results.
+struct Epilogue {
+  enum Mode { kStore, kAdd, kSiluMul } mode;
+  float* out;  // kStore, kAdd: (rows, n) float32; kSiluMul into int8: (rows, n / 2) float32, quantised later
+  int64_t stride;
+  int32_t next_kind;   // kSiluMul: what the next product reads
+  uint32_t* next;      // kSiluMul: its operand's words
+  int64_t next_stride;
+};
+
+template <int R, int P>
+static inline void finish(const Linear& l, const Epilogue& e, int64_t row, int64_t panel, f32x16 (&acc)[R][2 * P]) {
+  for (int p = 0; p < P; p++) {
+    const int64_t column = (panel + p) * 32;
+    for (int r = 0; r < R; r++) {
+      f32x16 low = acc[r][2 * p], high = acc[r][2 * p + 1];
+      if (l.bias) {
+        low += load<f32x16>(l.bias + column);
+        high += load<f32x16>(l.bias + column + 16);
+      }
+      if (e.mode == Epilogue::kSiluMul) {
+        const f32x16 y = low / (1.f + vexp(-low)) * high;
+        if (e.next_kind >= kInt8)
+          store(e.out + (row + r) * e.stride + column / 2, y);
+        else
+          put_lanes(e.next_kind, e.next + (row + r) * e.next_stride, column / 2, y);
+        continue;
+      }
+      float* to = e.out + (row + r) * e.stride + column;
+      if (column + 32 > l.n) {  // the last panel is padded
+        float both[32];
+        store(both, low), store(both + 16, high);
+        for (int64_t i = 0; column + i < l.n; i++) to[i] = e.mode == Epilogue::kAdd ? to[i] + both[i] : both[i];
+        continue;
+      }
+      if (e.mode == Epilogue::kAdd) {
+        low += load<f32x16>(to);
+        high += load<f32x16>(to + 16);
+      }
+      store(to, low), store(to + 16, high);
+    }
+  }
+}
+
+#if defined(PAGEWIRE_AVX512)
+constexpr int kTileRows = 12, kByteTileRows = 6;  // 24 accumulators of 32 registers
+#else
+constexpr int kTileRows = 3, kByteTileRows = 3;
+#endif
+constexpr int kAhead = 16;  // steps between a word's prefetch and its use, where memory is what limits
+
+template <int KIND, int R, int P>
+static inline void multiply_words(const Linear& l, const Operand& a, int64_t panel, f32x16 (&acc)[R][2 * P]) {
+  const int64_t steps = l.k / (KIND == kFloat32 ? 1 : 2);
+  const uint32_t* w = l.words + panel * steps * 32;
+  const uint32_t* x = a.words;
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < 2 * P; v++) acc[r][v] = splat(0.f);
+  for (int64_t s = 0; s < steps; s++) {
+    u32x16 b[2 * P];
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * P; v++) {
+      const uint32_t* at = w + (v / 2) * steps * 32 + s * 32 + (v % 2) * 16;
+      b[v] = load<u32x16>(at);
+      if (R < 4) __builtin_prefetch(at + kAhead * 32);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const uint32_t word = x[r * a.stride + s];
+#pragma GCC unroll 8
+      for (int v = 0; v < 2 * P; v++) {
+        if (KIND == kFloat32) {
+          float value;
+          std::memcpy(&value, &word, 4);
+          acc[r][v] += (f32x16)b[v] * value;
+        } else {
+          acc[r][v] = dot2(acc[r][v], b[v], word);
+        }
+      }
+    }
+  }
+}
+
+template <int KIND, int R, int P>
+static inline void multiply_bytes(const Linear& l, const Operand& a, int64_t panel, f32x16 (&acc)[R][2 * P]) {
+  const int64_t stored_steps = l.k / (KIND == kInt8 ? 4 : 8), group_steps = l.group / 4;
+  const uint32_t* w = l.words + panel * stored_steps * 32;
+  const uint16_t* scales = l.scales + panel * a.groups * 32;
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < 2 * P; v++) acc[r][v] = splat(0.f);
+  for (int64_t g = 0; g < a.groups; g++) {
+    i32x16 whole[R][2 * P];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < 2 * P; v++) whole[r][v] = splat(a.sums[r * a.groups + g]);
+    for (int64_t s = g * group_steps; s < (g + 1) * group_steps; s += KIND == kInt8 ? 1 : 2) {
+      u32x16 b[2 * P];
+#pragma GCC unroll 8
+      for (int v = 0; v < 2 * P; v++) {
+        const uint32_t* at = w + (v / 2) * stored_steps * 32 + (KIND == kInt8 ? s : s / 2) * 32 + (v % 2) * 16;
+        b[v] = load<u32x16>(at);
+        if (R < 4) __builtin_prefetch(at + kAhead * 32);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        const uint32_t* x = a.words + r * a.stride + s;
+#pragma GCC unroll 8
+        for (int v = 0; v < 2 * P; v++) {
+          if (KIND == kInt8) {
+            whole[r][v] = dot4(whole[r][v], b[v], x[0]);
+          } else {
+            whole[r][v] = dot4(whole[r][v], b[v] & 0x0f0f0f0fu, x[0]);
+            whole[r][v] = dot4(whole[r][v], (b[v] >> 4) & 0x0f0f0f0fu, x[1]);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * P; v++) {
+      const f32x16 scale = widen(load<u16x16>(scales + (v / 2) * a.groups * 32 + g * 32 + (v % 2) * 16));
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++)
+        acc[r][v] += __builtin_convertvector(whole[r][v], f32x16) * (scale * a.scales[r * a.groups + g]);
+    }
+  }
+}
+
+template <int KIND, int R, int P>
+static void multiply_tile(const Linear& l, const Operand& a, int64_t row, int64_t panel, const Epilogue& e) {
+  f32x16 acc[R][2 * P];
+  if constexpr (KIND >= kInt8)
+    multiply_bytes<KIND, R, P>(l, a.from(row), panel, acc);
+  else
+    multiply_words<KIND, R, P>(l, a.from(row), panel, acc);
+  finish<R, P>(l, e, row, panel, acc);
+}
+
+// Rows [row, row + rows) against panels [first, last); rows at most R.
+template <int KIND, int R>
+static inline void multiply_rows(const Linear& l, const Operand& a, int64_t row, int64_t rows, int64_t first, int64_t last,
+                                 const Epilogue& e) {
+  if constexpr (R > 1)
+    if (rows < R) return multiply_rows<KIND, R - 1>(l, a, row, rows, first, last, e);
+  int64_t panel = first;
+  if constexpr (R <= 2) {  // few rows: several panels at once keep more loads and sums under way
+    constexpr int P = KIND >= kInt8 ? 2 : 4 / R;
+    for (; panel + P <= last; panel += P) multiply_tile<KIND, R, P>(l, a, row, panel, e);
+  }
+  for (; panel < last; panel++) multiply_tile<KIND, R, 1>(l, a, row, panel, e);
+}
+
+template <int KIND>
+static void multiply_panels(const Linear& l, const Operand& a, int64_t first_row, int64_t last_row, int64_t first,
+                            int64_t last, const Epilogue& e) {
+  constexpr int R = KIND >= kInt8 ? kByteTileRows : kTileRows;
+  for (int64_t row = first_row; row < last_row; row += R)
+    multiply_rows<KIND, R>(l, a, row, std::min<int64_t>(R, last_row - row), first, last, e);
+}
+
+// One phase: all threads, until every panel is done.
+static void multiply(Team& team, int phase, const Linear& l, const Operand& a, int64_t rows, const Epilogue& e) {
+  constexpr int64_t kBandRows = 384;  // rows that meet a panel while it is in the cache
+  const int64_t panels = (l.n + 31) / 32, bands = (rows + kBandRows - 1) / kBandRows;
+  const int64_t most = rows <= kTileRows ? 8 : 4;
+  int64_t from, to;
+  while (team.claim(phase, panels * bands, most, from, to))
+    while (from < to) {
+      const int64_t band = from / panels, first = from % panels;
+      const int64_t last = std::min(panels, first + (to - from));
+      from += last - first;
+      const int64_t first_row = band * kBandRows, last_row = std::min(rows, first_row + kBandRows);
+      switch (l.kind) {
+        case kFloat32: multiply_panels<kFloat32>(l, a, first_row, last_row, first, last, e); break;
+        case kBfloat16: multiply_panels<kBfloat16>(l, a, first_row, last_row, first, last, e); break;
+        case kInt8: multiply_panels<kInt8>(l, a, first_row, last_row, first, last, e); break;
+        default: multiply_panels<kInt4>(l, a, first_row, last_row, first, last, e);
+      }
+    }
+}
+
+// The scale of a group of weights: from its largest number; for int4 the best of several by squared error.
+static uint16_t fit_scale(const float* x, int64_t count, int32_t kind) {
+  float top = 0;
+  for (int64_t i = 0; i < count; i++)
+    if (std::abs(x[i]) > std::abs(top)) top = x[i];
+  if (kind == kInt8) return narrow(std::abs(top) / 127.f);
+  uint16_t best = 0;
+  float least = INFINITY;
+  for (int steps = 0; steps <= 20; steps++) {  // -8 is one step further than 7: the largest number gets it, by the sign
+    const uint16_t scale = narrow(top / -(6.5f + 0.1f * steps));
+    const float unit = widen(scale), inverse = unit != 0 ? 1.f / unit : 0.f;
+    float error = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const float q = std::min(7.f, std::max(-8.f, std::nearbyint(x[i] * inverse)));
+      error += (x[i] - q * unit) * (x[i] - q * unit);
+    }
+    if (error < least) least = error, best = scale;
+  }
+  return best;
+}

@@ -1,0 +1,149 @@
+// The same kernels one at a time, for models whose forward is Transformers' own.
+
+// y = x @ w.T + bias over rows of the model's dtype.
+static void linear(const Linear& l, const Rows& x, const Rows& y, int64_t rows) {
+  const int64_t words = l.k / per_word(l.kind), groups = l.kind >= kInt8 ? l.k / l.group : 0;
+  const int threads = num_threads();
+  const int64_t out_bytes = y.kind == kFloat32 ? 0 : rows * l.n * 4;
+  char* at = scratch(rows * (words * 4 + groups * 8) + threads * l.k * 4 + out_bytes + 256);
+  const auto take = [&](int64_t bytes) {
+    char* p = at;
+    at += (bytes + 63) / 64 * 64;
+    return p;
+  };
+  const Operand in{(uint32_t*)take(rows * words * 4), words, (float*)take(rows * groups * 4),
+                   (int32_t*)take(rows * groups * 4), groups};
+  float* const row_of = (float*)take(threads * l.k * 4);
+  float* const out = y.kind == kFloat32 ? (float*)y.data : (float*)take(out_bytes);
+  on_team(4, [&](Team& team, int thread) {
+    int64_t from, to;
+    float* row = row_of + thread * l.k;
+    while (team.claim(0, rows, 64, from, to))
+      for (; from < to; from++) {
+        read_row(x.data, x.kind, from * x.stride0, l.k, row);
+        prepare(row, l.k, l, in.from(from));
+      }
+    team.barrier();
+    multiply(team, 1, l, in, rows, {Epilogue::kStore, out, l.n, 0, nullptr, 0});
+    if (y.kind == kFloat32) return;
+    team.barrier();
+    while (team.claim(2, rows, 64, from, to))
+      for (; from < to; from++) write_row(y.data, y.kind, from * y.stride0, l.n, out + from * l.n);
+  });
+}
+
+// Store the step's K and V, then attend. query, key, value: (token, head, dim); out (token, num_heads * value_dim) dense.
+static void attention(const AttentionLayer& a, const Step& s, const Rows& query, const Rows& key, const Rows& value,
+                      const Rows& out) {
+  const int32_t kind = a.kv_kind == kFloat32 ? kFloat32 : kBfloat16;
+  const int64_t words = a.key_dim / kv_lanes(a.kv_kind);
+  const AttentionWork work = plan_attention(s, a, num_threads());
+  const int64_t query_bytes = (s.num_tokens * a.num_heads * words * 4 + 63) / 64 * 64;
+  char* at = scratch(query_bytes + work.num_parts * sizeof(Part));
+  uint32_t* const queries = (uint32_t*)at;
+  on_team(4, [&](Team& team, int) {
+    int64_t from, to;
+    float row[kMaxDim], other[kMaxDim];
+    while (team.claim(0, s.num_tokens, 16, from, to))
+      for (; from < to; from++) {
+        for (int64_t h = 0; h < a.num_heads; h++) {
+          read_row(query.data, query.kind, from * query.stride0 + h * query.stride1, a.key_dim, row);
+          uint32_t* q = queries + (from * a.num_heads + h) * words;
+          for (int64_t i = 0; i < a.key_dim; i += 16) put_lanes(kind, q, i, load<f32x16>(row + i));
+        }
+        for (int64_t h = 0; h < a.num_kv_heads; h++) {
+          read_row(key.data, key.kind, from * key.stride0 + h * key.stride1, a.key_dim, row);
+          read_row(value.data, value.kind, from * value.stride0 + h * value.stride1, a.value_dim, other);
+          store_token(a, s.slot_mapping[from], h, row, other);
+        }
+      }
+    team.barrier();
+    attend(team, 1, s, a, queries, work, (Part*)(at + query_bytes), [&](int64_t token, int64_t column, f32x16 x) {
+      put_lanes(out.kind, (uint32_t*)((char*)out.data + token * out.stride0 * (out.kind == kFloat32 ? 4 : 2)), column, x);
+    });
+  });
+}
+
+// y = weight * x / rms(x) over rows; with `residual`, x += residual first, and the sum is kept in `residual`.
+static void norm(const Rows& x, const Rows* residual, const float* weight, float epsilon, int64_t rows, int64_t n,
+                 const Rows& y) {
+  const int threads = num_threads();
+  float* const row_of = (float*)scratch(threads * n * 8);
+  on_team(1, [&](Team& team, int thread) {
+    int64_t from, to;
+    float *row = row_of + thread * n * 2, *other = row + n;
+    while (team.claim(0, rows, 64, from, to))
+      for (; from < to; from++) {
+        read_row(x.data, x.kind, from * x.stride0, n, row);
+        if (residual) {
+          read_row(residual->data, residual->kind, from * residual->stride0, n, other);
+          for (int64_t i = 0; i < n; i++) row[i] += other[i];
+          write_row(residual->data, residual->kind, from * residual->stride0, n, row);
+        }
+        rms_norm(row, weight, n, epsilon, row);
+        write_row(y.data, y.kind, from * y.stride0, n, row);
+      }
+  });
+}
+
+// y = silu(gate) * up over rows of n.
+static void silu_mul(const Rows& gate, const Rows& up, int64_t rows, int64_t n, const Rows& y) {
+  const int threads = num_threads();
+  float* const row_of = (float*)scratch(threads * n * 8);
+  on_team(1, [&](Team& team, int thread) {
+    int64_t from, to;
+    float *a = row_of + thread * n * 2, *b = a + n;
+    while (team.claim(0, rows, 64, from, to))
+      for (; from < to; from++) {
+        read_row(gate.data, gate.kind, from * gate.stride0, n, a);
+        read_row(up.data, up.kind, from * up.stride0, n, b);
+        for (int64_t i = 0; i + 16 <= n; i += 16) {
+          const f32x16 g = load<f32x16>(a + i);
+          store(a + i, g / (1.f + vexp(-g)) * load<f32x16>(b + i));
+        }
+        write_row(y.data, y.kind, from * y.stride0, n, a);
+      }
+  });
+}
+
+// Put weights (n, k) of the model's dtype into panels; `row_of` names the weights' row of each output, n of them.
+static void pack(const Rows& from, const int64_t* row_of, const Linear& l) {
+  const int64_t panels = (l.n + 31) / 32, k = l.k, groups = l.kind >= kInt8 ? k / l.group : 0;
+  const int64_t steps = k / per_word(l.kind), stored = l.kind == kInt4 ? steps / 2 : steps;
+  float* const row_buffers = (float*)scratch(num_threads() * k * 4);
+  on_team(1, [&](Team& team, int thread) {
+    float* row = row_buffers + thread * k;
+    int64_t first, last;
+    while (team.claim(0, panels, 8, first, last))
+      for (; first < last; first++)
+        for (int64_t lane = 0; lane < 32; lane++) {
+          const int64_t output = first * 32 + lane;
+          if (output < l.n)
+            read_row(from.data, from.kind, row_of[output] * from.stride0, k, row);
+          else
+            std::memset(row, 0, k * sizeof(float));
+          uint32_t* words = const_cast<uint32_t*>(l.words) + first * stored * 32 + lane;
+          if (l.kind == kFloat32)
+            for (int64_t s = 0; s < steps; s++) std::memcpy(words + s * 32, row + s, 4);
+          else if (l.kind == kBfloat16)
+            for (int64_t s = 0; s < steps; s++) words[s * 32] = narrow(row[2 * s]) | (uint32_t)narrow(row[2 * s + 1]) << 16;
+          else
+            for (int64_t g = 0; g < groups; g++) {
+              const int64_t from_k = g * l.group, top = l.kind == kInt8 ? 127 : 7;
+              uint16_t* scale = const_cast<uint16_t*>(l.scales) + (first * groups + g) * 32 + lane;
+              *scale = fit_scale(row + from_k, l.group, l.kind);
+              const float unit = widen(*scale), inverse = unit != 0 ? 1.f / unit : 0.f;
+              for (int64_t i = from_k; i < from_k + l.group; i++) {
+                const int64_t low = l.kind == kInt8 ? -127 : -8;
+                const int64_t q = std::min(top, std::max(low, (int64_t)std::nearbyint(row[i] * inverse)));
+                if (l.kind == kInt8) {
+                  ((uint8_t*)(words + i / 4 * 32))[i % 4] = (uint8_t)(q + 128);
+                } else {
+                  uint8_t& byte = ((uint8_t*)(words + i / 8 * 32))[i % 4];
+                  byte = i / 4 % 2 ? (uint8_t)(byte | (q + 8) << 4) : (uint8_t)(q + 8);
+                }
+              }
+            }
+        }
+  });
+}
