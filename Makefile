@@ -61,3 +61,9 @@ up: ## build the images and start them with Docker Compose
 
 bench-scheduler: setup ## steps a second the scheduler can sustain, and what a plan costs
 	$(BIN)/python -m tests.benchmarks.bench_scheduler $(ARGS)
+
+bench: setup ## serve fixed workloads and measure; beside others with ARGS="--peers llama-bf16,vllm-bf16"
+	$(BIN)/python -m tests.benchmarks.bench_serving $(ARGS)
+
+bench-split: setup ## what the border between scheduler and executor costs a step
+	$(BIN)/python -m tests.benchmarks.bench_split $(ARGS)

@@ -1,0 +1,55 @@
+"""Pagewire's own API over gRPC, as a benchmark asks it."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+from common.errors import Unavailable
+from protos import inference_pb2 as pb
+from services.client import Client, connect
+from tests.benchmarks.playing import Emit
+from tests.benchmarks.workloads import Request
+
+
+class PagewireClient:
+    """A playing.Client over one channel."""
+
+    _client: Client
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        self._client = await self._stack.enter_async_context(connect(self._address))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def is_ready(self) -> bool:
+        """Whether an executor is connected."""
+        try:
+            return await self._client.is_serving()
+        except Unavailable:
+            return False
+
+    async def generate(self, request: Request, emit: Emit) -> int:
+        """Stream one answer."""
+        message = pb.GenerateStreamRequest(
+            token_ids=pb.TokenIds(ids=request.prompt),
+            sampling=pb.SamplingParams(temperature=0.0),
+            stopping=pb.StopConditions(max_tokens=request.max_tokens, ignore_eos=True),
+        )
+        made = 0
+        async for event in self._client.generate_stream(message):
+            match event.WhichOneof("event"):
+                case "delta" if event.delta.token_ids:
+                    emit()
+                case "finish":
+                    made += event.finish.usage.completion_tokens
+        return made
