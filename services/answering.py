@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass
 
 from common.errors import InvalidRequest, UnknownModel
@@ -65,12 +63,17 @@ class Answer:
         self._stream = stream
         self._choices = [_Choice(s, spec, prompt, tokenizer) for s in stream.sequences]
 
-    async def events(self) -> AsyncGenerator[Delta | Finish, None]:
-        """Deltas of all choices as they come, and a Finish for each."""
-        async with aclosing(self._stream.events()) as events:
-            async for event in events:
-                for out in self._choices[event.choice].take(event, self._stream):
-                    yield out
+    @property
+    def is_open(self) -> bool:
+        """Some choice has not had its Finish."""
+        return self._stream.is_open
+
+    async def next(self) -> list[Delta | Finish]:
+        """Wait for what comes next of any choice: deltas, and a Finish for each choice that ended."""
+        out: list[Delta | Finish] = []
+        for event in await self._stream.take():
+            out += self._choices[event.choice].take(event, self._stream)
+        return out
 
     def close(self) -> None:
         """The caller is served, or has left: what still runs is aborted."""
@@ -173,25 +176,21 @@ class _Choice:
     def __init__(self, sequence: Sequence, spec: GenerateSpec, prompt: list[int], tokenizer: Tokenizer) -> None:
         self._sequence = sequence
         self._decoder = IncrementalDecoder(tokenizer, prompt, skip_special_tokens=spec.skip_special_tokens)
-        self._stops = StopMatcher(spec.stop_strings)
+        self._stops = StopMatcher(spec.stop_strings) if spec.stop_strings else None
         self._num_tokens = 0
 
     def take(self, event: ChoiceEvent, stream: RequestStream) -> list[Delta | Finish]:
         """What the client is told of these tokens."""
         last_is_mark = event.reason in (FinishReason.EOS, FinishReason.STOP_TOKEN)  # ends the text, is not part of it
-        text, matched, used = "", None, 0
-        for used, token in enumerate(event.tokens, start=1):  # one by one: a stop ends at its token
-            is_mark = last_is_mark and used == len(event.tokens)
-            piece, matched = self._stops.push("" if is_mark else self._decoder.push([token]))
-            text += piece
-            if matched is not None:
-                break
         ended = event.reason is not FinishReason.NONE
-        if ended and matched is None:
-            piece, matched = self._stops.push(self._decoder.finish())
-            text += piece + ("" if matched else self._stops.flush())
+        words = event.tokens[:-1] if last_is_mark else event.tokens
+        if self._stops is None:
+            matched, tokens = None, event.tokens
+            text = self._decoder.push(words) + (self._decoder.finish() if ended else "")
+        else:
+            text, matched, used = self._up_to_stop(self._stops, words, ended=ended)
+            tokens = event.tokens[:used]
         out: list[Delta | Finish] = []
-        tokens = event.tokens[:used]
         if tokens or text:
             out.append(Delta(choice=event.choice, index=self._num_tokens, token_ids=tokens, text=text))
         self._num_tokens += len(tokens)
@@ -201,6 +200,19 @@ class _Choice:
         elif ended:
             out.append(self._finish(event.choice, event.reason, None, tokens[-1] if last_is_mark else None))
         return out
+
+    def _up_to_stop(self, stops: StopMatcher, words: list[int], *, ended: bool) -> tuple[str, str | None, int | None]:
+        """Text before a stop string, the stop string, and how many tokens that took; None is all there are."""
+        text = ""
+        for used, token in enumerate(words, start=1):  # one by one: a stop ends at its token
+            piece, matched = stops.push(self._decoder.push([token]))
+            text += piece
+            if matched is not None:
+                return text, matched, used
+        if not ended:
+            return text, None, None
+        piece, matched = stops.push(self._decoder.finish())
+        return text + piece + ("" if matched else stops.flush()), matched, None
 
     def _finish(self, choice: int, reason: FinishReason, stop: str | None, token: int | None) -> Finish:
         s = self._sequence

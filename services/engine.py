@@ -1,7 +1,9 @@
-"""The one loop: plan, send, fold the answers back in, hand the tokens out. The only place that waits for work.
+"""The one loop: fold the answers in, plan, send, hand the tokens out. The only place that waits for work.
 
-Everything here runs on one event loop. Calls from handlers and links change the core at once and wake the loop; the
-loop folds results, then asks for the next steps of every executor that has credit.
+Everything here runs on one event loop. Calls from handlers and links change the core at once and wake the loop. An
+executor never waits for readers: when a result arrives, the next plan is sent before anybody hears of a token, and
+readers are woken a few at a time, so that the next result is seen after one turn of theirs at most. What a reader has
+not taken by then is merged into one event: under load tokens share messages, and an idle loop delays none.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Final, NamedTuple, Protocol
 
 from common.errors import Overloaded, PagewireError, Unavailable
 from common.sampling import SamplingParams, StopConditions
@@ -24,7 +27,8 @@ from scheduler.sequence import Status
 
 log = logging.getLogger(__name__)
 
-_LOOK_AGAIN_S = 1.0
+_LOOK_AGAIN_S: Final = 1.0
+_READERS_AT_ONCE: Final = 16  # each makes a message and writes it: together about a millisecond
 
 
 class Link(Protocol):
@@ -52,21 +56,30 @@ class RequestStream:
 
     def __init__(self, engine: Engine, sequences: Sequence[CoreSequence]) -> None:
         self.sequences = sequences
+        self.giving_up: asyncio.TimerHandle | None = None  # runs while no executor could hold the request
         self._engine = engine
         self._pending: dict[int, ChoiceEvent] = {}
-        self._open = {s.choice for s in sequences}
+        self._open = {s.choice for s in sequences}  # those whose end the reader has not taken
         self._error: PagewireError | None = None
         self._wake = asyncio.Event()
-        self.giving_up: asyncio.TimerHandle | None = None  # runs while no executor could hold the request
+
+    @property
+    def is_open(self) -> bool:
+        """There is, or will be, something to take."""
+        return bool(self._open)
 
     def push(self, choice: int, token: int | None, reason: FinishReason) -> None:
-        """A token, an end, or both."""
+        """A token, an end, or both. The reader hears of it with the next `wake`."""
         event = self._pending.get(choice)
         tokens = event.tokens if event else []
         if token is not None:
             tokens.append(token)
         self._pending[choice] = ChoiceEvent(choice, tokens, reason)
-        self._wake.set()
+
+    def wake(self) -> None:
+        """Let the reader take what is there, if it has not yet."""
+        if self._pending:
+            self._wake.set()
 
     def fail(self, error: PagewireError) -> None:
         """The whole request ends with an error."""
@@ -79,19 +92,17 @@ class RequestStream:
         self._pending.pop(choice, None)
         self._engine.finish(self.sequences[choice].id, reason)
 
-    async def events(self) -> AsyncGenerator[ChoiceEvent, None]:
-        """Events until every choice has ended. Raises the error the request failed with."""
-        while self._open:
+    async def take(self) -> list[ChoiceEvent]:
+        """Wait for something new, and take all of it. Raises the error that the request failed with."""
+        assert self._open, "every choice has ended: nothing will ever come"
+        while not self._pending:
             await self._wake.wait()
             self._wake.clear()
             if self._error is not None:
                 raise self._error
-            while self._pending and self._open:
-                choice = next(iter(self._pending))
-                event = self._pending.pop(choice)
-                if event.reason is not FinishReason.NONE:
-                    self._open.discard(choice)
-                yield event
+        events, self._pending = list(self._pending.values()), {}
+        self._open.difference_update([e.choice for e in events if e.reason is not FinishReason.NONE])
+        return events
 
     def close(self) -> None:
         """The reader leaves; whatever still runs is aborted and its blocks come free."""
@@ -122,6 +133,7 @@ class Engine:
         self._links: dict[int, Link] = {}
         self._streams: dict[SequenceId, RequestStream] = {}
         self._answers: deque[tuple[int, StepResult]] = deque()
+        self._due: dict[RequestStream, None] = {}  # readers that are to be woken, in order
         self._work = asyncio.Event()
         self._changed = asyncio.Event()  # a sequence ended
         self._executors_changed = asyncio.Event()
@@ -217,20 +229,34 @@ class Engine:
         while True:
             await self._wait_for_work()
             while self._answers:
-                self._fold(*self._answers.popleft())
+                session, result = self._answers.popleft()
+                self._fold(session, result)
+                self._send_steps(session)
             for session in list(self._links):
                 self._send_steps(session)
+            self._wake_readers()
 
     async def _wait_for_work(self) -> None:
         """Also looks again now and then while requests wait for the best of several executors: it may be stuck."""
-        patient = self.scheduler.waiting and len(self._links) > 1
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LOOK_AGAIN_S if patient else None):
-                await self._work.wait()
+        if self._due:
+            await asyncio.sleep(0)  # a turn for the readers that were woken; then it is the others'
+        elif self.scheduler.waiting and len(self._links) > 1:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_AGAIN_S):
+                    await self._work.wait()
+        else:
+            await self._work.wait()
         self._work.clear()
 
+    def _wake_readers(self) -> None:
+        for stream in list(islice(self._due, _READERS_AT_ONCE)):
+            del self._due[stream]
+            stream.wake()
+
     def _send_steps(self, session: int) -> None:
-        link = self._links[session]
+        link = self._links.get(session)
+        if link is None:  # lost
+            return
         while (plan := self.scheduler.schedule(session, self._clock_ns())) is not None:
             link.send(plan)
         state = self.scheduler.session(session)
@@ -251,6 +277,7 @@ class Engine:
             ended = reason is not FinishReason.NONE
             stream = self._streams.pop(id) if ended else self._streams[id]
             stream.push(self._choice(stream, id), token, reason)
+            self._due[stream] = None
             if ended:
                 self._changed.set()
 

@@ -34,13 +34,14 @@ class SchedulerService:
         """The whole answer at once."""
         with self._open_call(), closing(await self._start(request)) as answer:
             choices = [pb.Choice(index=i) for i in range(answer.spec.n)]
-            async for event in answer.events():
-                choice = choices[event.choice]
-                if isinstance(event, Delta):
-                    choice.token_ids.extend(event.token_ids)
-                    choice.text += event.text
-                else:
-                    codec_public.fill_finish(choice, event)
+            while answer.is_open:
+                for event in await answer.next():
+                    choice = choices[event.choice]
+                    if isinstance(event, Delta):
+                        choice.token_ids.extend(event.token_ids)
+                        choice.text += event.text
+                    else:
+                        codec_public.fill_finish(choice, event)
         return pb.GenerateResponse(prompt=self._prompt_info(answer), choices=choices)
 
     async def GenerateStream(  # noqa: N802
@@ -49,11 +50,12 @@ class SchedulerService:
         """The answer as it is made."""
         with self._open_call(), closing(await self._start(request)) as answer:
             yield pb.GenerateStreamResponse(prompt=self._prompt_info(answer))
-            async for event in answer.events():
-                if isinstance(event, Delta):
-                    yield pb.GenerateStreamResponse(delta=codec_public.delta_pb(event))
-                else:
-                    yield pb.GenerateStreamResponse(finish=codec_public.finish_pb(event))
+            while answer.is_open:
+                for event in await answer.next():
+                    if isinstance(event, Delta):
+                        yield pb.GenerateStreamResponse(delta=codec_public.delta_pb(event))
+                    else:
+                        yield pb.GenerateStreamResponse(finish=codec_public.finish_pb(event))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text or chat to token ids."""

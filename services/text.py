@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +35,8 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(id for id, token in added.items() if token.special)
         self._byte_of = self._find_byte_tokens()
+        is_byte_level = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
+        self._spellings = {skip: _Spelling(self, skip) for skip in (True, False)} if is_byte_level else {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of the text. Special tokens that are spelled out in it are recognised."""
@@ -57,7 +59,16 @@ class Tokenizer:
 
     def silent(self, id: int, skip_special_tokens: bool) -> bool:
         """True for an id that adds nothing to any text: not in the vocabulary, or special where those are skipped."""
-        return self._tokenizer.id_to_token(id) is None or (skip_special_tokens and id in self._special_ids)
+        return self.name(id) is None or (skip_special_tokens and id in self._special_ids)
+
+    def spelling(self, skip_special_tokens: bool) -> Mapping[int, bytes] | None:
+        """The bytes of each token, where a text is no more than the bytes of its tokens; None where it is not."""
+        return self._spellings.get(skip_special_tokens)
+
+    def name(self, id: int) -> str | None:
+        """How the vocabulary writes the token."""
+        name: str | None = self._tokenizer.id_to_token(id)
+        return name
 
     def byte(self, id: int) -> int | None:
         """The byte that the token stands for, in a tokenizer that spells unknown characters as byte tokens."""
@@ -80,6 +91,37 @@ class Tokenizer:
         return {id: byte for byte, id in enumerate(self._token_of_byte)}
 
 
+class _Spelling(dict[int, bytes]):
+    """Token id → its bytes in a byte-level tokenizer. A token is spelled out when it is first asked for."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+
+    def __missing__(self, id: int) -> bytes:
+        name = self._tokenizer.name(id)
+        if name is None or self._tokenizer.silent(id, self._skip_special_tokens):
+            spelled = b""
+        else:
+            try:
+                spelled = bytes(_BYTE_OF_LETTER[letter] for letter in name)
+            except KeyError:  # not in that alphabet: a token that was added, written as it is
+                spelled = name.encode()
+        self[id] = spelled
+        return spelled
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """How byte-level vocabularies write bytes: GPT-2's way, printable ones as themselves, the rest from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = sorted(set(range(0x100)) - printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER: Final = _byte_level_alphabet()
+
+
 class IncrementalDecoder:
     """Tokens in as they are sampled, text out as soon as it is certain. One for each choice.
 
@@ -89,18 +131,20 @@ class IncrementalDecoder:
     by the output that completes it. Where P is empty, or all of it is skipped, the result is `decode(O)`.
 
     Text is certain once no further token can change it. Only a U+FFFD at the end is held back: it is either a character
-    whose bytes are not all there, or really that character; the next token or `finish` tells. The work for a token does
-    not grow with the text.
+    whose bytes are not all there, or really that character; the next token or `finish` tells. (In a byte-level
+    tokenizer the bytes say which it is.) The work for a token does not grow with the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_tail: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
         """`prompt_tail` may be the whole prompt; only its last few tokens that give text are looked at."""
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._spelling = tokenizer.spelling(skip_special_tokens)
         self._window: list[int] = []  # the last tokens; what comes next is decoded together with them
         self._num_told = 0  # characters of the window's text that were returned already
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._in_bytes = False  # the last token was a byte token: its bytes went to _utf8, not to the window
+        self._torn = b""  # the beginning of a character, told as bytes
+        # the last token was told as bytes, not in the window: it was a byte token, or every token is bytes
+        self._in_bytes = self._spelling is not None
         self._owed = ""  # what the prompt would end with if nothing came; not told again if it comes first
 
         context: list[int] = []
@@ -109,14 +153,17 @@ class IncrementalDecoder:
                 break
             if not tokenizer.silent(id, skip_special_tokens):
                 context.append(id)
-        for id in reversed(context):
-            self._push(id)
+        self.push(reversed(context))
         self._owed = self._held()
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Take the next tokens; return the text that became certain."""
-        pieces = [self._push(id) for id in token_ids if not self._tokenizer.silent(id, self._skip_special_tokens)]
-        return self._without_prompt("".join(pieces))
+        if self._spelling is not None:
+            text = self._decode(b"".join(map(self._spelling.__getitem__, token_ids)))
+        else:
+            silent, skip = self._tokenizer.silent, self._skip_special_tokens
+            text = "".join([self._push(id) for id in token_ids if not silent(id, skip)])
+        return self._without_prompt(text) if self._owed else text
 
     def finish(self) -> str:
         """Return what was held back. Nothing may be pushed afterwards."""
@@ -130,7 +177,7 @@ class IncrementalDecoder:
     def _held(self) -> str:
         """Text that is there but not certain: U+FFFD, or nothing."""
         if self._in_bytes:
-            return self._utf8.getstate()[0].decode(errors="replace")
+            return self._torn.decode(errors="replace")
         return self._tokenizer.raw_decode(self._window)[self._num_told :]
 
     def _push(self, id: int) -> str:
@@ -161,13 +208,21 @@ class IncrementalDecoder:
         self._in_bytes = True
         if first_of_text and byte == ord(" "):
             return self._tokenizer.raw_decode([id])  # stripped, where the tokenizer does that
-        return text + self._utf8.decode(bytes((byte,)))
+        return text + self._decode(bytes((byte,)))
 
     def _leave_bytes(self) -> str:
         """End the run of byte tokens. One byte that is a character stands for it in the window from now on."""
         self._in_bytes = False
         self._window, self._num_told = [self._tokenizer.byte_token(ord("."))], 1
-        return self._utf8.decode(b"", final=True)
+        text, self._torn = self._torn.decode(errors="replace"), b""
+        return text
+
+    def _decode(self, new: bytes) -> str:
+        """The characters that are whole with these bytes."""
+        known = self._torn + new
+        text, num_used = codecs.utf_8_decode(known, "replace", False)
+        self._torn = known[num_used:]
+        return text
 
 
 class StopMatcher:

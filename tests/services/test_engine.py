@@ -21,15 +21,15 @@ GREEDY = SamplingParams(temperature=0.0)
 class InstantLink:
     """An executor on the same loop: it answers when `steps` allows, or at once."""
 
-    def __init__(self, engine: Engine, session: int, *, steps: int | None = None) -> None:
-        self.runner = FakeRunner(num_blocks=32)
+    def __init__(self, engine: Engine, session: int, *, steps: int | None = None, num_blocks: int = 32) -> None:
+        self.runner = FakeRunner(num_blocks=num_blocks)
         self.facts: ExecutorFacts = self.runner.load(lambda stage, done, total: None)
         self.closed = ""
         self._engine, self._session, self._steps = engine, session, steps
-        self._held: list[StepPlan] = []
+        self.held: list[StepPlan] = []
 
     def send(self, plan: StepPlan) -> None:
-        self._held.append(plan)
+        self.held.append(plan)
         asyncio.get_running_loop().call_soon(self.pump)
 
     def allow(self, steps: int) -> None:
@@ -37,10 +37,10 @@ class InstantLink:
         self.pump()
 
     def pump(self) -> None:
-        while self._held and not self.closed and self._steps != 0:
+        while self.held and not self.closed and self._steps != 0:
             if self._steps is not None:
                 self._steps -= 1
-            self._engine.answered(self._session, self.runner.execute(self._held.pop(0)))
+            self._engine.answered(self._session, self.runner.execute(self.held.pop(0)))
 
     def close(self, why: str) -> None:
         self.closed = why
@@ -61,16 +61,17 @@ def run(test: Callable[[Engine], Awaitable[None]], **settings: float) -> None:
     asyncio.run(main())
 
 
-def join(engine: Engine, session: int = 1, *, steps: int | None = None) -> InstantLink:
-    link = InstantLink(engine, session, steps=steps)
+def join(engine: Engine, session: int = 1, *, steps: int | None = None, num_blocks: int = 32) -> InstantLink:
+    link = InstantLink(engine, session, steps=steps, num_blocks=num_blocks)
     engine.join(session, link.facts, link)
     return link
 
 
 async def read(stream: RequestStream) -> dict[int, list[int]]:
     tokens: dict[int, list[int]] = {}
-    async for event in stream.events():
-        tokens.setdefault(event.choice, []).extend(event.tokens)
+    while stream.is_open:
+        for event in await stream.take():
+            tokens.setdefault(event.choice, []).extend(event.tokens)
     return tokens
 
 
@@ -119,7 +120,7 @@ def test_closing_a_stream_frees_its_blocks_with_the_step_in_flight() -> None:
     async def test(engine: Engine) -> None:
         link = join(engine, steps=1)
         stream = engine.submit([1] * 9, GREEDY, StopConditions(max_tokens=50))
-        await anext(stream.events())
+        await stream.take()
         pool = engine.scheduler.session(1).pool
         assert pool.num_free < 32
         stream.close()
@@ -137,8 +138,66 @@ def test_a_reader_that_is_slow_gets_everything_in_fewer_events() -> None:
         join(engine)
         stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=9))
         await engine.idle()
-        events = [event async for event in stream.events()]
+        events = await stream.take()
         assert [e.tokens for e in events] == [[3, 4, 5, 6, 7, 8, 9, 10, 11]]
+
+    run(test)
+
+
+def test_the_next_plan_is_sent_before_any_reader_hears_of_a_result() -> None:
+    async def test(engine: Engine) -> None:
+        link = join(engine, steps=1)
+        happened: list[str] = []
+        streams = [engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=9)) for _ in range(3)]
+
+        async def hear(stream: RequestStream) -> None:
+            await stream.take()
+            happened.append("token")
+
+        send = link.send
+
+        def send_and_tell(plan: StepPlan) -> None:
+            happened.append("plan")
+            send(plan)
+
+        link.send = send_and_tell  # type: ignore[method-assign]
+        await asyncio.gather(*(hear(stream) for stream in streams))
+        assert happened == ["plan", "plan", "plan", "token", "token", "token"], "two for the credit, one for the result"
+
+    run(test)
+
+
+def test_an_executor_has_its_next_plan_whenever_it_ends_a_step() -> None:
+    async def test(engine: Engine) -> None:
+        link = join(engine, steps=0, num_blocks=1024)
+        streams = [engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=20)) for _ in range(40)]
+        readers = [asyncio.create_task(read(stream)) for stream in streams]
+        await asyncio.sleep(0)
+        for _ in range(18):
+            assert len(link.held) == 2, "one that it ends now, one that it goes on with"
+            link.allow(1)
+            await asyncio.sleep(0)  # one turn of the loop, and of the readers
+        link.allow(2)
+        assert await asyncio.gather(*readers) == [{0: list(range(3, 23))}] * 40
+
+    run(test)
+
+
+def test_results_are_seen_between_the_turns_of_many_readers() -> None:
+    async def test(engine: Engine) -> None:
+        link = join(engine, steps=1, num_blocks=1024)
+        streams = [engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=9)) for _ in range(60)]
+        heard: list[list[int]] = []
+
+        async def hear(stream: RequestStream) -> None:
+            (event,) = await stream.take()
+            heard.append(event.tokens)
+            if len(heard) == 1:
+                link.allow(1)
+
+        await asyncio.gather(*(hear(stream) for stream in streams))
+        assert heard[0] == [3]
+        assert heard[-1] == [3, 4], "its second token came before its turn, and shares the first one's event"
 
     run(test)
 

@@ -299,8 +299,13 @@ def test_a_real_replacement_character_comes_out() -> None:
 
         text = decoder.push(tokenizer.encode(f"a{REPLACEMENT}b{REPLACEMENT}"))
 
-        assert text == f"a{REPLACEMENT}b"
-        assert decoder.finish() == REPLACEMENT
+        assert text + decoder.finish() == f"a{REPLACEMENT}b{REPLACEMENT}"
+
+
+def test_a_real_replacement_character_is_told_at_once_where_tokens_are_bytes() -> None:
+    tokenizer = tokenizer_of(byte_level_bpe)
+
+    assert IncrementalDecoder(tokenizer).push(tokenizer.encode(f"a{REPLACEMENT}")) == f"a{REPLACEMENT}"
 
 
 def test_an_unfinished_character_ends_as_one_replacement_character() -> None:
