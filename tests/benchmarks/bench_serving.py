@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -112,7 +113,11 @@ class Bench:
             }
 
     async def run(self) -> None:
-        """All turns of all engines."""
+        """All turns of all engines. SIGINT and SIGTERM cancel it, also where the shell has made us ignore them."""
+        task = asyncio.current_task()
+        assert task is not None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         for run in range(self._settings.runs):
             if self._settings.measure_limits:
                 await self._measure_limits()
@@ -316,18 +321,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench(settings, command)
     try:
         uvloop.run(bench.run())
-    except KeyboardInterrupt:
-        print("interrupted; what was found so far:")
+    except asyncio.CancelledError:
+        print("interrupted")
     return _write(bench.results, settings.out)
 
 
 def _write(results: Results, out: Path) -> int:
+    if not results.runs:
+        print("nothing was measured")
+        return 1
     results.save(out / "results.json")
     text = report.markdown(results)
     (out / "RESULTS.md").write_text(text, encoding="utf-8")
     plot.draw(results, out / "results.svg")
     print(f"\n{text}\nWritten to {os.path.relpath(out)}: results.json, RESULTS.md, results.svg")
-    return 0 if results.runs else 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ class RunningServer:
         with contextlib.ExitStack() as family:
             handles = [family.enter_context(_Handle(pid)) for pid in machine.processes(self.pid)]
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.send_signal(signal.SIGINT)
+                self._process.terminate()
                 self._process.wait(_STOP_S)
             for handle in handles:
                 handle.kill()

@@ -87,15 +87,14 @@ class Reading:
         )
 
 
-async def quiet(server: int | None, patience_s: float) -> bool:
-    """Return once strangers leave the machine alone for a second, or when patience ends. Says which."""
+async def quiet(server: int | None, patience_s: float) -> None:
+    """Return once strangers leave the machine alone for a second, or when patience ends."""
     give_up_s = time.monotonic() + patience_s
     while time.monotonic() < give_up_s:
         before = Reading.now(server)
         await asyncio.sleep(1.0)
         if not Reading.now(server).since(before).disturbed:
-            return True
-    return patience_s <= 0
+            return
 
 
 def memory(server: int) -> Memory:
