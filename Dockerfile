@@ -16,10 +16,12 @@ STOPSIGNAL SIGTERM
 
 # Pagewire itself, apart from what it depends on: a change in the sources makes nothing else anew
 FROM base AS wheel
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY constraints.txt ./
 RUN pip install -c constraints.txt setuptools
 COPY . .
+RUN python -m executor.native.build
 RUN pip wheel --no-build-isolation --no-deps --wheel-dir /wheel .
 
 

@@ -19,7 +19,7 @@ stubs = $(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy -
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | sort | expand -t 18
 
-setup: .venv/.ok ## make .venv with everything at its pinned version (once; then offline)
+setup: .venv/.kernels ## make .venv with everything at its pinned version, and the C++ kernels (once; then offline)
 
 # torch comes alone: its index is asked for nothing else, and what it holds outranks PyPI's CUDA build of the same version
 .venv/.ok: pyproject.toml constraints.txt
@@ -30,6 +30,12 @@ setup: .venv/.ok ## make .venv with everything at its pinned version (once; then
 	$(PIP) install -q --no-deps -c constraints.txt $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) torch
 	$(PIP) install -q --no-build-isolation -c constraints.txt -e ".[dev]"
 	$(PIP) check
+	@touch $@
+
+# Without a compiler it says so, and torch does the work, slower.
+.venv/.kernels: .venv/.ok executor/native/build.py $(wildcard executor/native/csrc/*)
+	@echo "Compiling the C++ kernels: half a minute."
+	@$(BIN)/python -m executor.native.build
 	@touch $@
 
 protos: setup ## write the stubs in protos/ anew

@@ -68,7 +68,9 @@ class ExecutorConfig:
     scheduler: str = option("127.0.0.1:50052", "HOST:PORT or unix:PATH of the scheduler's link address")
     name: str = option("", "how logs call this executor; made from host and pid when empty")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "precision of weights and KV cache")
-    weights: Literal["auto", "int8", "int4"] = option("auto", "linear layers' weights: as they are, or quantised on load")
+    weights: Literal["auto", "int8", "int4"] = option(
+        "auto", "weights of the linear layers: as they are, or quantised on load"
+    )
     kv_cache_dtype: Literal["auto", "int8"] = option("auto", "K and V: in the activations' precision, or 8 bit")
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
     attention: str = option("auto", "attention backend; auto takes the first that works")

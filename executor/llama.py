@@ -23,7 +23,7 @@ from executor.attention.native import attention_struct
 from executor.attention.protocol import LayerNeeds
 from executor.batch import InputBatch
 from executor.kv_cache import KvCache
-from executor.native.library import KINDS, LlamaLayerStruct, LlamaStruct, Native
+from executor.native.library import INT4, INT8, KINDS, LlamaLayerStruct, LlamaStruct, Native
 from executor.native.packed import PackedLinear, Pages, interleaved, merge, pack
 from executor.native.packed import why_not as why_not_packed
 from executor.native.step import step_struct
@@ -89,7 +89,7 @@ class LlamaModel:
             sin=self._keep(sin),
             final_norm=self._norm(body.norm),
             layers=layers,
-            head=self._pack([model.lm_head]).struct,
+            head=self._pack([model.lm_head], INT8 if kind == INT4 else kind).struct,  # the answer hangs on it most
         )
         self._kept += [embedding, layers]
         self._logits = torch.empty(0, self.vocab_size)
@@ -113,13 +113,13 @@ class LlamaModel:
 
     def _layer(self, layer: Any, cache: KvCache, needs: LayerNeeds, index: int) -> LlamaLayerStruct:
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = self._pack([attention.q_proj, attention.k_proj, attention.v_proj])
+        qkv = self._pack([attention.q_proj, attention.k_proj, attention.v_proj], self._kind)
         order = interleaved(mlp.gate_proj.out_features)
         return LlamaLayerStruct(
             qkv=qkv.struct,
-            o=self._pack([attention.o_proj]).struct,
-            gate_up=self._pack([mlp.gate_proj, mlp.up_proj], order).struct,
-            down=self._pack([mlp.down_proj]).struct,
+            o=self._pack([attention.o_proj], self._kind).struct,
+            gate_up=self._pack([mlp.gate_proj, mlp.up_proj], self._kind, order).struct,
+            down=self._pack([mlp.down_proj], self._kind).struct,
             input_norm=self._norm(layer.input_layernorm),
             post_norm=self._norm(layer.post_attention_layernorm),
             q_norm=self._norm(getattr(attention, "q_norm", None)),
@@ -128,9 +128,9 @@ class LlamaModel:
             attention=attention_struct(cache.layers[index], needs.shape, scale=attention.scaling, window=needs.window),
         )
 
-    def _pack(self, linears: list[nn.Linear], row_of: Tensor | None = None) -> PackedLinear:
+    def _pack(self, linears: list[nn.Linear], kind: int | None, row_of: Tensor | None = None) -> PackedLinear:
         weight, bias = merge([(each.weight, each.bias) for each in linears])
-        packed = pack(self._native, self._pages, weight, bias, kind=self._kind, row_of=row_of)
+        packed = pack(self._native, self._pages, weight, bias, kind=kind, row_of=row_of)
         self._kept.append(packed)
         return packed
 

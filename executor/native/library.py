@@ -23,8 +23,8 @@ class LinearStruct(c.Structure):
     """Mirror of Linear."""
 
     _fields_: ClassVar = [
-        ("kind", c.c_int32), ("group", c.c_int32), ("n", c.c_int64), ("k", c.c_int64),
-        ("words", c.c_void_p), ("scales", c.c_void_p), ("bias", c.c_void_p),
+        ("kind", c.c_int32), ("n", c.c_int64), ("k", c.c_int64), ("words", c.c_void_p),
+        ("scales", c.c_void_p), ("bias", c.c_void_p),
     ]  # fmt: skip
 
 

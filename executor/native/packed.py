@@ -13,8 +13,8 @@ from torch import Tensor
 from executor.native.library import BFLOAT16, FLOAT32, INT4, INT8, KINDS, LinearStruct, Native
 
 PANEL: Final = 32  # outputs that lie together
-GROUP: Final = {INT8: 64, INT4: 32}
-"""Values of k that share a scale."""
+GROUP: Final = 32  # values of k that share a scale
+_SCALE_BYTES: Final = {INT8: 2, INT4: 4}  # int4 also has the lowest value of the group
 _VALUES_PER_BYTE: Final = {FLOAT32: 0.25, BFLOAT16: 0.5, INT8: 1.0, INT4: 2.0}
 _CHUNK: Final = 32 << 20
 
@@ -52,7 +52,7 @@ class PackedLinear:
 
 def why_not(in_features: int, kind: int) -> str | None:
     """Return why a linear layer with so many inputs cannot be packed as `kind`, or None when it can."""
-    multiple = GROUP.get(kind, 16)
+    multiple = GROUP if kind in _SCALE_BYTES else 16
     return f"{in_features} inputs are no multiple of {multiple}" if in_features % multiple else None
 
 
@@ -73,11 +73,10 @@ def pack(
     kind = KINDS[weight.dtype] if kind is None else kind
     padded = -(-n // PANEL) * PANEL
     words = pages.take(int(padded * k / _VALUES_PER_BYTE[kind]))
-    groups = k // GROUP[kind] if kind in GROUP else 0
-    scales = pages.take(padded * groups * 2)
+    scales = pages.take(padded * (k // GROUP) * _SCALE_BYTES.get(kind, 0))
     order = torch.arange(n) if row_of is None else row_of
     kept = [words, scales]
-    struct = LinearStruct(kind, GROUP.get(kind, 0), n, k, words.data_ptr(), scales.data_ptr(), None)
+    struct = LinearStruct(kind, n, k, words.data_ptr(), scales.data_ptr(), None)
     if bias is not None:
         padded_bias = torch.zeros(padded)
         padded_bias[:n] = bias.detach().float()[order]

@@ -110,34 +110,40 @@ static AttentionWork plan_attention(const Step& s, const AttentionLayer& a, int 
   return work;
 }
 
-// A partial result of up to kAttentionRows queries.
+// A partial result of up to kAttentionRows queries, of which there are at most 16.
 struct Part {
-  float most[kAttentionRows], total[kAttentionRows];
+  float most[16], total[16];
   float out[kAttentionRows * kMaxDim];  // [query][value_dim]
 };
 
-static inline void clear(Part& p, int count, int64_t dim) {
-  for (int r = 0; r < count; r++) p.most[r] = -INFINITY, p.total[r] = 0;
-  std::memset(p.out, 0, count * dim * sizeof(float));
+static inline void clear(Part& p, int64_t dim) {
+  store(p.most, splat(-INFINITY)), store(p.total, splat(0.f));
+  std::memset(p.out, 0, kAttentionRows * dim * sizeof(float));
 }
 
-// Put the keys of `b` behind those of `a`.
+// Put the keys of `b` behind those of `a`. To put them behind none is to take them as they are.
 static inline void merge(Part& a, const Part& b, int count, int64_t dim) {
-  for (int r = 0; r < count; r++) {
-    if (b.most[r] == -INFINITY) continue;  // it saw nothing
-    const float most = std::max(a.most[r], b.most[r]);
-    const float keep = vexp(splat(a.most[r] - most))[0], add = vexp(splat(b.most[r] - most))[0];
-    a.most[r] = most;
-    a.total[r] = a.total[r] * keep + b.total[r] * add;
+  const f32x16 before = load<f32x16>(a.most), behind = load<f32x16>(b.most);
+  const f32x16 most = vmax(before, behind);
+  const auto nothing = behind == splat(-INFINITY);  // it saw nothing
+  float keep[16], add[16];
+  store(keep, nothing ? splat(1.f) : vexp(before - most));
+  store(add, nothing ? splat(0.f) : vexp(behind - most));
+  store(a.most, nothing ? before : most);
+  store(a.total, load<f32x16>(a.total) * load<f32x16>(keep) + load<f32x16>(b.total) * load<f32x16>(add));
+  for (int r = 0; r < count; r++)
     for (int64_t i = 0; i < dim; i += 16)
-      store(a.out + r * dim + i, load<f32x16>(a.out + r * dim + i) * keep + load<f32x16>(b.out + r * dim + i) * add);
-  }
+      store(a.out + r * dim + i, load<f32x16>(a.out + r * dim + i) * keep[r] + load<f32x16>(b.out + r * dim + i) * add[r]);
 }
 
 // Sixteen tokens of int8 to bfloat16 pairs, as if they had been stored so.
 static inline void widen_bytes(const int8_t* from, int64_t count, uint16_t* to) {
   for (int64_t i = 0; i < count; i += 16)
     store(to + i, narrow(__builtin_convertvector(load<i8x16>(from + i), f32x16)));
+}
+
+static inline void prefetch(const uint8_t* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
 // What a stretch needs to find its blocks.
@@ -153,6 +159,9 @@ struct Stretch {
   const float* scales(bool values, int64_t group16) const {
     const int64_t position = first_key + group16 * 16, dim = values ? layer.value_dim : layer.key_dim;
     return (const float*)(record(values, position) + layer.block_size * dim) + position % layer.block_size;
+  }
+  void fetch_keys() const {
+    for (int64_t g = 0; g * 16 < num_keys; g++) prefetch(tokens(false, g), layer.key_dim * 16 * kv_bytes(layer.kv_kind));
   }
 
  private:
@@ -187,18 +196,15 @@ static inline void accumulate(const uint32_t* a, int64_t stride, const uint32_t*
   }
 }
 
-static inline void prefetch(const uint8_t* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
-}
-
 // R queries (words, dense) against one stretch. Query r sees keys [low[r], high[r]) of the stretch.
 template <bool FLOAT, int R>
-static void attend_stretch(const Stretch& s, const uint32_t* query, const int64_t* low, const int64_t* high, Part& part) {
+static void attend_stretch(const Stretch& s, const Stretch* next, const uint32_t* query, const int64_t* low,
+                           const int64_t* high, Part& part) {
   constexpr int L = FLOAT ? 1 : 2;
   const AttentionLayer& a = s.layer;
   const bool bytes = a.kv_kind == kInt8;
   const int64_t groups = (s.num_keys + 15) / 16, columns = (groups + 1) / 2 * 32;
-  const int64_t key_words = a.key_dim / L, key_bytes = a.key_dim * 16 * kv_bytes(a.kv_kind);
+  const int64_t key_words = a.key_dim / L;
   const int64_t value_bytes = a.value_dim * 16 * kv_bytes(a.kv_kind);
   alignas(64) float scores[R][kStretch];
   alignas(64) uint32_t weights[R][kStretch / L];
@@ -208,9 +214,7 @@ static void attend_stretch(const Stretch& s, const uint32_t* query, const int64_
   for (int64_t g = 0; g < groups; g += 2) {
     const int64_t last = std::min(g + 1, groups - 1);
     const uint32_t* b[2] = {(const uint32_t*)s.tokens(false, g), (const uint32_t*)s.tokens(false, last)};
-    if (g + 2 < groups) prefetch(s.tokens(false, g + 2), key_bytes);
-    if (g + 3 < groups) prefetch(s.tokens(false, g + 3), key_bytes);
-    prefetch(s.tokens(true, g), value_bytes);
+    prefetch(s.tokens(true, g), value_bytes);  // of this stretch; the keys came while the one before was worked
     prefetch(s.tokens(true, last), value_bytes);
     if (bytes)
       for (int v = 0; v < 2; v++) {
@@ -231,6 +235,7 @@ static void attend_stretch(const Stretch& s, const uint32_t* query, const int64_
       for (int v = 0; v < 2; v++) store(&scores[r][g * 16 + v * 16], acc[r][v] * scale[v]);
   }
 
+  store(part.most, splat(-INFINITY)), store(part.total, splat(0.f));
   for (int r = 0; r < R; r++) {
     float* row = scores[r];
     if (a.softcap != 0)
@@ -255,6 +260,7 @@ static void attend_stretch(const Stretch& s, const uint32_t* query, const int64_
     part.total[r] = sum(total);
   }
 
+  if (next) next->fetch_keys();
   const uint32_t* values[kStretch / 16];
   for (int64_t g = 0; g < groups; g++) {
     values[g] = (const uint32_t*)s.tokens(true, g);
@@ -300,15 +306,25 @@ static void attend_stretch(const Stretch& s, const uint32_t* query, const int64_
 }
 
 template <bool FLOAT, int R>
-static inline void attend_count(int count, const Stretch& s, const uint32_t* query, const int64_t* low,
-                                const int64_t* high, Part& part) {
+static inline void attend_count(int count, const Stretch& s, const Stretch* next, const uint32_t* query,
+                                const int64_t* low, const int64_t* high, Part& part) {
   if constexpr (R > 1)
-    if (count < R) return attend_count<FLOAT, R - 1>(count, s, query, low, high, part);
-  attend_stretch<FLOAT, R>(s, query, low, high, part);
+    if (count < R) return attend_count<FLOAT, R - 1>(count, s, next, query, low, high, part);
+  attend_stretch<FLOAT, R>(s, next, query, low, high, part);
 }
 
-// The stretches of one item, merged into `whole`. `queries`: (num_tokens, num_heads, key_dim) as words.
-static void attend_item(const Step& step, const AttentionLayer& a, const uint32_t* queries, const Item& item, Part& whole) {
+static inline Stretch stretch_of(const Step& step, const AttentionLayer& a, const Item& item, int64_t n) {
+  const int64_t group = a.num_heads / a.num_kv_heads, first = n * kStretch;
+  const int64_t tokens = step.query_start_loc[item.row + 1] - step.query_start_loc[item.row];
+  const int64_t seen = step.seq_lens[item.row] - tokens + (item.first + item.count - 1) / group + 1;
+  return {a, step.block_tables + item.row * step.table_stride, item.kv_head, first,
+          std::min<int64_t>(kStretch, seen - first)};
+}
+
+// The stretches of one item, merged into `whole`. `queries`: (num_tokens, num_heads, key_dim) as words. `following` is what
+// this thread works on next, if that is known: its keys are fetched meanwhile.
+static void attend_item(const Step& step, const AttentionLayer& a, const uint32_t* queries, const Item& item,
+                        const Stretch* following, Part& whole) {
   const int64_t L = kv_lanes(a.kv_kind), words = a.key_dim / L, group = a.num_heads / a.num_kv_heads;
   const int64_t start = step.query_start_loc[item.row], tokens = step.query_start_loc[item.row + 1] - start;
   const int64_t seq_len = step.seq_lens[item.row], before = seq_len - tokens;
@@ -320,22 +336,21 @@ static void attend_item(const Step& step, const AttentionLayer& a, const uint32_
     position[r] = before + token;
   }
   static thread_local Part part;
-  clear(whole, item.count, a.value_dim);
   for (int64_t n = item.first_stretch; n < item.last_stretch; n++) {
-    const int64_t first = n * kStretch;
-    const int64_t last_seen = position[item.count - 1] + 1;
-    Stretch s{a, step.block_tables + item.row * step.table_stride, item.kv_head, first,
-              std::min<int64_t>(kStretch, last_seen - first)};
+    const Stretch s = stretch_of(step, a, item, n);
+    const Stretch after = n + 1 < item.last_stretch ? stretch_of(step, a, item, n + 1) : s;
+    const Stretch* next = n + 1 < item.last_stretch ? &after : following;
     int64_t low[kAttentionRows], high[kAttentionRows];
     for (int r = 0; r < item.count; r++) {
-      low[r] = a.window ? std::max<int64_t>(0, position[r] + 1 - a.window - first) : 0;
-      high[r] = position[r] + 1 - first;
+      low[r] = a.window ? std::max<int64_t>(0, position[r] + 1 - a.window - s.first_key) : 0;
+      high[r] = position[r] + 1 - s.first_key;
     }
+    Part& to = n == item.first_stretch ? whole : part;
     if (a.kv_kind == kFloat32)
-      attend_count<true, kAttentionRows>(item.count, s, query, low, high, part);
+      attend_count<true, kAttentionRows>(item.count, s, next, query, low, high, to);
     else
-      attend_count<false, kAttentionRows>(item.count, s, query, low, high, part);
-    merge(whole, part, item.count, a.value_dim);
+      attend_count<false, kAttentionRows>(item.count, s, next, query, low, high, to);
+    if (n > item.first_stretch) merge(whole, part, item.count, a.value_dim);
   }
 }
 
@@ -363,13 +378,15 @@ static void attend(Team& team, int phase, const Step& step, const AttentionLayer
                    const AttentionWork& work, Part* parts, Put&& put) {
   static thread_local Part whole;
   int64_t from, to;
-  while (team.claim(phase, work.items.size(), 4, from, to))
+  while (team.claim(phase, work.items.size(), 16, from, to))
     for (; from < to; from++) {
-      const Item& item = work.items[from];
+      const Item &item = work.items[from], &after = work.items[from + 1 < to ? from + 1 : from];
+      const Stretch next = stretch_of(step, a, after, after.first_stretch);
+      const Stretch* following = from + 1 < to ? &next : nullptr;
       if (item.part >= 0) {
-        attend_item(step, a, queries, item, parts[item.part]);
+        attend_item(step, a, queries, item, following, parts[item.part]);
       } else {
-        attend_item(step, a, queries, item, whole);
+        attend_item(step, a, queries, item, following, whole);
         finish_item(step, a, item, whole, put);
       }
     }
@@ -378,7 +395,7 @@ static void attend(Team& team, int phase, const Step& step, const AttentionLayer
   while (team.claim(phase + 1, work.merges.size(), 4, from, to))
     for (; from < to; from++) {
       const Item& item = work.merges[from];
-      clear(whole, item.count, a.value_dim);
+      clear(whole, a.value_dim);
       for (int64_t n = 0; n < item.last_stretch - item.first_stretch; n++)
         merge(whole, parts[item.part + n], item.count, a.value_dim);
       finish_item(step, a, item, whole, put);

@@ -4,6 +4,8 @@
 // This file is read once per instruction set (see isa.inc); everything in it lives in that set's namespace.
 
 typedef float f32x16 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
@@ -23,7 +25,13 @@ static inline f32x16 splat(float x) { return f32x16{} + x; }
 static inline i32x16 splat(int32_t x) { return i32x16{} + x; }
 static inline u32x16 splat(uint32_t x) { return u32x16{} + x; }
 
-static inline f32x16 vmax(f32x16 a, f32x16 b) { return a > b ? a : b; }
+static inline f32x16 vmax(f32x16 a, f32x16 b) {  // b where either is NaN
+#if defined(PAGEWIRE_AVX512)
+  return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 static inline f32x16 widen(u16x16 bf16) { return (f32x16)(__builtin_convertvector(bf16, u32x16) << 16); }
 
 static inline u16x16 narrow(f32x16 x) {  // to bfloat16, nearest even; NaN stays NaN
@@ -43,31 +51,47 @@ static inline float widen(uint16_t bf16) {
 }
 static inline uint16_t narrow(float x) { return narrow(splat(x))[0]; }
 
-static inline float sum(f32x16 v) {  // a tree: the order of the additions is fixed
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; i++) v[i] += v[i + half];
-  return v[0];
+// Halves are put together until one number is left: the order of a sum is fixed.
+template <class Join>
+static inline float fold(f32x16 v, Join join) {
+  f32x8 a[2];
+  std::memcpy(a, &v, 64);
+  const f32x8 eight = join(a[0], a[1]);
+  f32x4 b[2];
+  std::memcpy(b, &eight, 32);
+  const f32x4 four = join(b[0], b[1]);
+  return join(join(four[0], four[2]), join(four[1], four[3]));
+}
+static inline float sum(f32x16 v) {
+  return fold(v, [](auto a, auto b) { return a + b; });
 }
 static inline float highest(f32x16 v) {
-  float m = v[0];
-  for (int i = 1; i < 16; i++) m = v[i] > m ? v[i] : m;
-  return m;
+  return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-static inline f32x16 vexp(f32x16 x) {  // e^x to about 1e-7; 0 below -87, also for -inf; NaN for NaN
-  const f32x16 capped = x > splat(88.7f) ? splat(88.7f) : x;
-  const f32x16 clamped = capped < splat(-87.3f) ? splat(-87.3f) : capped;
-  const f32x16 magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  const f32x16 n = (clamped * 1.44269504f + magic) - magic;
-  const f32x16 r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+static inline f32x16 rounded(f32x16 x) {  // to whole numbers, of less than 2^22
+  const f32x16 magic = splat(12582912.f);  // 1.5 * 2^23: adding it leaves no room for a fraction
+  return (x + magic) - magic;
+}
+static inline f32x16 vexp(f32x16 x) {  // e^x to about 1e-7; 0 from -104 on, also for -inf; NaN for NaN
+  x = vmax(splat(-104.f), x);
+#if !defined(PAGEWIRE_AVX512)
+  x = x > splat(88.7f) ? splat(88.7f) : x;
+#endif
+  const f32x16 n = rounded(x * 1.44269504f);
+  const f32x16 r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   f32x16 y = r * 1.9875691500e-4f + 1.3981999507e-3f;
   y = y * r + 8.3334519073e-3f;
   y = y * r + 4.1665795894e-2f;
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.f;
+#if defined(PAGEWIRE_AVX512)
+  return (f32x16)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
   const f32x16 scale = (f32x16)((__builtin_convertvector(n, i32x16) + 127) << 23);
   return x < splat(-87.3f) ? splat(0.f) : y * scale;
+#endif
 }
 
 // c + the products of two bfloat16 pairs. `w` holds a pair a lane, `a` is one pair for all lanes.

@@ -6,7 +6,7 @@ struct Operand {
   uint32_t* words;
   int64_t stride;  // words a row
   float* scales;   // (rows, groups)
-  int32_t* sums;   // (rows, groups) what the weights' shift adds, negated
+  int32_t* sums;   // (rows, groups) of the bytes
   int64_t groups;
 
   Operand from(int64_t row) const {
@@ -24,34 +24,27 @@ static inline void put_lanes(int32_t kind, uint32_t* row, int64_t column, f32x16
     store((uint16_t*)row + column, narrow(x));
 }
 
-// Quantise one row to signed bytes, a scale for each `group`. k is a multiple of `group`, a multiple of 16.
-static inline void quantise(const float* x, int64_t k, const Linear& linear, const Operand& to) {
-  const int shift = linear.kind == kInt8 ? 128 : 8;
+// Quantise one row to signed bytes, a scale for each group.
+static inline void quantise(const float* x, const Operand& to) {
   for (int64_t g = 0; g < to.groups; g++) {
-    const float* from = x + g * linear.group;
-    f32x16 most = splat(0.f);
-    for (int i = 0; i < linear.group; i += 16) {
-      const f32x16 v = load<f32x16>(from + i);
-      most = vmax(most, vmax(v, -v));
-    }
-    const float top = highest(most);
-    const f32x16 inverse = splat(top > 0 ? 127.f / top : 0.f), magic = splat(12582912.f);
-    i32x16 total = splat(0);
-    for (int i = 0; i < linear.group; i += 16) {
-      const f32x16 rounded = (load<f32x16>(from + i) * inverse + magic) - magic;
-      const i32x16 q = __builtin_convertvector(rounded, i32x16);
-      total += q;
-      store((int8_t*)to.words + g * linear.group + i, __builtin_convertvector(q, i8x16));
-    }
-    int32_t added = 0;
-    for (int i = 0; i < 16; i++) added += total[i];
-    to.scales[g] = top / 127.f;
-    to.sums[g] = -shift * added;
+    const f32x16 a = load<f32x16>(x + g * kGroup), b = load<f32x16>(x + g * kGroup + 16);
+    const float top = highest(vmax(vmax(a, -a), vmax(b, -b)));
+    const float inverse = top > 0 ? 127.f / top : 0.f;
+    const i32x16 p = __builtin_convertvector(rounded(a * inverse), i32x16);
+    const i32x16 q = __builtin_convertvector(rounded(b * inverse), i32x16);
+    int8_t* bytes = (int8_t*)to.words + g * kGroup;
+    store(bytes, __builtin_convertvector(p, i8x16));
+    store(bytes + 16, __builtin_convertvector(q, i8x16));
+    const i32x16 both = p + q;
+    int32_t total = 0;
+    for (int i = 0; i < 16; i++) total += both[i];
+    to.scales[g] = top == top ? top / 127.f : top;  // NaN stays NaN
+    to.sums[g] = total;
   }
 }
 
 static inline void prepare(const float* x, int64_t k, const Linear& linear, const Operand& to) {
-  if (linear.kind >= kInt8) return quantise(x, k, linear, to);
+  if (linear.kind >= kInt8) return quantise(x, to);
   for (int64_t i = 0; i < k; i += 16) put_lanes(linear.kind, to.words, i, load<f32x16>(x + i));
 }
 
@@ -104,10 +97,11 @@ constexpr int kTileRows = 12, kByteTileRows = 6;  // 24 accumulators of 32 regis
 #else
 constexpr int kTileRows = 3, kByteTileRows = 3;
 #endif
-constexpr int kAhead = 16;  // steps between a word's prefetch and its use, where memory is what limits
+constexpr int64_t kAhead = 16 * 32;  // words between a prefetch and its use, where memory is what limits
 
 template <int KIND, int R, int P>
-static inline void multiply_words(const Linear& l, const Operand& a, int64_t panel, f32x16 (&acc)[R][2 * P]) {
+static inline void multiply_words(const Linear& l, const Operand& a, int64_t panel, int64_t ahead,
+                                  f32x16 (&acc)[R][2 * P]) {
   const int64_t steps = l.k / (KIND == kFloat32 ? 1 : 2);
   const uint32_t* w = l.words + panel * steps * 32;
   const uint32_t* x = a.words;
@@ -119,7 +113,7 @@ static inline void multiply_words(const Linear& l, const Operand& a, int64_t pan
     for (int v = 0; v < 2 * P; v++) {
       const uint32_t* at = w + (v / 2) * steps * 32 + s * 32 + (v % 2) * 16;
       b[v] = load<u32x16>(at);
-      if (R < 4) __builtin_prefetch(at + kAhead * 32);
+      if (ahead) __builtin_prefetch(at + ahead);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
@@ -139,10 +133,12 @@ static inline void multiply_words(const Linear& l, const Operand& a, int64_t pan
 }
 
 template <int KIND, int R, int P>
-static inline void multiply_bytes(const Linear& l, const Operand& a, int64_t panel, f32x16 (&acc)[R][2 * P]) {
-  const int64_t stored_steps = l.k / (KIND == kInt8 ? 4 : 8), group_steps = l.group / 4;
-  const uint32_t* w = l.words + panel * stored_steps * 32;
-  const uint16_t* scales = l.scales + panel * a.groups * 32;
+static inline void multiply_bytes(const Linear& l, const Operand& a, int64_t panel, int64_t ahead,
+                                  f32x16 (&acc)[R][2 * P]) {
+  constexpr int kPerGroup = KIND == kInt8 ? 8 : 4;  // stored steps of a group
+  const int64_t panel_words = a.groups * kPerGroup * 32, group_scales = KIND == kInt8 ? 32 : 64;
+  const uint32_t* w = l.words + panel * panel_words;
+  const uint16_t* scales = l.scales + panel * a.groups * group_scales;
   for (int r = 0; r < R; r++)
     for (int v = 0; v < 2 * P; v++) acc[r][v] = splat(0.f);
   for (int64_t g = 0; g < a.groups; g++) {
@@ -150,18 +146,18 @@ static inline void multiply_bytes(const Linear& l, const Operand& a, int64_t pan
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int v = 0; v < 2 * P; v++) whole[r][v] = splat(a.sums[r * a.groups + g]);
-    for (int64_t s = g * group_steps; s < (g + 1) * group_steps; s += KIND == kInt8 ? 1 : 2) {
+      for (int v = 0; v < 2 * P; v++) whole[r][v] = splat(KIND == kInt8 ? -128 * a.sums[r * a.groups + g] : 0);
+    for (int64_t s = g * kPerGroup; s < (g + 1) * kPerGroup; s++) {
       u32x16 b[2 * P];
 #pragma GCC unroll 8
       for (int v = 0; v < 2 * P; v++) {
-        const uint32_t* at = w + (v / 2) * stored_steps * 32 + (KIND == kInt8 ? s : s / 2) * 32 + (v % 2) * 16;
+        const uint32_t* at = w + (v / 2) * panel_words + s * 32 + (v % 2) * 16;
         b[v] = load<u32x16>(at);
-        if (R < 4) __builtin_prefetch(at + kAhead * 32);
+        if (ahead) __builtin_prefetch(at + ahead);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-        const uint32_t* x = a.words + r * a.stride + s;
+        const uint32_t* x = a.words + r * a.stride + (KIND == kInt8 ? s : 2 * s);
 #pragma GCC unroll 8
         for (int v = 0; v < 2 * P; v++) {
           if (KIND == kInt8) {
@@ -175,36 +171,47 @@ static inline void multiply_bytes(const Linear& l, const Operand& a, int64_t pan
     }
 #pragma GCC unroll 8
     for (int v = 0; v < 2 * P; v++) {
-      const f32x16 scale = widen(load<u16x16>(scales + (v / 2) * a.groups * 32 + g * 32 + (v % 2) * 16));
+      const uint16_t* at = scales + ((v / 2) * a.groups + g) * group_scales + (v % 2) * 16;
+      const f32x16 scale = widen(load<u16x16>(at));
+      f32x16 least = splat(0.f);
+      if (KIND == kInt4) least = widen(load<u16x16>(at + 32));
 #pragma GCC unroll 16
-      for (int r = 0; r < R; r++)
-        acc[r][v] += __builtin_convertvector(whole[r][v], f32x16) * (scale * a.scales[r * a.groups + g]);
+      for (int r = 0; r < R; r++) {
+        const float unit = a.scales[r * a.groups + g];
+        acc[r][v] += __builtin_convertvector(whole[r][v], f32x16) * (scale * unit);
+        if (KIND == kInt4) acc[r][v] += least * (unit * (float)a.sums[r * a.groups + g]);
+      }
     }
   }
 }
 
+// `last_tile`: the rows after these are none, so the next panel is fetched meanwhile.
 template <int KIND, int R, int P>
-static void multiply_tile(const Linear& l, const Operand& a, int64_t row, int64_t panel, const Epilogue& e) {
+static void multiply_tile(const Linear& l, const Operand& a, int64_t row, int64_t panel, bool last_tile,
+                          const Epilogue& e) {
   f32x16 acc[R][2 * P];
-  if constexpr (KIND >= kInt8)
-    multiply_bytes<KIND, R, P>(l, a.from(row), panel, acc);
-  else
-    multiply_words<KIND, R, P>(l, a.from(row), panel, acc);
+  if constexpr (KIND >= kInt8) {
+    const int64_t next = l.k / (KIND == kInt8 ? 4 : 8) * 32;
+    multiply_bytes<KIND, R, P>(l, a.from(row), panel, R < 4 ? kAhead : last_tile ? next : 0, acc);
+  } else {
+    const int64_t next = l.k / (KIND == kFloat32 ? 1 : 2) * 32;
+    multiply_words<KIND, R, P>(l, a.from(row), panel, R < 4 ? kAhead : last_tile ? next : 0, acc);
+  }
   finish<R, P>(l, e, row, panel, acc);
 }
 
 // Rows [row, row + rows) against panels [first, last); rows at most R.
 template <int KIND, int R>
 static inline void multiply_rows(const Linear& l, const Operand& a, int64_t row, int64_t rows, int64_t first, int64_t last,
-                                 const Epilogue& e) {
+                                 bool last_tile, const Epilogue& e) {
   if constexpr (R > 1)
-    if (rows < R) return multiply_rows<KIND, R - 1>(l, a, row, rows, first, last, e);
+    if (rows < R) return multiply_rows<KIND, R - 1>(l, a, row, rows, first, last, last_tile, e);
   int64_t panel = first;
   if constexpr (R <= 2) {  // few rows: several panels at once keep more loads and sums under way
     constexpr int P = KIND >= kInt8 ? 2 : 4 / R;
-    for (; panel + P <= last; panel += P) multiply_tile<KIND, R, P>(l, a, row, panel, e);
+    for (; panel + P <= last; panel += P) multiply_tile<KIND, R, P>(l, a, row, panel, last_tile, e);
   }
-  for (; panel < last; panel++) multiply_tile<KIND, R, 1>(l, a, row, panel, e);
+  for (; panel < last; panel++) multiply_tile<KIND, R, 1>(l, a, row, panel, last_tile, e);
 }
 
 template <int KIND>
@@ -212,7 +219,7 @@ static void multiply_panels(const Linear& l, const Operand& a, int64_t first_row
                             int64_t last, const Epilogue& e) {
   constexpr int R = KIND >= kInt8 ? kByteTileRows : kTileRows;
   for (int64_t row = first_row; row < last_row; row += R)
-    multiply_rows<KIND, R>(l, a, row, std::min<int64_t>(R, last_row - row), first, last, e);
+    multiply_rows<KIND, R>(l, a, row, std::min<int64_t>(R, last_row - row), first, last, row + R >= last_row, e);
 }
 
 // One phase: all threads, until every panel is done.
@@ -236,23 +243,37 @@ static void multiply(Team& team, int phase, const Linear& l, const Operand& a, i
     }
 }
 
-// The scale of a group of weights: from its largest number; for int4 the best of several by squared error.
-static uint16_t fit_scale(const float* x, int64_t count, int32_t kind) {
-  float top = 0;
-  for (int64_t i = 0; i < count; i++)
-    if (std::abs(x[i]) > std::abs(top)) top = x[i];
-  if (kind == kInt8) return narrow(std::abs(top) / 127.f);
-  uint16_t best = 0;
-  float least = INFINITY;
-  for (int steps = 0; steps <= 20; steps++) {  // -8 is one step further than 7: the largest number gets it, by the sign
-    const uint16_t scale = narrow(top / -(6.5f + 0.1f * steps));
-    const float unit = widen(scale), inverse = unit != 0 ? 1.f / unit : 0.f;
-    float error = 0;
-    for (int64_t i = 0; i < count; i++) {
-      const float q = std::min(7.f, std::max(-8.f, std::nearbyint(x[i] * inverse)));
-      error += (x[i] - q * unit) * (x[i] - q * unit);
+// A group of weights as whole numbers: [-127, 127] for int8, [0, 15] for int4.
+struct Quantised {
+  f32x16 q[2];
+  uint16_t scale, least;
+};
+
+static inline Quantised quantise_group(const float* x, int32_t kind) {
+  const f32x16 v[2] = {load<f32x16>(x), load<f32x16>(x + 16)};
+  Quantised best;
+  if (kind == kInt8) {
+    best.scale = narrow(highest(vmax(vmax(v[0], -v[0]), vmax(v[1], -v[1]))) / 127.f), best.least = 0;
+    const float unit = widen(best.scale), inverse = unit != 0 ? 1.f / unit : 0.f;
+    for (int i = 0; i < 2; i++) best.q[i] = vmax(-vmax(-rounded(v[i] * inverse), splat(-127.f)), splat(-127.f));
+    return best;
+  }
+  const float high = highest(vmax(v[0], v[1])), low = -highest(vmax(-v[0], -v[1]));
+  float least_error = INFINITY;
+  for (int cut = 0; cut < 8; cut++) {  // a little of the range may be given up for finer steps: take the least error
+    const float keep = 1.f - 0.02f * cut, middle = (high + low) / 2;
+    Quantised now;
+    now.least = narrow(middle + (low - middle) * keep);
+    now.scale = narrow((high - low) * keep / 15.f);
+    const float least = widen(now.least), unit = widen(now.scale), inverse = unit != 0 ? 1.f / unit : 0.f;
+    f32x16 errors = splat(0.f);
+    for (int i = 0; i < 2; i++) {
+      const f32x16 whole = rounded((v[i] - least) * inverse);
+      now.q[i] = vmax(-vmax(-whole, splat(-15.f)), splat(0.f));
+      const f32x16 error = v[i] - (now.q[i] * unit + least);
+      errors += error * error;
     }
-    if (error < least) least = error, best = scale;
+    if (sum(errors) < least_error) least_error = sum(errors), best = now;
   }
   return best;
 }

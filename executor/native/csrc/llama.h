@@ -20,7 +20,7 @@ struct Workspace {
 
  private:
   static Operand operand(const Linear& l, uint32_t* words, float* scales, int32_t* sums) {
-    return {words, l.k / per_word(l.kind), scales, sums, l.kind >= kInt8 ? l.k / l.group : 0};
+    return {words, l.k / per_word(l.kind), scales, sums, l.kind >= kInt8 ? l.k / kGroup : 0};
   }
 };
 
@@ -32,7 +32,7 @@ static Workspace lay_out_workspace(const Llama& m, int64_t T, int threads, int64
   const auto widen_for = [&](const Linear& l) {
     w.words = std::max(w.words, l.k / per_word(l.kind));
     w.widest = std::max(w.widest, l.k);
-    if (l.kind >= kInt8) w.groups = std::max(w.groups, l.k / l.group);
+    if (l.kind >= kInt8) w.groups = std::max(w.groups, l.k / kGroup);
   };
   for (int64_t n = 0; n < m.num_layers; n++)
     for (const Linear* l : {&m.layers[n].qkv, &m.layers[n].o, &m.layers[n].gate_up, &m.layers[n].down}) widen_for(*l);

@@ -2,7 +2,7 @@
 
 // y = x @ w.T + bias over rows of the model's dtype.
 static void linear(const Linear& l, const Rows& x, const Rows& y, int64_t rows) {
-  const int64_t words = l.k / per_word(l.kind), groups = l.kind >= kInt8 ? l.k / l.group : 0;
+  const int64_t words = l.k / per_word(l.kind), groups = l.kind >= kInt8 ? l.k / kGroup : 0;
   const int threads = num_threads();
   const int64_t out_bytes = y.kind == kFloat32 ? 0 : rows * l.n * 4;
   char* at = scratch(rows * (words * 4 + groups * 8) + threads * l.k * 4 + out_bytes + 256);
@@ -108,7 +108,7 @@ static void silu_mul(const Rows& gate, const Rows& up, int64_t rows, int64_t n, 
 
 // Put weights (n, k) of the model's dtype into panels; `row_of` names the weights' row of each output, n of them.
 static void pack(const Rows& from, const int64_t* row_of, const Linear& l) {
-  const int64_t panels = (l.n + 31) / 32, k = l.k, groups = l.kind >= kInt8 ? k / l.group : 0;
+  const int64_t panels = (l.n + 31) / 32, k = l.k, groups = l.kind >= kInt8 ? k / kGroup : 0;
   const int64_t steps = k / per_word(l.kind), stored = l.kind == kInt4 ? steps / 2 : steps;
   float* const row_buffers = (float*)scratch(num_threads() * k * 4);
   on_team(1, [&](Team& team, int thread) {
@@ -129,20 +129,18 @@ static void pack(const Rows& from, const int64_t* row_of, const Linear& l) {
             for (int64_t s = 0; s < steps; s++) words[s * 32] = narrow(row[2 * s]) | (uint32_t)narrow(row[2 * s + 1]) << 16;
           else
             for (int64_t g = 0; g < groups; g++) {
-              const int64_t from_k = g * l.group, top = l.kind == kInt8 ? 127 : 7;
-              uint16_t* scale = const_cast<uint16_t*>(l.scales) + (first * groups + g) * 32 + lane;
-              *scale = fit_scale(row + from_k, l.group, l.kind);
-              const float unit = widen(*scale), inverse = unit != 0 ? 1.f / unit : 0.f;
-              for (int64_t i = from_k; i < from_k + l.group; i++) {
-                const int64_t low = l.kind == kInt8 ? -127 : -8;
-                const int64_t q = std::min(top, std::max(low, (int64_t)std::nearbyint(row[i] * inverse)));
-                if (l.kind == kInt8) {
-                  ((uint8_t*)(words + i / 4 * 32))[i % 4] = (uint8_t)(q + 128);
-                } else {
-                  uint8_t& byte = ((uint8_t*)(words + i / 8 * 32))[i % 4];
-                  byte = i / 4 % 2 ? (uint8_t)(byte | (q + 8) << 4) : (uint8_t)(q + 8);
-                }
-              }
+              const Quantised group = quantise_group(row + g * kGroup, l.kind);
+              uint16_t* scale = const_cast<uint16_t*>(l.scales) + (first * groups + g) * (l.kind == kInt4 ? 64 : 32) + lane;
+              scale[0] = group.scale;
+              if (l.kind == kInt4) scale[32] = group.least;
+              uint8_t q[kGroup];
+              for (int64_t i = 0; i < kGroup; i++) q[i] = (uint8_t)((int)group.q[i / 16][i % 16] + (l.kind == kInt8 ? 128 : 0));
+              for (int64_t i = 0; i < kGroup; i += 4)
+                if (l.kind == kInt8)
+                  std::memcpy(words + (g * kGroup + i) / 4 * 32, q + i, 4);
+                else if (i % 8 == 0)
+                  for (int64_t b = 0; b < 4; b++)
+                    ((uint8_t*)(words + (g * kGroup + i) / 8 * 32))[b] = (uint8_t)(q[i + b] | q[i + 4 + b] << 4);
             }
         }
   });

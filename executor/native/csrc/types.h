@@ -6,13 +6,14 @@ namespace pagewire {
 
 enum Kind : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
+constexpr int64_t kGroup = 32;  // values of k that share a scale
+
 // y = x @ w.T + bias, w (n, k), packed. Outputs lie in panels of 32; a word holds 4 bytes of consecutive k of one output:
-//   words  [panel][step][32]          step: 1, 2, 4 or 8 values of k in float32, bfloat16, int8 (plus 128), int4 (plus 8)
-//   scales [panel][group][32]         bfloat16, of int8 and int4: one for `group` values of k
+//   words  [panel][step][32]     step: 1, 2, 4 or 8 values of k in float32, bfloat16, int8 (plus 128) or int4
+//   scales [panel][group][32]    bfloat16; int8: w = scale * q.   int4: [panel][group][2][32], w = scale * q + lowest
 // An int4 word holds step s in its low nibbles and step s + 1 in its high ones.
 struct Linear {
   int32_t kind;
-  int32_t group;
   int64_t n, k;
   const uint32_t* words;
   const uint16_t* scales;
