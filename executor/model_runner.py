@@ -31,6 +31,7 @@ from executor.paged_model import PagedModel, probe_layers
 from executor.resident import Resident
 from executor.runner import Report
 from executor.sampler import Choice, SamplingColumns, sample
+from executor.swap import swap
 from executor.token_pool import TokenPool
 from executor.weights import load_model, max_positions
 
@@ -39,6 +40,8 @@ _log = logging.getLogger(__name__)
 _CPU_SHARE: Final = 0.5  # of the free memory: a machine has other work
 _CPU_MOST_BYTES: Final = 4 << 30
 _GPU_SHARE: Final = 0.85  # the rest is for activations
+_CPU_STEP_TOKENS: Final = 256  # a fifth of a second: what the other streams wait while a long prompt is read
+_GPU_STEP_TOKENS: Final = 8192
 _WEIGHT_KINDS: Final = {"auto": None, "int8": INT8, "int4": INT4}
 
 
@@ -64,7 +67,7 @@ class ModelRunner:
         num_blocks: int | None = None,
         kv_cache_bytes: int | None = None,
         max_sequences: int = 256,
-        max_step_tokens: int = 2048,
+        max_step_tokens: int | None = None,
         max_model_len: int | None = None,
         num_threads: int | None = None,
         attention_backend: str = "auto",
@@ -86,7 +89,9 @@ class ModelRunner:
         self._num_blocks = num_blocks
         self._kv_cache_bytes = kv_cache_bytes
         self._max_sequences = max_sequences
-        self._max_step_tokens = max_step_tokens
+        self._max_step_tokens = max_step_tokens or (
+            _CPU_STEP_TOKENS if self._device.type == "cpu" else _GPU_STEP_TOKENS
+        )
         self._max_model_len = max_model_len
         self._num_threads = num_threads
         self._attention_backend = attention_backend
@@ -209,6 +214,7 @@ class ModelRunner:
             _log.info("forward: fused (%s, %d threads)", native().isa, native().num_threads)
             return LlamaModel(native(), model, self._cache, needs, max_positions=max_model_len, kind=kind)
         _log.info("forward: Transformers' own (not fused: %s)", reason)
+        swap(model, kind)
         return PagedModel(model, self._cache, backends)
 
     def _slab_format(self, needs: Sequence[LayerNeeds], backends: Sequence[AttentionBackend]) -> SlabFormat:

@@ -113,6 +113,11 @@ class Native:
         name: bytes = self._library.pagewire_isa()
         return name.decode()
 
+    @property
+    def functions(self) -> c.CDLL:
+        """The C functions, for callers who keep their structs from call to call."""
+        return self._library
+
     def use_isa(self, name: str) -> None:
         """Use another instruction set of this machine. Raises ValueError when it has no such."""
         if self._library.pagewire_use_isa(name.encode()):

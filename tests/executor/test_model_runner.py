@@ -233,6 +233,15 @@ def test_an_architecture_that_paged_attention_cannot_serve_is_refused_by_name(
         World(save_tiny(kind, tmp_path, **changes))
 
 
+def test_fewer_bits_are_had_in_any_architecture_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    World(save_tiny("gpt2", tmp_path / "even"), weights="int8")
+    assert "9 linear layers, 9 of them int8" in caplog.text
+
+    with pytest.raises(ModelFolderError, match="GPT2LMHeadModel cannot have int8 weights: no layer of it can"):
+        World(save_tiny("gpt2", tmp_path / "odd", hidden_size=48, n_embd=48, n_inner=80), weights="int8")
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

@@ -22,6 +22,7 @@ from executor.kv_cache import KvCache, LayerCache, SlabFormat
 from executor.model_runner import ModelRunner
 from executor.paged_model import PagedModel, probe_layers
 from executor.resident import Resident
+from executor.swap import swap
 from executor.weights import load_model
 from tests.executor.tiny_models import TINY, VOCAB_SIZE, load_plain, save_tiny
 
@@ -59,8 +60,13 @@ def tables(lengths: tuple[int, ...], num_blocks: int) -> list[list[int]]:
 
 
 def paged_logits(folder: Path, backend: AttentionBackend | None = None) -> list[Tensor]:
-    """The logits of every position of every prompt, computed in chunks over a slab whose free blocks are NaN."""
+    """The logits of every position of every prompt, computed in chunks over a slab whose free blocks are NaN.
+
+    As on a CPU, with the kernels' modules and attention; or with the model's own modules and `backend`, as on a GPU.
+    """
     model = load_model(folder, dtype="float32", device=CPU)
+    if backend is None:
+        swap(model)
     needs = [replace(layer, block_size=BLOCK_SIZE) for layer in probe_layers(model, VOCAB_SIZE)]
     backends = [backend] * len(needs) if backend else choose(needs)
     slab = SlabFormat(dtype=torch.float32, packed=backends[0].packed)
@@ -173,5 +179,7 @@ class Without(ReferenceAttention):
 )
 def test_the_comparison_notices_when_an_option_is_dropped(kind: str, option: str, tmp_path: Path) -> None:
     folder = save_tiny(kind, tmp_path)
+    plain = plain_logits(load_plain(folder))
 
-    assert worst_error(paged_logits(folder, Without(option)), plain_logits(load_plain(folder))) > 1e-3
+    assert worst_error(paged_logits(folder, ReferenceAttention()), plain) < 1e-4
+    assert worst_error(paged_logits(folder, Without(option)), plain) > 1e-3
