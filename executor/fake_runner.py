@@ -9,7 +9,6 @@ step in which it would first have changed a token.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -125,7 +124,6 @@ class FakeRunner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises PlanError for a plan that does not fit, SlabMismatch for blocks with other tokens."""
-        started_ns = time.perf_counter_ns()
         rows = self._resident.apply(plan)
         for sequence in plan.new:
             digests = digests_of(int(token) for token in sequence.token_ids)
@@ -145,7 +143,6 @@ class FakeRunner:
             tokens=sampled.tokens,
             indices=sampled.indices,
             failed=sampled.failed,
-            compute_ns=time.perf_counter_ns() - started_ns,
         )
 
     def _block(self, block: BlockId) -> slice:

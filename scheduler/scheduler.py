@@ -243,6 +243,7 @@ class Scheduler:
             outputs.append(TokenOutput(sequence.id, None, FinishReason.ERROR))
         self.counters.output_tokens += len(tokens)
         self.counters.rows_dropped += len(result.refs) - len(tokens)
+        session.timed(flight, result, now_ns)
         session.answered(flight.step)
         return outputs
 

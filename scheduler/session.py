@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from common.blocks import blocks_for
-from common.step import ExecutorFacts, NewSequence, StepPlan
+from common.step import ExecutorFacts, NewSequence, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_of, slot_ref
 from scheduler import policy
 from scheduler.block_pool import BlockPool
+from scheduler.occupancy import Occupancy
 from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
 from scheduler.sequence import Sequence
 
@@ -41,6 +42,7 @@ class Outstanding(NamedTuple):
     step: int
     rows: dict[SlotRef, Row]
     sent_ns: int
+    had_work: bool  # one of its sequences was there when the step before it was answered
 
 
 class Match(NamedTuple):
@@ -83,11 +85,13 @@ class Session:
         self.outstanding: deque[Outstanding] = deque()
         self.leaving = False  # takes no new work
         self.full = False  # the first in the line that fits here waits for room
+        self.occupancy = Occupancy()
         self.num_promised = 0  # blocks that the known tokens of running sequences still need
         self._chain = chain
         self._prefix_caching = prefix_caching
         self._watermark = watermark
         self._next_step = 0
+        self._answered_ns = -1  # when the last result came; -1 before the first
         num_slots = min(facts.max_sequences, max_running)
         self._free_slots = list(range(num_slots))
         self._generations = [0] * num_slots
@@ -311,7 +315,9 @@ class Session:
 
     def send(self, draft: Draft, now_ns: int) -> StepPlan:
         """The plan, which is outstanding from now on."""
-        self.outstanding.append(Outstanding(draft.step, draft.rows, now_ns))
+        first = next(iter(draft.rows.values())).sequence  # the oldest of those that go on
+        had_work = first.arrived_ns < self._answered_ns
+        self.outstanding.append(Outstanding(draft.step, draft.rows, now_ns, had_work))
         self._next_step += 1
         released, self._released = self._released, []
         return StepPlan(
@@ -352,6 +358,11 @@ class Session:
         sequence.session = None
         sequence.block_table = []
         sequence.num_computed = sequence.num_remembered = 0
+
+    def timed(self, flight: Outstanding, result: StepResult, now_ns: int) -> None:
+        """The step was answered now; the executor says how long it took, and how long it had waited for it."""
+        self._answered_ns = now_ns
+        self.occupancy.add(compute_ns=result.compute_ns, idle_ns=result.idle_ns if flight.had_work else 0)
 
     def answered(self, step: int) -> None:
         """The step is done: blocks that waited for it come free."""

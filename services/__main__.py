@@ -125,6 +125,18 @@ def _health(parsed: argparse.Namespace) -> int:
     return 0 if serving else 1
 
 
+def _status(parsed: argparse.Namespace) -> int:
+    from services.client import connect
+    from services.monitoring import lines
+
+    async def run() -> list[str]:
+        async with connect(parsed.address) as client:
+            return lines(await client.status())
+
+    print("\n".join(_run(run())))
+    return 0
+
+
 def _demo(parsed: argparse.Namespace) -> int:
     from protos import inference_pb2 as pb
     from services import talk
@@ -208,6 +220,9 @@ def _parser() -> argparse.ArgumentParser:
 
     health = _add(commands, "health", _health, "exit 0 when the server can answer requests")
     health.add_argument("address", nargs="?", default=DEFAULT_ADDRESS, metavar="HOST:PORT")
+
+    status = _add(commands, "status", _status, "what the server did, and how busy its executors are")
+    status.add_argument("address", nargs="?", default=DEFAULT_ADDRESS, metavar="HOST:PORT")
 
     pull = _add(commands, "pull", _pull, "fetch a model, convert it once, print its folder")
     pull.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="smollm2, a .gguf file or a repository id")

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2
 
 from common.errors import PagewireError, Unavailable
 from protos import inference_pb2 as pb
-from protos import inference_pb2_grpc
+from protos import inference_pb2_grpc, monitoring_pb2, monitoring_pb2_grpc
 from services.grpc_options import client_options
 from services.status import DETAILS_KEY, from_rpc_error
 
@@ -22,6 +22,9 @@ class Client:
     def __init__(self, channel: aio.Channel, address: str) -> None:
         self._address = address
         self._stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
+        self._monitoring: monitoring_pb2_grpc.MonitoringServiceAsyncStub = monitoring_pb2_grpc.MonitoringServiceStub(
+            channel
+        )
         self._check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
@@ -45,6 +48,13 @@ class Client:
         """What is served."""
         try:
             return await self._stub.GetModel(pb.GetModelRequest(), timeout=timeout_s)
+        except aio.AioRpcError as error:
+            raise _for_people(error, self._address) from error
+
+    async def status(self, timeout_s: float = 5.0) -> monitoring_pb2.GetStatusResponse:
+        """What the server did and does."""
+        try:
+            return await self._monitoring.GetStatus(monitoring_pb2.GetStatusRequest(), timeout=timeout_s)
         except aio.AioRpcError as error:
             raise _for_people(error, self._address) from error
 

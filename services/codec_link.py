@@ -122,17 +122,17 @@ def result_to_pb(result: StepResult, session: int) -> pb.StepResult:
 
 def result_from_pb(message: pb.StepResult) -> StepResult:
     """The result of a message, its columns as lists. Raises WireError naming the malformed field."""
-    refs = _view("refs", message.refs)
-    tokens = _view("tokens", message.tokens)
-    indices = _view("indices", message.indices)
+    refs = _list("refs", message.refs)
+    tokens = _list("tokens", message.tokens)
+    indices = _list("indices", message.indices)
     _check_lengths("tokens", tokens, "refs", refs)
     _check_lengths("indices", indices, "refs", refs)
     return StepResult(
         step=message.step,
-        refs=_named(refs.tolist()),
-        tokens=tokens.tolist(),
-        indices=indices.tolist(),
-        failed=_named(_view("failed", message.failed).tolist()),
+        refs=_named(refs),
+        tokens=tokens,
+        indices=indices,
+        failed=_named(_list("failed", message.failed)),
         compute_ns=message.compute_ns,
         idle_ns=message.idle_ns,
     )
@@ -254,7 +254,11 @@ def _copies_from_pb(data: bytes) -> list[tuple[BlockId, BlockId]]:
 
 
 def _pack(numbers: Sequence[int]) -> bytes:
-    return struct.pack(f"<{len(numbers)}I", *numbers)
+    return struct.pack(f"<{len(numbers)}I", *numbers) if len(numbers) else b""
+
+
+def _list(field: str, data: bytes) -> list[int]:
+    return _view(field, data).tolist() if data else []
 
 
 def _view(field: str, data: bytes) -> memoryview[int]:

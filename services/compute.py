@@ -35,6 +35,7 @@ class ComputeThread:
         on_result: Callable[[int, StepResult], None],
         on_failure: Callable[[int, BaseException], None],
         tick_s: float = 0.25,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.tick = 0  # counted up by the thread; a heartbeat that carries it cannot lie
         self.computing = False
@@ -45,6 +46,7 @@ class ComputeThread:
         self._on_result = on_result
         self._on_failure = on_failure
         self._tick_s = tick_s
+        self._clock_ns = clock_ns
         self._inbox: queue.SimpleQueue[tuple[int, StepPlan | None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
@@ -74,7 +76,7 @@ class ComputeThread:
             return
         self._on_loaded(facts)
         session = -1  # whose plans are run; others are leftovers of a link that is gone
-        finished_ns = time.monotonic_ns()
+        finished_ns = self._clock_ns()
         while True:
             self.tick += 1
             try:
@@ -86,13 +88,13 @@ class ComputeThread:
             owner, plan = item
             if plan is not None and owner != session:
                 continue
-            started_ns = time.monotonic_ns()
+            started_ns = self._clock_ns()
             self.computing = True
             try:
                 if plan is None:
                     session, self.next_step = owner, 0
                     runner.begin_session()
-                    finished_ns = time.monotonic_ns()
+                    finished_ns = self._clock_ns()
                     continue
                 result = runner.execute(plan)
             except Exception as error:  # noqa: BLE001 - one link ends by it, and the next begins from nothing
@@ -102,6 +104,6 @@ class ComputeThread:
                 continue
             finally:
                 self.computing = False
-            idle_ns, finished_ns = started_ns - finished_ns, time.monotonic_ns()
+            idle_ns, finished_ns = started_ns - finished_ns, self._clock_ns()
             self.next_step = plan.step + 1
             self._on_result(owner, replace(result, compute_ns=finished_ns - started_ns, idle_ns=idle_ns))

@@ -80,7 +80,11 @@ class ExecutorLinkService:
             log.info("executor %s, session %d, is gone: %s", name, session, why)
 
     async def _hello(self, context: Context) -> ExecutorFacts:
-        message = await self._read(context, self._hello_timeout_s)
+        try:
+            async with asyncio.timeout(self._hello_timeout_s):
+                message = await _read(context)
+        except TimeoutError:
+            raise Unavailable(f"no hello within {self._hello_timeout_s:g} s") from None
         if message is None or message.WhichOneof("message") != "hello":
             raise InvalidRequest("message", "the first one must be hello")
         try:
@@ -107,20 +111,29 @@ class ExecutorLinkService:
             "executor %s joined as session %d: %d blocks of %d tokens, %s, %s",
             *(facts.name, session, facts.num_blocks, facts.block_size, facts.dtype, facts.device),
         )
-        receiver = asyncio.create_task(self._receive(session, context))
+        receiver = asyncio.create_task(self._receive(session, link, context))
         try:
-            await asyncio.wait({sender, receiver}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (receiver, sender):
-                if task.done():
-                    task.result()
+            await self._until_over(link, receiver, sender)
         finally:
             for task in (sender, receiver):
                 task.cancel()
             await asyncio.gather(sender, receiver, return_exceptions=True)
 
-    async def _receive(self, session: int, context: Context) -> None:
+    async def _until_over(self, link: _Link, *tasks: asyncio.Task[None]) -> None:
+        """Raises what ended the link, and Unavailable when the executor falls silent. One timer, whatever is heard."""
+        while not any(task.done() for task in tasks):
+            patience_s = link.heard_s + self._silence_s - time.monotonic()
+            if patience_s <= 0:
+                raise Unavailable(f"nothing heard for {self._silence_s:g} s")
+            await asyncio.wait(tasks, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()
+
+    async def _receive(self, session: int, link: _Link, context: Context) -> None:
         pulse = ComputePulse(idle_s=self._silence_s, step_s=self._step_timeout_s)
-        while (message := await self._read(context, self._silence_s)) is not None:
+        while (message := await _read(context)) is not None:
+            link.heard_s = time.monotonic()
             kind = message.WhichOneof("message")
             if kind == "result":
                 if message.result.session != session:
@@ -137,14 +150,6 @@ class ExecutorLinkService:
                 self._engine.leave(session)
             elif kind == "hello":
                 raise InvalidRequest("message", "a second hello on one link")
-
-    async def _read(self, context: Context, timeout_s: float) -> pb.LinkRequest | None:
-        try:
-            async with asyncio.timeout(timeout_s):
-                data = await context.read()
-        except TimeoutError:
-            raise Unavailable(f"nothing heard for {timeout_s:g} s") from None
-        return parse(pb.LinkRequest, data) if isinstance(data, bytes) else None
 
 
 class ComputePulse:
@@ -177,6 +182,7 @@ class _Link:
         self._context = context
         self._queue: asyncio.Queue[StepPlan | object] = asyncio.Queue()
         self._closed = False
+        self.heard_s = time.monotonic()  # when the executor last said something
 
     def send(self, plan: StepPlan) -> None:
         self._queue.put_nowait(plan)
@@ -193,3 +199,9 @@ class _Link:
             while isinstance(plan := await self._queue.get(), StepPlan):
                 message = pb.LinkResponse(plan=codec_link.plan_to_pb(plan, self._session))
                 await self._context.write(message.SerializeToString())
+
+
+async def _read(context: Context) -> pb.LinkRequest | None:
+    """The executor's next message; None when it closed the stream."""
+    data = await context.read()
+    return parse(pb.LinkRequest, data) if isinstance(data, bytes) else None

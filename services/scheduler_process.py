@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from common.config import SchedulerConfig
 from common.model_folder import read_model_folder
 from common.sampling import RequestLimits
-from protos import inference_pb2
+from protos import inference_pb2, monitoring_pb2
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from services import lifecycle
 from services.answering import Answerer
@@ -33,12 +33,14 @@ from services.grpc_options import link_options, server_options
 from services.handlers import service_handler, without_texts
 from services.lifecycle import StartupError
 from services.link_service import ExecutorLinkService
+from services.monitoring import Monitoring
 from services.scheduler_service import SchedulerService
 from services.text import Tokenizer
 
 log = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+MONITORING = monitoring_pb2.DESCRIPTOR.services_by_name["MonitoringService"].full_name
 
 
 async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = None) -> None:
@@ -78,9 +80,10 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         options=server_options(max_streams=config.max_streams, max_message_bytes=config.max_message_bytes)
     )
     clients.add_generic_rpc_handlers((service_handler(SERVICE, inference_pb2.DESCRIPTOR, service),))
+    clients.add_generic_rpc_handlers((service_handler(MONITORING, monitoring_pb2.DESCRIPTOR, Monitoring(core)),))
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, clients)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), clients)
+    reflection.enable_server_reflection((SERVICE, MONITORING, health.SERVICE_NAME, reflection.SERVICE_NAME), clients)
     executors = aio.server(options=link_options())
     executors.add_generic_rpc_handlers((links.handler(),))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_a_wrong_argument_is_one_line_that_names_it(
 
 @pytest.mark.parametrize(
     "command",
-    [["generate", "--address", NOBODY, "hi"], ["chat", "--address", NOBODY], ["health", NOBODY]],
+    [["generate", "--address", NOBODY, "hi"], ["chat", "--address", NOBODY], ["health", NOBODY], ["status", NOBODY]],
     ids=" ".join,
 )
 def test_where_no_server_listens_one_line_says_so_and_how_to_start_one(command: list[str]) -> None:
@@ -137,6 +138,21 @@ def test_a_refusal_in_a_chat_ends_the_turn_and_not_the_talk(shared: Cluster) -> 
     assert ended.code == 0
     assert "error: chat: 622 tokens leave no room in the context of 512\n" in ended.out
     assert f"> {BEGINNING}\n" in ended.out
+
+
+def test_status_says_what_was_done_and_how_busy_the_executors_are(shared: Cluster) -> None:
+    shared.tokens([1, 2, 3], 5)
+    ended = run(*PAGEWIRE, "status", shared.address)
+
+    scheduler, executor = ended.out.splitlines()
+    assert ended.code == 0
+    assert re.fullmatch(
+        r"scheduler: up \d+ s, 0 sequences run, 0 wait, \d+ tokens made at \d+ µs of CPU each", scheduler
+    )
+    assert re.fullmatch(
+        r"executor-0: none on none, 0 sequences run, 4096 of 4096 blocks free, idle for \d+\.\d% of its working time",
+        executor,
+    )
 
 
 def test_health_is_told_by_words_and_by_the_exit_code(shared: Cluster, fake_folder: Path, tmp_path: Path) -> None:

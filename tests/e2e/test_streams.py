@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 
 from common.errors import Unavailable
 from protos import inference_pb2 as pb
+from protos import monitoring_pb2, monitoring_pb2_grpc
 from services.status import from_rpc_error
 from tests.e2e import fake_model
 from tests.e2e.cluster import Cluster, cluster
@@ -95,6 +96,25 @@ def test_the_server_says_what_it_serves(shared: Cluster) -> None:
     model = shared.stub.GetModel(pb.GetModelRequest())
     assert (model.model, model.vocab_size, model.max_model_len, model.num_executors) == ("fake", 320, 512, 1)
     assert model.chat
+
+
+def test_the_server_counts_what_it_does_and_how_long_its_executors_wait(shared: Cluster) -> None:
+    monitoring = monitoring_pb2_grpc.MonitoringServiceStub(shared.channel)
+    before = monitoring.GetStatus(monitoring_pb2.GetStatusRequest())
+    shared.tokens([1, 2, 3], 5)
+    after = monitoring.GetStatus(monitoring_pb2.GetStatusRequest())
+
+    assert after.scheduler.prompt_tokens - before.scheduler.prompt_tokens == 3
+    assert after.scheduler.output_tokens - before.scheduler.output_tokens == 5
+    assert after.scheduler.finished_sequences["FINISH_REASON_LENGTH"] > 0
+    assert after.scheduler.cpu_ns > before.scheduler.cpu_ns
+    assert after.scheduler.cpu_us_per_output_token > 0
+    (was,), (executor,) = before.executors, after.executors
+    assert (executor.name, executor.num_blocks, executor.num_running) == ("executor-0", 4096, 0)
+    assert executor.steps - was.steps >= 5
+    assert executor.compute_ns > was.compute_ns
+    assert executor.idle_ns > was.idle_ns
+    assert 0 < executor.idle_ratio < 1
 
 
 def test_health_is_serving_while_an_executor_is_connected(shared: Cluster) -> None:

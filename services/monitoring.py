@@ -1,0 +1,81 @@
+"""pagewire.v1.MonitoringService: what the scheduler did, what it holds, and how busy its executors are."""
+
+from __future__ import annotations
+
+import time
+
+from protos import inference_pb2
+from protos import monitoring_pb2 as pb
+from scheduler.scheduler import Scheduler
+from scheduler.session import Session
+from services.handlers import Context
+
+
+class Monitoring:
+    """Counts the CPU time of this process from now on."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._began_ns = time.monotonic_ns()
+        self._cpu_began_ns = time.process_time_ns()
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
+        """All of it, as it is now."""
+        counters = self._scheduler.counters
+        cpu_ns = time.process_time_ns() - self._cpu_began_ns
+        sessions = self._scheduler.sessions
+        return pb.GetStatusResponse(
+            scheduler=pb.SchedulerStatus(
+                uptime_ns=time.monotonic_ns() - self._began_ns,
+                cpu_ns=cpu_ns,
+                cpu_us_per_output_token=cpu_ns / 1000 / counters.output_tokens if counters.output_tokens else 0.0,
+                num_running=sum(len(session.running) for session in sessions),
+                num_waiting=len(self._scheduler.waiting),
+                steps=counters.steps,
+                prompt_tokens=counters.prompt_tokens,
+                cached_prompt_tokens=counters.cached_prompt_tokens,
+                output_tokens=counters.output_tokens,
+                preemptions=counters.preemptions,
+                moved_sequences=counters.moved,
+                dropped_rows=counters.rows_dropped,
+                finished_sequences={
+                    inference_pb2.FinishReason.Name(inference_pb2.FinishReason.ValueType(reason)): count
+                    for reason, count in counters.finished.items()
+                },
+            ),
+            executors=[_executor_status(session) for session in sessions],
+        )
+
+
+def lines(status: pb.GetStatusResponse) -> list[str]:
+    """The status for people: a line for the scheduler, and one for each executor."""
+    s = status.scheduler
+    scheduler = (
+        f"scheduler: up {s.uptime_ns / 1e9:.0f} s, {s.num_running} sequences run, {s.num_waiting} wait, "
+        f"{s.output_tokens} tokens made at {s.cpu_us_per_output_token:.0f} µs of CPU each"
+    )
+    executors = [
+        f"{e.name}: {e.dtype} on {e.device}, {e.num_running} sequences run, {e.num_free_blocks} of {e.num_blocks} "
+        f"blocks free, idle for {100 * e.idle_ratio:.1f}% of its working time"
+        for e in status.executors
+    ]
+    return [scheduler, *executors]
+
+
+def _executor_status(session: Session) -> pb.ExecutorStatus:
+    facts, occupancy = session.facts, session.occupancy
+    return pb.ExecutorStatus(
+        name=facts.name,
+        session=session.id,
+        device=facts.device,
+        dtype=facts.dtype,
+        leaving=session.leaving,
+        num_running=len(session.running),
+        steps_in_flight=len(session.outstanding),
+        num_blocks=facts.num_blocks,
+        num_free_blocks=session.pool.num_free,
+        steps=occupancy.num_steps,
+        compute_ns=occupancy.compute_ns,
+        idle_ns=occupancy.idle_ns,
+        idle_ratio=occupancy.idle_ratio,
+    )

@@ -1,0 +1,65 @@
+"""The compute thread's own account of its time."""
+
+from __future__ import annotations
+
+import queue
+
+from common.step import ExecutorFacts, StepPlan, StepResult
+from executor.fake_runner import FakeRunner
+from executor.runner import Report
+from services.compute import ComputeThread
+
+
+class Clock:
+    """Nanoseconds that pass when somebody says so."""
+
+    def __init__(self) -> None:
+        self.now_ns = 1000
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+
+class SlowRunner:
+    """A runner whose steps take 70 ns on the test's clock."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._facts = FakeRunner().load(lambda stage, done, total: None)
+
+    def load(self, report: Report) -> ExecutorFacts:
+        return self._facts
+
+    def begin_session(self) -> None:
+        self._clock.now_ns += 500
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self._clock.now_ns += 70
+        return StepResult(step=plan.step)
+
+
+def test_the_time_of_a_step_and_the_wait_before_it_are_measured() -> None:
+    clock = Clock()
+    results: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
+
+    def on_result(session: int, result: StepResult) -> None:
+        clock.now_ns += 4  # handing the result over is part of the wait
+        results.put(result)
+
+    compute = ComputeThread(
+        lambda: SlowRunner(clock),
+        report=lambda stage, done, total: None,
+        on_loaded=lambda facts: None,
+        on_result=on_result,
+        on_failure=lambda session, error: None,
+        clock_ns=clock,
+    )
+    compute.begin_session(1)
+    for step in range(2):
+        compute.execute(1, StepPlan(step=step, refs=[], num_scheduled=[]))
+    compute.start()
+    first, second = results.get(timeout=20), results.get(timeout=20)
+    compute.stop()
+
+    assert (first.idle_ns, first.compute_ns) == (0, 70), "the session began just before"
+    assert (second.idle_ns, second.compute_ns) == (4, 70)
