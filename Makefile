@@ -13,7 +13,7 @@ STUBS := .venv/stubs
 stubs = $(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/*.proto
 
-.PHONY: help setup protos check test demo serve up bench bench-scheduler bench-split
+.PHONY: help setup protos check test demo serve up bench bench-kernels bench-scheduler bench-split
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -70,6 +70,9 @@ bench-scheduler: setup ## steps a second the scheduler can sustain, and what a p
 
 bench: setup ## serve fixed workloads and measure; beside others with ARGS="--peers llama-bf16,vllm-bf16"
 	$(BIN)/python -m tests.benchmarks.bench_serving $(ARGS)
+
+bench-kernels: setup ## every kernel's time against the machine's memory and matrix rates
+	$(BIN)/python -m tests.benchmarks.bench_kernels $(ARGS)
 
 bench-split: setup ## what the border between scheduler and executor costs a step
 	$(BIN)/python -m tests.benchmarks.bench_split $(ARGS)

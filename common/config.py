@@ -78,7 +78,9 @@ class ExecutorConfig:
     kv_cache_bytes: int = option(0, "bytes of the KV cache; 0 takes a share of free memory")
     block_size: int = option(16, "tokens of a KV block", least=1)
     max_sequences: int = option(256, "sequences resident at once", least=1)
-    max_step_tokens: int = option(8192, "tokens of one step", least=1)
+    max_step_tokens: int = option(
+        0, "tokens of one step; 0 is 256 on a CPU, so that no stream waits long, and 8192 on a GPU"
+    )
     max_model_len: int = option(0, "tokens of one sequence; 0 is what the model was made for")
     threads: int = option(0, "threads of the forward; 0 is one a core")
     drain_s: float = option(30.0, "seconds that running sequences get after SIGTERM")

@@ -53,9 +53,13 @@ def make_runner(config: ExecutorConfig, model: ModelFolder, name: str) -> Runner
             num_blocks=config.num_blocks or 4096,
             block_size=config.block_size,
             max_sequences=config.max_sequences,
-            max_step_tokens=config.max_step_tokens,
+            max_step_tokens=config.max_step_tokens or 8192,
             step_time_s=config.fake_step_s,
         )
+    # Read when torch is loaded. Threads that wait spin for a third of a millisecond, not for five: the scheduler and
+    # gRPC share the cores with them. And torch's own memory lies in huge pages.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from executor.model_runner import ModelRunner
 
     return ModelRunner(
@@ -70,7 +74,7 @@ def make_runner(config: ExecutorConfig, model: ModelFolder, name: str) -> Runner
         kv_cache_bytes=config.kv_cache_bytes or None,
         block_size=config.block_size,
         max_sequences=config.max_sequences,
-        max_step_tokens=config.max_step_tokens,
+        max_step_tokens=config.max_step_tokens or None,
         max_model_len=config.max_model_len or None,
         num_threads=config.threads or None,
     )

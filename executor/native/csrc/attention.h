@@ -377,8 +377,7 @@ template <class Put>
 static void attend(Team& team, int phase, const Step& step, const AttentionLayer& a, const uint32_t* queries,
                    const AttentionWork& work, Part* parts, Put&& put) {
   static thread_local Part whole;
-  int64_t from, to;
-  while (team.claim(phase, work.items.size(), 16, from, to))
+  team.share(phase, work.items.size(), 16, [&](int64_t from, int64_t to) {
     for (; from < to; from++) {
       const Item &item = work.items[from], &after = work.items[from + 1 < to ? from + 1 : from];
       const Stretch next = stretch_of(step, a, after, after.first_stretch);
@@ -390,9 +389,8 @@ static void attend(Team& team, int phase, const Step& step, const AttentionLayer
         finish_item(step, a, item, whole, put);
       }
     }
-  if (work.merges.empty()) return;
-  team.barrier();
-  while (team.claim(phase + 1, work.merges.size(), 4, from, to))
+  });
+  team.share(phase + 1, work.merges.size(), 4, [&](int64_t from, int64_t to) {
     for (; from < to; from++) {
       const Item& item = work.merges[from];
       clear(whole, a.value_dim);
@@ -400,4 +398,5 @@ static void attend(Team& team, int phase, const Step& step, const AttentionLayer
         merge(whole, parts[item.part + n], item.count, a.value_dim);
       finish_item(step, a, item, whole, put);
     }
+  });
 }

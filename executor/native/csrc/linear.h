@@ -226,9 +226,7 @@ static void multiply_panels(const Linear& l, const Operand& a, int64_t first_row
 static void multiply(Team& team, int phase, const Linear& l, const Operand& a, int64_t rows, const Epilogue& e) {
   constexpr int64_t kBandRows = 384;  // rows that meet a panel while it is in the cache
   const int64_t panels = (l.n + 31) / 32, bands = (rows + kBandRows - 1) / kBandRows;
-  const int64_t most = rows <= kTileRows ? 8 : 4;
-  int64_t from, to;
-  while (team.claim(phase, panels * bands, most, from, to))
+  team.share(phase, panels * bands, rows <= kTileRows ? 8 : 4, [&](int64_t from, int64_t to) {
     while (from < to) {
       const int64_t band = from / panels, first = from % panels;
       const int64_t last = std::min(panels, first + (to - from));
@@ -241,6 +239,7 @@ static void multiply(Team& team, int phase, const Linear& l, const Operand& a, i
         default: multiply_panels<kInt4>(l, a, first_row, last_row, first, last, e);
       }
     }
+  });
 }
 
 // A group of weights as whole numbers: [-127, 127] for int8, [0, 15] for int4.

@@ -63,7 +63,8 @@ static Workspace lay_out_workspace(const Llama& m, int64_t T, int threads, int64
   return w;
 }
 
-// Norm (if any weight) and prepare every row of x for a product. Ends with the operand ready for this thread.
+// Prepare every row for a product. A thread's own copy may be made of rows that have changed since; then the product is
+// over, and the copy is not used.
 template <class RowOf>
 static Operand prepare_rows(Team& team, int thread, int phase, const Workspace& w, const Linear& l, int64_t rows,
                             RowOf&& row_of) {
@@ -74,10 +75,9 @@ static Operand prepare_rows(Team& team, int thread, int phase, const Workspace& 
     return own;
   }
   const Operand shared = w.shared(l);
-  int64_t from, to;
-  while (team.claim(phase, rows, 64, from, to))
+  team.share(phase, rows, 64, [&](int64_t from, int64_t to) {
     for (; from < to; from++) prepare(row_of(from, scratch_row), l.k, l, shared.from(from));
-  team.barrier();
+  });
   return shared;
 }
 
@@ -125,11 +125,11 @@ static void llama_forward(const Llama& m, const Step& s, float* logits) {
   const Workspace w = lay_out_workspace(m, T, threads, num_parts);
 
   on_team(m.num_layers * kPhases + 4, [&](Team& team, int thread) {
-    int64_t from, to;
+    team.share(0, T, 64, [&](int64_t from, int64_t to) {
+      for (; from < to; from++)
+        read_row(m.embedding, m.embedding_kind, s.token_ids[from] * hidden, hidden, w.x + from * hidden);
+    });
     int phase = 0;
-    while (team.claim(phase, T, 64, from, to))
-      for (; from < to; from++) read_row(m.embedding, m.embedding_kind, s.token_ids[from] * hidden, hidden, w.x + from * hidden);
-    team.barrier();
     for (int64_t n = 0; n < m.num_layers; n++) {
       const LlamaLayer& layer = m.layers[n];
       const AttentionLayer& a = layer.attention;
@@ -145,10 +145,9 @@ static void llama_forward(const Llama& m, const Step& s, float* logits) {
 
       Operand in = prepare_rows(team, thread, phase, w, layer.qkv, T, normed_by(layer.input_norm));
       multiply(team, phase + 1, layer.qkv, in, T, {Epilogue::kStore, w.wide, layer.qkv.n, 0, nullptr, 0});
-      team.barrier();
-      while (team.claim(phase + 2, T, 16, from, to))
+      team.share(phase + 2, T, 16, [&](int64_t from, int64_t to) {
         for (; from < to; from++) place_token(m, layer, s, from, w);
-      team.barrier();
+      });
 
       const bool direct = layer.o.kind < kInt8;
       const int64_t mixed_words = heads_dim / per_word(layer.o.kind);
@@ -158,22 +157,18 @@ static void llama_forward(const Llama& m, const Step& s, float* logits) {
         else
           store(w.middle + token * heads_dim + column, x);
       });
-      team.barrier();
       in = {w.mixed, mixed_words, nullptr, nullptr, 0};
       if (!direct) in = prepare_rows(team, thread, phase + 5, w, layer.o, T, middle_of(heads_dim));
       multiply(team, phase + 6, layer.o, in, T, {Epilogue::kAdd, w.x, hidden, 0, nullptr, 0});
-      team.barrier();
 
       const bool straight = layer.down.kind < kInt8;
       const int64_t act_words = m.intermediate / per_word(layer.down.kind);
       in = prepare_rows(team, thread, phase + 7, w, layer.gate_up, T, normed_by(layer.post_norm));
       multiply(team, phase + 8, layer.gate_up, in, T,
                {Epilogue::kSiluMul, w.middle, m.intermediate, layer.down.kind, w.act, act_words});
-      team.barrier();
       in = {w.act, act_words, nullptr, nullptr, 0};
       if (!straight) in = prepare_rows(team, thread, phase + 9, w, layer.down, T, middle_of(m.intermediate));
       multiply(team, phase + 10, layer.down, in, T, {Epilogue::kAdd, w.x, hidden, 0, nullptr, 0});
-      team.barrier();
     }
     if (s.num_sampled == 0) return;
     phase = 1 + m.num_layers * kPhases;

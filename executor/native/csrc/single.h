@@ -16,19 +16,18 @@ static void linear(const Linear& l, const Rows& x, const Rows& y, int64_t rows) 
   float* const row_of = (float*)take(threads * l.k * 4);
   float* const out = y.kind == kFloat32 ? (float*)y.data : (float*)take(out_bytes);
   on_team(4, [&](Team& team, int thread) {
-    int64_t from, to;
     float* row = row_of + thread * l.k;
-    while (team.claim(0, rows, 64, from, to))
+    team.share(0, rows, 64, [&](int64_t from, int64_t to) {
       for (; from < to; from++) {
         read_row(x.data, x.kind, from * x.stride0, l.k, row);
         prepare(row, l.k, l, in.from(from));
       }
-    team.barrier();
+    });
     multiply(team, 1, l, in, rows, {Epilogue::kStore, out, l.n, 0, nullptr, 0});
     if (y.kind == kFloat32) return;
-    team.barrier();
-    while (team.claim(2, rows, 64, from, to))
+    team.share(2, rows, 64, [&](int64_t from, int64_t to) {
       for (; from < to; from++) write_row(y.data, y.kind, from * y.stride0, l.n, out + from * l.n);
+    });
   });
 }
 
@@ -42,9 +41,8 @@ static void attention(const AttentionLayer& a, const Step& s, const Rows& query,
   char* at = scratch(query_bytes + work.num_parts * sizeof(Part));
   uint32_t* const queries = (uint32_t*)at;
   on_team(4, [&](Team& team, int) {
-    int64_t from, to;
     float row[kMaxDim], other[kMaxDim];
-    while (team.claim(0, s.num_tokens, 16, from, to))
+    team.share(0, s.num_tokens, 16, [&](int64_t from, int64_t to) {
       for (; from < to; from++) {
         for (int64_t h = 0; h < a.num_heads; h++) {
           read_row(query.data, query.kind, from * query.stride0 + h * query.stride1, a.key_dim, row);
@@ -57,7 +55,7 @@ static void attention(const AttentionLayer& a, const Step& s, const Rows& query,
           store_token(a, s.slot_mapping[from], h, row, other);
         }
       }
-    team.barrier();
+    });
     attend(team, 1, s, a, queries, work, (Part*)(at + query_bytes), [&](int64_t token, int64_t column, f32x16 x) {
       put_lanes(out.kind, (uint32_t*)((char*)out.data + token * out.stride0 * (out.kind == kFloat32 ? 4 : 2)), column, x);
     });
@@ -70,9 +68,8 @@ static void norm(const Rows& x, const Rows* residual, const float* weight, float
   const int threads = num_threads();
   float* const row_of = (float*)scratch(threads * n * 8);
   on_team(1, [&](Team& team, int thread) {
-    int64_t from, to;
     float *row = row_of + thread * n * 2, *other = row + n;
-    while (team.claim(0, rows, 64, from, to))
+    team.share(0, rows, 64, [&](int64_t from, int64_t to) {
       for (; from < to; from++) {
         read_row(x.data, x.kind, from * x.stride0, n, row);
         if (residual) {
@@ -83,6 +80,7 @@ static void norm(const Rows& x, const Rows* residual, const float* weight, float
         rms_norm(row, weight, n, epsilon, row);
         write_row(y.data, y.kind, from * y.stride0, n, row);
       }
+    });
   });
 }
 
@@ -91,9 +89,8 @@ static void silu_mul(const Rows& gate, const Rows& up, int64_t rows, int64_t n, 
   const int threads = num_threads();
   float* const row_of = (float*)scratch(threads * n * 8);
   on_team(1, [&](Team& team, int thread) {
-    int64_t from, to;
     float *a = row_of + thread * n * 2, *b = a + n;
-    while (team.claim(0, rows, 64, from, to))
+    team.share(0, rows, 64, [&](int64_t from, int64_t to) {
       for (; from < to; from++) {
         read_row(gate.data, gate.kind, from * gate.stride0, n, a);
         read_row(up.data, up.kind, from * up.stride0, n, b);
@@ -103,6 +100,7 @@ static void silu_mul(const Rows& gate, const Rows& up, int64_t rows, int64_t n, 
         }
         write_row(y.data, y.kind, from * y.stride0, n, a);
       }
+    });
   });
 }
 
@@ -113,8 +111,7 @@ static void pack(const Rows& from, const int64_t* row_of, const Linear& l) {
   float* const row_buffers = (float*)scratch(num_threads() * k * 4);
   on_team(1, [&](Team& team, int thread) {
     float* row = row_buffers + thread * k;
-    int64_t first, last;
-    while (team.claim(0, panels, 8, first, last))
+    team.share(0, panels, 8, [&](int64_t first, int64_t last) {
       for (; first < last; first++)
         for (int64_t lane = 0; lane < 32; lane++) {
           const int64_t output = first * 32 + lane;
@@ -143,5 +140,6 @@ static void pack(const Rows& from, const int64_t* row_of, const Linear& l) {
                     ((uint8_t*)(words + (g * kGroup + i) / 8 * 32))[b] = (uint8_t)(q[i + b] | q[i + 4 + b] << 4);
             }
         }
+    });
   });
 }

@@ -19,50 +19,52 @@ static inline void relax() {
 #endif
 }
 
-// Phases are numbered; each has a counter from which work is claimed. All counters are zero when the call begins.
+// Phases are numbered, and each thread goes through all of them in order. A phase is over when all its work is done, not
+// when all threads have come: one that the system has put aside between two pieces of work holds nobody up, it finds the
+// phase taken and goes on. So only work that is claimed may be relied upon, and what a phase reads nobody changes before
+// that phase is over.
 class Team {
  public:
-  explicit Team(int size, int num_phases) : size(size), claims_(num_phases) {}
+  explicit Team(int size, int num_phases) : size(size), phases_(num_phases) {}
 
   const int size;
 
-  // Wait until every thread is here. Yields after a while: a thread that is waited for may need this core.
-  void barrier() {
-    if (size == 1) return;
-    const uint32_t turn = turn_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
-      arrived_.store(0, std::memory_order_relaxed);
-      turn_.store(turn + 1, std::memory_order_release);
-      return;
+  // Do a share of [0, total) by work(first, last), at most `most` at a time: large pieces first, small ones at the end.
+  // Returns when all of it is done, by whomever.
+  template <class Work>
+  void share(int phase, int64_t total, int64_t most, Work&& work) {
+    Phase& p = phases_[phase];
+    int64_t first, last;
+    while (claim(p, total, most, first, last)) {
+      work(first, last);
+      p.done.fetch_add(last - first, std::memory_order_acq_rel);
     }
-    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; spins++) {
+    for (int spins = 0; p.done.load(std::memory_order_acquire) != total; spins++) {
       if (spins < 4096)
         relax();
       else
-        sched_yield();
+        sched_yield();  // whoever has the work may need this core
     }
   }
 
-  // Claim the next piece of [0, total): large pieces first, small ones at the end, at most `most`. False when all is taken.
-  bool claim(int phase, int64_t total, int64_t most, int64_t& first, int64_t& last) {
-    std::atomic<int64_t>& next = claims_[phase].next;
-    first = next.load(std::memory_order_relaxed);
+ private:
+  struct alignas(64) Phase {
+    std::atomic<int64_t> next{0};
+    alignas(64) std::atomic<int64_t> done{0};
+  };
+
+  bool claim(Phase& p, int64_t total, int64_t most, int64_t& first, int64_t& last) {
+    first = p.next.load(std::memory_order_relaxed);
     do {
       if (first >= total) return false;
-      int64_t size_now = (total - first) / (2 * size);
-      size_now = size_now < 1 ? 1 : size_now > most ? most : size_now;
-      last = first + size_now;
-    } while (!next.compare_exchange_weak(first, last, std::memory_order_relaxed));
+      int64_t count = (total - first) / (2 * size);
+      count = count < 1 ? 1 : count > most ? most : count;
+      last = first + count;
+    } while (!p.next.compare_exchange_weak(first, last, std::memory_order_acq_rel));
     return true;
   }
 
- private:
-  struct alignas(64) Claim {
-    std::atomic<int64_t> next{0};
-  };
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> turn_{0};
-  std::vector<Claim> claims_;
+  std::vector<Phase> phases_;
 };
 
 // Run body(team, thread) on every thread.
