@@ -87,7 +87,7 @@ def markdown(results: Results) -> str:
 def _about(results: Results) -> str:
     about, machine = results.about, results.about["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    engines = [f"- {_engine_line(name, engine)}" for name, engine in results.engines.items()]
+    engines = [f"- {_engine_line(name, results.engines[name])}" for name in results.names()]
     engines += [f"- Left out: {why}" for why in results.left_out.values()]
     return (
         f"# Results\n\n{about['date']}, on {machine['cores']} cores of {machine['cpu']}, "
