@@ -51,25 +51,29 @@ async def cluster(
         scheduler = replace(scheduler, model=str(model), link_listen=link)
         threads = executor.threads or max(1, (os.cpu_count() or 1) // num_executors)
         executor = replace(executor, model=str(model), scheduler=link, threads=threads)
-        on_start("scheduler")
         first = Child("scheduler", ["scheduler", *to_flags(scheduler), *to_flags(logs)], quiet=quiet)
         others: list[Child] = []
+        for i in range(num_executors):
+            named = replace(executor, name=executor.name or f"executor-{i}")
+            others.append(Child(named.name, ["executor", *to_flags(named), *to_flags(logs)], quiet=quiet))
+        starting: list[asyncio.Task[str]] = []
         keepers: list[asyncio.Task[None]] = []
         try:
-            address = json.loads(await first.start())["listen"]
+            on_start("scheduler")
+            on_start(f"{num_executors} executor{'s' if num_executors > 1 else ''}: loading the model")
+            # all at once: an executor dials until the scheduler is there, and has more to load
+            starting += [asyncio.create_task(child.start()) for child in (first, *others)]
+            address = json.loads(await starting[0])["listen"]
             # from now on the port is fixed: a scheduler that is started again must be found where it was
             first.arguments = ["scheduler", *to_flags(replace(scheduler, listen=address)), *to_flags(logs)]
-            on_start(f"{num_executors} executor{'s' if num_executors > 1 else ''}: loading the model")
-            for i in range(num_executors):
-                named = replace(executor, name=executor.name or f"executor-{i}")
-                others.append(Child(named.name, ["executor", *to_flags(named), *to_flags(logs)], quiet=quiet))
-            await asyncio.gather(*(child.start() for child in others))
-            keepers += [asyncio.create_task(keep_alive(child)) for child in (first, *others)]
+            keepers.append(asyncio.create_task(keep_alive(first)))
+            await asyncio.gather(*starting)
+            keepers += [asyncio.create_task(keep_alive(child)) for child in others]
             yield Cluster(address=address, scheduler=first, executors=others)
         finally:
-            for keeper in keepers:
-                keeper.cancel()
-            await asyncio.gather(*keepers, return_exceptions=True)
+            for task in (*starting, *keepers):
+                task.cancel()
+            await asyncio.gather(*starting, *keepers, return_exceptions=True)
             await first.stop(scheduler.drain_s + 5)  # it lets requests finish on the executors, so it goes first
             await asyncio.gather(*(child.stop(5) for child in others))
 
