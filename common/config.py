@@ -82,7 +82,7 @@ class ExecutorConfig:
         0, "tokens of one step; 0 is 256 on a CPU, so that no stream waits long, and 8192 on a GPU"
     )
     max_model_len: int = option(0, "tokens of one sequence; 0 is what the model was made for")
-    threads: int = option(0, "threads of the forward; 0 is one a core")
+    threads: int = option(0, "threads of the forward; 0 is one for each physical core this process may use")
     drain_s: float = option(30.0, "seconds that running sequences get after SIGTERM")
     fake: bool = option(False, "no model: tokens that can be computed by hand, for tests and demonstrations")
     fake_step_s: float = option(0.0, "seconds that a step of the fake model takes")

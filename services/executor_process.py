@@ -12,6 +12,7 @@ from common.config import ExecutorConfig
 from common.model_folder import ModelFolder, read_model_folder
 from executor.runner import Runner
 from services import lifecycle
+from services.cores import usable_cores
 from services.executor_service import ExecutorService
 
 log = logging.getLogger(__name__)
@@ -76,5 +77,5 @@ def make_runner(config: ExecutorConfig, model: ModelFolder, name: str) -> Runner
         max_sequences=config.max_sequences,
         max_step_tokens=config.max_step_tokens or None,
         max_model_len=config.max_model_len or None,
-        num_threads=config.threads or None,
+        num_threads=config.threads or usable_cores(),
     )

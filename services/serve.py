@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from common.config import ExecutorConfig, LogConfig, SchedulerConfig
 from services.children import Child, keep_alive
+from services.cores import usable_cores
 from services.flags import to_flags
 from services.lifecycle import check_bind
 
@@ -49,7 +49,7 @@ async def cluster(
     with tempfile.TemporaryDirectory(prefix="pagewire-") as folder:
         link = f"unix:{folder}/link"
         scheduler = replace(scheduler, model=str(model), link_listen=link)
-        threads = executor.threads or max(1, (os.cpu_count() or 1) // num_executors)
+        threads = executor.threads or max(1, usable_cores() // num_executors)
         executor = replace(executor, model=str(model), scheduler=link, threads=threads)
         first = Child("scheduler", ["scheduler", *to_flags(scheduler), *to_flags(logs)], quiet=quiet)
         others: list[Child] = []
