@@ -31,6 +31,7 @@ _NATIVE: Final = sys.byteorder == "little" and array("I").itemsize == 4  # a col
 _ANY_TEMPERATURE: Final = replace(RequestLimits(), max_temperature=sys.float_info.max)
 
 _U32: Final = (1 << 32) - 1
+_NOTHING: Final = memoryview(array("I", ()))  # most columns of most steps
 
 # At least 1, or the scheduler would divide by zero or wait for ever. It keeps a line for each block, and plans ahead
 # while there is credit: where those are many it would be out of memory, or plan and do nothing else.
@@ -262,6 +263,8 @@ def _list(field: str, data: bytes) -> list[int]:
 
 
 def _view(field: str, data: bytes) -> memoryview[int]:
+    if not data:
+        return _NOTHING
     if len(data) % 4:
         raise WireError(field, f"a u32 column has a multiple of 4 bytes, got {len(data)}")
     if _NATIVE:
