@@ -1,8 +1,8 @@
 """Every kernel by itself, against what the machine can do: `make bench-kernels`.
 
 Weights and KV of all layers in turn, as in a real step, so that nothing is in the cache that would not be there. For
-each kernel: microseconds a layer, the share of the machine's memory read rate and of its bf16 matrix rate (both measured in
-this run), and torch's own way beside it, alternating. int8 may pass the matrix rate: it multiplies more in a cycle.
+each kernel: microseconds a layer, the share of the machine's memory read rate and of its bf16 matrix rate (both
+measured in this run), and torch's own way beside it, alternating. int8 may pass the matrix rate: it multiplies more.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.config import DEFAULT_MODEL
 from common.sampling import SamplingParams
 from common.step import NewSequence, StepPlan
 from common.types import BlockId, slot_ref
@@ -30,6 +30,7 @@ from executor.kv_cache import KvCache, LayerShape, SlabFormat
 from executor.native.library import BFLOAT16, INT4, INT8, native
 from executor.native.packed import Pages, pack
 from executor.resident import Resident
+from services.model_store import resolve
 from tests.benchmarks.floors import ModelShape
 from tests.benchmarks.limits import Limits, measure
 
@@ -177,7 +178,7 @@ def table(found: Sequence[Measured], limits: Limits) -> str:
     """Markdown."""
     matrix = max(limits.matrix_gflop_s.values())
     lines = [
-        f"{native().isa}, {limits.threads} threads; memory {limits.read_gb_s} GB/s, torch's best bf16 {matrix} GFLOP/s.",
+        f"{native().isa}, {limits.threads} threads; memory {limits.read_gb_s} GB/s, torch's bf16 {matrix} GFLOP/s.",
         "",
         "| kernel | µs a layer | of memory | of the matrix rate | torch's way, µs | times as fast |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -194,11 +195,11 @@ def table(found: Sequence[Measured], limits: Limits) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model", type=Path, help="a Hugging Face folder of the Llama family")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="a model of the Llama family")
     parser.add_argument("--rounds", type=int, default=5, help="times that each kernel is measured")
     parser.add_argument("--threads", type=int, default=0, help="0 is torch's own choice")
     parsed = parser.parse_args(arguments)
-    shape = ModelShape.of(parsed.model)
+    shape = ModelShape.of(resolve(parsed.model))
     if shape is None:
         parser.error(f"{parsed.model} is not of the Llama family")
     if parsed.threads:
