@@ -97,7 +97,6 @@ constexpr int kTileRows = 12, kByteTileRows = 6;  // 24 accumulators of 32 regis
 #else
 constexpr int kTileRows = 3, kByteTileRows = 3;
 #endif
-constexpr int64_t kAhead = 16 * 32;  // words between a prefetch and its use, where memory is what limits
 
 template <int KIND, int R, int P>
 static inline void multiply_words(const Linear& l, const Operand& a, int64_t panel, int64_t ahead,
@@ -185,17 +184,18 @@ static inline void multiply_bytes(const Linear& l, const Operand& a, int64_t pan
   }
 }
 
-// `last_tile`: the rows after these are none, so the next panel is fetched meanwhile.
+// `last_tile`: no rows come after these, so the next panel is fetched meanwhile. With few rows
+// the machine's own prefetching does better.
 template <int KIND, int R, int P>
 static void multiply_tile(const Linear& l, const Operand& a, int64_t row, int64_t panel, bool last_tile,
                           const Epilogue& e) {
   f32x16 acc[R][2 * P];
   if constexpr (KIND >= kInt8) {
     const int64_t next = l.k / (KIND == kInt8 ? 4 : 8) * 32;
-    multiply_bytes<KIND, R, P>(l, a.from(row), panel, R < 4 ? kAhead : last_tile ? next : 0, acc);
+    multiply_bytes<KIND, R, P>(l, a.from(row), panel, last_tile && R >= 4 ? next : 0, acc);
   } else {
     const int64_t next = l.k / (KIND == kFloat32 ? 1 : 2) * 32;
-    multiply_words<KIND, R, P>(l, a.from(row), panel, R < 4 ? kAhead : last_tile ? next : 0, acc);
+    multiply_words<KIND, R, P>(l, a.from(row), panel, last_tile && R >= 4 ? next : 0, acc);
   }
   finish<R, P>(l, e, row, panel, acc);
 }
@@ -210,6 +210,8 @@ static inline void multiply_rows(const Linear& l, const Operand& a, int64_t row,
   if constexpr (R <= 2) {  // few rows: several panels at once keep more loads and sums under way
     constexpr int P = KIND >= kInt8 ? 2 : 4 / R;
     for (; panel + P <= last; panel += P) multiply_tile<KIND, R, P>(l, a, row, panel, last_tile, e);
+    if constexpr (P > 2)
+      for (; panel + 2 <= last; panel += 2) multiply_tile<KIND, R, 2>(l, a, row, panel, last_tile, e);
   }
   for (; panel < last; panel++) multiply_tile<KIND, R, 1>(l, a, row, panel, last_tile, e);
 }
