@@ -134,7 +134,12 @@ def test_reflection_names_the_services_that_clients_may_call(shared: Cluster) ->
     ended = buf_curl(shared.address, "", "--list-services")
 
     assert ended.code == 0, ended.err
-    assert ended.out.split() == ["grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection", SERVICE]
+    assert ended.out.split() == [
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+        SERVICE,
+        "pagewire.v1.MonitoringService",
+    ]
 
 
 def test_a_unary_method_is_called_by_reflection(shared: Cluster) -> None:
