@@ -31,7 +31,15 @@ _NATIVE: Final = sys.byteorder == "little" and array("I").itemsize == 4  # a col
 _ANY_TEMPERATURE: Final = replace(RequestLimits(), max_temperature=sys.float_info.max)
 
 _U32: Final = (1 << 32) - 1
-_NOTHING: Final = memoryview(array("I", ()))  # most columns of most steps
+_NOTHING: Final = memoryview(array("I", ()))
+
+# Columns of a plan that most steps do not have, and which of them have one number for each of another's.
+_CHANGES: Final = (
+    "append_refs", "append_blocks", "replace_refs", "replace_indices", "replace_blocks", "released",
+)  # fmt: skip
+_EQUALLY_LONG: Final = (
+    ("append_blocks", "append_refs"), ("replace_indices", "replace_refs"), ("replace_blocks", "replace_refs"),
+)  # fmt: skip
 
 # At least 1, or the scheduler would divide by zero or wait for ever. It keeps a line for each block, and plans ahead
 # while there is credit: where those are many it would be out of memory, or plan and do nothing else.
@@ -58,21 +66,17 @@ class WireError(ValueError):
 
 def plan_to_pb(plan: StepPlan, session: int) -> pb.StepPlan:
     """The plan as a message of `session`. A number that does not fit in 32 bits raises struct.error."""
-    one_each = plan.num_scheduled.count(1) == len(plan.num_scheduled)
-    return pb.StepPlan(
-        session=session,
-        step=plan.step,
-        refs=_pack(plan.refs),
-        num_scheduled=b"" if one_each else _pack(plan.num_scheduled),
-        append_refs=_pack(plan.append_refs),
-        append_blocks=_pack(plan.append_blocks),
-        replace_refs=_pack(plan.replace_refs),
-        replace_indices=_pack(plan.replace_indices),
-        replace_blocks=_pack(plan.replace_blocks),
-        new=[_new_to_pb(new) for new in plan.new],
-        released=_pack(plan.released),
-        copies=_pack([block for pair in plan.copies for block in pair]),
-    )
+    message = pb.StepPlan(session=session, step=plan.step, refs=_pack(plan.refs))
+    if plan.num_scheduled.count(1) < len(plan.num_scheduled):
+        message.num_scheduled = _pack(plan.num_scheduled)
+    for name in _CHANGES:
+        if len(column := getattr(plan, name)):
+            setattr(message, name, _pack(column))
+    if plan.new:
+        message.new.extend([_new_to_pb(new) for new in plan.new])
+    if plan.copies:
+        message.copies = _pack([block for pair in plan.copies for block in pair])
+    return message
 
 
 def plan_from_pb(message: pb.StepPlan) -> StepPlan:
@@ -83,27 +87,17 @@ def plan_from_pb(message: pb.StepPlan) -> StepPlan:
         num_scheduled = memoryview(array("I", (1,)) * len(refs))
     elif 0 in num_scheduled:
         raise WireError("num_scheduled", f"row {num_scheduled.tolist().index(0)} is granted no token")
-    append_refs = _view("append_refs", message.append_refs)
-    append_blocks = _view("append_blocks", message.append_blocks)
-    replace_refs = _view("replace_refs", message.replace_refs)
-    replace_indices = _view("replace_indices", message.replace_indices)
-    replace_blocks = _view("replace_blocks", message.replace_blocks)
     _check_lengths("num_scheduled", num_scheduled, "refs", refs)
-    _check_lengths("append_blocks", append_blocks, "append_refs", append_refs)
-    _check_lengths("replace_indices", replace_indices, "replace_refs", replace_refs)
-    _check_lengths("replace_blocks", replace_blocks, "replace_refs", replace_refs)
+    changes = {name: _view(name, column) for name in _CHANGES if (column := getattr(message, name))}
+    for name, other in _EQUALLY_LONG if changes else ():
+        _check_lengths(name, changes.get(name, _NOTHING), other, changes.get(other, _NOTHING))
     return StepPlan(
         step=message.step,
         refs=_named(refs),
         num_scheduled=num_scheduled,
-        append_refs=_named(append_refs),
-        append_blocks=_named(append_blocks),
-        replace_refs=_named(replace_refs),
-        replace_indices=replace_indices,
-        replace_blocks=_named(replace_blocks),
         new=[_new_from_pb(new, f"new[{i}]") for i, new in enumerate(message.new)],
-        released=_named(_view("released", message.released)),
-        copies=_copies_from_pb(message.copies),
+        copies=_copies_from_pb(message.copies) if message.copies else (),
+        **{name: _named(column) for name, column in changes.items()},
     )
 
 
