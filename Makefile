@@ -13,7 +13,7 @@ STUBS := .venv/stubs
 stubs = $(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/*.proto
 
-.PHONY: help setup protos check test demo serve up bench bench-kernels bench-quality bench-scheduler bench-split
+.PHONY: help setup protos check test demo serve up bench bench-kernels bench-quality bench-scheduler bench-split bench-streaming
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -79,3 +79,6 @@ bench-quality: setup ## what fewer bits do to a model's answers
 
 bench-split: setup ## what the border between scheduler and executor costs a step
 	$(BIN)/python -m tests.benchmarks.bench_split $(ARGS)
+
+bench-streaming: setup ## what a token costs the scheduler's process; ARGS="--minutes 5" watches memory
+	$(BIN)/python -m tests.benchmarks.bench_streaming $(ARGS)

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import tempfile
 import time
 from collections.abc import Iterator
@@ -81,12 +82,12 @@ async def ask_for_ever(channel: aio.Channel, load: Load, tally: Tally) -> None:
         request_serializer=pb.GenerateStreamRequest.SerializeToString,
         response_deserializer=pb.GenerateStreamResponse.FromString,
     )
-    request = pb.GenerateStreamRequest(
-        token_ids=pb.TokenIds(ids=[7] * PROMPT),
-        sampling=pb.SamplingParams(temperature=0.0),
-        stopping=pb.StopConditions(max_tokens=load.max_tokens, ignore_eos=True),
-    )
     while True:
+        request = pb.GenerateStreamRequest(
+            token_ids=pb.TokenIds(ids=random.choices(range(256), k=PROMPT)),
+            sampling=pb.SamplingParams(temperature=0.0),
+            stopping=pb.StopConditions(max_tokens=load.max_tokens, ignore_eos=True),
+        )
         count = 0
         async for message in stream(request):
             kind = message.WhichOneof("event")
