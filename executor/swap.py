@@ -32,7 +32,7 @@ _NUM_TOKENS: Final = 4  # of a forward that looks: more than one, so that a part
 _SCALES: Final = (1e-3, 1.0, 100.0)  # of random rows: an epsilon shows in small ones, a clamp in large ones
 _NORM_TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 _MLP_TOLERANCE: Final = 2e-2  # what is between its layers is rounded once, not three times, to the weights' kind
-_LOGITS_TOLERANCE: Final = 0.1  # far above the rounding of a deep model in bfloat16, far below what a mistake makes
+_LOGITS_TOLERANCE: Final = {torch.float32: 1e-2, torch.bfloat16: 0.1}  # what roundings of a deep model add up to
 # What a forward raises when a module in it is not what it seems.
 _FORWARD_ERRORS: Final = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
 _KIND_NAMES: Final = {INT8: "int8", INT4: "int4"}
@@ -119,7 +119,7 @@ class _Swap:
         plain = self._logits()
         if plain is None:
             raise ModelFolderError(f"{type(self._model).__name__} reads weights of layers that were packed")
-        if ours is not None and _distance(ours, plain) < _LOGITS_TOLERANCE:
+        if ours is not None and _distance(ours, plain) < _LOGITS_TOLERANCE[self._model.dtype]:
             self._use(ours=True)
         else:
             self._shared, self._fused = [], []

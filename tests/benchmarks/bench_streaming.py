@@ -28,6 +28,7 @@ import uvloop
 from grpc import aio
 
 from protos import inference_pb2 as pb
+from protos import monitoring_pb2, monitoring_pb2_grpc
 from services.model_store import find
 from tests.e2e import fake_model
 from tests.e2e.cluster import Cluster, cluster
@@ -62,6 +63,7 @@ class Report:
     scheduler_system_us: float  # a token
     scheduler_share: float  # of one core
     executor_us: float  # a token
+    executor_idle: float  # share of its time between steps
     client_us: float  # a token
 
 
@@ -130,15 +132,18 @@ async def measure(running: Cluster, load: Load) -> Report:
         began = time.monotonic()
         tokens, messages = tally.tokens, tally.messages
         before = [cpu_s(pid) for pid in (scheduler, executor, os.getpid())]
+        was = await _executor_status(channels[0])
         await _while_well(streams, load.seconds)
         tokens, messages, seconds = tally.tokens - tokens, tally.messages - messages, time.monotonic() - began
         after = [cpu_s(pid) for pid in (scheduler, executor, os.getpid())]
+        now = await _executor_status(channels[0])
     finally:
         for stream in streams:
             stream.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
         for channel in channels:
             await channel.close()
+    compute_ns, idle_ns = now.compute_ns - was.compute_ns, now.idle_ns - was.idle_ns
     user, system = (after[0][i] - before[0][i] for i in range(2))
     return Report(
         streams=load.streams,
@@ -150,8 +155,14 @@ async def measure(running: Cluster, load: Load) -> Report:
         scheduler_system_us=1e6 * system / tokens,
         scheduler_share=(user + system) / seconds,
         executor_us=1e6 * (sum(after[1]) - sum(before[1])) / tokens,
+        executor_idle=idle_ns / (compute_ns + idle_ns),
         client_us=1e6 * (sum(after[2]) - sum(before[2])) / tokens,
     )
+
+
+async def _executor_status(channel: aio.Channel) -> monitoring_pb2.ExecutorStatus:
+    stub: monitoring_pb2_grpc.MonitoringServiceAsyncStub = monitoring_pb2_grpc.MonitoringServiceStub(channel)
+    return (await stub.GetStatus(monitoring_pb2.GetStatusRequest())).executors[0]
 
 
 async def _while_well(streams: list[asyncio.Task[None]], seconds: float) -> None:
@@ -199,6 +210,7 @@ _COLUMNS: Final = (
     ("system µs/token", "scheduler_system_us", ".1f"),
     ("share of a core", "scheduler_share", ".3f"),
     ("executor µs/token", "executor_us", ".1f"),
+    ("executor idle", "executor_idle", ".1%"),
     ("client µs/token", "client_us", ".1f"),
 )
 
