@@ -24,7 +24,8 @@ class LinearStruct(c.Structure):
 
     _fields_: ClassVar = [
         ("kind", c.c_int32), ("n", c.c_int64), ("k", c.c_int64), ("words", c.c_void_p),
-        ("scales", c.c_void_p), ("bias", c.c_void_p),
+        ("scales", c.c_void_p), ("bias", c.c_void_p), ("exponents", c.c_void_p), ("strays", c.c_void_p),
+        ("stray_starts", c.c_void_p),
     ]  # fmt: skip
 
 
@@ -104,6 +105,10 @@ class Native:
         ]  # fmt: skip
         self._library.pagewire_silu_mul.argtypes = [c.c_void_p, c.c_void_p, c.c_int64, c.c_int64, c.c_void_p]
         self._library.pagewire_linear.argtypes = [c.c_void_p, c.c_void_p, c.c_void_p, c.c_int64]
+        self._library.pagewire_count_strays.argtypes = [
+            c.c_void_p, c.c_void_p, c.c_int64, c.c_int64, c.c_void_p, c.c_void_p,
+        ]  # fmt: skip
+        self._library.pagewire_count_strays.restype = c.c_int64
         self._library.pagewire_use_threads.argtypes = [c.c_int, c.c_void_p, c.c_void_p]
         self.use_threads(torch.get_num_threads())
 
@@ -160,6 +165,17 @@ class Native:
     def pack(self, weight: Tensor, row_of: Tensor, to: LinearStruct) -> None:
         """Put rows `row_of` (n,) int64 of `weight` (any, k) into the panels of `to`."""
         self._library.pagewire_pack(c.byref(rows(weight)), c.c_void_p(row_of.data_ptr()), c.byref(to))
+
+    def count_strays(self, weight: Tensor, row_of: Tensor, exponents: Tensor, stray_starts: Tensor) -> int:
+        """Choose the `exponents` (16,) uint8 that get a code and count, by panel, the weights that have another one.
+
+        `stray_starts` (panels + 1,) int32 becomes their running sum. Returns their number.
+        """
+        strays: int = self._library.pagewire_count_strays(
+            c.byref(rows(weight)), row_of.data_ptr(), len(row_of), weight.shape[1], exponents.data_ptr(),
+            stray_starts.data_ptr(),
+        )  # fmt: skip
+        return strays
 
 
 @functools.cache

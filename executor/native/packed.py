@@ -16,6 +16,8 @@ PANEL: Final = 32  # outputs that lie together
 GROUP: Final = 32  # values of k that share a scale
 _SCALE_BYTES: Final = {INT8: 2, INT4: 4}  # int4 also has the lowest value of the group
 _VALUES_PER_BYTE: Final = {FLOAT32: 0.25, BFLOAT16: 0.5, INT8: 1.0, INT4: 2.0}
+_STRAY_BYTES: Final = 8
+_MOST_STRAYS: Final = 1 / 256  # more of them cost more than a quarter less to read saves
 _CHUNK: Final = 32 << 20
 
 
@@ -64,19 +66,25 @@ def pack(
     *,
     kind: int | None = None,
     row_of: Tensor | None = None,
+    compact: bool | None = None,
 ) -> PackedLinear:
     """Pack `weight` (n, k), float32 or bfloat16, as `kind` (its own dtype unless said).
 
-    `row_of` (n,) int64 says which row each output comes from: the order of the outputs may be another.
+    `row_of` (n,) int64 says which row each output comes from: the order of the outputs may be another. bfloat16 lies in
+    12 bits a weight, without loss, where they fit that and the machine gains by it: `compact` insists or forbids.
     """
     n, k = weight.shape
     kind = KINDS[weight.dtype] if kind is None else kind
     padded = -(-n // PANEL) * PANEL
-    words = pages.take(int(padded * k / _VALUES_PER_BYTE[kind]))
-    scales = pages.take(padded * (k // GROUP) * _SCALE_BYTES.get(kind, 0))
     order = torch.arange(n) if row_of is None else row_of
-    kept = [words, scales]
-    struct = LinearStruct(kind, n, k, words.data_ptr(), scales.data_ptr(), None)
+    struct = LinearStruct(kind, n, k)
+    kept: list[Tensor] = []
+    if kind == BFLOAT16 and (native.isa != "baseline" if compact is None else compact):
+        kept += _exponents(native, pages, weight.detach(), order, struct, most=1.0 if compact else _MOST_STRAYS)
+    words = pages.take(padded * k * 3 // 2 if kept else int(padded * k / _VALUES_PER_BYTE[kind]))
+    scales = pages.take(padded * (k // GROUP) * _SCALE_BYTES.get(kind, 0))
+    struct.words, struct.scales = words.data_ptr(), scales.data_ptr()
+    kept += [words, scales]
     if bias is not None:
         padded_bias = torch.zeros(padded)
         padded_bias[:n] = bias.detach().float()[order]
@@ -84,6 +92,20 @@ def pack(
         kept.append(padded_bias)
     native.pack(weight.detach(), order, struct)
     return PackedLinear(struct=struct, kept=tuple(kept))
+
+
+def _exponents(
+    native: Native, pages: Pages, weight: Tensor, order: Tensor, struct: LinearStruct, *, most: float
+) -> list[Tensor]:
+    """Make `struct` one of 12 bits a weight and return what it points to: nothing when more than `most` are strays."""
+    exponents = torch.zeros(16, dtype=torch.uint8)
+    starts = torch.zeros(-(-len(order) // PANEL) + 1, dtype=torch.int32)
+    num_strays = native.count_strays(weight, order, exponents, starts)
+    if num_strays > most * weight.numel():
+        return []
+    strays = pages.take(num_strays * _STRAY_BYTES)
+    struct.exponents, struct.strays, struct.stray_starts = exponents.data_ptr(), strays.data_ptr(), starts.data_ptr()
+    return [exponents, starts, strays]
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:

@@ -1,53 +1,6 @@
 // Matrix products against packed weights. An output is summed over k in one fixed order, whatever else is in the batch:
 // a row's result depends on that row alone, bit for bit.
 
-// The left side of a product: rows of words, and for int8 their scales and (shifted) sums by group.
-struct Operand {
-  uint32_t* words;
-  int64_t stride;  // words a row
-  float* scales;   // (rows, groups)
-  int32_t* sums;   // (rows, groups) of the bytes
-  int64_t groups;
-
-  Operand from(int64_t row) const {
-    return {words + row * stride, stride, scales + row * groups, sums + row * groups, groups};
-  }
-};
-
-static inline int per_word(int32_t kind) { return kind == kFloat32 ? 1 : kind == kBfloat16 ? 2 : 4; }
-
-// Sixteen columns of one row of `x` to the operand of a product; float32 and bfloat16 only.
-static inline void put_lanes(int32_t kind, uint32_t* row, int64_t column, f32x16 x) {
-  if (kind == kFloat32)
-    store((float*)row + column, x);
-  else
-    store((uint16_t*)row + column, narrow(x));
-}
-
-// Quantise one row to signed bytes, a scale for each group.
-static inline void quantise(const float* x, const Operand& to) {
-  for (int64_t g = 0; g < to.groups; g++) {
-    const f32x16 a = load<f32x16>(x + g * kGroup), b = load<f32x16>(x + g * kGroup + 16);
-    const float top = highest(vmax(vmax(a, -a), vmax(b, -b)));
-    const float inverse = top > 0 ? 127.f / top : 0.f;
-    const i32x16 p = __builtin_convertvector(rounded(a * inverse), i32x16);
-    const i32x16 q = __builtin_convertvector(rounded(b * inverse), i32x16);
-    int8_t* bytes = (int8_t*)to.words + g * kGroup;
-    store(bytes, __builtin_convertvector(p, i8x16));
-    store(bytes + 16, __builtin_convertvector(q, i8x16));
-    const i32x16 both = p + q;
-    int32_t total = 0;
-    for (int i = 0; i < 16; i++) total += both[i];
-    to.scales[g] = top == top ? top / 127.f : top;  // NaN stays NaN
-    to.sums[g] = total;
-  }
-}
-
-static inline void prepare(const float* x, int64_t k, const Linear& linear, const Operand& to) {
-  if (linear.kind >= kInt8) return quantise(x, to);
-  for (int64_t i = 0; i < k; i += 16) put_lanes(linear.kind, to.words, i, load<f32x16>(x + i));
-}
-
 // What becomes of a tile of results.
 struct Epilogue {
   enum Mode { kStore, kAdd, kSiluMul } mode;
@@ -98,28 +51,31 @@ constexpr int kTileRows = 12, kByteTileRows = 6;  // 24 accumulators of 32 regis
 constexpr int kTileRows = 3, kByteTileRows = 3;
 #endif
 
-template <int KIND, int R, int P>
-static inline void multiply_words(const Linear& l, const Operand& a, int64_t panel, int64_t ahead,
+// How a product finds its weights: in a layer as it lies, or (bfloat16) in one panel of it that was expanded.
+// kKeptWords: a compact panel, expanded into `words` while it is multiplied.
+enum Source { kFloat32Words, kBfloat16Words, kExpandedWords, kCompactWords, kKeptWords, kInt8Words, kInt4Words };
+
+template <int SOURCE>
+constexpr int kTile = SOURCE >= kInt8Words ? kByteTileRows : kTileRows;
+
+template <bool FLOAT, int R, int P>
+static inline void multiply_words(const Linear& l, const Operand& a, const uint32_t* w, const Fetch& fetch,
                                   f32x16 (&acc)[R][2 * P]) {
-  const int64_t steps = l.k / (KIND == kFloat32 ? 1 : 2);
-  const uint32_t* w = l.words + panel * steps * 32;
+  const int64_t steps = l.k / (FLOAT ? 1 : 2);
   const uint32_t* x = a.words;
   for (int r = 0; r < R; r++)
     for (int v = 0; v < 2 * P; v++) acc[r][v] = splat(0.f);
   for (int64_t s = 0; s < steps; s++) {
     u32x16 b[2 * P];
+    fetch.step(s);
 #pragma GCC unroll 8
-    for (int v = 0; v < 2 * P; v++) {
-      const uint32_t* at = w + (v / 2) * steps * 32 + s * 32 + (v % 2) * 16;
-      b[v] = load<u32x16>(at);
-      if (ahead) __builtin_prefetch(at + ahead);
-    }
+    for (int v = 0; v < 2 * P; v++) b[v] = load<u32x16>(w + (v / 2) * steps * 32 + s * 32 + (v % 2) * 16);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const uint32_t word = x[r * a.stride + s];
 #pragma GCC unroll 8
       for (int v = 0; v < 2 * P; v++) {
-        if (KIND == kFloat32) {
+        if (FLOAT) {
           float value;
           std::memcpy(&value, &word, 4);
           acc[r][v] += (f32x16)b[v] * value;
@@ -132,11 +88,10 @@ static inline void multiply_words(const Linear& l, const Operand& a, int64_t pan
 }
 
 template <int KIND, int R, int P>
-static inline void multiply_bytes(const Linear& l, const Operand& a, int64_t panel, int64_t ahead,
+static inline void multiply_bytes(const Linear& l, const Operand& a, const uint32_t* w, int64_t panel, const Fetch& fetch,
                                   f32x16 (&acc)[R][2 * P]) {
   constexpr int kPerGroup = KIND == kInt8 ? 8 : 4;  // stored steps of a group
-  const int64_t panel_words = a.groups * kPerGroup * 32, group_scales = KIND == kInt8 ? 32 : 64;
-  const uint32_t* w = l.words + panel * panel_words;
+  const int64_t stride = panel_words(l), group_scales = KIND == kInt8 ? 32 : 64;
   const uint16_t* scales = l.scales + panel * a.groups * group_scales;
   for (int r = 0; r < R; r++)
     for (int v = 0; v < 2 * P; v++) acc[r][v] = splat(0.f);
@@ -148,12 +103,9 @@ static inline void multiply_bytes(const Linear& l, const Operand& a, int64_t pan
       for (int v = 0; v < 2 * P; v++) whole[r][v] = splat(KIND == kInt8 ? -128 * a.sums[r * a.groups + g] : 0);
     for (int64_t s = g * kPerGroup; s < (g + 1) * kPerGroup; s++) {
       u32x16 b[2 * P];
+      fetch.step(s);
 #pragma GCC unroll 8
-      for (int v = 0; v < 2 * P; v++) {
-        const uint32_t* at = w + (v / 2) * panel_words + s * 32 + (v % 2) * 16;
-        b[v] = load<u32x16>(at);
-        if (ahead) __builtin_prefetch(at + ahead);
-      }
+      for (int v = 0; v < 2 * P; v++) b[v] = load<u32x16>(w + (v / 2) * stride + s * 32 + (v % 2) * 16);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const uint32_t* x = a.words + r * a.stride + (KIND == kInt8 ? s : 2 * s);
@@ -184,44 +136,73 @@ static inline void multiply_bytes(const Linear& l, const Operand& a, int64_t pan
   }
 }
 
-// `last_tile`: no rows come after these, so the next panel is fetched meanwhile. With few rows
+// `words`: of the first panel. `last_tile`: no rows come after these, so the next panel is fetched meanwhile. With few rows
 // the machine's own prefetching does better.
-template <int KIND, int R, int P>
-static void multiply_tile(const Linear& l, const Operand& a, int64_t row, int64_t panel, bool last_tile,
-                          const Epilogue& e) {
+template <int SOURCE, int R, int P>
+static void multiply_tile(const Linear& l, const Operand& a, const uint32_t* words, int64_t row, int64_t panel,
+                          bool last_tile, const Epilogue& e) {
   f32x16 acc[R][2 * P];
-  if constexpr (KIND >= kInt8) {
-    const int64_t next = l.k / (KIND == kInt8 ? 4 : 8) * 32;
-    multiply_bytes<KIND, R, P>(l, a.from(row), panel, last_tile && R >= 4 ? next : 0, acc);
-  } else {
-    const int64_t next = l.k / (KIND == kFloat32 ? 1 : 2) * 32;
-    multiply_words<KIND, R, P>(l, a.from(row), panel, last_tile && R >= 4 ? next : 0, acc);
+  Fetch fetch{nullptr, 128};
+  if (last_tile && R >= 4) {
+    fetch.from = (const uint8_t*)(words + panel_words(l));
+    if (SOURCE == kExpandedWords || SOURCE == kCompactWords) fetch = {compact_panel(l, panel + 1), kPairBytes / 2};
   }
+  const Operand rows = a.from(row);
+  if constexpr (SOURCE == kInt8Words)
+    multiply_bytes<kInt8, R, P>(l, rows, words, panel, fetch, acc);
+  else if constexpr (SOURCE == kInt4Words)
+    multiply_bytes<kInt4, R, P>(l, rows, words, panel, fetch, acc);
+  else if constexpr (SOURCE == kCompactWords || SOURCE == kKeptWords)
+    multiply_compact<R, P, SOURCE == kKeptWords>(l, rows, panel, fetch, const_cast<uint32_t*>(words), acc);
+  else
+    multiply_words<SOURCE == kFloat32Words, R, P>(l, rows, words, fetch, acc);
   finish<R, P>(l, e, row, panel, acc);
 }
 
-// Rows [row, row + rows) against panels [first, last); rows at most R.
-template <int KIND, int R>
-static inline void multiply_rows(const Linear& l, const Operand& a, int64_t row, int64_t rows, int64_t first, int64_t last,
-                                 bool last_tile, const Epilogue& e) {
+// Rows [row, row + rows) against panels [first, last), whose words begin at `words`; rows at most R.
+template <int SOURCE, int R>
+static inline void multiply_rows(const Linear& l, const Operand& a, const uint32_t* words, int64_t row, int64_t rows,
+                                 int64_t first, int64_t last, bool last_tile, const Epilogue& e) {
   if constexpr (R > 1)
-    if (rows < R) return multiply_rows<KIND, R - 1>(l, a, row, rows, first, last, last_tile, e);
+    if (rows < R) return multiply_rows<SOURCE, R - 1>(l, a, words, row, rows, first, last, last_tile, e);
   int64_t panel = first;
-  if constexpr (R <= 2) {  // few rows: several panels at once keep more loads and sums under way
-    constexpr int P = KIND >= kInt8 ? 2 : 4 / R;
-    for (; panel + P <= last; panel += P) multiply_tile<KIND, R, P>(l, a, row, panel, last_tile, e);
-    if constexpr (P > 2)
-      for (; panel + 2 <= last; panel += 2) multiply_tile<KIND, R, 2>(l, a, row, panel, last_tile, e);
+  const auto tiles = [&](auto count) {
+    constexpr int P = decltype(count)::value;
+    for (; panel + P <= last; panel += P)
+      multiply_tile<SOURCE, R, P>(l, a, words + (panel - first) * panel_words(l), row, panel, last_tile, e);
+  };
+  if constexpr (R <= 2 && SOURCE != kExpandedWords && SOURCE != kKeptWords) {  // few rows: several panels keep more loads and sums under way
+    constexpr int P = SOURCE >= kInt8Words ? 2 : 4 / R;
+    tiles(std::integral_constant<int, P>());
+    if constexpr (P > 2) tiles(std::integral_constant<int, 2>());
   }
-  for (; panel < last; panel++) multiply_tile<KIND, R, 1>(l, a, row, panel, last_tile, e);
+  tiles(std::integral_constant<int, 1>());
 }
 
-template <int KIND>
-static void multiply_panels(const Linear& l, const Operand& a, int64_t first_row, int64_t last_row, int64_t first,
-                            int64_t last, const Epilogue& e) {
-  constexpr int R = KIND >= kInt8 ? kByteTileRows : kTileRows;
-  for (int64_t row = first_row; row < last_row; row += R)
-    multiply_rows<KIND, R>(l, a, row, std::min<int64_t>(R, last_row - row), first, last, row + R >= last_row, e);
+// Tiles [tile, tiles) of the rows, which are dealt evenly: one short tile would read the weights for little work.
+template <int SOURCE>
+static void multiply_tiles(const Linear& l, const Operand& a, const uint32_t* words, int64_t row, int64_t rows, int64_t tile,
+                           int64_t tiles, int64_t first, int64_t last, const Epilogue& e) {
+  for (; tile < tiles; tile++) {
+    const int64_t from = rows * tile / tiles, to = rows * (tile + 1) / tiles;
+    multiply_rows<SOURCE, kTile<SOURCE>>(l, a, words, row + from, to - from, first, last, tile + 1 == tiles, e);
+  }
+}
+
+template <int SOURCE>
+static void multiply_panels(const Linear& l, const Operand& a, int64_t row, int64_t rows, int64_t first, int64_t last,
+                            const Epilogue& e) {
+  const int64_t tiles = (rows + kTile<SOURCE> - 1) / kTile<SOURCE>;
+  const uint32_t* words = l.words + first * panel_words(l);
+  if (SOURCE != kCompactWords || tiles == 1)
+    return multiply_tiles<SOURCE>(l, a, words, row, rows, 0, tiles, first, last, e);
+  static thread_local std::vector<uint32_t> buffer;
+  buffer.resize(panel_words(l) + 16);
+  uint32_t* const plain = (uint32_t*)(((uintptr_t)buffer.data() + 63) / 64 * 64);
+  for (int64_t panel = first; panel < last; panel++) {  // each is expanded once, with the first tile
+    multiply_rows<kKeptWords, kTile<SOURCE>>(l, a, plain, row, rows / tiles, panel, panel + 1, false, e);
+    multiply_tiles<kExpandedWords>(l, a, plain, row, rows, 1, tiles, panel, panel + 1, e);
+  }
 }
 
 // One phase: all threads, until every panel is done.
@@ -233,12 +214,17 @@ static void multiply(Team& team, int phase, const Linear& l, const Operand& a, i
       const int64_t band = from / panels, first = from % panels;
       const int64_t last = std::min(panels, first + (to - from));
       from += last - first;
-      const int64_t first_row = band * kBandRows, last_row = std::min(rows, first_row + kBandRows);
+      const int64_t row = band * kBandRows, count = std::min(rows - row, kBandRows);
       switch (l.kind) {
-        case kFloat32: multiply_panels<kFloat32>(l, a, first_row, last_row, first, last, e); break;
-        case kBfloat16: multiply_panels<kBfloat16>(l, a, first_row, last_row, first, last, e); break;
-        case kInt8: multiply_panels<kInt8>(l, a, first_row, last_row, first, last, e); break;
-        default: multiply_panels<kInt4>(l, a, first_row, last_row, first, last, e);
+        case kFloat32: multiply_panels<kFloat32Words>(l, a, row, count, first, last, e); break;
+        case kBfloat16:
+          if (l.exponents)
+            multiply_panels<kCompactWords>(l, a, row, count, first, last, e);
+          else
+            multiply_panels<kBfloat16Words>(l, a, row, count, first, last, e);
+          break;
+        case kInt8: multiply_panels<kInt8Words>(l, a, row, count, first, last, e); break;
+        default: multiply_panels<kInt4Words>(l, a, row, count, first, last, e);
       }
     }
   });

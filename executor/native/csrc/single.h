@@ -104,22 +104,69 @@ static void silu_mul(const Rows& gate, const Rows& up, int64_t rows, int64_t n, 
   });
 }
 
+// Choose the exponents that get codes, the most frequent ones, and count the strays of every panel: `exponents` (16,),
+// `stray_starts` (panels + 1,). Returns how many there are in all.
+static int64_t count_strays(const Rows& from, const int64_t* row_of, int64_t n, int64_t k, uint8_t* exponents,
+                            int32_t* stray_starts) {
+  const int64_t panels = (n + 31) / 32;
+  const int threads = num_threads();
+  std::vector<int64_t> counts((panels + 1) * 256);
+  float* const row_buffers = (float*)scratch(threads * k * 4);
+  on_team(1, [&](Team& team, int thread) {
+    float* row = row_buffers + thread * k;
+    team.share(0, panels, 8, [&](int64_t first, int64_t last) {
+      for (; first < last; first++) {
+        int64_t* count = &counts[first * 256];
+        for (int64_t output = first * 32; output < std::min(n, first * 32 + 32); output++) {
+          read_row(from.data, from.kind, row_of[output] * from.stride0, k, row);
+          for (int64_t i = 0; i < k; i++) {
+            const uint16_t value = narrow(row[i]);
+            count[value >> 7 & 255] += (value & 0x7f80) != 0;
+          }
+        }
+      }
+    });
+  });
+  int64_t* const all = &counts[panels * 256];
+  for (int64_t i = 0; i < panels * 256; i++) all[i % 256] += counts[i];
+  std::vector<int> order(256);
+  for (int i = 0; i < 256; i++) order[i] = i;
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return all[a] > all[b]; });
+  for (int i = 0; i < 15; i++) exponents[i] = (uint8_t)order[i];
+  exponents[15] = 0;
+  stray_starts[0] = 0;
+  for (int64_t panel = 0; panel < panels; panel++) {
+    int64_t strays = 0;
+    for (int i = 15; i < 256; i++) strays += counts[panel * 256 + order[i]];
+    stray_starts[panel + 1] = stray_starts[panel] + (int32_t)strays;
+  }
+  return stray_starts[panels];
+}
+
 // Put weights (n, k) of the model's dtype into panels; `row_of` names the weights' row of each output, n of them.
 static void pack(const Rows& from, const int64_t* row_of, const Linear& l) {
   const int64_t panels = (l.n + 31) / 32, k = l.k, groups = l.kind >= kInt8 ? k / kGroup : 0;
   const int64_t steps = k / per_word(l.kind), stored = l.kind == kInt4 ? steps / 2 : steps;
-  float* const row_buffers = (float*)scratch(num_threads() * k * 4);
+  const int64_t buffer = k * 4 + (l.exponents ? panel_words(l) * 4 : 0);  // a row, and a panel still to be made compact
+  char* const buffers = scratch(num_threads() * buffer);
   on_team(1, [&](Team& team, int thread) {
-    float* row = row_buffers + thread * k;
+    float* row = (float*)(buffers + thread * buffer);
+    uint32_t* const panel = (uint32_t*)(row + k);
+    const Codes codes(l.exponents);
     team.share(0, panels, 8, [&](int64_t first, int64_t last) {
-      for (; first < last; first++)
+      for (; first < last; first++) {
+        uint32_t* const to = l.exponents ? panel : const_cast<uint32_t*>(l.words) + first * stored * 32;
+        Stray* stray = const_cast<Stray*>(l.strays) + (l.exponents ? l.stray_starts[first] : 0);
         for (int64_t lane = 0; lane < 32; lane++) {
           const int64_t output = first * 32 + lane;
           if (output < l.n)
             read_row(from.data, from.kind, row_of[output] * from.stride0, k, row);
           else
             std::memset(row, 0, k * sizeof(float));
-          uint32_t* words = const_cast<uint32_t*>(l.words) + first * stored * 32 + lane;
+          uint32_t* words = to + lane;
+          if (l.exponents)
+            for (int64_t i = 0; i < k; i++)
+              if (codes.strays(narrow(row[i]))) *stray++ = {(int32_t)i, (uint16_t)lane, narrow(row[i])};
           if (l.kind == kFloat32)
             for (int64_t s = 0; s < steps; s++) std::memcpy(words + s * 32, row + s, 4);
           else if (l.kind == kBfloat16)
@@ -140,6 +187,10 @@ static void pack(const Rows& from, const int64_t* row_of, const Linear& l) {
                     ((uint8_t*)(words + (g * kGroup + i) / 8 * 32))[b] = (uint8_t)(q[i + b] | q[i + 4 + b] << 4);
             }
         }
+        if (!l.exponents) continue;
+        std::sort(const_cast<Stray*>(l.strays) + l.stray_starts[first], stray, [](auto& a, auto& b) { return a.k < b.k; });
+        compact_from(l, codes, first, panel);
+      }
     });
   });
 }

@@ -12,12 +12,23 @@ constexpr int64_t kGroup = 32;  // values of k that share a scale
 //   words  [panel][step][32]     step: 1, 2, 4 or 8 values of k in float32, bfloat16, int8 (plus 128) or int4
 //   scales [panel][group][32]    bfloat16; int8: w = scale * q.   int4: [panel][group][2][32], w = scale * q + lowest
 // An int4 word holds step s in its low nibbles and step s + 1 in its high ones.
+//
+// bfloat16 may lie in 12 bits a number, without loss (`exponents` is set): the 15 most frequent exponents of a layer are told
+// by 4 bits, see compact.h. What has another exponent lies there as zero, and once more among the strays.
+struct Stray {
+  int32_t k;
+  uint16_t lane, value;  // lane: output within the panel; value: bfloat16
+};
+
 struct Linear {
   int32_t kind;
   int64_t n, k;
   const uint32_t* words;
   const uint16_t* scales;
-  const float* bias;  // (n,) or null
+  const float* bias;         // (n,) or null
+  const uint8_t* exponents;  // (16,) or null: what each code stands for; the last is 0
+  const Stray* strays;       // by panel, in the order of k
+  const int32_t* stray_starts;  // (panels + 1,)
 };
 
 // One attention layer. The slab is [block][kv_head][record]; inside a record, for each 16 tokens:

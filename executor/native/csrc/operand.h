@@ -1,0 +1,63 @@
+// The left side of a product: rows of words, and for int8 their scales and (shifted) sums by group.
+struct Operand {
+  uint32_t* words;
+  int64_t stride;  // words a row
+  float* scales;   // (rows, groups)
+  int32_t* sums;   // (rows, groups) of the bytes
+  int64_t groups;
+
+  Operand from(int64_t row) const {
+    return {words + row * stride, stride, scales + row * groups, sums + row * groups, groups};
+  }
+};
+
+static inline int per_word(int32_t kind) { return kind == kFloat32 ? 1 : kind == kBfloat16 ? 2 : 4; }
+
+// Sixteen columns of one row of `x` to the operand of a product; float32 and bfloat16 only.
+static inline void put_lanes(int32_t kind, uint32_t* row, int64_t column, f32x16 x) {
+  if (kind == kFloat32)
+    store((float*)row + column, x);
+  else
+    store((uint16_t*)row + column, narrow(x));
+}
+
+// Quantise one row to signed bytes, a scale for each group.
+static inline void quantise(const float* x, const Operand& to) {
+  for (int64_t g = 0; g < to.groups; g++) {
+    const f32x16 a = load<f32x16>(x + g * kGroup), b = load<f32x16>(x + g * kGroup + 16);
+    const float top = highest(vmax(vmax(a, -a), vmax(b, -b)));
+    const float inverse = top > 0 ? 127.f / top : 0.f;
+    const i32x16 p = __builtin_convertvector(rounded(a * inverse), i32x16);
+    const i32x16 q = __builtin_convertvector(rounded(b * inverse), i32x16);
+    int8_t* bytes = (int8_t*)to.words + g * kGroup;
+    store(bytes, __builtin_convertvector(p, i8x16));
+    store(bytes + 16, __builtin_convertvector(q, i8x16));
+    const i32x16 both = p + q;
+    int32_t total = 0;
+    for (int i = 0; i < 16; i++) total += both[i];
+    to.scales[g] = top == top ? top / 127.f : top;  // NaN stays NaN
+    to.sums[g] = total;
+  }
+}
+
+static inline void prepare(const float* x, int64_t k, const Linear& linear, const Operand& to) {
+  if (linear.kind >= kInt8) return quantise(x, to);
+  for (int64_t i = 0; i < k; i += 16) put_lanes(linear.kind, to.words, i, load<f32x16>(x + i));
+}
+
+static inline int64_t panel_words(const Linear& l) {
+  const int64_t whole = l.k * 32;  // numbers in a panel
+  return l.kind == kFloat32 ? whole : l.kind == kBfloat16 ? whole / 2 : l.kind == kInt8 ? whole / 4 : whole / 8;
+}
+
+// What is fetched while a tile is worked: so many bytes in each of its steps, or nothing.
+struct Fetch {
+  const uint8_t* from;
+  int64_t bytes;
+
+  inline void step(int64_t s) const {
+    if (!from) return;
+    __builtin_prefetch(from + s * bytes);
+    __builtin_prefetch(from + s * bytes + bytes / 2);
+  }
+};
