@@ -179,7 +179,7 @@ class ModelRunner:
             batch = build_batch(self._resident, rows)
             logits = self._model.forward(batch, self._pool.take(batch.token_places))
             chosen = sample(logits.float().cpu().numpy(), self._how(batch))
-            self._pool.put(batch.sampled_places, torch.tensor(chosen.tokens, dtype=torch.int32))
+            self._pool.put(batch.sampled_places, chosen.tokens)
         sampled = self._resident.advance(rows, chosen.tokens, chosen.failed)
         return StepResult(
             step=plan.step,
@@ -190,10 +190,14 @@ class ModelRunner:
             compute_ns=time.perf_counter_ns() - started_ns,
         )
 
-    def _how(self, batch: InputBatch) -> SamplingColumns:
+    def _how(self, batch: InputBatch) -> SamplingColumns | None:
+        """How the rows are sampled; None when all of them are greedy."""
         held, slots = self._resident, batch.sampled_slots
+        temperature = held.temperature[slots]
+        if not temperature.any():
+            return None
         return SamplingColumns(
-            temperature=held.temperature[slots],
+            temperature=temperature,
             top_k=held.top_k[slots],
             top_p=held.top_p[slots],
             min_p=held.min_p[slots],

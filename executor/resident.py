@@ -136,27 +136,26 @@ class Resident:
         self.num_computed[rows.slots] = rows.stops
         slots = rows.slots[rows.samples]
         assert len(tokens) == len(slots), f"{len(tokens)} tokens for {len(slots)} rows that sample"
-        without = set(failed)
-        good = [n for n in range(len(slots)) if n not in without]
-        bad = slots[sorted(without)]
-        self.finished[bad] = True
+        kept_tokens = list(tokens)
+        bad = []
+        if without := set(failed):
+            good = [n for n in range(len(slots)) if n not in without]
+            bad = self.refs[slots[sorted(without)]].tolist()
+            self.finished[slots[sorted(without)]] = True
+            slots, kept_tokens = slots[good], [kept_tokens[n] for n in good]
 
-        kept_slots = slots[good]
-        kept_tokens = [int(tokens[n]) for n in good]
-        places = self.num_tokens[kept_slots]
-        indices = places - self.num_prompt[kept_slots]
-        self.token_ids[kept_slots, places] = kept_tokens
-        self.num_tokens[kept_slots] = places + 1
-        stops = [
-            token in self.stop_token_ids[slot] for slot, token in zip(kept_slots.tolist(), kept_tokens, strict=True)
-        ]
-        full = (indices + 1 >= self.max_tokens[kept_slots]) | (places + 1 >= self.max_model_len)
-        self.finished[kept_slots] = full | np.array(stops, np.bool_)
+        places = self.num_tokens[slots]
+        indices = places - self.num_prompt[slots]
+        self.token_ids[slots, places] = kept_tokens
+        self.num_tokens[slots] = places + 1
+        stops = [token in self.stop_token_ids[slot] for slot, token in zip(slots.tolist(), kept_tokens, strict=True)]
+        full = (indices + 1 >= self.max_tokens[slots]) | (places + 1 >= self.max_model_len)
+        self.finished[slots] = full | np.array(stops, np.bool_)
         return Sampled(
-            refs=[SlotRef(ref) for ref in self.refs[kept_slots].tolist()],
+            refs=self.refs[slots].tolist(),
             tokens=kept_tokens,
             indices=indices.tolist(),
-            failed=[SlotRef(ref) for ref in self.refs[bad].tolist()],
+            failed=bad,
         )
 
     def _admit(self, sequence: NewSequence) -> None:
@@ -225,13 +224,14 @@ class Resident:
         known[known] = self.refs[slots[known]] == refs[known]
         if not known.all():
             raise PlanError(f"{_named(SlotRef(int(refs[~known][0])))} has a row but is not resident")
-        if len(np.unique(slots)) != len(slots):
+        if len(set(plan.refs)) != len(slots):  # of one slot there is one reference
             raise PlanError("a sequence has two rows in one step")
         if granted.sum() > self.max_step_tokens:
             raise PlanError(f"{granted.sum()} tokens in a step of at most {self.max_step_tokens}")
 
-        runs = ~self.finished[slots]
-        slots, granted = slots[runs], granted[runs]
+        finished = self.finished[slots]
+        if finished.any():
+            slots, granted = slots[~finished], granted[~finished]
         starts = self.num_computed[slots]
         stops = starts + granted
         wrong = (granted < 1) | (stops > self.num_tokens[slots]) | (stops > self.num_blocks[slots] * self.block_size)

@@ -44,14 +44,17 @@ class Choice:
     failed: Sequence[int]  # rows whose logits hold NaN or +inf, or nothing but -inf
 
 
-def sample(logits: NDArray[np.float32], how: SamplingColumns) -> Choice:
-    """Choose one token a row. logits (S, vocab_size), contiguous."""
+def sample(logits: NDArray[np.float32], how: SamplingColumns | None) -> Choice:
+    """Choose one token a row. logits (S, vocab_size), contiguous. Without `how` every row is greedy."""
     best = logits.argmax(axis=1)  # numpy's argmax stops at a NaN, so the maximum also says whether all is finite
     highest = logits[np.arange(len(logits)), best]
-    failed = np.flatnonzero(~np.isfinite(highest)).tolist()
+    sound = np.isfinite(highest)
+    failed = [] if sound.all() else np.flatnonzero(~sound).tolist()
     tokens: list[int] = best.tolist()
+    if how is None:
+        return Choice(tokens=tokens, failed=failed)
     draws = uniforms(how.seed, how.choice, how.index)
-    for row in np.flatnonzero((how.temperature > 0) & np.isfinite(highest)).tolist():
+    for row in np.flatnonzero((how.temperature > 0) & sound).tolist():
         ids, weights = keep(
             logits[row],
             temperature=float(how.temperature[row]),

@@ -5,7 +5,7 @@ A decode row therefore never waits for its token to travel to the scheduler and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ class TokenPool:
     """A table (slots, max_model_len) of token ids. On the CPU it *is* the resident table, elsewhere its mirror."""
 
     def __init__(self, resident_token_ids: NDArray[np.int32], device: torch.device) -> None:
+        self._table = resident_token_ids.reshape(-1)  # shares its memory
         self._host = torch.from_numpy(resident_token_ids)
         self._is_host = device.type == "cpu"
         self._device = self._host if self._is_host else self._host.to(device)
@@ -29,10 +30,14 @@ class TokenPool:
 
     def take(self, places: NDArray[np.int64]) -> Tensor:
         """Return the tokens at `places` (T,) of the flattened table, int64 on the device."""
+        if self._is_host:
+            return torch.from_numpy(self._table[places].astype(np.int64))
         return self._device.view(-1)[torch.from_numpy(places).to(self._device.device)].long()
 
-    def put(self, places: NDArray[np.int64], tokens: Tensor) -> None:
+    def put(self, places: NDArray[np.int64], tokens: Sequence[int]) -> None:
         """Write sampled tokens (S,) to their places, so that the next step finds them."""
-        self._device.view(-1)[torch.from_numpy(places).to(self._device.device)] = tokens.to(
-            device=self._device.device, dtype=torch.int32
-        )
+        if self._is_host:
+            self._table[places] = tokens
+            return
+        values = torch.tensor(tokens, dtype=torch.int32, device=self._device.device)
+        self._device.view(-1)[torch.from_numpy(places).to(self._device.device)] = values
