@@ -65,22 +65,30 @@ char* scratch(int64_t bytes) {
 }
 
 void run_team(int num_phases, void (*body)(Team&, int, void*), void* context) {
-  Team alone(1, num_phases), team(threads, num_phases);
-  if (threads == 1) return body(alone, 0, context);
   struct Call {
-    Team &alone, &team;
+    Phases phases;
+    int num_phases;
     void (*body)(Team&, int, void*);
     void* context;
     std::atomic<int> next{0};
-  } call{alone, team, body, context};
+
+    void alone() {
+      Phases own(1, num_phases);
+      Team team(own, 0);
+      body(team, 0, context);
+    }
+  } call{{threads, num_phases}, num_phases, body, context};
+  if (threads == 1) return call.alone();
   borrowed(
       [](void* p) {
         Call& c = *static_cast<Call*>(p);
         const int thread = c.next.fetch_add(1);
-        if (team_size() == c.team.size)
-          c.body(c.team, thread, c.context);
-        else if (thread == 0)  // fewer threads than asked for, a limit of the machine: nobody may wait for the missing
-          c.body(c.alone, 0, c.context);
+        if (team_size() == (int)c.phases.hands.size()) {
+          Team team(c.phases, thread);
+          c.body(team, thread, c.context);
+        } else if (thread == 0) {  // fewer threads than asked for, a limit of the machine: nobody may wait for the missing
+          c.alone();
+        }
       },
       &call, (unsigned)threads, 0);
 }

@@ -5,6 +5,7 @@
 struct Epilogue {
   enum Mode { kStore, kAdd, kSiluMul } mode;
   float* out;  // kStore, kAdd: (rows, n) float32; kSiluMul into int8: (rows, n / 2) float32, quantised later
+  const float* base;  // kAdd: (rows, n), what is added to; may be `out`
   int64_t stride;
   int32_t next_kind;   // kSiluMul: what the next product reads
   uint32_t* next;      // kSiluMul: its operand's words
@@ -30,15 +31,16 @@ static inline void finish(const Linear& l, const Epilogue& e, int64_t row, int64
         continue;
       }
       float* to = e.out + (row + r) * e.stride + column;
+      const float* base = e.mode == Epilogue::kAdd ? e.base + (row + r) * e.stride + column : nullptr;
       if (column + 32 > l.n) {  // the last panel is padded
         float both[32];
         store(both, low), store(both + 16, high);
-        for (int64_t i = 0; column + i < l.n; i++) to[i] = e.mode == Epilogue::kAdd ? to[i] + both[i] : both[i];
+        for (int64_t i = 0; column + i < l.n; i++) to[i] = base ? base[i] + both[i] : both[i];
         continue;
       }
-      if (e.mode == Epilogue::kAdd) {
-        low += load<f32x16>(to);
-        high += load<f32x16>(to + 16);
+      if (base) {
+        low += load<f32x16>(base);
+        high += load<f32x16>(base + 16);
       }
       store(to, low), store(to + 16, high);
     }

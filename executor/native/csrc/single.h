@@ -23,7 +23,7 @@ static void linear(const Linear& l, const Rows& x, const Rows& y, int64_t rows) 
         prepare(row, l.k, l, in.from(from));
       }
     });
-    multiply(team, 1, l, in, rows, {Epilogue::kStore, out, l.n, 0, nullptr, 0});
+    multiply(team, 1, l, in, rows, {Epilogue::kStore, out, nullptr, l.n, 0, nullptr, 0});
     if (y.kind == kFloat32) return;
     team.share(2, rows, 64, [&](int64_t from, int64_t to) {
       for (; from < to; from++) write_row(y.data, y.kind, from * y.stride0, l.n, out + from * l.n);
