@@ -8,16 +8,10 @@ to its own code.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
-from transformers.models.mistral.modeling_mistral import MistralForCausalLM
-from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
-from transformers.models.smollm3.modeling_smollm3 import SmolLM3ForCausalLM
 
 from executor.attention.native import attention_struct
 from executor.attention.protocol import LayerNeeds
@@ -28,13 +22,26 @@ from executor.native.packed import PackedLinear, Pages, interleaved, merge, pack
 from executor.native.packed import why_not as why_not_packed
 from executor.native.step import step_struct
 
-_FAMILY: Final = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3ForCausalLM)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from executor.llama_folder import FolderLlama
+
+# By name: to import them takes seconds.
+_FAMILY: Final = frozenset({
+    "executor.llama_folder.FolderLlama",
+    "transformers.models.llama.modeling_llama.LlamaForCausalLM",
+    "transformers.models.mistral.modeling_mistral.MistralForCausalLM",
+    "transformers.models.qwen2.modeling_qwen2.Qwen2ForCausalLM",
+    "transformers.models.qwen3.modeling_qwen3.Qwen3ForCausalLM",
+    "transformers.models.smollm3.modeling_smollm3.SmolLM3ForCausalLM",
+})  # fmt: skip
 
 
-def why_not(model: PreTrainedModel, kind: int | None = None) -> str | None:
+def why_not(model: PreTrainedModel | FolderLlama, kind: int | None = None) -> str | None:
     """Return why this model cannot take the fused forward, with weights of `kind`, or None when it can."""
     name, config = type(model).__name__, model.config
-    if type(model) not in _FAMILY:
+    if f"{type(model).__module__}.{type(model).__qualname__}" not in _FAMILY:
         return f"{name} is not of the Llama family"
     if model.device.type != "cpu" or model.dtype not in KINDS:
         return f"{model.dtype} on {model.device.type}"
@@ -56,7 +63,7 @@ class LlamaModel:
     def __init__(
         self,
         native: Native,
-        model: PreTrainedModel,
+        model: PreTrainedModel | FolderLlama,
         cache: KvCache,
         needs: list[LayerNeeds],
         *,
@@ -68,6 +75,7 @@ class LlamaModel:
         self._kept: list[Any] = [cache]
         self._kind = kind
         body: Any = model.model
+        lm_head: Any = model.lm_head
         config = model.config
         embedding = body.embed_tokens.weight.detach()
         cos, sin = _rotary_tables(body.rotary_emb, max_positions)
@@ -89,7 +97,7 @@ class LlamaModel:
             sin=self._keep(sin),
             final_norm=self._norm(body.norm),
             layers=layers,
-            head=self._pack([model.lm_head], INT8 if kind == INT4 else kind).struct,  # the answer hangs on it most
+            head=self._pack([lm_head], INT8 if kind == INT4 else kind).struct,  # the answer hangs on it most
         )
         self._kept += [embedding, layers]
         self._logits = torch.empty(0, self.vocab_size)
@@ -114,7 +122,7 @@ class LlamaModel:
     def _layer(self, layer: Any, cache: KvCache, needs: LayerNeeds, index: int) -> LlamaLayerStruct:
         attention, mlp = layer.self_attn, layer.mlp
         qkv = self._pack([attention.q_proj, attention.k_proj, attention.v_proj], self._kind)
-        order = interleaved(mlp.gate_proj.out_features)
+        order = interleaved(len(mlp.gate_proj.weight))
         return LlamaLayerStruct(
             qkv=qkv.struct,
             o=self._pack([attention.o_proj], self._kind).struct,

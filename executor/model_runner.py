@@ -8,13 +8,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from common.errors import ModelFolderError
 from common.model_folder import read_model_folder
@@ -26,14 +23,12 @@ from executor.batch import InputBatch, build_batch
 from executor.kv_cache import KvCache, SlabFormat, block_bytes, fit_slab, free_bytes
 from executor.llama import LlamaModel
 from executor.llama import why_not as why_not_fused
+from executor.loading import Forward, Loaded, open_model, transformers_forward
 from executor.native.library import INT4, INT8, native
-from executor.paged_model import PagedModel, probe_layers
 from executor.resident import Resident
 from executor.runner import Report
 from executor.sampler import Choice, SamplingColumns, sample
-from executor.swap import swap
 from executor.token_pool import TokenPool
-from executor.weights import load_model, max_positions
 
 _log = logging.getLogger(__name__)
 
@@ -43,14 +38,6 @@ _GPU_SHARE: Final = 0.85  # the rest is for activations
 _CPU_STEP_TOKENS: Final = 256  # a fifth of a second: what the other streams wait while a long prompt is read
 _GPU_STEP_TOKENS: Final = 8192
 _WEIGHT_KINDS: Final = {"auto": None, "int8": INT8, "int4": INT4}
-
-
-class Forward(Protocol):
-    """A model over the slab: one batch in, logits out."""
-
-    def forward(self, batch: InputBatch, token_ids: Tensor, /) -> Tensor:
-        """Compute every token of the batch; return logits (S, vocab_size), void at the next call."""
-        ...
 
 
 class ModelRunner:
@@ -108,13 +95,20 @@ class ModelRunner:
             torch.set_num_threads(self._num_threads)
         folder = read_model_folder(self._model_folder)
         report("weights", 0, 1)
-        model = load_model(folder.path, dtype=self._dtype, device=self._device)
+        loaded = open_model(
+            folder,
+            dtype=self._dtype,
+            device=self._device,
+            attention=self._attention_backend,
+            kind=_WEIGHT_KINDS[self._weights],
+            block_size=self._block_size,
+        )
         report("weights", 1, 1)
 
-        needs = [replace(layer, block_size=self._block_size) for layer in probe_layers(model, folder.vocab_size)]
+        needs = loaded.needs
         backends = choose(needs, self._attention_backend)
         slab = self._slab_format(needs, backends)
-        longest = min(filter(None, [folder.max_model_len, max_positions(model.config.get_text_config())]))
+        longest = min(filter(None, [folder.max_model_len, loaded.longest]))
         shapes = [layer.shape for layer in needs]
         num_blocks, max_model_len = fit_slab(
             shapes,
@@ -133,7 +127,7 @@ class ModelRunner:
             format=slab,
             device=self._device,
         )
-        self._model = self._fast_model(model, needs, backends, max_model_len)
+        self._model = self._fast_model(loaded, backends, max_model_len)
         self._resident = Resident(
             num_blocks=num_blocks,
             block_size=self._block_size,
@@ -155,7 +149,7 @@ class ModelRunner:
             max_sequences=self._max_sequences,
             max_step_tokens=self._max_step_tokens,
             credit=self._credit,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=str(loaded.model.dtype).removeprefix("torch."),
             device=self._device.type,
         )
         _log.info(
@@ -206,20 +200,19 @@ class ModelRunner:
             index=batch.sampled_indices,
         )
 
-    def _fast_model(
-        self, model: PreTrainedModel, needs: list[LayerNeeds], backends: list[AttentionBackend], max_model_len: int
-    ) -> Forward:
+    def _fast_model(self, loaded: Loaded, backends: list[AttentionBackend], max_model_len: int) -> Forward:
         """The fastest forward that serves this model."""
         kind = _WEIGHT_KINDS[self._weights]
-        reason = why_not_fused(model, kind)
+        reason = why_not_fused(loaded.model, kind)
         if reason is None and not all(backend.packed for backend in backends):
             reason = "its attention is not native"
-        if reason is None:
-            _log.info("forward: fused (%s, %d threads)", native().isa, native().num_threads)
-            return LlamaModel(native(), model, self._cache, needs, max_positions=max_model_len, kind=kind)
-        _log.info("forward: Transformers' own (not fused: %s)", reason)
-        swap(model, kind)
-        return PagedModel(model, self._cache, backends)
+        if reason is not None:
+            _log.info("forward: Transformers' own (not fused: %s)", reason)
+            return transformers_forward(loaded, self._cache, backends, kind)
+        _log.info("forward: fused (%s, %d threads)", native().isa, native().num_threads)
+        return LlamaModel(
+            native(), loaded.model, self._cache, loaded.needs, max_positions=max_model_len, kind=kind
+        )  # fmt: skip
 
     def _slab_format(self, needs: Sequence[LayerNeeds], backends: Sequence[AttentionBackend]) -> SlabFormat:
         packed = all(backend.packed for backend in backends)

@@ -105,10 +105,10 @@ class Native:
         ]  # fmt: skip
         self._library.pagewire_silu_mul.argtypes = [c.c_void_p, c.c_void_p, c.c_int64, c.c_int64, c.c_void_p]
         self._library.pagewire_linear.argtypes = [c.c_void_p, c.c_void_p, c.c_void_p, c.c_int64]
-        self._library.pagewire_count_strays.argtypes = [
+        self._library.pagewire_survey.argtypes = [
             c.c_void_p, c.c_void_p, c.c_int64, c.c_int64, c.c_void_p, c.c_void_p,
         ]  # fmt: skip
-        self._library.pagewire_count_strays.restype = c.c_int64
+        self._library.pagewire_survey.restype = c.c_int64
         self._library.pagewire_use_threads.argtypes = [c.c_int, c.c_void_p, c.c_void_p]
         self.use_threads(torch.get_num_threads())
 
@@ -166,12 +166,12 @@ class Native:
         """Put rows `row_of` (n,) int64 of `weight` (any, k) into the panels of `to`."""
         self._library.pagewire_pack(c.byref(rows(weight)), c.c_void_p(row_of.data_ptr()), c.byref(to))
 
-    def count_strays(self, weight: Tensor, row_of: Tensor, exponents: Tensor, stray_starts: Tensor) -> int:
+    def survey(self, weight: Tensor, row_of: Tensor, exponents: Tensor, stray_starts: Tensor) -> int:
         """Choose the `exponents` (16,) uint8 that get a code and count, by panel, the weights that have another one.
 
         `stray_starts` (panels + 1,) int32 becomes their running sum. Returns their number.
         """
-        strays: int = self._library.pagewire_count_strays(
+        strays: int = self._library.pagewire_survey(
             c.byref(rows(weight)), row_of.data_ptr(), len(row_of), weight.shape[1], exponents.data_ptr(),
             stray_starts.data_ptr(),
         )  # fmt: skip

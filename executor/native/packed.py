@@ -100,7 +100,7 @@ def _exponents(
     """Make `struct` one of 12 bits a weight and return what it points to: nothing when more than `most` are strays."""
     exponents = torch.zeros(16, dtype=torch.uint8)
     starts = torch.zeros(-(-len(order) // PANEL) + 1, dtype=torch.int32)
-    num_strays = native.count_strays(weight, order, exponents, starts)
+    num_strays = native.survey(weight, order, exponents, starts)
     if num_strays > most * weight.numel():
         return []
     strays = pages.take(num_strays * _STRAY_BYTES)

@@ -127,7 +127,7 @@ void pagewire_silu_mul(const Rows* gate, const Rows* up, int64_t rows, int64_t n
   table(isa).silu_mul(*gate, *up, rows, n, *y);
 }
 void pagewire_pack(const Rows* from, const int64_t* row_of, const Linear* to) { table(isa).pack(*from, row_of, *to); }
-int64_t pagewire_count_strays(const Rows* from, const int64_t* row_of, int64_t n, int64_t k, uint8_t* exponents, int32_t* starts) {
-  return table(isa).count_strays(*from, row_of, n, k, exponents, starts);
+int64_t pagewire_survey(const Rows* from, const int64_t* row_of, int64_t n, int64_t k, uint8_t* exponents, int32_t* starts) {
+  return table(isa).survey(*from, row_of, n, k, exponents, starts);
 }
 }

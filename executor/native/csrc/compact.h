@@ -138,30 +138,36 @@ static inline void multiply_compact(const Linear& l, const Operand& a, int64_t p
   }
 }
 
-// The way back from `exponents`.
-struct Codes {
-  uint8_t of[256];  // kStrayCode where there is none
+// The exponents that have a code: fifteen in a row from `low` on, and 0.
+static inline uint16_t code_of(uint16_t value, uint16_t low) { return (uint16_t)((value >> 7 & 255) - low); }
+static inline bool is_stray(uint16_t value, uint16_t low) { return code_of(value, low) > 14 && (value & 0x7f80) != 0; }
 
-  explicit Codes(const uint8_t* exponents) {
-    std::memset(of, kStrayCode, sizeof of);
-    if (!exponents) return;
-    for (int i = 0; i < 15; i++) of[exponents[i]] = (uint8_t)i;
-    of[0] = kStrayCode;
+static inline int64_t count_strays(const uint16_t* row, int64_t k, uint16_t low) {
+  int64_t strays = 0;
+  for (int64_t i = 0; i < k; i += 16) {
+    uint16_t some = 0;
+    for (int64_t j = 0; j < 16; j++) some += is_stray(row[i + j], low);
+    strays += some;
   }
-  bool strays(uint16_t value) const { return of[value >> 7 & 255] == kStrayCode && (value & 0x7f80); }
-};
+  return strays;
+}
 
 // One panel from the plain layout.
-static inline void compact_from(const Linear& l, const Codes& codes, int64_t panel, const uint32_t* plain) {
+static inline void compact_from(const Linear& l, int64_t panel, const uint32_t* plain) {
+  const uint16_t low = l.exponents[0];
   uint8_t* pair = const_cast<uint8_t*>(compact_panel(l, panel));
-  for (int64_t p = 0; p < l.k / 4; p++, pair += kPairBytes, plain += 2 * 32)
+  for (int64_t p = 0; p < l.k / 4; p++, pair += kPairBytes, plain += 2 * 32) {
+    uint8_t codes[2][64];
     for (int step = 0; step < 2; step++)
-      for (int j = 0; j < 64; j++) {
-        uint16_t value = ((const uint16_t*)(plain + step * 32))[j];
-        const uint8_t code = codes.of[value >> 7 & 255];
-        if (codes.strays(value)) value = 0;
-        const int at = j % 32 / 8 * 16 + j / 32 * 8 + j % 8;
-        pair[64 * step + at] = (uint8_t)(value >> 8 & 0x80) | (value & 0x7f);
-        pair[128 + at] = step ? pair[128 + at] | (uint8_t)(code << 4) : code;
+      for (int chunk = 0; chunk < 8; chunk++) {
+        const uint16_t* from = (const uint16_t*)(plain + step * 32) + chunk * 8;
+        const int at = chunk % 4 * 16 + chunk / 4 * 8;
+        for (int i = 0; i < 8; i++) {
+          const uint16_t value = is_stray(from[i], low) ? 0 : from[i], code = code_of(value, low);
+          pair[64 * step + at + i] = (uint8_t)((value >> 8 & 0x80) | (value & 0x7f));
+          codes[step][at + i] = (uint8_t)(code > 14 ? kStrayCode : code);
+        }
       }
+    for (int i = 0; i < 64; i++) pair[128 + i] = (uint8_t)(codes[0][i] | codes[1][i] << 4);
+  }
 }

@@ -20,7 +20,7 @@ struct Kernels {
                const Rows& y);
   void (*silu_mul)(const Rows& gate, const Rows& up, int64_t rows, int64_t n, const Rows& y);
   void (*pack)(const Rows& from, const int64_t* row_of, const Linear& to);
-  int64_t (*count_strays)(const Rows& from, const int64_t* row_of, int64_t n, int64_t k, uint8_t* exponents,
+  int64_t (*survey)(const Rows& from, const int64_t* row_of, int64_t n, int64_t k, uint8_t* exponents,
                           int32_t* stray_starts);
 };
 

@@ -104,43 +104,70 @@ static void silu_mul(const Rows& gate, const Rows& up, int64_t rows, int64_t n, 
   });
 }
 
-// Choose the exponents that get codes, the most frequent ones, and count the strays of every panel: `exponents` (16,),
-// `stray_starts` (panels + 1,). Returns how many there are in all.
-static int64_t count_strays(const Rows& from, const int64_t* row_of, int64_t n, int64_t k, uint8_t* exponents,
-                            int32_t* stray_starts) {
+// A row of weights in bfloat16, where it lies or put into `buffer`.
+static inline const uint16_t* bfloat16_row(const Rows& from, int64_t row, int64_t k, uint16_t* buffer) {
+  if (from.kind == kBfloat16) return (const uint16_t*)from.data + row * from.stride0;
+  const float* x = (const float*)from.data + row * from.stride0;
+  for (int64_t i = 0; i < k; i += 16) store(buffer + i, narrow(load<f32x16>(x + i)));
+  return buffer;
+}
+
+// Choose the exponents that get codes, by the rows of every eighth panel, and count the strays of all panels: `exponents`
+// (16,), `stray_starts` (panels + 1,). Returns how many there are in all.
+static int64_t survey(const Rows& from, const int64_t* row_of, int64_t n, int64_t k, uint8_t* exponents,
+                      int32_t* stray_starts) {
   const int64_t panels = (n + 31) / 32;
   const int threads = num_threads();
-  std::vector<int64_t> counts((panels + 1) * 256);
-  float* const row_buffers = (float*)scratch(threads * k * 4);
+  uint16_t* const buffers = (uint16_t*)scratch(threads * k * 2);
+  int64_t counts[256 + 15] = {};
+  for (int64_t output = 0; output < n; output++) {
+    if (output / 32 % 8) continue;
+    const uint16_t* row = bfloat16_row(from, row_of[output], k, buffers);
+    for (int64_t i = 0; i < k; i++) counts[row[i] >> 7 & 255]++;
+  }
+  int64_t most = -1;
+  for (int low = 1; low <= 241; low++) {  // 0 has a code by itself
+    int64_t covered = 0;
+    for (int i = 0; i < 15; i++) covered += counts[low + i];
+    if (covered > most) most = covered, exponents[0] = (uint8_t)low;
+  }
+  for (int i = 1; i < 15; i++) exponents[i] = (uint8_t)(exponents[0] + i);
+  exponents[15] = 0;
   on_team(1, [&](Team& team, int thread) {
-    float* row = row_buffers + thread * k;
+    uint16_t* const buffer = buffers + thread * k;
     team.share(0, panels, 8, [&](int64_t first, int64_t last) {
       for (; first < last; first++) {
-        int64_t* count = &counts[first * 256];
-        for (int64_t output = first * 32; output < std::min(n, first * 32 + 32); output++) {
-          read_row(from.data, from.kind, row_of[output] * from.stride0, k, row);
-          for (int64_t i = 0; i < k; i++) {
-            const uint16_t value = narrow(row[i]);
-            count[value >> 7 & 255] += (value & 0x7f80) != 0;
-          }
-        }
+        int64_t strays = 0;
+        for (int64_t output = first * 32; output < std::min(n, first * 32 + 32); output++)
+          strays += count_strays(bfloat16_row(from, row_of[output], k, buffer), k, exponents[0]);
+        stray_starts[first + 1] = (int32_t)strays;
       }
     });
   });
-  int64_t* const all = &counts[panels * 256];
-  for (int64_t i = 0; i < panels * 256; i++) all[i % 256] += counts[i];
-  std::vector<int> order(256);
-  for (int i = 0; i < 256; i++) order[i] = i;
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return all[a] > all[b]; });
-  for (int i = 0; i < 15; i++) exponents[i] = (uint8_t)order[i];
-  exponents[15] = 0;
   stray_starts[0] = 0;
-  for (int64_t panel = 0; panel < panels; panel++) {
-    int64_t strays = 0;
-    for (int i = 15; i < 256; i++) strays += counts[panel * 256 + order[i]];
-    stray_starts[panel + 1] = stray_starts[panel] + (int32_t)strays;
-  }
+  for (int64_t panel = 0; panel < panels; panel++) stray_starts[panel + 1] += stray_starts[panel];
   return stray_starts[panels];
+}
+
+// A panel of bfloat16 to `words`, in the plain layout; its strays to `stray`, if it shall be compact.
+static void pack_bfloat16(const Rows& from, const int64_t* row_of, const Linear& l, int64_t panel, uint16_t* buffer,
+                          uint32_t* words) {
+  Stray* const strays = const_cast<Stray*>(l.strays) + (l.exponents ? l.stray_starts[panel] : 0);
+  Stray* stray = strays;
+  for (int64_t lane = 0; lane < 32; lane++) {
+    const int64_t output = panel * 32 + lane;
+    if (output >= l.n) {
+      for (int64_t s = 0; s < l.k / 2; s++) words[s * 32 + lane] = 0;
+      continue;
+    }
+    const uint16_t* row = bfloat16_row(from, row_of[output], l.k, buffer);
+    for (int64_t s = 0; s < l.k / 2; s++) std::memcpy(words + s * 32 + lane, row + 2 * s, 4);
+    if (!l.exponents || !count_strays(row, l.k, l.exponents[0])) continue;
+    for (int64_t i = 0; i < l.k; i++)
+      if (is_stray(row[i], l.exponents[0])) *stray++ = {(int32_t)i, (uint16_t)lane, row[i]};
+  }
+  std::sort(strays, stray, [](const Stray& a, const Stray& b) { return a.k < b.k; });
+  if (l.exponents) compact_from(l, panel, words);
 }
 
 // Put weights (n, k) of the model's dtype into panels; `row_of` names the weights' row of each output, n of them.
@@ -151,12 +178,13 @@ static void pack(const Rows& from, const int64_t* row_of, const Linear& l) {
   char* const buffers = scratch(num_threads() * buffer);
   on_team(1, [&](Team& team, int thread) {
     float* row = (float*)(buffers + thread * buffer);
-    uint32_t* const panel = (uint32_t*)(row + k);
-    const Codes codes(l.exponents);
     team.share(0, panels, 8, [&](int64_t first, int64_t last) {
       for (; first < last; first++) {
-        uint32_t* const to = l.exponents ? panel : const_cast<uint32_t*>(l.words) + first * stored * 32;
-        Stray* stray = const_cast<Stray*>(l.strays) + (l.exponents ? l.stray_starts[first] : 0);
+        uint32_t* const to = l.exponents ? (uint32_t*)(row + k) : const_cast<uint32_t*>(l.words) + first * stored * 32;
+        if (l.kind == kBfloat16) {
+          pack_bfloat16(from, row_of, l, first, (uint16_t*)row, to);
+          continue;
+        }
         for (int64_t lane = 0; lane < 32; lane++) {
           const int64_t output = first * 32 + lane;
           if (output < l.n)
@@ -164,13 +192,8 @@ static void pack(const Rows& from, const int64_t* row_of, const Linear& l) {
           else
             std::memset(row, 0, k * sizeof(float));
           uint32_t* words = to + lane;
-          if (l.exponents)
-            for (int64_t i = 0; i < k; i++)
-              if (codes.strays(narrow(row[i]))) *stray++ = {(int32_t)i, (uint16_t)lane, narrow(row[i])};
           if (l.kind == kFloat32)
             for (int64_t s = 0; s < steps; s++) std::memcpy(words + s * 32, row + s, 4);
-          else if (l.kind == kBfloat16)
-            for (int64_t s = 0; s < steps; s++) words[s * 32] = narrow(row[2 * s]) | (uint32_t)narrow(row[2 * s + 1]) << 16;
           else
             for (int64_t g = 0; g < groups; g++) {
               const Quantised group = quantise_group(row + g * kGroup, l.kind);
@@ -187,9 +210,6 @@ static void pack(const Rows& from, const int64_t* row_of, const Linear& l) {
                     ((uint8_t*)(words + (g * kGroup + i) / 8 * 32))[b] = (uint8_t)(q[i + b] | q[i + 4 + b] << 4);
             }
         }
-        if (!l.exponents) continue;
-        std::sort(const_cast<Stray*>(l.strays) + l.stray_starts[first], stray, [](auto& a, auto& b) { return a.k < b.k; });
-        compact_from(l, codes, first, panel);
       }
     });
   });

@@ -13,8 +13,8 @@ constexpr int64_t kGroup = 32;  // values of k that share a scale
 //   scales [panel][group][32]    bfloat16; int8: w = scale * q.   int4: [panel][group][2][32], w = scale * q + lowest
 // An int4 word holds step s in its low nibbles and step s + 1 in its high ones.
 //
-// bfloat16 may lie in 12 bits a number, without loss (`exponents` is set): the 15 most frequent exponents of a layer are told
-// by 4 bits, see compact.h. What has another exponent lies there as zero, and once more among the strays.
+// bfloat16 may lie in 12 bits a number, without loss (`exponents` is set): fifteen exponents in a row are told by
+// 4 bits, see compact.h. What has another exponent lies there as zero, and once more among the strays.
 struct Stray {
   int32_t k;
   uint16_t lane, value;  // lane: output within the panel; value: bfloat16

@@ -1,0 +1,85 @@
+"""A model folder to a model with its weights: without Transformers where it is not needed, else by it.
+
+Transformers is imported here, inside functions: to import it takes longer than to read the default model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from common.model_folder import ModelFolder
+from executor.attention.native import NativeAttention
+from executor.attention.protocol import AttentionBackend, LayerNeeds
+from executor.batch import InputBatch
+from executor.kv_cache import KvCache
+from executor.llama import why_not as why_not_fused
+from executor.llama_folder import FolderLlama, open_llama
+from executor.native.library import NativeMissing, native
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Forward(Protocol):
+    """A model over the slab: one batch in, logits out."""
+
+    def forward(self, batch: InputBatch, token_ids: Tensor, /) -> Tensor:
+        """Compute every token of the batch; return logits (S, vocab_size), void at the next call."""
+        ...
+
+
+class Loaded(NamedTuple):
+    """A model with its weights, not yet packed or placed in a slab."""
+
+    model: PreTrainedModel | FolderLlama
+    needs: list[LayerNeeds]
+    longest: int | None  # tokens of one sequence that its positions allow
+
+
+def open_model(
+    folder: ModelFolder, *, dtype: str, device: torch.device, attention: str, kind: int | None, block_size: int
+) -> Loaded:
+    """Load the folder. `dtype` is auto, float32, bfloat16 or float16; `kind` that of weights that are to be quantised.
+
+    Raises ModelFolderError when it cannot be served.
+    """
+    if device.type == "cpu" and attention in ("auto", NativeAttention.name):
+        loaded = _open_without_transformers(folder, dtype, kind, block_size)
+        if loaded is not None:
+            return loaded
+    from executor.paged_model import probe_layers
+    from executor.weights import load_model, max_positions
+
+    model = load_model(folder.path, dtype=dtype, device=device)
+    needs = [replace(layer, block_size=block_size) for layer in probe_layers(model, folder.vocab_size)]
+    return Loaded(model, needs, max_positions(model.config.get_text_config()))
+
+
+def transformers_forward(
+    loaded: Loaded, cache: KvCache, backends: Sequence[AttentionBackend], kind: int | None
+) -> Forward:
+    """Transformers' own forward, with the modules swapped that can be."""
+    from executor.paged_model import PagedModel
+    from executor.swap import swap
+
+    assert not isinstance(loaded.model, FolderLlama), "opened for the fused forward, and for nothing else"
+    swap(loaded.model, kind)
+    return PagedModel(loaded.model, cache, backends)
+
+
+def _open_without_transformers(folder: ModelFolder, dtype: str, kind: int | None, block_size: int) -> Loaded | None:
+    """None also where the fused forward could not serve it: nothing else can run what was opened so."""
+    try:
+        native()
+    except NativeMissing:
+        return None
+    model = open_llama(folder, dtype)
+    if model is None or why_not_fused(model, kind) is not None:
+        return None
+    needs = [replace(layer, block_size=block_size) for layer in model.needs()]
+    return Loaded(model, needs, None) if NativeAttention().why_not(needs[0]) is None else None
