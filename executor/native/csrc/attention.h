@@ -142,10 +142,6 @@ static inline void widen_bytes(const int8_t* from, int64_t count, uint16_t* to) 
     store(to + i, narrow(__builtin_convertvector(load<i8x16>(from + i), f32x16)));
 }
 
-static inline void prefetch(const uint8_t* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
-}
-
 // What a stretch needs to find its blocks.
 struct Stretch {
   const AttentionLayer& layer;
@@ -160,8 +156,8 @@ struct Stretch {
     const int64_t position = first_key + group16 * 16, dim = values ? layer.value_dim : layer.key_dim;
     return (const float*)(record(values, position) + layer.block_size * dim) + position % layer.block_size;
   }
-  void fetch_keys() const {
-    for (int64_t g = 0; g * 16 < num_keys; g++) prefetch(tokens(false, g), layer.key_dim * 16 * kv_bytes(layer.kv_kind));
+  int64_t token_bytes(bool values) const {  // of 16 tokens
+    return (values ? layer.value_dim : layer.key_dim) * 16 * kv_bytes(layer.kv_kind);
   }
 
  private:
@@ -172,11 +168,43 @@ struct Stretch {
   }
 };
 
+// Fetches a stretch into the second cache while the one before is worked, a little in each step: all at once would stop the
+// core, which has only so many lines under way. Keys first, then values.
+class Ahead {
+ public:
+  explicit Ahead(const Stretch* stretch) : stretch_(stretch), groups_(stretch ? (stretch->num_keys + 15) / 16 : 0) {}
+
+  inline void step() {
+    if (left_ == 0 && !turn()) return;
+    __builtin_prefetch(at_, 0, 2);
+    __builtin_prefetch(at_ + 64, 0, 2);
+    at_ += 128, left_ -= 128;
+  }
+
+ private:
+  bool turn() {
+    if (group_ == groups_) {
+      if (values_ || groups_ == 0) return false;
+      values_ = true, group_ = 0;
+    }
+    at_ = stretch_->tokens(values_, group_++);
+    left_ = (stretch_->token_bytes(values_) + 127) / 128 * 128;
+    return true;
+  }
+
+  const Stretch* stretch_;
+  const int64_t groups_;
+  const uint8_t* at_ = nullptr;
+  int64_t left_ = 0, group_ = 0;
+  bool values_ = false;
+};
+
 template <bool FLOAT, int R, int V>
 static inline void accumulate(const uint32_t* a, int64_t stride, const uint32_t* (&b)[V], int64_t step, int64_t steps,
-                              f32x16 (&acc)[R][V]) {
+                              Ahead& ahead, f32x16 (&acc)[R][V]) {
   for (int64_t s = 0; s < steps; s++) {
     u32x16 w[V];
+    ahead.step();
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) w[v] = load<u32x16>(b[v] + s * step);
 #pragma GCC unroll 16
@@ -205,7 +233,7 @@ static void attend_stretch(const Stretch& s, const Stretch* next, const uint32_t
   const bool bytes = a.kv_kind == kInt8;
   const int64_t groups = (s.num_keys + 15) / 16, columns = (groups + 1) / 2 * 32;
   const int64_t key_words = a.key_dim / L;
-  const int64_t value_bytes = a.value_dim * 16 * kv_bytes(a.kv_kind);
+  Ahead ahead(next);
   alignas(64) float scores[R][kStretch];
   alignas(64) uint32_t weights[R][kStretch / L];
   alignas(64) static thread_local uint16_t wide[kStretch * kMaxDim];  // int8 made bfloat16
@@ -214,8 +242,6 @@ static void attend_stretch(const Stretch& s, const Stretch* next, const uint32_t
   for (int64_t g = 0; g < groups; g += 2) {
     const int64_t last = std::min(g + 1, groups - 1);
     const uint32_t* b[2] = {(const uint32_t*)s.tokens(false, g), (const uint32_t*)s.tokens(false, last)};
-    prefetch(s.tokens(true, g), value_bytes);  // of this stretch; the keys came while the one before was worked
-    prefetch(s.tokens(true, last), value_bytes);
     if (bytes)
       for (int v = 0; v < 2; v++) {
         uint16_t* to = wide + v * 16 * a.key_dim;
@@ -225,7 +251,7 @@ static void attend_stretch(const Stretch& s, const Stretch* next, const uint32_t
     f32x16 acc[R][2];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = splat(0.f);
-    accumulate<FLOAT, R, 2>(query, key_words, b, 16, key_words, acc);
+    accumulate<FLOAT, R, 2>(query, key_words, b, 16, key_words, ahead, acc);
     f32x16 scale[2] = {splat(a.scale), splat(a.scale)};
     if (bytes) {
       scale[0] *= load<f32x16>(s.scales(false, g));
@@ -260,7 +286,6 @@ static void attend_stretch(const Stretch& s, const Stretch* next, const uint32_t
     part.total[r] = sum(total);
   }
 
-  if (next) next->fetch_keys();
   const uint32_t* values[kStretch / 16];
   for (int64_t g = 0; g < groups; g++) {
     values[g] = (const uint32_t*)s.tokens(true, g);
@@ -289,7 +314,7 @@ static void attend_stretch(const Stretch& s, const Stretch* next, const uint32_t
     for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = splat(0.f);
     for (int64_t g = 0; g < groups; g++) {
       const uint32_t* b[2] = {values[g] + d, values[g] + d + 16};
-      accumulate<FLOAT, R, 2>(weights[0] + g * 16 / L, kStretch / L, b, a.value_dim, 16 / L, acc);
+      accumulate<FLOAT, R, 2>(weights[0] + g * 16 / L, kStretch / L, b, a.value_dim, 16 / L, ahead, acc);
     }
     for (int r = 0; r < R; r++)
       for (int v = 0; v < 2; v++) store(part.out + r * a.value_dim + d + v * 16, acc[r][v]);
@@ -299,7 +324,7 @@ static void attend_stretch(const Stretch& s, const Stretch* next, const uint32_t
     for (int r = 0; r < R; r++) acc[r][0] = splat(0.f);
     for (int64_t g = 0; g < groups; g++) {
       const uint32_t* b[1] = {values[g] + d};
-      accumulate<FLOAT, R, 1>(weights[0] + g * 16 / L, kStretch / L, b, a.value_dim, 16 / L, acc);
+      accumulate<FLOAT, R, 1>(weights[0] + g * 16 / L, kStretch / L, b, a.value_dim, 16 / L, ahead, acc);
     }
     for (int r = 0; r < R; r++) store(part.out + r * a.value_dim + d, acc[r][0]);
   }
