@@ -57,7 +57,7 @@ struct Fetch {
 
   inline void step(int64_t s) const {
     if (!from) return;
-    __builtin_prefetch(from + s * bytes);
-    __builtin_prefetch(from + s * bytes + bytes / 2);
+    __builtin_prefetch(from + s * bytes, 0, 2);
+    __builtin_prefetch(from + s * bytes + bytes / 2, 0, 2);
   }
 };
