@@ -143,7 +143,7 @@ class LlamaModel:
         return packed
 
     def _norm(self, module: Any) -> int | None:
-        return None if module is None else self._keep(module.weight.detach().float())
+        return None if module is None else self._keep(module.weight.detach().to(torch.float32, copy=True))
 
     def _keep(self, tensor: Tensor) -> int:
         dense = tensor.contiguous()

@@ -130,14 +130,20 @@ def _config(folder: ModelFolder) -> SimpleNamespace | None:
         return None
     if not all(is_natural(raw.get(key)) and raw[key] > 0 for key in _INT_KEYS):
         return None
-    heads = raw["num_attention_heads"]
+    heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+    kv_heads, head_dim = raw.get("num_key_value_heads") or heads, raw.get("head_dim") or hidden // heads
+    if not is_natural(kv_heads) or not is_natural(head_dim) or heads % kv_heads or hidden % heads:
+        return None
+    epsilon, theta = raw.get("rms_norm_eps", 1e-6), rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if not isinstance(epsilon, float) or not isinstance(theta, float | int):
+        return None
     return SimpleNamespace(
         **{key: raw[key] for key in _INT_KEYS},
         hidden_act="silu",
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=epsilon,
+        rope_theta=float(theta),
         dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
         tied=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=bool(raw.get("attention_bias", False)),

@@ -32,6 +32,8 @@ class Product:
         struct.scales = (struct.scales or 0) + first // PANEL * (scales.numel() // panels)
         if struct.bias is not None:
             struct.bias += first * 4
+        if struct.stray_starts is not None:
+            struct.stray_starts += first // PANEL * 4
         self._kept = (packed, struct)
         self._x, self._y = RowsStruct(), RowsStruct()
         self._pointers = c.byref(struct), c.byref(self._x), c.byref(self._y)

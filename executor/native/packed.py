@@ -78,13 +78,13 @@ def pack(
     padded = -(-n // PANEL) * PANEL
     order = torch.arange(n) if row_of is None else row_of
     struct = LinearStruct(kind, n, k)
-    kept: list[Tensor] = []
+    codes: list[Tensor] = []
     if kind == BFLOAT16 and (native.isa != "baseline" if compact is None else compact):
-        kept += _exponents(native, pages, weight.detach(), order, struct, most=1.0 if compact else _MOST_STRAYS)
-    words = pages.take(padded * k * 3 // 2 if kept else int(padded * k / _VALUES_PER_BYTE[kind]))
+        codes = _exponents(native, pages, weight.detach(), order, struct, most=1.0 if compact else _MOST_STRAYS)
+    words = pages.take(padded * k * 3 // 2 if codes else int(padded * k / _VALUES_PER_BYTE[kind]))
     scales = pages.take(padded * (k // GROUP) * _SCALE_BYTES.get(kind, 0))
     struct.words, struct.scales = words.data_ptr(), scales.data_ptr()
-    kept += [words, scales]
+    kept = [words, scales, *codes]  # words and scales first: a part of the outputs is found by them
     if bias is not None:
         padded_bias = torch.zeros(padded)
         padded_bias[:n] = bias.detach().float()[order]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from executor.native.library import BFLOAT16, native
+from executor.native.modules import Product
 from executor.native.packed import PackedLinear, Pages, pack
 
 BEST_ISA = native().isa
@@ -54,6 +55,16 @@ def test_the_products_are_those_of_plain_weights(isa: str, rows: int, outputs: i
         assert compact.struct.exponents
         assert not plain.struct.exponents
         assert torch.equal(product(compact, x), product(plain, x))
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("weight", [spread(160, 96), (0.02 * torch.randn(160, 96)).bfloat16()], ids=["spread", "trained"])
+def test_a_part_of_the_outputs_is_that_part(isa: str, compact: bool, weight: Tensor) -> None:
+    x = torch.randn(5, 96).bfloat16()
+    whole = packed(weight, compact=compact)
+
+    for first, n in [(0, 64), (64, 96), (128, 7)]:
+        assert torch.equal(Product(native(), whole, first, n)(x), Product(native(), whole)(x)[:, first : first + n])
 
 
 def test_a_weight_that_is_no_number_is_kept(isa: str) -> None:

@@ -93,6 +93,10 @@ def test_the_model_is_that_of_transformers(tmp_path: Path, dtype: str, tied: boo
         lambda config: config.update(quantization_config={"quant_method": "awq"}),
         lambda config: config.update(attention_bias=True),
         lambda config: config.update(hidden_size="64"),
+        lambda config: config.update(num_key_value_heads=3),
+        lambda config: config.update(head_dim=16.0),
+        lambda config: config.update(rms_norm_eps=None),
+        lambda config: config.update(rope_parameters={"rope_type": "default", "rope_theta": None}),
         lambda config: config.update(dtype="float16"),
     ],
 )

@@ -116,6 +116,12 @@ struct Part {
   float out[kAttentionRows * kMaxDim];  // [query][value_dim]
 };
 
+// Parts lie closer than a whole Part would: of `out` only so much is there as heads of `value_dim` need.
+static inline int64_t part_bytes(int64_t value_dim) {
+  return (int64_t)offsetof(Part, out) + kAttentionRows * value_dim * (int64_t)sizeof(float);
+}
+static inline Part& part_at(char* parts, int64_t n, int64_t value_dim) { return *(Part*)(parts + n * part_bytes(value_dim)); }
+
 static inline void clear(Part& p, int64_t dim) {
   store(p.most, splat(-INFINITY)), store(p.total, splat(0.f));
   std::memset(p.out, 0, kAttentionRows * dim * sizeof(float));
@@ -261,7 +267,8 @@ static void attend_stretch(const Stretch& s, const Stretch* next, const uint32_t
       for (int v = 0; v < 2; v++) store(&scores[r][g * 16 + v * 16], acc[r][v] * scale[v]);
   }
 
-  store(part.most, splat(-INFINITY)), store(part.total, splat(0.f));
+  alignas(64) float tops[16], totals[16];
+  store(tops, splat(-INFINITY)), store(totals, splat(0.f));
   for (int r = 0; r < R; r++) {
     float* row = scores[r];
     if (a.softcap != 0)
@@ -270,9 +277,9 @@ static void attend_stretch(const Stretch& s, const Stretch* next, const uint32_t
     for (int64_t i = std::max<int64_t>(high[r], 0); i < columns; i++) row[i] = -INFINITY;
     f32x16 most = splat(-INFINITY);
     for (int64_t i = 0; i < columns; i += 16) most = vmax(load<f32x16>(row + i), most);
-    part.most[r] = highest(most);
-    if (low[r] < high[r] && part.most[r] == -INFINITY) part.most[r] = NAN;  // scores of NaN or -inf alone: say so
-    const f32x16 top = splat(part.most[r] == -INFINITY ? 0.f : part.most[r]);
+    tops[r] = highest(most);
+    if (low[r] < high[r] && tops[r] == -INFINITY) tops[r] = NAN;  // scores of NaN or -inf alone: say so
+    const f32x16 top = splat(tops[r] == -INFINITY ? 0.f : tops[r]);
     f32x16 total = splat(0.f);
     for (int64_t i = 0; i < columns; i += 16) {
       f32x16 p = vexp(load<f32x16>(row + i) - top);
@@ -283,8 +290,10 @@ static void attend_stretch(const Stretch& s, const Stretch* next, const uint32_t
       else
         store((uint16_t*)weights[r] + i, narrow(p));
     }
-    part.total[r] = sum(total);
+    totals[r] = sum(total);
   }
+  // each number of the part is written once, as it stays: another thread may be reading what it wrote there itself
+  store(part.most, load<f32x16>(tops)), store(part.total, load<f32x16>(totals));
 
   const uint32_t* values[kStretch / 16];
   for (int64_t g = 0; g < groups; g++) {
@@ -400,7 +409,7 @@ static inline void finish_item(const Step& step, const AttentionLayer& a, const 
 // Two phases, the first claimed from `phase`. All K and V of the step must be stored before.
 template <class Put>
 static void attend(Team& team, int phase, const Step& step, const AttentionLayer& a, const uint32_t* queries,
-                   const AttentionWork& work, Part* parts, Put&& put) {
+                   const AttentionWork& work, char* parts, Put&& put) {
   static thread_local Part whole;
   team.share(phase, work.items.size(), 16, [&](int64_t from, int64_t to) {
     for (; from < to; from++) {
@@ -408,7 +417,7 @@ static void attend(Team& team, int phase, const Step& step, const AttentionLayer
       const Stretch next = stretch_of(step, a, after, after.first_stretch);
       const Stretch* following = from + 1 < to ? &next : nullptr;
       if (item.part >= 0) {
-        attend_item(step, a, queries, item, following, parts[item.part]);
+        attend_item(step, a, queries, item, following, part_at(parts, item.part, a.value_dim));
       } else {
         attend_item(step, a, queries, item, following, whole);
         finish_item(step, a, item, whole, put);
@@ -420,7 +429,7 @@ static void attend(Team& team, int phase, const Step& step, const AttentionLayer
       const Item& item = work.merges[from];
       clear(whole, a.value_dim);
       for (int64_t n = 0; n < item.last_stretch - item.first_stretch; n++)
-        merge(whole, parts[item.part + n], item.count, a.value_dim);
+        merge(whole, part_at(parts, item.part + n, a.value_dim), item.count, a.value_dim);
       finish_item(step, a, item, whole, put);
     }
   });

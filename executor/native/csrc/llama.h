@@ -2,14 +2,15 @@
 // and all sums are float32; what enters a product is in the product's own kind.
 
 constexpr int64_t kFewRows = 4;  // every thread prepares them for itself: cheaper than to wait for each other
+constexpr int64_t kMostSpace = 64 << 20;  // bytes of all layers; beyond it (very long contexts) they share one space
 
 // What one layer writes besides the slab. Of few rows every layer has its own, so that its work may be done twice.
 struct LayerSpace {
   const float* in;     // residual stream before the layer
   float *between, *out;  // after attention, after the MLP; of many rows all three are one
-  float *wide, *middle;  // QKV; what int8 still has to quantise
+  float *wide, *attended, *middle;  // QKV; what int8 still has to quantise, of attention and of the MLP
   uint32_t *queries, *mixed, *act;
-  Part* parts;
+  char* parts;
 };
 
 // Everything that a step writes besides the slab.
@@ -63,11 +64,12 @@ inline int64_t Workspace::lay_out_layer(char* base, LayerSpace& to) const {
   take(to.between, tokens * model->hidden);
   take(to.out, tokens * model->hidden);
   take(to.wide, tokens * model->layers[0].qkv.n);
-  take(to.middle, tokens * std::max(heads_dim, model->intermediate));
+  take(to.attended, tokens * heads_dim);
+  take(to.middle, tokens * model->intermediate);
   take(to.queries, tokens * a.num_heads * a.key_dim);
   take(to.mixed, tokens * heads_dim);
   take(to.act, tokens * model->intermediate);
-  take(to.parts, num_parts);
+  take(to.parts, num_parts * part_bytes(a.value_dim));
   return take.bytes();
 }
 
@@ -85,7 +87,7 @@ static Workspace lay_out_workspace(const Llama& m, int64_t T, int threads, int64
   widen_for(m.head);
   LayerSpace unused;
   const int64_t layer_bytes = w.lay_out_layer(nullptr, unused);
-  w.layer_bytes = T <= kFewRows ? layer_bytes : 0;
+  w.layer_bytes = T <= kFewRows && layer_bytes * m.num_layers <= kMostSpace ? layer_bytes : 0;
   const auto lay_out = [&](char* base) {
     Taker take{base, base};
     take(w.x, T * m.hidden);
@@ -189,7 +191,7 @@ static void llama_forward(const Llama& m, const Step& s, float* logits) {
           return row;
         };
       };
-      const auto middle_of = [&](int64_t dim) { return [&space, dim](int64_t r, float*) { return space.middle + r * dim; }; };
+      const auto rows_of = [](float* rows, int64_t dim) { return [=](int64_t r, float*) { return rows + r * dim; }; };
 
       Operand in = prepare_rows(team, thread, phase, w, layer.qkv, T, normed(space.in, layer.input_norm));
       multiply(team, phase + 1, layer.qkv, in, T, {Epilogue::kStore, space.wide, nullptr, layer.qkv.n, 0, nullptr, 0});
@@ -204,10 +206,10 @@ static void llama_forward(const Llama& m, const Step& s, float* logits) {
                if (direct)
                  put_lanes(layer.o.kind, space.mixed + token * mixed_words, column, value);
                else
-                 store(space.middle + token * heads_dim + column, value);
+                 store(space.attended + token * heads_dim + column, value);
              });
       in = {space.mixed, mixed_words, nullptr, nullptr, 0};
-      if (!direct) in = prepare_rows(team, thread, phase + 5, w, layer.o, T, middle_of(heads_dim));
+      if (!direct) in = prepare_rows(team, thread, phase + 5, w, layer.o, T, rows_of(space.attended, heads_dim));
       multiply(team, phase + 6, layer.o, in, T, {Epilogue::kAdd, space.between, space.in, hidden, 0, nullptr, 0});
 
       const bool straight = layer.down.kind < kInt8;
@@ -216,7 +218,7 @@ static void llama_forward(const Llama& m, const Step& s, float* logits) {
       multiply(team, phase + 8, layer.gate_up, in, T,
                {Epilogue::kSiluMul, space.middle, nullptr, m.intermediate, layer.down.kind, space.act, act_words});
       in = {space.act, act_words, nullptr, nullptr, 0};
-      if (!straight) in = prepare_rows(team, thread, phase + 9, w, layer.down, T, middle_of(m.intermediate));
+      if (!straight) in = prepare_rows(team, thread, phase + 9, w, layer.down, T, rows_of(space.middle, m.intermediate));
       multiply(team, phase + 10, layer.down, in, T, {Epilogue::kAdd, space.out, space.between, hidden, 0, nullptr, 0});
       x = space.out;
     }

@@ -38,7 +38,7 @@ static void attention(const AttentionLayer& a, const Step& s, const Rows& query,
   const int64_t words = a.key_dim / kv_lanes(a.kv_kind);
   const AttentionWork work = plan_attention(s, a, num_threads());
   const int64_t query_bytes = (s.num_tokens * a.num_heads * words * 4 + 63) / 64 * 64;
-  char* at = scratch(query_bytes + work.num_parts * sizeof(Part));
+  char* at = scratch(query_bytes + work.num_parts * part_bytes(a.value_dim));
   uint32_t* const queries = (uint32_t*)at;
   on_team(4, [&](Team& team, int) {
     float row[kMaxDim], other[kMaxDim];
@@ -56,7 +56,7 @@ static void attention(const AttentionLayer& a, const Step& s, const Rows& query,
         }
       }
     });
-    attend(team, 1, s, a, queries, work, (Part*)(at + query_bytes), [&](int64_t token, int64_t column, f32x16 x) {
+    attend(team, 1, s, a, queries, work, at + query_bytes, [&](int64_t token, int64_t column, f32x16 x) {
       put_lanes(out.kind, (uint32_t*)((char*)out.data + token * out.stride0 * (out.kind == kFloat32 ? 4 : 2)), column, x);
     });
   });
@@ -144,9 +144,13 @@ static int64_t survey(const Rows& from, const int64_t* row_of, int64_t n, int64_
       }
     });
   });
+  int64_t total = 0;
   stray_starts[0] = 0;
-  for (int64_t panel = 0; panel < panels; panel++) stray_starts[panel + 1] += stray_starts[panel];
-  return stray_starts[panels];
+  for (int64_t panel = 1; panel <= panels; panel++) {
+    total += stray_starts[panel];
+    stray_starts[panel] += stray_starts[panel - 1];
+  }
+  return total;
 }
 
 // A panel of bfloat16 to `words`, in the plain layout; its strays to `stray`, if it shall be compact.
