@@ -136,6 +136,10 @@ class Native:
         self.num_threads = count if gomp else 1
         self._library.pagewire_use_threads(self.num_threads, parallel, size)
 
+    def rehearse(self, *, on: bool) -> None:
+        """Do all work that may be done twice twice, the second time late: for tests."""
+        self._library.pagewire_rehearse(int(on))
+
     def llama_forward(self, model: LlamaStruct, step: StepStruct, logits: Tensor) -> None:
         """Run the whole forward; `logits` (S, vocab) float32, dense."""
         self._library.pagewire_llama_forward(c.byref(model), c.byref(step), c.c_void_p(logits.data_ptr()))

@@ -58,7 +58,9 @@ def test_the_products_are_those_of_plain_weights(isa: str, rows: int, outputs: i
 
 
 @pytest.mark.parametrize("compact", [True, False])
-@pytest.mark.parametrize("weight", [spread(160, 96), (0.02 * torch.randn(160, 96)).bfloat16()], ids=["spread", "trained"])
+@pytest.mark.parametrize(
+    "weight", [spread(160, 96), (0.02 * torch.randn(160, 96)).bfloat16()], ids=["spread", "trained"]
+)
 def test_a_part_of_the_outputs_is_that_part(isa: str, compact: bool, weight: Tensor) -> None:
     x = torch.randn(5, 96).bfloat16()
     whole = packed(weight, compact=compact)

@@ -49,6 +49,12 @@ class Team {
   // of one row has hundreds of phases, each of some ten microseconds, and whoever else needs a core takes it for a hundred.)
   bool repeatable = false;
 
+  // For tests: do every piece again as soon as it is done, when others may be phases ahead.
+  static std::atomic<bool>& rehearse() {
+    static std::atomic<bool> on{false};
+    return on;
+  }
+
   // Do a share of [0, total) by work(first, last), at most `most` at a time: large pieces first, small ones at the end.
   // Returns when all of it is done, by whomever.
   template <class Work>
@@ -61,6 +67,7 @@ class Team {
       held.store(piece, std::memory_order_release);
       work(first, last);
       settle(p, held, piece, last - first);
+      if (repeatable && rehearse()) work(first, last);
     }
     for (int spins = 1; p.done.load(std::memory_order_acquire) != total; spins++) {
       if (repeatable && spins % kPatience == 0)
