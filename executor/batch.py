@@ -37,18 +37,20 @@ class InputBatch:
 def build_batch(resident: Resident, rows: Rows) -> InputBatch:
     """Gather what the forward needs. At least one row."""
     counts = rows.counts
-    if counts.max() == 1:
-        return _build_decode(resident, rows)
-    order = np.argsort(counts > 1, kind="stable")  # decode rows first
-    ordered = Rows(
-        slots=rows.slots[order], starts=rows.starts[order], stops=rows.stops[order], samples=rows.samples[order]
-    )
-    loc = np.zeros(len(order) + 1, np.int64)
-    np.cumsum(ordered.counts, out=loc[1:])
-    last_token = np.empty(len(order), np.int64)  # of each row, in the plan's order
-    last_token[order] = loc[1:] - 1
+    if counts.max() == 1:  # most steps; at batch 1 every call into numpy is felt
+        ordered, slots, positions, loc = rows, rows.slots, rows.starts, np.arange(len(counts) + 1)
+        last_token = loc[:-1]
+    else:
+        order = np.argsort(counts > 1, kind="stable")  # decode rows first
+        ordered = Rows(
+            slots=rows.slots[order], starts=rows.starts[order], stops=rows.stops[order], samples=rows.samples[order]
+        )
+        slots, positions = ordered.each_token()
+        loc = np.zeros(len(order) + 1, np.int64)
+        np.cumsum(ordered.counts, out=loc[1:])
+        last_token = np.empty(len(order), np.int64)  # of each row, in the plan's order
+        last_token[order] = loc[1:] - 1
 
-    slots, positions = ordered.each_token()
     longest = -(-int(rows.stops.max()) // resident.block_size)
     sampled = rows.slots[rows.samples]
     known = resident.num_tokens[sampled]
@@ -61,29 +63,6 @@ def build_batch(resident: Resident, rows: Rows) -> InputBatch:
         block_tables=np.ascontiguousarray(resident.block_tables[ordered.slots, :longest]),
         num_decodes=int((counts == 1).sum()),
         logits_indices=last_token[rows.samples],
-        sampled_slots=sampled,
-        sampled_places=sampled * resident.max_model_len + known,
-        sampled_indices=known - resident.num_prompt[sampled],
-    )
-
-
-def _build_decode(resident: Resident, rows: Rows) -> InputBatch:
-    """Most steps: a token a row. Said apart because at batch 1 every call into numpy is felt."""
-    slots, positions, each = rows.slots, rows.starts, np.arange(len(rows.slots) + 1)
-    longest = -(-int(rows.stops.max()) // resident.block_size)
-    places = slots * resident.max_model_len + positions
-    every = bool(rows.samples.all())  # a chunk of a prompt may be one token long too
-    sampled = slots if every else slots[rows.samples]
-    known = resident.num_tokens[sampled]
-    return InputBatch(
-        token_places=places,
-        positions=positions,
-        slot_mapping=resident.slot_mapping(slots, positions),
-        query_start_loc=each,
-        seq_lens=rows.stops,
-        block_tables=np.ascontiguousarray(resident.block_tables[slots, :longest]),
-        num_decodes=len(slots),
-        logits_indices=each[:-1] if every else np.flatnonzero(rows.samples),
         sampled_slots=sampled,
         sampled_places=sampled * resident.max_model_len + known,
         sampled_indices=known - resident.num_prompt[sampled],

@@ -36,8 +36,6 @@ class TokenPool:
 
     def put(self, places: NDArray[np.int64], tokens: Sequence[int]) -> None:
         """Write sampled tokens (S,) to their places, so that the next step finds them."""
-        if self._is_host:
-            self._table[places] = tokens
-            return
-        values = torch.tensor(tokens, dtype=torch.int32, device=self._device.device)
-        self._device.view(-1)[torch.from_numpy(places).to(self._device.device)] = values
+        if not self._is_host:  # into the resident table `advance` writes them
+            values = torch.tensor(tokens, dtype=torch.int32, device=self._device.device)
+            self._device.view(-1)[torch.from_numpy(places).to(self._device.device)] = values

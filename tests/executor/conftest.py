@@ -1,11 +1,27 @@
-"""One torch thread for all tests here: tiny models gain nothing from more, and lose much on a busy machine."""
+"""What the tests of the executor share."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from executor.native.library import native
+
+BEST_ISA = native().isa
+SETS = ("baseline", "avx2", "avx512")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_torch_thread() -> None:
+    """Tiny models gain nothing from more, and lose much on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=SETS[: SETS.index(BEST_ISA) + 1])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of this machine in turn."""
+    native().use_isa(request.param)
+    yield request.param
+    native().use_isa(BEST_ISA)

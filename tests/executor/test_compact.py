@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,16 +12,7 @@ from executor.native.library import BFLOAT16, native
 from executor.native.modules import Product
 from executor.native.packed import PackedLinear, Pages, pack
 
-BEST_ISA = native().isa
-SETS = ("baseline", "avx2", "avx512")
 ROWS = (1, 2, 3, 4, 7, 12, 13, 16, 30, 50)  # every way to deal rows to tiles
-
-
-@pytest.fixture(params=SETS[: SETS.index(BEST_ISA) + 1])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    native().use_isa(request.param)
-    yield request.param
-    native().use_isa(BEST_ISA)
 
 
 def packed(weight: Tensor, *, compact: bool | None) -> PackedLinear:

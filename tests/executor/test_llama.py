@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,6 @@ from executor.weights import load_model
 from tests.executor.tiny_models import VOCAB_SIZE, load_plain, save_tiny
 
 CPU = torch.device("cpu")
-BEST_ISA = native().isa
-SETS = ("baseline", "avx2", "avx512")
 FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with biases": ("llama", {"attention_bias": True}),
@@ -136,13 +133,6 @@ def plain(folder: Path) -> list[Tensor]:
 def worst(found: list[Tensor], wanted: list[Tensor]) -> float:
     """Largest difference relative to the largest logit."""
     return max(float((f - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted, strict=True))
-
-
-@pytest.fixture(params=SETS[: SETS.index(BEST_ISA) + 1])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    native().use_isa(request.param)
-    yield request.param
-    native().use_isa(BEST_ISA)
 
 
 @pytest.mark.parametrize("name", FAMILY)

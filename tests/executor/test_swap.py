@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +26,6 @@ from executor.weights import load_model
 from tests.executor.tiny_models import VOCAB_SIZE, save_tiny
 
 CPU = torch.device("cpu")
-BEST_ISA = native().isa
-SETS = ("baseline", "avx2", "avx512")
 # How far a row may be from float64, relative to the row: float32 sums; one rounding to bfloat16 (at most 2^-9); a step
 # of 1/127 of the largest of 32 weights and as much of the inputs; a step of 1/15 of the range of 32 weights.
 BOUNDS = {
@@ -38,13 +35,6 @@ BOUNDS = {
     "int8 of float32": (torch.float32, INT8, 1.5e-2),
     "int4": (torch.bfloat16, INT4, 0.12),
 }
-
-
-@pytest.fixture(params=SETS[: SETS.index(BEST_ISA) + 1])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    native().use_isa(request.param)
-    yield request.param
-    native().use_isa(BEST_ISA)
 
 
 @pytest.fixture(autouse=True)
