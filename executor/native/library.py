@@ -114,7 +114,7 @@ class Native:
 
     @property
     def isa(self) -> str:
-        """The instruction set in use: avx512, avx2 or baseline."""
+        """The instruction set in use: amx, avx512, avx2 or baseline."""
         name: bytes = self._library.pagewire_isa()
         return name.decode()
 

@@ -10,7 +10,7 @@ import torch
 from executor.native.library import native
 
 BEST_ISA = native().isa
-SETS = ("baseline", "avx2", "avx512")
+SETS = ("baseline", "avx2", "avx512", "amx")
 
 
 @pytest.fixture(autouse=True, scope="session")

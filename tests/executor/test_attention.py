@@ -98,7 +98,7 @@ class Path:
 
 def paths() -> list[Path]:
     found = [Path(backend=backend) for backend in BACKENDS if not backend.packed]
-    sets = ("baseline", "avx2", "avx512")
+    sets = ("baseline", "avx2", "avx512", "amx")
     return found + [Path(backend=NativeAttention(), isa=isa) for isa in sets[: sets.index(BEST_ISA) + 1]]
 
 

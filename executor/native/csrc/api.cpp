@@ -1,5 +1,10 @@
 // The border to Python: C names, plain structs, no torch. Everything is called from one thread at a time.
 #include <sys/mman.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdlib>
 #include <new>
@@ -7,6 +12,9 @@
 #include "kernels.h"
 
 namespace pagewire {
+#if defined(PAGEWIRE_KNOWS_AMX)
+namespace amx { extern const Kernels kernels; }
+#endif
 #if defined(__x86_64__)
 namespace avx512 { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
@@ -15,19 +23,40 @@ namespace baseline { extern const Kernels kernels; }
 
 namespace {
 
-const char* const kIsaNames[] = {"baseline", "avx2", "avx512"};
+const char* const kIsaNames[] = {"baseline", "avx2", "avx512", "amx"};
 
-int best_isa() {
+// Tiles are large, so the system gives them only to a process that asks.
+bool may_use_tiles() {
+#if defined(PAGEWIRE_KNOWS_AMX) && defined(__linux__)
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kTile | kBf16)) != (kTile | kBf16)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+int find_best_isa() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return 2;
+    return may_use_tiles() ? 3 : 2;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
 #endif
   return 0;
 }
 
+int best_isa() {
+  static const int best = find_best_isa();
+  return best;
+}
+
 const Kernels& table(int isa) {
+#if defined(PAGEWIRE_KNOWS_AMX)
+  if (isa == 3) return amx::kernels;
+#endif
 #if defined(__x86_64__)
   if (isa == 2) return avx512::kernels;
   if (isa == 1) return avx2::kernels;

@@ -6,7 +6,7 @@
 // split over KV as in Flash-Decoding).
 
 constexpr int kStretch = 128;  // keys
-constexpr int kAttentionRows = kTileRows;
+constexpr int kAttentionRows = std::max((int)kTileHeight, kTileRows);  // queries that are worked together, at most
 constexpr int kMaxDim = 512;
 
 static inline int kv_lanes(int32_t kind) { return kind == kFloat32 ? 1 : 2; }
@@ -14,6 +14,16 @@ static inline int64_t kv_bytes(int32_t kind) { return kind == kFloat32 ? 4 : kin
 static inline int64_t record_bytes(const AttentionLayer& a, int64_t dim) {
   return a.block_size * (dim * kv_bytes(a.kv_kind) + (a.kv_kind == kInt8 ? 4 : 0));
 }
+
+// Whether a layer is attended on tiles, all of it: what a query's sums come to depends on that.
+static inline bool on_tiles(const AttentionLayer& a) {
+#if defined(PAGEWIRE_AMX)
+  return a.kv_kind != kFloat32 && a.key_dim % 32 == 0;
+#else
+  return (void)a, false;
+#endif
+}
+static inline int attention_rows(const AttentionLayer& a) { return on_tiles(a) ? kAttentionRows : kTileRows; }
 
 // The scale of a token's K or V, and the token rounded to it.
 static inline float quantise_head(const float* x, int64_t dim, int8_t* to) {
@@ -79,13 +89,13 @@ struct AttentionWork {
 // Cut a step into items; the same for every layer of a shape. Few queries are also split over their keys.
 static AttentionWork plan_attention(const Step& s, const AttentionLayer& a, int num_threads) {
   AttentionWork work;
-  const int64_t group = a.num_heads / a.num_kv_heads;
+  const int64_t group = a.num_heads / a.num_kv_heads, most = attention_rows(a);
   std::vector<Item> whole;
   for (int64_t row = s.num_rows - 1; row >= 0; row--) {  // prompts lie last; their last queries see most
     const int64_t tokens = s.query_start_loc[row + 1] - s.query_start_loc[row], queries = tokens * group;
-    for (int64_t tile = (queries - 1) / kAttentionRows; tile >= 0; tile--)
+    for (int64_t tile = (queries - 1) / most; tile >= 0; tile--)
       for (int64_t head = 0; head < a.num_kv_heads; head++) {
-        const int64_t first = tile * kAttentionRows, count = std::min<int64_t>(kAttentionRows, queries - first);
+        const int64_t first = tile * most, count = std::min<int64_t>(most, queries - first);
         const int64_t before = s.seq_lens[row] - tokens;
         const int64_t seen = before + (first + count - 1) / group + 1;  // keys that the last of them sees
         const int64_t hidden = a.window ? std::max<int64_t>(0, before + first / group + 1 - a.window) : 0;
@@ -230,14 +240,90 @@ static inline void accumulate(const uint32_t* a, int64_t stride, const uint32_t*
   }
 }
 
-// R queries (words, dense) against one stretch. Query r sees keys [low[r], high[r]) of the stretch.
+// From scores to weights: what each of `rows` queries may not see is masked, and the part gets their maxima and sums. Query r
+// sees keys [low[r], high[r]) of the stretch.
+template <bool FLOAT>
+static inline void weigh(const Stretch& s, int rows, const int64_t* low, const int64_t* high, float (*scores)[kStretch],
+                         uint32_t (*weights)[kStretch / (FLOAT ? 1 : 2)], Part& part) {
+  const AttentionLayer& a = s.layer;
+  const bool bytes = a.kv_kind == kInt8;
+  const int64_t groups = (s.num_keys + 15) / 16;
+  constexpr int V = kStretch / 16;
+  const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  alignas(64) float tops[16], totals[16];
+  store(tops, splat(-INFINITY)), store(totals, splat(0.f));
+  for (int r = 0; r < rows; r++) {
+    float* row = scores[r];
+    if (a.softcap != 0)
+      for (int64_t i = 0; i < groups * 16; i++) row[i] = a.softcap * std::tanh(row[i] / a.softcap);
+    const i32x16 from = lanes - (int32_t)low[r], to = lanes - (int32_t)high[r];
+    f32x16 x[V], most = splat(-INFINITY);  // what nobody scored, behind the last key, is masked too
+#pragma GCC unroll 8
+    for (int i = 0; i < V; i++) {
+      const i32x16 seen = (from + 16 * i >= 0) & (to + 16 * i < 0);
+      x[i] = seen ? load<f32x16>(row + 16 * i) : splat(-INFINITY);
+      most = vmax(x[i], most);
+    }
+    tops[r] = highest(most);
+    if (low[r] < high[r] && tops[r] == -INFINITY) tops[r] = NAN;  // scores of NaN or -inf alone: say so
+    const f32x16 top = splat(tops[r] == -INFINITY ? 0.f : tops[r]);
+    f32x16 total = splat(0.f);
+#pragma GCC unroll 8
+    for (int i = 0; i < V; i++) x[i] = vexp(x[i] - top);
+#pragma GCC unroll 8
+    for (int i = 0; i < V; i++) total += x[i];
+    if (bytes)
+      for (int64_t i = 0; i < groups; i++)  // the scales of unused places may be NaN
+        x[i] = x[i] == 0.f ? x[i] : x[i] * load<f32x16>(s.scales(true, i));
+#pragma GCC unroll 8
+    for (int i = 0; i < V; i++) {
+      if (FLOAT)
+        store((float*)weights[r] + 16 * i, x[i]);
+      else
+        store((uint16_t*)weights[r] + 16 * i, narrow(x[i]));
+    }
+    totals[r] = sum(total);
+  }
+  // each number of the part is written once, as it stays: another thread may be reading what it wrote there itself
+  store(part.most, load<f32x16>(tops)), store(part.total, load<f32x16>(totals));
+}
+
+// The values of each 16 keys of the stretch. Bytes are widened into `wide`; the last 16, where some are missing, lie in `tail`.
+template <bool FLOAT>
+static inline void find_values(const Stretch& s, uint16_t* wide, uint32_t* tail, const uint32_t* (&values)[kStretch / 16]) {
+  const AttentionLayer& a = s.layer;
+  const bool bytes = a.kv_kind == kInt8;
+  const int64_t groups = (s.num_keys + 15) / 16;
+  for (int64_t g = 0; g < groups; g++) {
+    values[g] = (const uint32_t*)s.tokens(true, g);
+    if (bytes) {
+      uint16_t* to = wide + g * 16 * a.value_dim;
+      widen_bytes((const int8_t*)values[g], 16 * a.value_dim, to);
+      values[g] = (const uint32_t*)to;
+    }
+    const int64_t valid = s.num_keys - g * 16;
+    if (valid < 16) {  // what lies behind the last key may be NaN, and a weight of zero does not silence that
+      std::memcpy(tail, values[g], 16 * a.value_dim * (FLOAT ? 4 : 2));
+      for (int64_t k = valid; k < 16; k++)
+        for (int64_t i = 0; i < a.value_dim; i++) {
+          if (FLOAT)
+            tail[k * a.value_dim + i] = 0;
+          else
+            ((uint16_t*)tail)[(k / 2) * a.value_dim * 2 + i * 2 + k % 2] = 0;
+        }
+      values[g] = tail;
+    }
+  }
+}
+
+// R queries (words, dense) against one stretch.
 template <bool FLOAT, int R>
 static void attend_stretch(const Stretch& s, const Stretch* next, const uint32_t* query, const int64_t* low,
                            const int64_t* high, Part& part) {
   constexpr int L = FLOAT ? 1 : 2;
   const AttentionLayer& a = s.layer;
   const bool bytes = a.kv_kind == kInt8;
-  const int64_t groups = (s.num_keys + 15) / 16, columns = (groups + 1) / 2 * 32;
+  const int64_t groups = (s.num_keys + 15) / 16;
   const int64_t key_words = a.key_dim / L;
   Ahead ahead(next);
   alignas(64) float scores[R][kStretch];
@@ -267,55 +353,10 @@ static void attend_stretch(const Stretch& s, const Stretch* next, const uint32_t
       for (int v = 0; v < 2; v++) store(&scores[r][g * 16 + v * 16], acc[r][v] * scale[v]);
   }
 
-  alignas(64) float tops[16], totals[16];
-  store(tops, splat(-INFINITY)), store(totals, splat(0.f));
-  for (int r = 0; r < R; r++) {
-    float* row = scores[r];
-    if (a.softcap != 0)
-      for (int64_t i = 0; i < columns; i++) row[i] = a.softcap * std::tanh(row[i] / a.softcap);
-    for (int64_t i = 0; i < std::min(low[r], columns); i++) row[i] = -INFINITY;
-    for (int64_t i = std::max<int64_t>(high[r], 0); i < columns; i++) row[i] = -INFINITY;
-    f32x16 most = splat(-INFINITY);
-    for (int64_t i = 0; i < columns; i += 16) most = vmax(load<f32x16>(row + i), most);
-    tops[r] = highest(most);
-    if (low[r] < high[r] && tops[r] == -INFINITY) tops[r] = NAN;  // scores of NaN or -inf alone: say so
-    const f32x16 top = splat(tops[r] == -INFINITY ? 0.f : tops[r]);
-    f32x16 total = splat(0.f);
-    for (int64_t i = 0; i < columns; i += 16) {
-      f32x16 p = vexp(load<f32x16>(row + i) - top);
-      total += p;
-      if (bytes && i < groups * 16) p = p == 0.f ? p : p * load<f32x16>(s.scales(true, i / 16));  // unused ones may be NaN
-      if (FLOAT)
-        store((float*)weights[r] + i, p);
-      else
-        store((uint16_t*)weights[r] + i, narrow(p));
-    }
-    totals[r] = sum(total);
-  }
-  // each number of the part is written once, as it stays: another thread may be reading what it wrote there itself
-  store(part.most, load<f32x16>(tops)), store(part.total, load<f32x16>(totals));
+  weigh<FLOAT>(s, R, low, high, scores, weights, part);
 
   const uint32_t* values[kStretch / 16];
-  for (int64_t g = 0; g < groups; g++) {
-    values[g] = (const uint32_t*)s.tokens(true, g);
-    if (bytes) {
-      uint16_t* to = wide + g * 16 * a.value_dim;
-      widen_bytes((const int8_t*)values[g], 16 * a.value_dim, to);
-      values[g] = (const uint32_t*)to;
-    }
-    const int64_t valid = s.num_keys - g * 16;
-    if (valid < 16) {  // what lies behind the last key may be NaN, and a weight of zero does not silence that
-      std::memcpy(tail, values[g], 16 * a.value_dim * (FLOAT ? 4 : 2));
-      for (int64_t k = valid; k < 16; k++)
-        for (int64_t i = 0; i < a.value_dim; i++) {
-          if (FLOAT)
-            tail[k * a.value_dim + i] = 0;
-          else
-            ((uint16_t*)tail)[(k / 2) * a.value_dim * 2 + i * 2 + k % 2] = 0;
-        }
-      values[g] = tail;
-    }
-  }
+  find_values<FLOAT>(s, wide, tail, values);
   int64_t d = 0;
   for (; d + 32 <= a.value_dim; d += 32) {
     f32x16 acc[R][2];
@@ -346,6 +387,132 @@ static inline void attend_count(int count, const Stretch& s, const Stretch* next
     if (count < R) return attend_count<FLOAT, R - 1>(count, s, next, query, low, high, part);
   attend_stretch<FLOAT, R>(s, next, query, low, high, part);
 }
+
+#if defined(PAGEWIRE_AMX)
+// Tiles: 0 to 3 sums; 4 and 5 queries and 16 keys, over 32 numbers; 6 and 7 weights and 16 columns of values, over 16 keys.
+static inline void shape_attention_tiles() {
+  TileShape shape;
+  shape.set(0, 5, kTileHeight, 64);
+  shape.set(6, 6, kTileHeight, 32);
+  shape.set(7, 7, 8, 64);
+  shape.use();
+}
+
+// Queries against 16, 32, 48 or 64 keys at once, `keys` holding each 16: into `scores`, rows of a stretch.
+template <int N>
+static inline void score(const uint32_t* query, int64_t key_words, const uint32_t* const* keys, float* scores, Ahead& ahead) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t w = 0; w < key_words; w += 16) {
+    for (int i = 0; i < 2 * N; i++) ahead.step();
+    settle();
+    _tile_loadd(4, query + w, key_words * 4);
+    _tile_loadd(5, keys[0] + w * 16, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if (N > 1) {
+      _tile_loadd(5, keys[1] + w * 16, 64);
+      _tile_dpbf16ps(1, 4, 5);
+    }
+    if (N > 2) {
+      _tile_loadd(5, keys[2] + w * 16, 64);
+      _tile_dpbf16ps(2, 4, 5);
+    }
+    if (N > 3) {
+      _tile_loadd(5, keys[3] + w * 16, 64);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, scores, kStretch * 4);
+  if (N > 1) _tile_stored(1, scores + 16, kStretch * 4);
+  if (N > 2) _tile_stored(2, scores + 32, kStretch * 4);
+  if (N > 3) _tile_stored(3, scores + 48, kStretch * 4);
+}
+
+// The weighted sums of N times 16 columns of the values, from `column` on.
+template <int N>
+static inline void add_values(const uint32_t* weights, const uint32_t* const* values, int64_t groups, int64_t value_dim,
+                              int64_t column, float* out, Ahead& ahead) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t g = 0; g < groups; g++) {
+    const uint32_t* const v = values[g] + column;
+    for (int i = 0; i < 2 * N; i++) ahead.step();
+    settle();
+    _tile_loadd(6, weights + g * 8, kStretch * 2);
+    _tile_loadd(7, v, value_dim * 4);
+    _tile_dpbf16ps(0, 6, 7);
+    if (N > 1) {
+      _tile_loadd(7, v + 16, value_dim * 4);
+      _tile_dpbf16ps(1, 6, 7);
+    }
+    if (N > 2) {
+      _tile_loadd(7, v + 32, value_dim * 4);
+      _tile_dpbf16ps(2, 6, 7);
+    }
+    if (N > 3) {
+      _tile_loadd(7, v + 48, value_dim * 4);
+      _tile_dpbf16ps(3, 6, 7);
+    }
+  }
+  _tile_stored(0, out + column, value_dim * 4);
+  if (N > 1) _tile_stored(1, out + column + 16, value_dim * 4);
+  if (N > 2) _tile_stored(2, out + column + 32, value_dim * 4);
+  if (N > 3) _tile_stored(3, out + column + 48, value_dim * 4);
+}
+
+// Up to 16 queries against one stretch. Behind the last query others are read, computed and written, and used by nobody.
+static void attend_stretch_on_tiles(int count, const Stretch& s, const Stretch* next, const uint32_t* query,
+                                    const int64_t* low, const int64_t* high, Part& part) {
+  const AttentionLayer& a = s.layer;
+  const bool bytes = a.kv_kind == kInt8;
+  const int64_t groups = (s.num_keys + 15) / 16, key_words = a.key_dim / 2;
+  Ahead ahead(next);
+  alignas(64) float scores[kTileHeight][kStretch];
+  alignas(64) uint32_t weights[kTileHeight][kStretch / 2];
+  alignas(64) static thread_local uint16_t wide[kStretch * kMaxDim];  // int8 made bfloat16
+  alignas(64) static thread_local uint32_t tail[16 * kMaxDim];
+
+  for (int64_t g = 0; g < groups; g += 4) {
+    const int64_t num = std::min<int64_t>(4, groups - g);
+    const uint32_t* keys[4];
+    for (int64_t i = 0; i < num; i++) {
+      keys[i] = (const uint32_t*)s.tokens(false, g + i);
+      if (!bytes) continue;
+      uint16_t* to = wide + i * 16 * a.key_dim;
+      widen_bytes((const int8_t*)keys[i], 16 * a.key_dim, to);
+      keys[i] = (const uint32_t*)to;
+    }
+    float* const to = scores[0] + g * 16;
+    switch (num) {
+      case 4: score<4>(query, key_words, keys, to, ahead); break;
+      case 3: score<3>(query, key_words, keys, to, ahead); break;
+      case 2: score<2>(query, key_words, keys, to, ahead); break;
+      default: score<1>(query, key_words, keys, to, ahead);
+    }
+  }
+  for (int64_t g = 0; g < groups; g++) {
+    const f32x16 scale = bytes ? a.scale * load<f32x16>(s.scales(false, g)) : splat(a.scale);
+    for (int r = 0; r < count; r++) store(scores[r] + g * 16, load<f32x16>(scores[r] + g * 16) * scale);
+  }
+  weigh<false>(s, count, low, high, scores, weights, part);
+
+  const uint32_t* values[kStretch / 16];
+  find_values<false>(s, wide, tail, values);
+  int64_t column = 0;
+  for (; column + 64 <= a.value_dim; column += 64)
+    add_values<4>(weights[0], values, groups, a.value_dim, column, part.out, ahead);
+  switch ((a.value_dim - column) / 16) {
+    case 3: return add_values<3>(weights[0], values, groups, a.value_dim, column, part.out, ahead);
+    case 2: return add_values<2>(weights[0], values, groups, a.value_dim, column, part.out, ahead);
+    case 1: return add_values<1>(weights[0], values, groups, a.value_dim, column, part.out, ahead);
+    default: return;
+  }
+}
+#endif
 
 static inline Stretch stretch_of(const Step& step, const AttentionLayer& a, const Item& item, int64_t n) {
   const int64_t group = a.num_heads / a.num_kv_heads, first = n * kStretch;
@@ -381,9 +548,13 @@ static void attend_item(const Step& step, const AttentionLayer& a, const uint32_
     }
     Part& to = n == item.first_stretch ? whole : part;
     if (a.kv_kind == kFloat32)
-      attend_count<true, kAttentionRows>(item.count, s, next, query, low, high, to);
+      attend_count<true, kTileRows>(item.count, s, next, query, low, high, to);
+    else if (!on_tiles(a))
+      attend_count<false, kTileRows>(item.count, s, next, query, low, high, to);
+#if defined(PAGEWIRE_AMX)
     else
-      attend_count<false, kAttentionRows>(item.count, s, next, query, low, high, to);
+      attend_stretch_on_tiles(item.count, s, next, query, low, high, to);
+#endif
     if (n > item.first_stretch) merge(whole, part, item.count, a.value_dim);
   }
 }
@@ -411,6 +582,9 @@ template <class Put>
 static void attend(Team& team, int phase, const Step& step, const AttentionLayer& a, const uint32_t* queries,
                    const AttentionWork& work, char* parts, Put&& put) {
   static thread_local Part whole;
+#if defined(PAGEWIRE_AMX)
+  shape_attention_tiles();
+#endif
   team.share(phase, work.items.size(), 16, [&](int64_t from, int64_t to) {
     for (; from < to; from++) {
       const Item &item = work.items[from], &after = work.items[from + 1 < to ? from + 1 : from];

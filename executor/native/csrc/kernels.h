@@ -10,6 +10,10 @@
 #include "team.h"
 #include "types.h"
 
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
+#define PAGEWIRE_KNOWS_AMX  // the compiler does
+#endif
+
 namespace pagewire {
 
 struct Kernels {

@@ -73,9 +73,12 @@ static inline f32x16 rounded(f32x16 x) {  // to whole numbers, of less than 2^22
   const f32x16 magic = splat(12582912.f);  // 1.5 * 2^23: adding it leaves no room for a fraction
   return (x + magic) - magic;
 }
-static inline f32x16 vexp(f32x16 x) {  // e^x to about 1e-7; 0 from -104 on, also for -inf; NaN for NaN
+static inline f32x16 vexp(f32x16 x) {  // e^x to about 1e-7; 0 below -87.3, also for -inf; NaN for NaN
+#if defined(PAGEWIRE_AVX512)
+  // lanes that come out as zero are left out: a result below the least normal number takes a hundred times as long
+  const __mmask16 some = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
+#else
   x = vmax(splat(-104.f), x);
-#if !defined(PAGEWIRE_AVX512)
   x = x > splat(88.7f) ? splat(88.7f) : x;
 #endif
   const f32x16 n = rounded(x * 1.44269504f);
@@ -87,7 +90,7 @@ static inline f32x16 vexp(f32x16 x) {  // e^x to about 1e-7; 0 from -104 on, als
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.f;
 #if defined(PAGEWIRE_AVX512)
-  return (f32x16)_mm512_scalef_ps((__m512)y, (__m512)n);
+  return (f32x16)_mm512_maskz_scalef_ps(some, (__m512)y, (__m512)n);
 #else
   const f32x16 scale = (f32x16)((__builtin_convertvector(n, i32x16) + 127) << 23);
   return x < splat(-87.3f) ? splat(0.f) : y * scale;

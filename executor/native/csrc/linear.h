@@ -27,7 +27,7 @@ static inline void finish(const Linear& l, const Epilogue& e, int64_t row, int64
         if (e.next_kind >= kInt8)
           store(e.out + (row + r) * e.stride + column / 2, y);
         else
-          put_lanes(e.next_kind, e.next + (row + r) * e.next_stride, column / 2, y);
+          put_operand(e.next_kind, e.next, e.next_stride, row + r, column / 2, y);
         continue;
       }
       float* to = e.out + (row + r) * e.stride + column;
@@ -207,10 +207,19 @@ static void multiply_panels(const Linear& l, const Operand& a, int64_t row, int6
   }
 }
 
+#if defined(PAGEWIRE_AMX)
+#include "tiles.h"
+#else
+struct Tiles {};
+#endif
+
 // One phase: all threads, until every panel is done.
 static void multiply(Team& team, int phase, const Linear& l, const Operand& a, int64_t rows, const Epilogue& e) {
   constexpr int64_t kBandRows = 384;  // rows that meet a panel while it is in the cache
   const int64_t panels = (l.n + 31) / 32, bands = (rows + kBandRows - 1) / kBandRows;
+#if defined(PAGEWIRE_AMX)
+  if (l.kind == kBfloat16) shape_tiles(rows);
+#endif
   team.share(phase, panels * bands, rows <= kTileRows ? 8 : 4, [&](int64_t from, int64_t to) {
     while (from < to) {
       const int64_t band = from / panels, first = from % panels;
@@ -220,6 +229,10 @@ static void multiply(Team& team, int phase, const Linear& l, const Operand& a, i
       switch (l.kind) {
         case kFloat32: multiply_panels<kFloat32Words>(l, a, row, count, first, last, e); break;
         case kBfloat16:
+#if defined(PAGEWIRE_AMX)
+          multiply_on_tiles(l, a, row, count, first, last, e);
+          break;
+#endif
           if (l.exponents)
             multiply_panels<kCompactWords>(l, a, row, count, first, last, e);
           else

@@ -27,7 +27,7 @@ struct Workspace {
 
   Operand shared(const Linear& l) const { return operand(l, shared_words, shared_scales, shared_sums); }
   Operand own(const Linear& l, int thread) const {
-    return operand(l, own_words + thread * kFewRows * words, own_scales + thread * kFewRows * groups,
+    return operand(l, own_words + thread * operand_rows(kFewRows) * words, own_scales + thread * kFewRows * groups,
                    own_sums + thread * kFewRows * groups);
   }
   LayerSpace layer(int64_t n, const float* in) const {
@@ -41,7 +41,7 @@ struct Workspace {
 
  private:
   static Operand operand(const Linear& l, uint32_t* words, float* scales, int32_t* sums) {
-    return {words, l.k / per_word(l.kind), scales, sums, l.kind >= kInt8 ? l.k / kGroup : 0};
+    return {words, operand_stride(l.kind, l.k), scales, sums, l.kind >= kInt8 ? l.k / kGroup : 0};
   }
 };
 
@@ -67,8 +67,8 @@ inline int64_t Workspace::lay_out_layer(char* base, LayerSpace& to) const {
   take(to.attended, tokens * heads_dim);
   take(to.middle, tokens * model->intermediate);
   take(to.queries, tokens * a.num_heads * a.key_dim);
-  take(to.mixed, tokens * heads_dim);
-  take(to.act, tokens * model->intermediate);
+  take(to.mixed, operand_rows(tokens) * heads_dim);
+  take(to.act, operand_rows(tokens) * model->intermediate);
   take(to.parts, num_parts * part_bytes(a.value_dim));
   return take.bytes();
 }
@@ -78,7 +78,7 @@ static Workspace lay_out_workspace(const Llama& m, int64_t T, int threads, int64
   w.model = &m, w.tokens = T, w.num_parts = num_parts;
   w.words = w.groups = 1, w.widest = m.hidden;
   const auto widen_for = [&](const Linear& l) {
-    w.words = std::max(w.words, l.k / per_word(l.kind));
+    w.words = std::max(w.words, operand_stride(l.kind, l.k));
     w.widest = std::max(w.widest, l.k);
     if (l.kind >= kInt8) w.groups = std::max(w.groups, l.k / kGroup);
   };
@@ -92,8 +92,8 @@ static Workspace lay_out_workspace(const Llama& m, int64_t T, int threads, int64
     Taker take{base, base};
     take(w.x, T * m.hidden);
     take(w.normed, threads * w.widest);
-    take(w.shared_words, T * w.words);
-    take(w.own_words, threads * kFewRows * w.words);
+    take(w.shared_words, operand_rows(T) * w.words);
+    take(w.own_words, threads * operand_rows(kFewRows) * w.words);
     take(w.shared_scales, T * w.groups);
     take(w.own_scales, threads * kFewRows * w.groups);
     take(w.shared_sums, T * w.groups);
@@ -113,12 +113,12 @@ static Operand prepare_rows(Team& team, int thread, int phase, const Workspace& 
   float* scratch_row = w.normed + thread * w.widest;
   if (rows <= kFewRows) {
     const Operand own = w.own(l, thread);
-    for (int64_t r = 0; r < rows; r++) prepare(row_of(r, scratch_row), l.k, l, own.from(r));
+    for (int64_t r = 0; r < rows; r++) prepare(row_of(r, scratch_row), l, own, r);
     return own;
   }
   const Operand shared = w.shared(l);
   team.share(phase, rows, 64, [&](int64_t from, int64_t to) {
-    for (; from < to; from++) prepare(row_of(from, scratch_row), l.k, l, shared.from(from));
+    for (; from < to; from++) prepare(row_of(from, scratch_row), l, shared, from);
   });
   return shared;
 }
@@ -172,6 +172,7 @@ static void llama_forward(const Llama& m, const Step& s, float* logits) {
   const Workspace w = lay_out_workspace(m, T, threads, num_parts);
 
   on_team(m.num_layers * kPhases + 4, [&](Team& team, int thread) {
+    [[maybe_unused]] const Tiles tiles;
     team.repeatable = w.layer_bytes != 0;
     team.share(0, T, 64, [&](int64_t from, int64_t to) {
       for (; from < to; from++)
@@ -200,11 +201,11 @@ static void llama_forward(const Llama& m, const Step& s, float* logits) {
       });
 
       const bool direct = layer.o.kind < kInt8;
-      const int64_t mixed_words = heads_dim / per_word(layer.o.kind);
+      const int64_t mixed_words = operand_stride(layer.o.kind, heads_dim);
       attend(team, phase + 3, s, a, space.queries, works[work_of[n]], space.parts,
              [&](int64_t token, int64_t column, f32x16 value) {
                if (direct)
-                 put_lanes(layer.o.kind, space.mixed + token * mixed_words, column, value);
+                 put_operand(layer.o.kind, space.mixed, mixed_words, token, column, value);
                else
                  store(space.attended + token * heads_dim + column, value);
              });
@@ -213,7 +214,7 @@ static void llama_forward(const Llama& m, const Step& s, float* logits) {
       multiply(team, phase + 6, layer.o, in, T, {Epilogue::kAdd, space.between, space.in, hidden, 0, nullptr, 0});
 
       const bool straight = layer.down.kind < kInt8;
-      const int64_t act_words = m.intermediate / per_word(layer.down.kind);
+      const int64_t act_words = operand_stride(layer.down.kind, m.intermediate);
       in = prepare_rows(team, thread, phase + 7, w, layer.gate_up, T, normed(space.between, layer.post_norm));
       multiply(team, phase + 8, layer.gate_up, in, T,
                {Epilogue::kSiluMul, space.middle, nullptr, m.intermediate, layer.down.kind, space.act, act_words});

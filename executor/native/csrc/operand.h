@@ -21,6 +21,30 @@ static inline void put_lanes(int32_t kind, uint32_t* row, int64_t column, f32x16
     store((uint16_t*)row + column, narrow(x));
 }
 
+// On a machine with tiles an operand of bfloat16 lies in them: 16 rows by 32 columns in one kilobyte, those of the same rows
+// one after the other. Else, and in every other kind, it lies row after row.
+#if defined(PAGEWIRE_AMX)
+constexpr int64_t kTileHeight = 16, kTileWords = 16;  // rows, and words of a row
+static inline bool lies_in_tiles(int32_t kind) { return kind == kBfloat16; }
+#else
+constexpr int64_t kTileHeight = 1, kTileWords = 1;
+static inline bool lies_in_tiles(int32_t) { return false; }
+#endif
+
+static inline int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
+static inline int64_t operand_rows(int64_t rows) { return whole(rows, kTileHeight); }  // that there must be room for
+static inline int64_t operand_stride(int32_t kind, int64_t k) {
+  const int64_t words = k / per_word(kind);
+  return lies_in_tiles(kind) ? whole(words, kTileWords) : words;
+}
+
+// Sixteen columns of a row to their place in an operand; float32 and bfloat16 only.
+static inline void put_operand(int32_t kind, uint32_t* words, int64_t stride, int64_t row, int64_t column, f32x16 x) {
+  if (!lies_in_tiles(kind)) return put_lanes(kind, words + row * stride, column, x);
+  const int64_t tile = row / kTileHeight * (stride / kTileWords) + column / (2 * kTileWords);
+  put_lanes(kind, words + (tile * kTileHeight + row % kTileHeight) * kTileWords, column % (2 * kTileWords), x);
+}
+
 // Quantise one row to signed bytes, a scale for each group.
 static inline void quantise(const float* x, const Operand& to) {
   for (int64_t g = 0; g < to.groups; g++) {
@@ -40,9 +64,9 @@ static inline void quantise(const float* x, const Operand& to) {
   }
 }
 
-static inline void prepare(const float* x, int64_t k, const Linear& linear, const Operand& to) {
-  if (linear.kind >= kInt8) return quantise(x, to);
-  for (int64_t i = 0; i < k; i += 16) put_lanes(linear.kind, to.words, i, load<f32x16>(x + i));
+static inline void prepare(const float* x, const Linear& l, const Operand& to, int64_t row) {
+  if (l.kind >= kInt8) return quantise(x, to.from(row));
+  for (int64_t i = 0; i < l.k; i += 16) put_operand(l.kind, to.words, to.stride, row, i, load<f32x16>(x + i));
 }
 
 static inline int64_t panel_words(const Linear& l) {

@@ -2,25 +2,26 @@
 
 // y = x @ w.T + bias over rows of the model's dtype.
 static void linear(const Linear& l, const Rows& x, const Rows& y, int64_t rows) {
-  const int64_t words = l.k / per_word(l.kind), groups = l.kind >= kInt8 ? l.k / kGroup : 0;
+  const int64_t words = operand_stride(l.kind, l.k), groups = l.kind >= kInt8 ? l.k / kGroup : 0;
   const int threads = num_threads();
   const int64_t out_bytes = y.kind == kFloat32 ? 0 : rows * l.n * 4;
-  char* at = scratch(rows * (words * 4 + groups * 8) + threads * l.k * 4 + out_bytes + 256);
+  char* at = scratch(operand_rows(rows) * words * 4 + rows * groups * 8 + threads * l.k * 4 + out_bytes + 256);
   const auto take = [&](int64_t bytes) {
     char* p = at;
     at += (bytes + 63) / 64 * 64;
     return p;
   };
-  const Operand in{(uint32_t*)take(rows * words * 4), words, (float*)take(rows * groups * 4),
+  const Operand in{(uint32_t*)take(operand_rows(rows) * words * 4), words, (float*)take(rows * groups * 4),
                    (int32_t*)take(rows * groups * 4), groups};
   float* const row_of = (float*)take(threads * l.k * 4);
   float* const out = y.kind == kFloat32 ? (float*)y.data : (float*)take(out_bytes);
   on_team(4, [&](Team& team, int thread) {
+    [[maybe_unused]] const Tiles tiles;
     float* row = row_of + thread * l.k;
     team.share(0, rows, 64, [&](int64_t from, int64_t to) {
       for (; from < to; from++) {
         read_row(x.data, x.kind, from * x.stride0, l.k, row);
-        prepare(row, l.k, l, in.from(from));
+        prepare(row, l, in, from);
       }
     });
     multiply(team, 1, l, in, rows, {Epilogue::kStore, out, nullptr, l.n, 0, nullptr, 0});
@@ -41,6 +42,7 @@ static void attention(const AttentionLayer& a, const Step& s, const Rows& query,
   char* at = scratch(query_bytes + work.num_parts * part_bytes(a.value_dim));
   uint32_t* const queries = (uint32_t*)at;
   on_team(4, [&](Team& team, int) {
+    [[maybe_unused]] const Tiles tiles;
     float row[kMaxDim], other[kMaxDim];
     team.share(0, s.num_tokens, 16, [&](int64_t from, int64_t to) {
       for (; from < to; from++) {
