@@ -53,6 +53,13 @@ CASES = {
     "whole prompts": Case(rows=((0, 5), (0, 16), (0, 17), (0, 40))),
     "chunks, prompts and decodes mixed": Case(rows=((20, 7), (33, 1), (0, 9), (16, 16), (5, 1), (15, 2))),
     "a prefix that another row writes in this step": Case(rows=((0, 40), (32, 5), (32, 1)), shared_blocks=2),
+    "decodes that share a prompt": Case(
+        rows=((300, 1), (290, 1), (288, 1), (0, 300), (511, 1), (287, 1)), shared_blocks=17
+    ),
+    "choices of one request": Case(
+        rows=tuple((256 + n, 1) for n in range(9)), shared_blocks=16, group=3, sinks=True, dtype=torch.bfloat16
+    ),
+    "a prompt in large pages": Case(rows=((383, 1), (384, 1), (500, 1)), block_size=256, shared_blocks=1, group=1),
     "small pages": Case(rows=((3, 1), (7, 9), (0, 6)), block_size=4),
     "large pages": Case(rows=((300, 1), (10, 30), (255, 1), (256, 1)), block_size=256),
     "a group of 1": Case(rows=((20, 3), (18, 1)), group=1),
@@ -212,12 +219,11 @@ class Scene:
                 count = min(common, before + now)
                 mine[:count] = everyones[:count]
             self.past.append((tensors[0], tensors[1]))
-            if row == 0 or not shared:  # what is shared is written by row 0 alone
-                self._write(row, before)
+            self._write(row, common if row else 0, before)  # what is shared is written by row 0 alone
         self.query = noise(len(self.batch.positions), shape.num_heads, shape.key_dim)
 
-    def _write(self, row: int, before: int) -> None:
-        for position in range(before):
+    def _write(self, row: int, first: int, before: int) -> None:
+        for position in range(first, before):
             block = int(self.resident.block_tables[row, position // self.case.block_size])
             for slots, known in zip(self.slots, self.past[row], strict=True):
                 slots.write(block, position % self.case.block_size, known[position])
@@ -225,7 +231,7 @@ class Scene:
     def refill(self) -> None:
         """Write the history anew, after `past` was changed."""
         for row, (before, _) in enumerate(self.case.rows):
-            self._write(row, before)
+            self._write(row, 0, before)
 
     def tokens(self) -> list[tuple[int, int]]:
         """Row (in the order of the case) and position of each token of the batch."""
@@ -339,6 +345,26 @@ def test_a_query_is_the_same_bit_for_bit_alone_in_a_crowd_and_in_chunks(isa: str
 
     assert torch.equal(found, wanted)
     assert torch.equal(alone, wanted)
+
+
+@pytest.mark.parametrize("isa", [path.isa for path in paths() if path.isa])
+@pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("shared_blocks", [8, 17, 25])
+def test_rows_that_read_a_common_prefix_once_get_the_bits_that_they_get_apart(
+    isa: str, kv: torch.dtype, shared_blocks: int
+) -> None:
+    native().use_isa(isa)
+    dtype = torch.float32 if kv is torch.float32 else torch.bfloat16
+    # one row's end is that of the prefix, and one is in the middle of a prompt: it shares nothing
+    before = [17 * 16, 17 * 16 + 3, 25 * 16 - 1, 25 * 16, 25 * 16 + 1, 600, 601]
+    rows = (*((n, 1) for n in before if n >= shared_blocks * 16 - 1), (shared_blocks * 16, 5))
+    case = replace(LONG, rows=rows, shared_blocks=shared_blocks, dtype=dtype, kv_dtype=kv)
+    together, apart = Scene(case, NativeAttention()), Scene(replace(case, shared_blocks=0), NativeAttention())
+    apart.past, apart.query = together.past, together.query
+    apart.refill()
+
+    assert torch.equal(together.attend(), apart.attend())
+    native().use_isa(BEST_ISA)
 
 
 def test_the_first_backend_that_serves_a_layer_is_chosen_for_it() -> None:

@@ -77,14 +77,59 @@ static inline void store_token(const AttentionLayer& a, int64_t slot, int64_t he
 struct Item {
   int32_t row, kv_head, first, count;  // queries [first, first + count)
   int32_t first_stretch, last_stretch;
-  int64_t part;                        // where the partial result lies, or -1: this item does all and writes the output
+  int64_t part = -1;        // where the partial result lies, or -1: this item does all and writes the output
+  int32_t num_rows = 1;     // more: query i is of row + i / group, each of one token, and all begin with the same blocks
+  int64_t begin = -1;       // the part that has what comes before the first stretch, if any,
+  int32_t begin_query = 0;  // and which of its queries is the first here
 };
 
 struct AttentionWork {
-  std::vector<Item> items;   // in the order they are claimed
+  std::vector<Item> shared;  // stretches that several rows have in common, each a part
+  std::vector<Item> items;   // in the order they are claimed; after the shared ones
   std::vector<Item> merges;  // what is put together of parts; `part` is the first
   int64_t num_parts = 0;
 };
+
+// How many whole stretches two rows begin with that lie in the same blocks and that both see.
+static inline int64_t common_stretches(const Step& s, const AttentionLayer& a, int64_t row, int64_t other) {
+  const int64_t keys = std::min(s.seq_lens[row], s.seq_lens[other]) / kStretch * kStretch;
+  const int64_t most = (keys + a.block_size - 1) / a.block_size;
+  const int32_t *x = s.block_tables + row * s.table_stride, *y = s.block_tables + other * s.table_stride;
+  int64_t same = 0;
+  while (same < most && x[same] == y[same]) same++;
+  return std::min(keys, same * a.block_size) / kStretch;
+}
+
+// Rows of one token that begin alike (a prompt in common, choices of one request) read what they share once, as many as fit
+// into a tile of queries. A query's sums stay what they are: its stretches are merged in the same order.
+static void share_prefixes(const Step& s, const AttentionLayer& a, AttentionWork& work) {
+  const int64_t group = a.num_heads / a.num_kv_heads, fit = attention_rows(a) / group;
+  const auto is_single = [&](int64_t row) { return s.query_start_loc[row + 1] - s.query_start_loc[row] == 1; };
+  std::vector<std::pair<int64_t, int64_t>> found(s.num_rows, {-1, 0});  // by row: number of the shared part, place in it
+  std::vector<int64_t> length;                                         // stretches, by number
+  for (int64_t first = 0, last; first < s.num_rows; first = last) {
+    int64_t stretches = INT64_MAX;
+    for (last = first + 1; is_single(first) && last < s.num_rows && last - first < fit && is_single(last); last++) {
+      const int64_t common = std::min(stretches, common_stretches(s, a, last - 1, last));
+      if (common == 0 || (last - first > 1 && common < (stretches + 1) / 2)) break;  // one that has less would cost the others
+      stretches = common;
+    }
+    if (last - first < 2) continue;
+    for (int64_t row = first; row < last; row++) found[row] = {(int64_t)length.size(), row - first};
+    for (int64_t head = 0; head < a.num_kv_heads; head++) {
+      Item item{(int32_t)first, (int32_t)head, 0, (int32_t)((last - first) * group), 0, (int32_t)stretches};
+      item.num_rows = (int32_t)(last - first), item.part = work.num_parts++;
+      work.shared.push_back(item);
+    }
+    length.push_back(stretches);
+  }
+  for (Item& item : work.items) {
+    const auto [number, place] = found[item.row];
+    if (number < 0) continue;
+    item.first_stretch = (int32_t)length[number];
+    item.begin = number * a.num_kv_heads + item.kv_head, item.begin_query = (int32_t)(place * group);
+  }
+}
 
 // Cut a step into items; the same for every layer of a shape. Few queries are also split over their keys.
 static AttentionWork plan_attention(const Step& s, const AttentionLayer& a, int num_threads) {
@@ -100,7 +145,7 @@ static AttentionWork plan_attention(const Step& s, const AttentionLayer& a, int 
         const int64_t seen = before + (first + count - 1) / group + 1;  // keys that the last of them sees
         const int64_t hidden = a.window ? std::max<int64_t>(0, before + first / group + 1 - a.window) : 0;
         whole.push_back({(int32_t)row, (int32_t)head, (int32_t)first, (int32_t)count, (int32_t)(hidden / kStretch),
-                         (int32_t)((seen + kStretch - 1) / kStretch), -1});
+                         (int32_t)((seen + kStretch - 1) / kStretch)});
       }
   }
   const bool split = num_threads > 1 && (int64_t)whole.size() < 8 * num_threads;
@@ -117,6 +162,7 @@ static AttentionWork plan_attention(const Step& s, const AttentionLayer& a, int 
       work.items.push_back(item);
     }
   }
+  if (!split && a.window == 0 && 2 * group <= most) share_prefixes(s, a, work);
   return work;
 }
 
@@ -150,6 +196,13 @@ static inline void merge(Part& a, const Part& b, int count, int64_t dim) {
   for (int r = 0; r < count; r++)
     for (int64_t i = 0; i < dim; i += 16)
       store(a.out + r * dim + i, load<f32x16>(a.out + r * dim + i) * keep[r] + load<f32x16>(b.out + r * dim + i) * add[r]);
+}
+
+// Queries [first, first + count) of `from` become the first ones of `to`.
+static inline void take_queries(Part& to, const Part& from, int first, int count, int64_t dim) {
+  store(to.most, splat(-INFINITY)), store(to.total, splat(0.f));
+  for (int r = 0; r < count; r++) to.most[r] = from.most[first + r], to.total[r] = from.total[first + r];
+  std::memcpy(to.out, from.out + first * dim, count * dim * sizeof(float));
 }
 
 // Sixteen tokens of int8 to bfloat16 pairs, as if they had been stored so.
@@ -517,25 +570,28 @@ static void attend_stretch_on_tiles(int count, const Stretch& s, const Stretch* 
 static inline Stretch stretch_of(const Step& step, const AttentionLayer& a, const Item& item, int64_t n) {
   const int64_t group = a.num_heads / a.num_kv_heads, first = n * kStretch;
   const int64_t tokens = step.query_start_loc[item.row + 1] - step.query_start_loc[item.row];
-  const int64_t seen = step.seq_lens[item.row] - tokens + (item.first + item.count - 1) / group + 1;
+  int64_t seen = step.seq_lens[item.row] - tokens + (item.first + item.count - 1) / group + 1;
+  if (item.num_rows > 1) seen = item.last_stretch * kStretch;
   return {a, step.block_tables + item.row * step.table_stride, item.kv_head, first,
           std::min<int64_t>(kStretch, seen - first)};
 }
 
-// The stretches of one item, merged into `whole`. `queries`: (num_tokens, num_heads, key_dim) as words. `following` is what
-// this thread works on next, if that is known: its keys are fetched meanwhile.
+// The stretches of one item, merged into `whole`, which begins with what the item begins with. `queries`: (num_tokens,
+// num_heads, key_dim) as words. `following` is what this thread works on next, if that is known: its keys are fetched meanwhile.
 static void attend_item(const Step& step, const AttentionLayer& a, const uint32_t* queries, const Item& item,
-                        const Stretch* following, Part& whole) {
+                        const Stretch* following, const char* parts, Part& whole) {
   const int64_t L = kv_lanes(a.kv_kind), words = a.key_dim / L, group = a.num_heads / a.num_kv_heads;
-  const int64_t start = step.query_start_loc[item.row], tokens = step.query_start_loc[item.row + 1] - start;
-  const int64_t seq_len = step.seq_lens[item.row], before = seq_len - tokens;
   alignas(64) uint32_t query[kAttentionRows * kMaxDim];
   int64_t position[kAttentionRows];
   for (int r = 0; r < item.count; r++) {
-    const int64_t token = (item.first + r) / group, head = item.kv_head * group + (item.first + r) % group;
-    std::memcpy(query + r * words, queries + ((start + token) * a.num_heads + head) * words, words * 4);
-    position[r] = before + token;
+    const int64_t place = (item.first + r) / group, head = item.kv_head * group + (item.first + r) % group;
+    const int64_t row = item.num_rows > 1 ? item.row + place : item.row, before = item.num_rows > 1 ? 0 : place;
+    const int64_t start = step.query_start_loc[row], tokens = step.query_start_loc[row + 1] - start;
+    std::memcpy(query + r * words, queries + ((start + before) * a.num_heads + head) * words, words * 4);
+    position[r] = step.seq_lens[row] - tokens + before;
   }
+  if (item.begin >= 0)
+    take_queries(whole, part_at(const_cast<char*>(parts), item.begin, a.value_dim), item.begin_query, item.count, a.value_dim);
   static thread_local Part part;
   for (int64_t n = item.first_stretch; n < item.last_stretch; n++) {
     const Stretch s = stretch_of(step, a, item, n);
@@ -546,7 +602,8 @@ static void attend_item(const Step& step, const AttentionLayer& a, const uint32_
       low[r] = a.window ? std::max<int64_t>(0, position[r] + 1 - a.window - s.first_key) : 0;
       high[r] = position[r] + 1 - s.first_key;
     }
-    Part& to = n == item.first_stretch ? whole : part;
+    const bool is_first = n == item.first_stretch && item.begin < 0;
+    Part& to = is_first ? whole : part;
     if (a.kv_kind == kFloat32)
       attend_count<true, kTileRows>(item.count, s, next, query, low, high, to);
     else if (!on_tiles(a))
@@ -555,7 +612,7 @@ static void attend_item(const Step& step, const AttentionLayer& a, const uint32_
     else
       attend_stretch_on_tiles(item.count, s, next, query, low, high, to);
 #endif
-    if (n > item.first_stretch) merge(whole, part, item.count, a.value_dim);
+    if (!is_first) merge(whole, part, item.count, a.value_dim);
   }
 }
 
@@ -577,7 +634,7 @@ static inline void finish_item(const Step& step, const AttentionLayer& a, const 
   }
 }
 
-// Two phases, the first claimed from `phase`. All K and V of the step must be stored before.
+// Three phases, the first claimed from `phase`. All K and V of the step must be stored before.
 template <class Put>
 static void attend(Team& team, int phase, const Step& step, const AttentionLayer& a, const uint32_t* queries,
                    const AttentionWork& work, char* parts, Put&& put) {
@@ -585,20 +642,26 @@ static void attend(Team& team, int phase, const Step& step, const AttentionLayer
 #if defined(PAGEWIRE_AMX)
   shape_attention_tiles();
 #endif
-  team.share(phase, work.items.size(), 16, [&](int64_t from, int64_t to) {
+  const auto work_through = [&](const std::vector<Item>& items, int64_t from, int64_t to, auto&& done) {
     for (; from < to; from++) {
-      const Item &item = work.items[from], &after = work.items[from + 1 < to ? from + 1 : from];
+      const Item &item = items[from], &after = items[from + 1 < to ? from + 1 : from];
       const Stretch next = stretch_of(step, a, after, after.first_stretch);
       const Stretch* following = from + 1 < to ? &next : nullptr;
-      if (item.part >= 0) {
-        attend_item(step, a, queries, item, following, part_at(parts, item.part, a.value_dim));
-      } else {
-        attend_item(step, a, queries, item, following, whole);
-        finish_item(step, a, item, whole, put);
-      }
+      const bool one = item.last_stretch - item.first_stretch == 1 && item.part >= 0;  // written once, as it stays
+      Part& result = one ? part_at(parts, item.part, a.value_dim) : whole;
+      attend_item(step, a, queries, item, following, parts, result);
+      if (!one) done(item);
     }
+  };
+  team.share(phase, work.shared.size(), 4, [&](int64_t from, int64_t to) {
+    work_through(work.shared, from, to, [&](const Item& item) {
+      take_queries(part_at(parts, item.part, a.value_dim), whole, 0, item.count, a.value_dim);
+    });
   });
-  team.share(phase + 1, work.merges.size(), 4, [&](int64_t from, int64_t to) {
+  team.share(phase + 1, work.items.size(), 16, [&](int64_t from, int64_t to) {
+    work_through(work.items, from, to, [&](const Item& item) { finish_item(step, a, item, whole, put); });
+  });
+  team.share(phase + 2, work.merges.size(), 4, [&](int64_t from, int64_t to) {
     for (; from < to; from++) {
       const Item& item = work.merges[from];
       clear(whole, a.value_dim);

@@ -150,7 +150,7 @@ static void place_token(const Llama& m, const LlamaLayer& layer, const Step& s, 
 
 // logits (num_sampled, vocab) float32.
 static void llama_forward(const Llama& m, const Step& s, float* logits) {
-  constexpr int kPhases = 12;
+  constexpr int kPhases = 13;
   const int64_t T = s.num_tokens, hidden = m.hidden;
   const int threads = num_threads();
   std::vector<AttentionWork> works;  // layers that see equally far share one
@@ -210,17 +210,17 @@ static void llama_forward(const Llama& m, const Step& s, float* logits) {
                  store(space.attended + token * heads_dim + column, value);
              });
       in = {space.mixed, mixed_words, nullptr, nullptr, 0};
-      if (!direct) in = prepare_rows(team, thread, phase + 5, w, layer.o, T, rows_of(space.attended, heads_dim));
-      multiply(team, phase + 6, layer.o, in, T, {Epilogue::kAdd, space.between, space.in, hidden, 0, nullptr, 0});
+      if (!direct) in = prepare_rows(team, thread, phase + 6, w, layer.o, T, rows_of(space.attended, heads_dim));
+      multiply(team, phase + 7, layer.o, in, T, {Epilogue::kAdd, space.between, space.in, hidden, 0, nullptr, 0});
 
       const bool straight = layer.down.kind < kInt8;
       const int64_t act_words = operand_stride(layer.down.kind, m.intermediate);
-      in = prepare_rows(team, thread, phase + 7, w, layer.gate_up, T, normed(space.between, layer.post_norm));
-      multiply(team, phase + 8, layer.gate_up, in, T,
+      in = prepare_rows(team, thread, phase + 8, w, layer.gate_up, T, normed(space.between, layer.post_norm));
+      multiply(team, phase + 9, layer.gate_up, in, T,
                {Epilogue::kSiluMul, space.middle, nullptr, m.intermediate, layer.down.kind, space.act, act_words});
       in = {space.act, act_words, nullptr, nullptr, 0};
-      if (!straight) in = prepare_rows(team, thread, phase + 9, w, layer.down, T, rows_of(space.middle, m.intermediate));
-      multiply(team, phase + 10, layer.down, in, T, {Epilogue::kAdd, space.out, space.between, hidden, 0, nullptr, 0});
+      if (!straight) in = prepare_rows(team, thread, phase + 10, w, layer.down, T, rows_of(space.middle, m.intermediate));
+      multiply(team, phase + 11, layer.down, in, T, {Epilogue::kAdd, space.out, space.between, hidden, 0, nullptr, 0});
       x = space.out;
     }
     if (s.num_sampled == 0) return;

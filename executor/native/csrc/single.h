@@ -41,7 +41,7 @@ static void attention(const AttentionLayer& a, const Step& s, const Rows& query,
   const int64_t query_bytes = (s.num_tokens * a.num_heads * words * 4 + 63) / 64 * 64;
   char* at = scratch(query_bytes + work.num_parts * part_bytes(a.value_dim));
   uint32_t* const queries = (uint32_t*)at;
-  on_team(4, [&](Team& team, int) {
+  on_team(5, [&](Team& team, int) {
     [[maybe_unused]] const Tiles tiles;
     float row[kMaxDim], other[kMaxDim];
     team.share(0, s.num_tokens, 16, [&](int64_t from, int64_t to) {
