@@ -7,6 +7,7 @@ that counts here and takes `--step-ms` for a step. This process is the client: e
 it to its end, checks every token and asks for the next. At 0 ms the scheduler is never idle, so tokens share messages;
 at 30 ms it is idle most of the time, as behind a real model, and every token goes out alone and at once. With `--real`
 the executor computes the default model on all cores: what a process costs that finds its caches full of weights.
+`--minutes` prints the memory of both processes every quarter of a minute; with `--real`, of a real executor.
 """
 
 from __future__ import annotations
@@ -241,7 +242,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = find(options.model) or fake_model.write(Path(folder) / "fake")
         if options.minutes:
-            load = Load(streams=int(options.streams[0]), step_ms=options.step_ms[0], max_tokens=options.max_tokens)
+            step_ms = None if options.real else options.step_ms[0]
+            load = Load(streams=int(options.streams[0]), step_ms=step_ms, max_tokens=options.max_tokens)
             with servers(model, load.step_ms) as running:
                 uvloop.run(watch_memory(running, load, options.minutes))
             return
