@@ -31,7 +31,8 @@ class Pages:
         """Return (num_bytes,) uint8, zero, aligned to 64."""
         padded = -(-num_bytes // 64) * 64
         if padded > len(self._left):
-            chunk = mmap.mmap(-1, max(padded, _CHUNK))
+            # private: the memory that Python maps by default is shared, and of that few machines make huge pages
+            chunk = mmap.mmap(-1, max(padded, _CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 chunk.madvise(mmap.MADV_HUGEPAGE)
             self._left = torch.frombuffer(chunk, dtype=torch.uint8)
