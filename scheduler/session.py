@@ -81,7 +81,7 @@ class Session:
         self.block_size = facts.block_size
         self.pool = BlockPool(facts.num_blocks)
         self.cache = PrefixCache(facts.block_size)
-        self.running: list[Sequence] = []  # oldest first
+        self.running: list[Sequence] = []  # best band first, and oldest first within it
         self.outstanding: deque[Outstanding] = deque()
         self.leaving = False  # takes no new work
         self.full = False  # the first in the line that fits here waits for room
@@ -315,7 +315,7 @@ class Session:
 
     def send(self, draft: Draft, now_ns: int) -> StepPlan:
         """The plan, which is outstanding from now on."""
-        first = next(iter(draft.rows.values())).sequence  # the oldest of those that go on
+        first = next(iter(draft.rows.values())).sequence  # the first of those that go on
         had_work = first.arrived_ns < self._answered_ns
         self.outstanding.append(Outstanding(draft.step, draft.rows, now_ns, had_work))
         self._next_step += 1
