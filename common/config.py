@@ -48,6 +48,9 @@ class SchedulerConfig:
     token_budget: int = option(2048, "tokens per step over all sequences", least=1)
     max_running: int = option(256, "sequences resident on one executor", least=1)
     watermark: float = option(0.01, "share of the KV blocks that admissions leave to running sequences", most=1)
+    reserve: float = option(
+        0.0625, "share of an executor that is kept for tenants that run less than that there", most=0.5
+    )
     prefix_caching: bool = option(True, "share the blocks of equal prefixes")
     max_waiting: int = option(2048, "sequences that may wait; one more is refused with RESOURCE_EXHAUSTED", least=1)
     max_waiting_tokens: int = option(

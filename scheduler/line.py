@@ -17,7 +17,9 @@ Three rules, in this order:
 
 *Nobody overtakes.* The scheduler stops at the first sequence for which an executor has no room, so a large request is
 not starved by small ones behind it: neither its tenant's own, nor those of others. A tenant passes it only while it has
-been served less, and each admission charges it; a better band passes it until it has aged into the best.
+been served less, and each admission charges it; a better band passes it until it has aged into the best. There is one
+exception: the last part of an executor is kept for tenants that run less than it there (`Session.leaves_reserve`), who
+then pass one that runs more. So a tenant that runs nothing is never passed by one that was served more.
 
 The head is found in the logarithm of the number of tenants, and who takes it out moves nothing but its tenant. Counters
 only grow, so a tenant's place in its band is mended when somebody looks at it and not with every token.
@@ -28,19 +30,14 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
 from common.types import Priority, SequenceId
-from scheduler.sequence import Account, Sequence
-
-W_IN: Final = 1
-"""Virtual tokens of a prompt token."""
-
-W_OUT: Final = 2
-"""Virtual tokens of an output token: it takes a step of its own."""
+from scheduler.account import Account
+from scheduler.sequence import Sequence
 
 AGING_NS: Final = 10_000_000_000
 """Waiting time after which a request counts as one band better."""
@@ -257,23 +254,24 @@ class Line:
             self._begin(queue, request, sequence)
         assert sequence.account is not None, f"sequence {sequence.id} was never in a band"
         if not sequence.attempt:
-            sequence.account.charge(W_IN * num_tokens)
+            sequence.account.counter += num_tokens * sequence.account.per_input
         sequence.band = self._band_of(sequence.priority, sequence.arrived_ns, now_ns)
         self.tokens_admitted += sequence.cost
 
-    def walk(self, now_ns: int) -> Iterator[Sequence]:
+    def walk(self, now_ns: int, passed_over: Set[str] = frozenset()) -> Iterator[Sequence]:
         """All that wait, in the order in which they go. Whoever walks may admit the one it was given, and no other.
 
-        An admission counts at once: what comes next is what should come next after it.
+        An admission counts at once: what comes next is what should come next after it. Tenants in `passed_over`, which
+        may change meanwhile, are left out, but for what has begun.
         """
         self._age(now_ns)
         yield from self._begun[:]
         for band in self._bands.values():
-            yield from self._walk(band)
+            yield from self._walk(band, passed_over)
 
     # ---- inside
 
-    def _walk(self, band: _Band) -> Iterator[Sequence]:
+    def _walk(self, band: _Band, passed_over: Set[str]) -> Iterator[Sequence]:
         passed: list[_Passed] = []  # least served first
         place = 0
         while True:
@@ -281,6 +279,8 @@ class Line:
             if passed and (entry is None or passed[0][:2] < entry[:2]):
                 counter, order, requests, queue = heapq.heappop(passed)
                 assert queue.account is not None
+                if queue.tenant in passed_over:
+                    continue
                 if counter != queue.account.counter:  # charged since
                     heapq.heappush(passed, (queue.account.counter, order, requests, queue))
                     continue
@@ -290,6 +290,9 @@ class Line:
                 return
             else:
                 queue = entry[2]
+                if queue.tenant in passed_over:
+                    place += 1
+                    continue
                 request = queue.head
                 assert request, "a queue is listed and empty"
                 yield from list(request)  # all choices: the first one taken leaves the others among what has begun

@@ -24,7 +24,7 @@ from common.step import ExecutorFacts, StepPlan, StepResult
 from common.types import FinishReason, Priority, SequenceId
 from scheduler import policy
 from scheduler.block_pool import Reclaim
-from scheduler.line import W_OUT, Line
+from scheduler.line import Line
 from scheduler.prefix_cache import KeyChain
 from scheduler.sequence import Sequence, Status
 from scheduler.session import Draft, Match, Outstanding, Session
@@ -51,6 +51,7 @@ class SchedulerLimits:
     max_running: int = 256  # sequences resident on one executor
     patience_ns: int = 1_000_000_000  # nobody is kept waiting for an executor that answered nothing for so long
     watermark: float = 0.01  # share of the blocks that admissions leave to running sequences
+    reserve: float = 1 / 16  # share of an executor that is kept for tenants that run no more than that there
     prefix_caching: bool = True
 
 
@@ -205,6 +206,7 @@ class Scheduler:
             prefix_caching=self._limits.prefix_caching,
             max_running=self._limits.max_running,
             watermark=int(self._limits.watermark * facts.num_blocks),
+            reserve=self._limits.reserve,
         )
 
     def leave(self, session_id: int) -> None:
@@ -301,8 +303,9 @@ class Scheduler:
 
     def _commit(self, sequence: Sequence, token: int, now_ns: int) -> TokenOutput:
         sequence.tokens.append(token)
-        if sequence.account is not None:
-            sequence.account.charge(W_OUT)
+        account = sequence.account
+        if account is not None:
+            account.counter += account.per_output
         if not sequence.first_token_ns:
             sequence.first_token_ns = now_ns
         sequence.last_token_ns = now_ns
@@ -380,7 +383,8 @@ class Scheduler:
         session.full = False
         if draft.budget == 0 or not session.has_slot:
             return  # before anybody is looked at
-        for sequence in self._line.walk(now_ns):
+        passed_over: set[str] = set()
+        for sequence in self._line.walk(now_ns, passed_over):
             if draft.budget == 0 or not session.has_slot:
                 return
             if 0 < sequence.deadline_ns <= now_ns:
@@ -396,6 +400,9 @@ class Scheduler:
                 match = session.match(sequence)
                 if not self._belongs_here(sequence, session, match, now_ns):
                     continue
+            if not session.leaves_reserve(sequence, match):
+                passed_over.update(session.tenants_of_much())  # what is left is for the others
+                continue
             if not session.can_admit(sequence, match):
                 session.full = True
                 return  # nobody overtakes: small requests must not starve a large one
@@ -444,7 +451,7 @@ class Scheduler:
             if sequence.max_length > other.max_length or other.silent_since(now_ns - self._limits.patience_ns):
                 continue
             there = other.match(sequence)
-            if other.can_admit(sequence, there):
+            if other.can_admit(sequence, there) and other.leaves_reserve(sequence, there):
                 places.append(policy.Place(there.num_tokens, len(other.running)))
         return policy.place(places) == 0
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from common.sampling import SamplingParams, StopConditions
 from common.types import BlockId, FinishReason, Priority, SequenceId, SlotRef
+from scheduler.account import Account
 from scheduler.prefix_cache import BlockKey
 
 if TYPE_CHECKING:
@@ -28,21 +29,6 @@ _NEXT = {
     Status.RUNNING: frozenset({Status.WAITING, Status.FINISHED}),  # preempted, executor lost | stopped, aborted
     Status.FINISHED: frozenset[Status](),
 }
-
-
-class Account:
-    """What one tenant was served in one band of the line, in virtual tokens over its weight."""
-
-    __slots__ = ("_per_token", "counter", "num_listed")
-
-    def __init__(self, weight: float) -> None:
-        self.counter = 0.0  # only ever grows
-        self.num_listed = 0  # the tenant's queues that stand in the band
-        self._per_token = 1 / weight
-
-    def charge(self, virtual_tokens: int) -> None:
-        """The tenant was served so much."""
-        self.counter += virtual_tokens * self._per_token
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

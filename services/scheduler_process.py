@@ -59,6 +59,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         token_budget=config.token_budget,
         max_running=config.max_running,
         watermark=config.watermark,
+        reserve=config.reserve,
         prefix_caching=config.prefix_caching,
     )
     core = Scheduler(limits, model=model.digest, eos=set(model.eos_token_ids), secret=secrets.token_bytes(32))

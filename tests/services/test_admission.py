@@ -106,6 +106,7 @@ def test_nor_may_it_fill_the_line_with_small_sequences() -> None:
 def test_tenants_that_send_without_end_share_the_line_and_leave_as_much_to_a_newcomer(num_tenants: int) -> None:
     doorman, most = admission(max_waiting_tokens=10_000), 10_000
     own = [0] * num_tenants
+    line = EMPTY
     for i in range(3000):
         for tenant in range(num_tenants):
             line = replace(
