@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -32,7 +32,6 @@ from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, StepPlan
 from common.types import Priority
 from protos import inference_pb2 as pb
-from protos import monitoring_pb2, monitoring_pb2_grpc
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from scheduler.sequence import Sequence as CoreSequence
 from services.admission import Admission, AdmissionLimits, Ask
@@ -118,30 +117,6 @@ async def connections(running: Cluster, count: int) -> AsyncIterator[list[aio.Ch
             await channel.close()
 
 
-async def probe(running: Cluster, times_s: list[float], every_s: float = 0.05) -> None:
-    """Ask for the scheduler's status again and again: as long as that takes, its loop was busy. Until cancelled."""
-    async with connections(running, 1) as (channel,):
-        stub: monitoring_pb2_grpc.MonitoringServiceAsyncStub = monitoring_pb2_grpc.MonitoringServiceStub(channel)
-        while True:
-            began = time.monotonic()
-            await stub.GetStatus(monitoring_pb2.GetStatusRequest())
-            times_s.append(time.monotonic() - began)
-            await asyncio.sleep(every_s)
-
-
-@asynccontextmanager
-async def probing(running: Cluster) -> AsyncIterator[list[float]]:
-    """The times of probes while the block runs."""
-    times_s: list[float] = []
-    task = asyncio.create_task(probe(running, times_s))
-    try:
-        yield times_s
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-
 @contextmanager
 def servers(*flags: str, step_s: float, max_running: int = 256) -> Iterator[Cluster]:
     """A scheduler and a fake executor."""
@@ -161,8 +136,7 @@ class Burst:
 
     tally: Tally
     seconds: float  # until the last one had its end
-    probes_s: list[float]
-    rss_mib: float
+    rss_mib: float  # of the scheduler, at the end
 
 
 async def burst(
@@ -170,7 +144,7 @@ async def burst(
 ) -> Burst:
     """Open all streams at once and read each to its end."""
     tally = Tally()
-    async with connections(running, num_connections) as channels, probing(running) as probes_s:
+    async with connections(running, num_connections) as channels:
         began = time.monotonic()
         await asyncio.gather(
             *(
@@ -180,7 +154,7 @@ async def burst(
         )
         seconds = time.monotonic() - began
     rss = resident_mib(running.scheduler.popen.pid)
-    return Burst(tally=tally, seconds=seconds, probes_s=probes_s, rss_mib=rss)
+    return Burst(tally=tally, seconds=seconds, rss_mib=rss)
 
 
 def burst_table(streams: int, result: Burst) -> str:
@@ -193,7 +167,7 @@ def burst_table(streams: int, result: Burst) -> str:
             "refused, with push-back",
             "anything else",
             "all ended after",
-            "probe p50 / worst",
+            "scheduler's memory",
         ),
         [
             (
@@ -202,7 +176,7 @@ def burst_table(streams: int, result: Burst) -> str:
                 f"{tally.ends[REFUSED]}",
                 f"{streams - tally.ends[SERVED] - tally.ends[REFUSED]}",
                 f"{result.seconds:.1f} s",
-                f"{_ms(result.probes_s, 0.5)} / {_ms(result.probes_s, 1)} ms",
+                f"{result.rss_mib:.0f} MiB",
             )
         ],
     )
@@ -219,7 +193,6 @@ class Overload:
     goodput: float
     offered_per_s: float  # requests
     tally: Tally
-    probes_s: list[float]
     rss_mib: list[float]  # over time, evenly spaced
 
 
@@ -241,26 +214,25 @@ async def overload(
         tally, draw = Tally(), random.Random(0)
         rss: list[float] = []
         tasks: set[asyncio.Task[None]] = set()
-        async with probing(running) as probes_s:
-            began = time.monotonic()
-            due, warm_s = began, min(deadline_s, seconds / 4)
-            tokens, warm_at = 0, 0.0  # after the line has filled
-            while (now := time.monotonic()) < began + seconds:
-                if not warm_at and now >= began + warm_s:
-                    tokens, warm_at = tally.tokens, now
-                if now - began >= len(rss) * seconds / 20:
-                    rss.append(resident_mib(running.scheduler.popen.pid))
-                while due <= now:
-                    due += draw.expovariate(rate)
-                    one = ask(channels[len(tasks) % 4], tally, prompt=prompt, output=output, timeout_s=deadline_s)
-                    task = asyncio.create_task(one)
-                    tasks.add(task)
-                    task.add_done_callback(tasks.discard)
-                await asyncio.sleep(0.002)
-            goodput = (tally.tokens - tokens) / (time.monotonic() - warm_at)
-            rss.append(resident_mib(running.scheduler.popen.pid))
-            await asyncio.gather(*tasks)
-    return Overload(peak=peak, goodput=goodput, offered_per_s=rate, tally=tally, probes_s=probes_s, rss_mib=rss)
+        began = time.monotonic()
+        due, warm_s = began, min(deadline_s, seconds / 4)
+        tokens, warm_at = 0, 0.0  # after the line has filled
+        while (now := time.monotonic()) < began + seconds:
+            if not warm_at and now >= began + warm_s:
+                tokens, warm_at = tally.tokens, now
+            if now - began >= len(rss) * seconds / 20:
+                rss.append(resident_mib(running.scheduler.popen.pid))
+            while due <= now:
+                due += draw.expovariate(rate)
+                one = ask(channels[len(tasks) % 4], tally, prompt=prompt, output=output, timeout_s=deadline_s)
+                task = asyncio.create_task(one)
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+            await asyncio.sleep(0.002)
+        goodput = (tally.tokens - tokens) / (time.monotonic() - warm_at)
+        rss.append(resident_mib(running.scheduler.popen.pid))
+        await asyncio.gather(*tasks)
+    return Overload(peak=peak, goodput=goodput, offered_per_s=rate, tally=tally, rss_mib=rss)
 
 
 async def _peak(channels: list[aio.Channel], *, seconds: float, streams: int, prompt: int, output: int) -> float:
@@ -299,7 +271,6 @@ def overload_table(result: Overload) -> str:
             ("taken, and expired", f"{tally.ends[EXPIRED]}"),
             ("anything else", f"{sum(tally.others.values())} {dict(tally.others) or ''}"),
             ("refusal p50 / p99", f"{_ms(tally.refusals_s, 0.5)} / {_ms(tally.refusals_s, 0.99)} ms"),
-            ("probe p50 / p99", f"{_ms(result.probes_s, 0.5)} / {_ms(result.probes_s, 0.99)} ms"),
             ("scheduler's memory", " → ".join(f"{mib:.0f}" for mib in rss[:: max(1, len(rss) // 5)]) + " MiB"),
         ],
     )
