@@ -44,7 +44,7 @@ class Scenario:
     name: str
     rows: int  # sequences that run
     num_waiting: int = 0  # sequences in the line behind them
-    tenants: int = 1  # who send them, in turns
+    tenants: int = 0  # who send them, in turns; 0: nobody has a name
     prompt: int = 256  # tokens of each prompt
     shared: int = 0  # of these, tokens that all prompts begin with
     max_tokens: int = 1 << 20  # nobody ends
@@ -176,9 +176,8 @@ def measure(scenario: Scenario, num_steps: int) -> Report:
             # the first ones end one after the other, so that the load is even from the start
             share = draw.uniform(0.1, 1.0) if step == 0 else 1.0
             stop = StopConditions(max_tokens=max(1, int(scenario.max_tokens * share)))
-            scheduler.add(
-                [*shared, *own], SamplingParams(seed=step), stop, step, tenant=f"tenant {num_added % scenario.tenants}"
-            )
+            tenant = f"tenant {num_added % scenario.tenants}" if scenario.tenants else ""
+            scheduler.add([*shared, *own], SamplingParams(seed=step), stop, step, tenant=tenant)
             num_added += 1
 
         while len(unanswered) < CREDIT:
