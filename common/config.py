@@ -48,8 +48,24 @@ class SchedulerConfig:
     token_budget: int = option(2048, "tokens per step over all sequences", least=1)
     max_running: int = option(256, "sequences resident on one executor", least=1)
     watermark: float = option(0.01, "share of the KV blocks that admissions leave to running sequences", most=1)
+    reserve: float = option(
+        0.0625, "share of an executor that is kept for tenants that run less than that there", most=0.5
+    )
     prefix_caching: bool = option(True, "share the blocks of equal prefixes")
     max_waiting: int = option(2048, "sequences that may wait; one more is refused with RESOURCE_EXHAUSTED", least=1)
+    max_waiting_tokens: int = option(
+        1_000_000,
+        "tokens that may wait, prompts and expected answers; more are refused with RESOURCE_EXHAUSTED",
+        least=1,
+    )
+    max_ttft_s: float = option(
+        0.0, "seconds until a first token; who would wait longer is refused at once. 0: the caller's deadline alone"
+    )
+    max_request_s: float = option(3600.0, "seconds that one request may take from its arrival to its end", least=0.1)
+    tenant_tokens_per_s: float = option(
+        0.0, "tokens a second, prompts and answers, that one tenant may ask for on average; 0: no limit"
+    )
+    tenant_burst_tokens: float = option(0.0, "of these, tokens that it may ask for at once; 0: ten seconds of them")
     executor_wait_s: float = option(30.0, "seconds a request waits while no executor could run it")
     default_max_tokens: int = option(0, "max_tokens where a request gives none; 0 is the room the context has left")
     max_choices: int = option(8, "largest n of a request", least=1)

@@ -3,7 +3,7 @@
 PagewireError
 ├── InvalidRequest      the caller must change the request (names the field and the limit)
 ├── UnknownModel        the request names a model that is not served here
-├── Overloaded          the queue is full; try again later
+├── Overloaded          too much is open or waits, or the tenant's rate is used up; try again later
 ├── Unavailable         no executor, draining; try again later
 ├── DeadlineExceeded    the caller's deadline passed while it waited or ran
 ├── ExecutorRejected    the two halves do not fit together (model, version); an operator must act

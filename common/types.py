@@ -42,6 +42,14 @@ def generation_of(ref: SlotRef) -> int:
     return ref >> SLOT_BITS
 
 
+class Priority(enum.IntEnum):
+    """Who goes first while there is not room for all; the least number does. The numbers are those of the wire."""
+
+    HIGH = 1
+    NORMAL = 2
+    LOW = 3
+
+
 class FinishReason(enum.IntEnum):
     """Why a choice ended. The numbers are those of the wire."""
 

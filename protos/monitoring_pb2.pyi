@@ -87,6 +87,26 @@ class SchedulerStatus(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class RefusedRequestsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     UPTIME_NS_FIELD_NUMBER: _builtins.int
     CPU_NS_FIELD_NUMBER: _builtins.int
     CPU_US_PER_OUTPUT_TOKEN_FIELD_NUMBER: _builtins.int
@@ -100,6 +120,9 @@ class SchedulerStatus(_message.Message):
     MOVED_SEQUENCES_FIELD_NUMBER: _builtins.int
     DROPPED_ROWS_FIELD_NUMBER: _builtins.int
     FINISHED_SEQUENCES_FIELD_NUMBER: _builtins.int
+    WAITING_TOKENS_FIELD_NUMBER: _builtins.int
+    REFUSED_REQUESTS_FIELD_NUMBER: _builtins.int
+    LINE_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     uptime_ns: _builtins.int
     """since it became ready"""
     cpu_ns: _builtins.int
@@ -121,9 +144,17 @@ class SchedulerStatus(_message.Message):
     """they lost their executor"""
     dropped_rows: _builtins.int
     """of results: their sequence had ended, or was placed anew"""
+    waiting_tokens: _builtins.int
+    """what those that wait are expected to take, prompts and answers"""
+    line_tokens_per_s: _builtins.float
+    """how fast the line moves while it is not empty; 0 while unknown"""
     @_builtins.property
     def finished_sequences(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """by the name of their FinishReason"""
+
+    @_builtins.property
+    def refused_requests(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """by the limit that they met"""
 
     def __init__(
         self,
@@ -141,10 +172,13 @@ class SchedulerStatus(_message.Message):
         moved_sequences: _builtins.int = ...,
         dropped_rows: _builtins.int = ...,
         finished_sequences: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        waiting_tokens: _builtins.int = ...,
+        refused_requests: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        line_tokens_per_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "cpu_ns", b"cpu_ns", "cpu_us_per_output_token", b"cpu_us_per_output_token", "dropped_rows", b"dropped_rows", "finished_sequences", b"finished_sequences", "moved_sequences", b"moved_sequences", "num_running", b"num_running", "num_waiting", b"num_waiting", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "steps", b"steps", "uptime_ns", b"uptime_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "cpu_ns", b"cpu_ns", "cpu_us_per_output_token", b"cpu_us_per_output_token", "dropped_rows", b"dropped_rows", "finished_sequences", b"finished_sequences", "line_tokens_per_s", b"line_tokens_per_s", "moved_sequences", b"moved_sequences", "num_running", b"num_running", "num_waiting", b"num_waiting", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "refused_requests", b"refused_requests", "steps", b"steps", "uptime_ns", b"uptime_ns", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,7 +10,7 @@ from common.blocks import blocks_for
 
 
 class Running(NamedTuple):
-    """One running sequence, in numbers. Rows are given oldest first."""
+    """One running sequence, in numbers. Rows are given by rank: better bands first, and the oldest within one."""
 
     num_uncomputed: int  # tokens that could be computed now; 0 when it only waits for results
     num_planned: int  # tokens computed once the steps in flight are done
@@ -19,7 +19,7 @@ class Running(NamedTuple):
 
 
 Yield = Callable[[int], tuple[int, int]]
-"""Blocks that come free by preempting a row after all younger ones: (now, once the steps in flight are answered)."""
+"""Blocks that come free by preempting a row after all below it: (now, once the steps in flight are answered)."""
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class Decision:
 
     grants: list[int]  # tokens for each row; 0 is a pause
     blocks: list[int]  # blocks that each grant takes
-    preempted: list[int]  # rows that give their blocks back, youngest first
+    preempted: list[int]  # rows that give their blocks back, the last first
     budget_left: int
 
 
@@ -44,31 +44,31 @@ def decide(
     """Share the token budget and the free blocks among the running sequences.
 
     Rows that need one token go before rows that need many, so a long prompt never delays a stream by more than one
-    step; among equals the oldest goes first. When blocks run out the youngest gives its own back, so the oldest always
-    finishes; a row never preempts itself or an older one, it waits and keeps what it has. `num_returning` blocks come
+    step; among equals the first goes first. When blocks run out the last gives its own back, so the first always
+    finishes; a row never preempts itself or one before it, it waits and keeps what it has. `num_returning` blocks come
     free when the steps in flight are answered: with enough of those in sight a row waits instead of preempting.
     """
     grants, blocks = [0] * len(rows), [0] * len(rows)
     preempted: list[int] = []
     singles = [i for i, row in enumerate(rows) if row.num_uncomputed == 1]
     others = [i for i, row in enumerate(rows) if row.num_uncomputed > 1]
-    youngest = len(rows) - 1  # all after it are preempted
+    last = len(rows) - 1  # all after it are preempted
     for i in singles + others:
         if token_budget == 0:
             break
-        if i > youngest:
+        if i > last:
             continue
         num_uncomputed, num_planned, num_blocks, copy_on_write = rows[i]
         tokens = min(num_uncomputed, token_budget)
         need = blocks_for(num_planned + tokens, block_size) - num_blocks + copy_on_write
-        while need > num_free + num_returning and youngest > i:
-            preempted.append(youngest)
-            token_budget += grants[youngest]
-            now, later = yield_of(youngest)
-            num_free += blocks[youngest] + now
+        while need > num_free + num_returning and last > i:
+            preempted.append(last)
+            token_budget += grants[last]
+            now, later = yield_of(last)
+            num_free += blocks[last] + now
             num_returning += later
-            grants[youngest] = blocks[youngest] = 0
-            youngest -= 1
+            grants[last] = blocks[last] = 0
+            last -= 1
         if need > num_free:  # take what fits now, if anything
             room = (num_blocks + num_free - copy_on_write) * block_size - num_planned
             tokens = min(tokens, room) if num_free >= copy_on_write else 0

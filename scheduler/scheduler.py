@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 from array import array
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -21,9 +21,10 @@ from common.blocks import blocks_for
 from common.errors import InvalidRequest
 from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, StepPlan, StepResult
-from common.types import FinishReason, SequenceId
+from common.types import FinishReason, Priority, SequenceId
 from scheduler import policy
 from scheduler.block_pool import Reclaim
+from scheduler.line import Line
 from scheduler.prefix_cache import KeyChain
 from scheduler.sequence import Sequence, Status
 from scheduler.session import Draft, Match, Outstanding, Session
@@ -50,6 +51,7 @@ class SchedulerLimits:
     max_running: int = 256  # sequences resident on one executor
     patience_ns: int = 1_000_000_000  # nobody is kept waiting for an executor that answered nothing for so long
     watermark: float = 0.01  # share of the blocks that admissions leave to running sequences
+    reserve: float = 1 / 16  # share of an executor that is kept for tenants that run no more than that there
     prefix_caching: bool = True
 
 
@@ -68,14 +70,25 @@ class Counters:
 
 
 class Scheduler:
-    """Queues, sequences and sessions. Every method is quick and never waits."""
+    """Queues, sequences and sessions. Every method is quick and never waits.
 
-    def __init__(self, limits: SchedulerLimits, *, model: str, eos: Set[int], secret: bytes) -> None:
+    `weights`: the shares of the tenants while there is not room for all; 1 where none is given.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        *,
+        model: str,
+        eos: Set[int],
+        secret: bytes,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         self._limits = limits
         self._model = model
         self._eos = frozenset(eos)
         self._keys = KeyChain(secret)
-        self._waiting: list[Sequence] = []  # by order: who came first is looked at first
+        self._line = Line(weights)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._sessions: dict[int, Session] = {}
         self._next_id = 0
@@ -89,9 +102,9 @@ class Scheduler:
         return list(self._sessions.values())
 
     @property
-    def waiting(self) -> Seq[Sequence]:
-        """Sequences that no executor holds, in the order they will be looked at."""
-        return self._waiting
+    def waiting(self) -> Line:
+        """Sequences that no executor holds."""
+        return self._line
 
     @property
     def num_sequences(self) -> int:
@@ -127,8 +140,14 @@ class Scheduler:
         choices: int = 1,
         tenant: str = "",
         salt: str = "",
+        priority: Priority = Priority.NORMAL,
+        expected_output: int | None = None,
+        deadline_ns: int = 0,
     ) -> list[Sequence]:
         """Queue one request: `choices` sequences that share the prompt.
+
+        `expected_output`: tokens that each is expected to generate; max_tokens unless told. From `deadline_ns` on, if
+        that is not 0, it is not begun: whoever set the deadline then finishes it.
 
         Raises InvalidRequest when it could never run: the prompt, or prompt and max_tokens together, are longer than
         the largest joined executor can hold.
@@ -143,6 +162,7 @@ class Scheduler:
                 raise InvalidRequest("max_tokens", problem)
         root = self._keys.root(self._model, tenant, salt)
         made: list[Sequence] = []
+        output = stop.max_tokens if expected_output is None else min(expected_output, stop.max_tokens)
         for choice in range(choices):
             id = SequenceId(self._next_id)
             sequence = Sequence(
@@ -154,13 +174,17 @@ class Scheduler:
                 sampling=sampling,
                 stop=stop,
                 choice=choice,
+                tenant=tenant,
+                priority=priority,
+                cost=output if made else output + len(prompt),
+                deadline_ns=deadline_ns,
                 fork_of=made[0] if made else None,
                 arrived_ns=now_ns,
             )
             self._next_id += 1
             self._sequences[id] = sequence
-            self._waiting.append(sequence)
             made.append(sequence)
+        self._line.add(made)
         self.counters.prompt_tokens += len(prompt) * choices
         return made
 
@@ -182,6 +206,7 @@ class Scheduler:
             prefix_caching=self._limits.prefix_caching,
             max_running=self._limits.max_running,
             watermark=int(self._limits.watermark * facts.num_blocks),
+            reserve=self._limits.reserve,
         )
 
     def leave(self, session_id: int) -> None:
@@ -278,6 +303,9 @@ class Scheduler:
 
     def _commit(self, sequence: Sequence, token: int, now_ns: int) -> TokenOutput:
         sequence.tokens.append(token)
+        account = sequence.account
+        if account is not None:
+            account.counter += account.per_output
         if not sequence.first_token_ns:
             sequence.first_token_ns = now_ns
         sequence.last_token_ns = now_ns
@@ -294,21 +322,16 @@ class Scheduler:
         if sequence.session is not None:
             sequence.session.release(sequence, forget=forget)
         else:
-            self._leave_line(sequence)
+            self._line.remove(sequence)
         sequence.become(Status.FINISHED)
         sequence.reason = reason
         del self._sequences[sequence.id]
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
 
-    def _leave_line(self, sequence: Sequence) -> None:
-        index = bisect.bisect_left(self._waiting, sequence.order, key=_order)
-        assert self._waiting[index] is sequence, f"sequence {sequence.id} does not wait"
-        del self._waiting[index]
-
     def _wait_again(self, sequence: Sequence) -> None:
         sequence.become(Status.WAITING)
         sequence.fork_of = None
-        bisect.insort(self._waiting, sequence, key=_order)
+        self._line.add_again(sequence)
 
     def _preempt(self, session: Session, sequence: Sequence) -> None:
         session.release(sequence)
@@ -359,10 +382,13 @@ class Scheduler:
     def _admit_waiting(self, session: Session, draft: Draft, now_ns: int) -> None:
         session.full = False
         if draft.budget == 0 or not session.has_slot:
-            return  # before the line is copied: it may be long
-        for sequence in list(self._waiting):
+            return  # before anybody is looked at
+        passed_over: set[str] = set()
+        for sequence in self._line.walk(now_ns, passed_over):
             if draft.budget == 0 or not session.has_slot:
                 return
+            if 0 < sequence.deadline_ns <= now_ns:
+                continue  # nobody waits for its answer
             parent = self._fork_parent(sequence)
             if parent is not None:
                 match = self._fork_match(session, parent)
@@ -374,20 +400,23 @@ class Scheduler:
                 match = session.match(sequence)
                 if not self._belongs_here(sequence, session, match, now_ns):
                     continue
+            if not session.leaves_reserve(sequence, match):
+                passed_over.update(session.tenants_of_much())  # what is left is for the others
+                continue
             if not session.can_admit(sequence, match):
                 session.full = True
                 return  # nobody overtakes: small requests must not starve a large one
             self._admit(sequence, session, match, draft, now_ns)
 
     def _admit(self, sequence: Sequence, session: Session, match: Match, draft: Draft, now_ns: int) -> None:
-        self._leave_line(sequence)
+        self._line.admit(sequence, len(sequence.tokens) - match.num_tokens, now_ns)
         sequence.become(Status.RUNNING)
         sequence.attempt += 1
         if not sequence.admitted_ns:
             sequence.admitted_ns = now_ns
             sequence.num_cached_prompt = match.num_tokens
             self.counters.cached_prompt_tokens += match.num_tokens
-        bisect.insort(session.running, sequence, key=_order)
+        bisect.insort(session.running, sequence, key=_rank)
         tokens = min(len(sequence.tokens) - match.num_tokens, draft.budget)
         session.admit(sequence, match, draft, tokens, stop_tokens(sequence.stop, self._eos))
         session.add_row(sequence, match.num_tokens, tokens, len(sequence.tokens), draft)
@@ -422,7 +451,7 @@ class Scheduler:
             if sequence.max_length > other.max_length or other.silent_since(now_ns - self._limits.patience_ns):
                 continue
             there = other.match(sequence)
-            if other.can_admit(sequence, there):
+            if other.can_admit(sequence, there) and other.leaves_reserve(sequence, there):
                 places.append(policy.Place(there.num_tokens, len(other.running)))
         return policy.place(places) == 0
 
@@ -432,14 +461,15 @@ class Scheduler:
             session.pool.check(session.held())
             for sequence in session.running:
                 assert sequence.session is session and sequence.status is Status.RUNNING
-        assert all(s.session is None and s.status is Status.WAITING for s in self._waiting)
-        assert [s.order for s in self._waiting] == sorted(s.order for s in self._waiting), "the line is out of order"
+        self._line.check()
+        assert all(s.session is None and s.status is Status.WAITING for s in self._line)
         running = {s.id for session in self._sessions.values() for s in session.running}
-        assert set(self._sequences) == running | {s.id for s in self._waiting}, "a sequence is lost"
+        assert set(self._sequences) == running | {s.id for s in self._line}, "a sequence is lost"
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(list(self._sequences.values()))
 
 
-def _order(sequence: Sequence) -> int:
-    return sequence.order
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    """Who keeps its blocks when they run out: the better band, then who came first."""
+    return sequence.band, sequence.order

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from common.sampling import SamplingParams, StopConditions
-from common.types import BlockId, FinishReason, SequenceId, SlotRef
+from common.types import BlockId, FinishReason, Priority, SequenceId, SlotRef
+from scheduler.account import Account
 from scheduler.prefix_cache import BlockKey
 
 if TYPE_CHECKING:
@@ -35,13 +36,17 @@ class Sequence:
     """A prompt and what was generated after it."""
 
     id: SequenceId
-    order: int  # arrival; who came first goes first, who came last is preempted first
+    order: int  # arrival; within a band who came first goes first, and who came last is preempted first
     tokens: array[int]  # prompt, then committed output: the only truth. No list: the garbage collector would walk it
     num_prompt: int
     root: BlockKey  # parent of its first block's key
     sampling: SamplingParams
     stop: StopConditions
     choice: int
+    tenant: str = ""
+    priority: Priority = Priority.NORMAL
+    cost: int = 0  # tokens that it is expected to be computed for: its share of the prompt, and its answer
+    deadline_ns: int = 0  # on the caller's clock; it is not begun from then on. 0: none
     fork_of: Sequence | None = None  # shares this one's prompt blocks, if it still runs by then
 
     status: Status = Status.WAITING
@@ -49,6 +54,9 @@ class Sequence:
     attempt: int = 0  # placements so far
     preemptions: int = 0
     keys: dict[int, list[BlockKey]] = field(default_factory=dict[int, list[BlockKey]])  # of full blocks, by block size
+
+    account: Account | None = None  # who is charged for it, once its request has begun
+    band: Priority = Priority.NORMAL  # what its priority had aged to at its last admission
 
     # while RUNNING; void otherwise
     session: Session | None = None

@@ -7,7 +7,7 @@ on elsewhere. What is in flight is never counted: it is read off the outstanding
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -74,14 +74,23 @@ class Session:
     """The scheduler's half of one link. Mutated only by Scheduler."""
 
     def __init__(
-        self, id: int, facts: ExecutorFacts, chain: KeyChain, *, prefix_caching: bool, max_running: int, watermark: int
+        self,
+        id: int,
+        facts: ExecutorFacts,
+        chain: KeyChain,
+        *,
+        prefix_caching: bool,
+        max_running: int,
+        watermark: int,
+        reserve: float,
     ) -> None:
         self.id = id
         self.facts = facts
         self.block_size = facts.block_size
         self.pool = BlockPool(facts.num_blocks)
         self.cache = PrefixCache(facts.block_size)
-        self.running: list[Sequence] = []  # oldest first
+        self.running: list[Sequence] = []  # best band first, and oldest first within it
+        self.tenants: Counter[str] = Counter()  # how many run of each; none is left at 0
         self.outstanding: deque[Outstanding] = deque()
         self.leaving = False  # takes no new work
         self.full = False  # the first in the line that fits here waits for room
@@ -90,10 +99,12 @@ class Session:
         self._chain = chain
         self._prefix_caching = prefix_caching
         self._watermark = watermark
+        self._reserve_blocks = int(reserve * facts.num_blocks)
         self._next_step = 0
         self._answered_ns = -1  # when the last result came; -1 before the first
         num_slots = min(facts.max_sequences, max_running)
         self._free_slots = list(range(num_slots))
+        self._reserve_slots = int(reserve * num_slots)
         self._generations = [0] * num_slots
         self._released: list[SlotRef] = []
         self._returning: deque[tuple[int, list[BlockId]]] = deque()  # (last step that may write them, blocks)
@@ -215,11 +226,32 @@ class Session:
 
     def can_admit(self, sequence: Sequence, match: Match) -> bool:
         """Whether there is room for the sequence's known tokens."""
+        return self._admits(sequence, match, self._watermark)
+
+    def leaves_reserve(self, sequence: Sequence, match: Match) -> bool:
+        """Whether enough would be left for tenants that run little here: one that sends without end takes the rest.
+
+        Only tenants with a name make room for each other, and what has begun is not held up.
+        """
+        if sequence.account is not None or not self._runs_much(sequence.tenant):
+            return True
+        slots_left = len(self._free_slots) > self._reserve_slots
+        return slots_left and self._admits(sequence, match, self._watermark + self._reserve_blocks)
+
+    def tenants_of_much(self) -> list[str]:
+        """Those for whom the reserve is not."""
+        return [tenant for tenant in self.tenants if self._runs_much(tenant)]
+
+    def _runs_much(self, tenant: str) -> bool:
+        """It has a name, and as many slots as the reserve."""
+        return bool(tenant) and self.tenants[tenant] >= max(1, self._reserve_slots)
+
+    def _admits(self, sequence: Sequence, match: Match, watermark: int) -> bool:
         return policy.admits(
             num_needed=self._blocks_needed(sequence, match),
             num_free=self.pool.num_free,
             num_promised=self.num_promised,
-            watermark=self._watermark,
+            watermark=watermark,
             idle=not self.running,
         )
 
@@ -249,6 +281,7 @@ class Session:
         slot = heapq.heappop(self._free_slots)
         self._generations[slot] += 1
         sequence.session = self
+        self.tenants[sequence.tenant] += 1
         sequence.ref = slot_ref(slot, self._generations[slot])
         sequence.num_computed = match.num_tokens
         sequence.num_remembered = match.num_tokens // self.block_size
@@ -315,7 +348,7 @@ class Session:
 
     def send(self, draft: Draft, now_ns: int) -> StepPlan:
         """The plan, which is outstanding from now on."""
-        first = next(iter(draft.rows.values())).sequence  # the oldest of those that go on
+        first = next(iter(draft.rows.values())).sequence  # the first of those that go on
         had_work = first.arrived_ns < self._answered_ns
         self.outstanding.append(Outstanding(draft.step, draft.rows, now_ns, had_work))
         self._next_step += 1
@@ -353,6 +386,9 @@ class Session:
         else:
             self._returning.append((last, blocks))
         self.running.remove(sequence)
+        self.tenants[sequence.tenant] -= 1
+        if not self.tenants[sequence.tenant]:
+            del self.tenants[sequence.tenant]
         self._released.append(sequence.ref)
         heapq.heappush(self._free_slots, slot_of(sequence.ref))
         sequence.session = None

@@ -10,6 +10,7 @@ from common.model_folder import ModelFolder
 from common.sampling import StopConditions
 from common.types import FinishReason
 from scheduler.sequence import Sequence
+from services.admission import Ask
 from services.chat_template import ChatTemplate
 from services.engine import ChoiceEvent, Engine, RequestStream
 from services.request import Chat, GenerateSpec, Input, Text, TokenIds
@@ -148,9 +149,23 @@ class Answerer:
         """Tokens that one sequence can have, prompt and answer together."""
         return min(self._engine.scheduler.max_length or self.model.max_model_len, self.model.max_model_len)
 
-    async def start(self, spec: GenerateSpec) -> Answer:
-        """Queue the request. Raises every PagewireError that a request can meet before its first token."""
+    async def start(self, spec: GenerateSpec, *, tenant: str = "", time_left_s: float | None = None) -> Answer:
+        """Queue the request. Raises every PagewireError that a request can meet before its first token.
+
+        Where there is no room, it is refused before its prompt is tokenised: by the fewest tokens that it can have.
+        """
         self.check_model(spec.model)
+        deadline_ns = self._engine.deadline_after(time_left_s)
+        self._engine.check_room(
+            Ask(
+                tenant=tenant,
+                priority=spec.priority,
+                prompt_tokens=_fewest_tokens(spec.input),
+                max_tokens=spec.max_tokens or 1,
+                choices=spec.n,
+                deadline_ns=deadline_ns,
+            )
+        )
         prompt = await self.prompt(spec.input, max_tokens=self.max_length)
         room = self.max_length - len(prompt)
         if room < 1:
@@ -166,8 +181,26 @@ class Answerer:
             stop_strings=spec.stop_strings,
             ignore_eos=spec.ignore_eos,
         )
-        stream = self._engine.submit(prompt, spec.sampling, stop, choices=spec.n)
+        stream = self._engine.submit(
+            prompt,
+            spec.sampling,
+            stop,
+            choices=spec.n,
+            tenant=tenant,
+            priority=spec.priority,
+            deadline_ns=deadline_ns,
+        )
         return Answer(spec, prompt, stream, self.tokenizer)
+
+
+def _fewest_tokens(source: Input) -> int:
+    match source:
+        case TokenIds():
+            return len(source.ids)
+        case Chat():
+            return sum(len(message.content) for message in source.messages) // _ENOUGH_TEXT
+        case Text():
+            return len(source.text) // _ENOUGH_TEXT
 
 
 class _Choice:

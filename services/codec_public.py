@@ -13,6 +13,7 @@ from typing import Final
 
 from common.errors import InvalidRequest
 from common.sampling import RequestLimits, SamplingParams, StopConditions, check_sampling, check_stop
+from common.types import Priority
 from protos import inference_pb2 as pb
 from services.answering import Delta, Finish
 from services.request import Chat, GenerateSpec, Input, Message, Text, TokenIds
@@ -43,6 +44,7 @@ def request_from_pb(
         stop_strings=tuple(stopping.stop),
         ignore_eos=stopping.ignore_eos,
         skip_special_tokens=request.skip_special_tokens if request.HasField("skip_special_tokens") else True,
+        priority=_priority(request.priority),
     )
     stop = StopConditions(
         max_tokens=1 if max_tokens is None else max_tokens,
@@ -144,6 +146,15 @@ def _request_id(given: str) -> str:
     if not all("!" <= character <= "~" for character in given):  # it goes into log lines and metadata as it is
         raise InvalidRequest("request_id", "must be printable ASCII without spaces")
     return given or secrets.token_hex(8)
+
+
+def _priority(given: int) -> Priority:
+    if not given:
+        return Priority.NORMAL
+    try:
+        return Priority(given)
+    except ValueError:  # a number that the enum does not have goes through the wire
+        raise InvalidRequest("priority", f"must be one of {', '.join(p.name for p in Priority)}, got {given}") from None
 
 
 def _shortest(value: float) -> float:

@@ -17,13 +17,14 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Final, NamedTuple, Protocol
 
-from common.errors import Overloaded, PagewireError, Unavailable
+from common.errors import DeadlineExceeded, PagewireError, Unavailable
 from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, StepPlan, StepResult
-from common.types import FinishReason, SequenceId
+from common.types import FinishReason, Priority, SequenceId
 from scheduler.scheduler import ProtocolError, Scheduler
 from scheduler.sequence import Sequence as CoreSequence
 from scheduler.sequence import Status
+from services.admission import Admission, Ask
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class RequestStream:
     def __init__(self, engine: Engine, sequences: Sequence[CoreSequence]) -> None:
         self.sequences = sequences
         self.giving_up: asyncio.TimerHandle | None = None  # runs while no executor could hold the request
+        self.deadline: asyncio.TimerHandle | None = None
         self._engine = engine
         self._pending: dict[int, ChoiceEvent] = {}
         self._open = {s.choice for s in sequences}  # those whose end the reader has not taken
@@ -106,29 +108,35 @@ class RequestStream:
 
     def close(self) -> None:
         """The reader leaves; whatever still runs is aborted and its blocks come free."""
-        if self.giving_up is not None:
-            self.giving_up.cancel()
-            self.giving_up = None
+        for timer in (self.giving_up, self.deadline):
+            if timer is not None:
+                timer.cancel()
+        self.giving_up = self.deadline = None
         for sequence in self.sequences:
             self._engine.finish(sequence.id, FinishReason.ABORTED)
 
 
 class Engine:
-    """Owns the core. `executor_wait_s`: how long a request waits while no executor could run it."""
+    """Owns the core.
+
+    `executor_wait_s`: how long a request waits while no executor could run it. `max_request_s`: how long any may take.
+    """
 
     def __init__(
         self,
         scheduler: Scheduler,
         *,
+        admission: Admission | None = None,
         executor_wait_s: float = 30.0,
-        max_waiting: int = 2048,
+        max_request_s: float = 3600.0,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.scheduler = scheduler
         self.draining = False
         self.last_result_ns = 0
+        self.admission = admission or Admission()
         self._executor_wait_s = executor_wait_s
-        self._max_waiting = max_waiting
+        self._max_request_s = max_request_s
         self._clock_ns = clock_ns
         self._links: dict[int, Link] = {}
         self._streams: dict[SequenceId, RequestStream] = {}
@@ -140,6 +148,15 @@ class Engine:
 
     # ---- requests
 
+    def deadline_after(self, time_left_s: float | None) -> int:
+        """When a request that arrives now must have ended: within the time its caller has, and within ours."""
+        left_s = self._max_request_s if time_left_s is None else min(time_left_s, self._max_request_s)
+        return self._clock_ns() + int(left_s * 1e9)
+
+    def check_room(self, ask: Ask) -> None:
+        """Raise what `submit` would for a request like this one: Overloaded, Unavailable, DeadlineExceeded."""
+        self._check_room(ask, self._clock_ns())
+
     def submit(
         self,
         prompt: Sequence[int],
@@ -148,18 +165,38 @@ class Engine:
         *,
         choices: int = 1,
         tenant: str = "",
+        priority: Priority = Priority.NORMAL,
+        deadline_ns: int = 0,
     ) -> RequestStream:
-        """Queue a request. Raises InvalidRequest, Overloaded, or Unavailable while draining."""
-        if self.draining:
-            raise Unavailable("the scheduler is shutting down")
-        waiting = len(self.scheduler.waiting)
-        if waiting + choices > self._max_waiting:
-            raise Overloaded(f"{waiting} sequences wait already, at most {self._max_waiting} may")
+        """Queue a request. Raises InvalidRequest, Overloaded, Unavailable while draining, DeadlineExceeded."""
         now = self._clock_ns()
-        made = self.scheduler.add(prompt, sampling, stop, now, choices=choices, tenant=tenant)
+        ask = Ask(
+            tenant=tenant,
+            priority=priority,
+            prompt_tokens=len(prompt),
+            max_tokens=stop.max_tokens,
+            choices=choices,
+            deadline_ns=deadline_ns,
+        )
+        self._check_room(ask, now)
+        made = self.scheduler.add(
+            prompt,
+            sampling,
+            stop,
+            now,
+            choices=choices,
+            tenant=tenant,
+            priority=priority,
+            expected_output=self.admission.expected_output(ask),
+            deadline_ns=deadline_ns,
+        )
+        self.admission.take(ask, now)
         stream = RequestStream(self, made)
         for sequence in made:
             self._streams[sequence.id] = stream
+        if deadline_ns:
+            loop = asyncio.get_running_loop()
+            stream.deadline = loop.call_later((deadline_ns - now) / 1e9, self._expire, stream)
         if not self.scheduler.fits_somewhere(made[0]):
             self._give_up_later(stream)
         self._work.set()
@@ -168,7 +205,9 @@ class Engine:
     def finish(self, id: SequenceId, reason: FinishReason) -> None:
         """End a sequence early. Harmless when it has ended."""
         self.scheduler.finish(id, reason)
-        if self._streams.pop(id, None) is not None:
+        stream = self._streams.pop(id, None)
+        if stream is not None:
+            self._settle(stream.sequences[self._choice(stream, id)])
             self._changed.set()
             self._work.set()  # blocks came free: somebody may be waiting for them
 
@@ -234,6 +273,8 @@ class Engine:
                 self._send_steps(session)
             for session in list(self._links):
                 self._send_steps(session)
+            line = self.scheduler.waiting
+            self.admission.rate.observe(self._clock_ns(), line.tokens_admitted, waiting=line.has_new)
             self._wake_readers()
 
     async def _wait_for_work(self) -> None:
@@ -276,14 +317,40 @@ class Engine:
         for id, token, reason in outputs:
             ended = reason is not FinishReason.NONE
             stream = self._streams.pop(id) if ended else self._streams[id]
-            stream.push(self._choice(stream, id), token, reason)
+            choice = self._choice(stream, id)
+            stream.push(choice, token, reason)
             self._due[stream] = None
             if ended:
+                self._settle(stream.sequences[choice])
                 self._changed.set()
+
+    def _check_room(self, ask: Ask, now: int) -> None:
+        if self.draining:
+            raise Unavailable("the scheduler is shutting down")
+        if 0 < ask.deadline_ns <= now:
+            raise DeadlineExceeded("the deadline passed before the request was queued")
+        self.admission.check(ask, self.scheduler.waiting.standing(ask.tenant, ask.priority), now)
+
+    def _settle(self, sequence: CoreSequence) -> None:
+        """What the sequence cost in the end; one that was never admitted cost nothing."""
+        prompt = 0 if sequence.choice else sequence.num_prompt
+        self.admission.settle(
+            sequence.tenant,
+            expected=sequence.cost,
+            used=prompt + sequence.num_output if sequence.admitted_ns else 0,
+            num_output=sequence.num_output,
+            now_ns=self._clock_ns(),
+        )
 
     @staticmethod
     def _choice(stream: RequestStream, id: SequenceId) -> int:
         return id - stream.sequences[0].id  # the choices of one request have consecutive ids
+
+    def _expire(self, stream: RequestStream) -> None:
+        stream.deadline = None
+        if any(not s.reason for s in stream.sequences):
+            stream.fail(DeadlineExceeded("the deadline passed before the answer was complete"))
+            stream.close()
 
     def _give_up_later(self, stream: RequestStream) -> None:
         if stream.giving_up is None:

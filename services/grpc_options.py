@@ -78,6 +78,8 @@ def server_options(
         # gRPC cancels calls of a burst that are not picked up yet, from 1,000 on; our own admission comes first.
         ("grpc.server.max_pending_requests", max(1000, 4 * max_streams)),
         ("grpc.server.max_pending_requests_hard_limit", max(3000, 8 * max_streams)),
+        # Nor those that were not picked up within 30 s, which is how long a burst may take on a machine that is busy.
+        ("grpc.server_max_unrequested_time_in_server", 300),
         # A prompt fits in this many times over; no larger message is even buffered.
         ("grpc.max_receive_message_length", max_message_bytes),
         # Between the two gRPC refuses at random, which nobody can explain to a caller.

@@ -11,7 +11,7 @@ import logging
 import secrets
 import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import Any, Final, Never, TypeVar
 
 import grpc
@@ -33,23 +33,28 @@ Context = aio.ServicerContext[bytes, bytes]
 
 UnaryMethod = Callable[[Any, Context], Awaitable[Message]]
 StreamMethod = Callable[[Any, Context], AsyncGenerator[Message, None]]
+Frame = Callable[[], AbstractContextManager[None]]
 
 _STOPPED: Final = Unavailable("the server stopped this call")
 
 
-def service_handler(service: str, file: FileDescriptor, implementation: object) -> grpc.GenericRpcHandler:
+def service_handler(
+    service: str, file: FileDescriptor, implementation: object, *, open_call: Frame = nullcontext
+) -> grpc.GenericRpcHandler:
     """All methods of `service`, which `file` describes, served by the methods of `implementation` with their names.
 
     A unary method is `async def Name(self, request, context) -> response`, a streaming one an async generator of
     responses. Either may raise a PagewireError; services/status.py says what the client sees. A method that streams
     requests is not for this frame: build its handler with `answer`. Raises AttributeError for a method that
-    `implementation` lacks.
+    `implementation` lacks. `open_call` is entered for as long as a call is open, before its message is parsed: a call
+    that it refuses costs no more than that.
     """
     package, _, name = service.rpartition(".")
     assert file.package == package, f"{service} is not in package {file.package}"
     methods = file.services_by_name[name].methods
     return grpc.method_handlers_generic_handler(
-        service, {method.name: _method_handler(method, getattr(implementation, method.name)) for method in methods}
+        service,
+        {method.name: _method_handler(method, getattr(implementation, method.name), open_call) for method in methods},
     )
 
 
@@ -90,17 +95,22 @@ def parse(message_class: type[_M], data: bytes) -> _M:
         raise InvalidRequest(message_class.DESCRIPTOR.full_name, "the message is malformed") from None
 
 
-def _method_handler(method: MethodDescriptor, function: Callable[..., Any]) -> grpc.RpcMethodHandler[bytes, bytes]:
+def _method_handler(
+    method: MethodDescriptor, function: Callable[..., Any], open_call: Frame
+) -> grpc.RpcMethodHandler[bytes, bytes]:
     assert not method.client_streaming, f"{method.full_name} streams requests"
     request_class = GetMessageClass(method.input_type)
     if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(_streaming(method.full_name, request_class, function))
-    return grpc.unary_unary_rpc_method_handler(_unary(method.full_name, request_class, function))
+        return grpc.unary_stream_rpc_method_handler(_streaming(method.full_name, request_class, function, open_call))
+    return grpc.unary_unary_rpc_method_handler(_unary(method.full_name, request_class, function, open_call))
 
 
-def _unary(call: str, request_class: type[Message], function: UnaryMethod) -> Callable[..., Awaitable[bytes]]:
+def _unary(
+    call: str, request_class: type[Message], function: UnaryMethod, open_call: Frame
+) -> Callable[..., Awaitable[bytes]]:
     async def respond(data: bytes, context: Context) -> bytes:
-        response = await function(parse(request_class, data), context)
+        with open_call():
+            response = await function(parse(request_class, data), context)
         return response.SerializeToString()
 
     async def handle(data: bytes, context: Context) -> bytes:
@@ -109,12 +119,15 @@ def _unary(call: str, request_class: type[Message], function: UnaryMethod) -> Ca
     return handle
 
 
-def _streaming(call: str, request_class: type[Message], function: StreamMethod) -> Callable[..., Awaitable[None]]:
+def _streaming(
+    call: str, request_class: type[Message], function: StreamMethod, open_call: Frame
+) -> Callable[..., Awaitable[None]]:
     async def respond(data: bytes, context: Context) -> None:
-        # Closed here, so that a method's `finally` runs at once and not when the garbage collector finds it.
-        async with aclosing(function(parse(request_class, data), context)) as responses:
-            async for response in responses:
-                await context.write(response.SerializeToString())
+        with open_call():
+            # Closed here, so that a method's `finally` runs at once and not when the garbage collector finds it.
+            async with aclosing(function(parse(request_class, data), context)) as responses:
+                async for response in responses:
+                    await context.write(response.SerializeToString())
 
     async def handle(data: bytes, context: Context) -> None:
         await answer(call, context, respond(data, context))

@@ -6,16 +6,17 @@ import time
 
 from protos import inference_pb2
 from protos import monitoring_pb2 as pb
-from scheduler.scheduler import Scheduler
 from scheduler.session import Session
+from services.engine import Engine
 from services.handlers import Context
 
 
 class Monitoring:
     """Counts the CPU time of this process from now on."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+    def __init__(self, engine: Engine) -> None:
+        self._scheduler = engine.scheduler
+        self._admission = engine.admission
         self._began_ns = time.monotonic_ns()
         self._cpu_began_ns = time.process_time_ns()
 
@@ -42,6 +43,9 @@ class Monitoring:
                     inference_pb2.FinishReason.Name(inference_pb2.FinishReason.ValueType(reason)): count
                     for reason, count in counters.finished.items()
                 },
+                waiting_tokens=self._scheduler.waiting.num_tokens,
+                refused_requests=dict(self._admission.refusals.items()),
+                line_tokens_per_s=self._admission.rate.tokens_per_s or 0.0,
             ),
             executors=[_executor_status(session) for session in sessions],
         )
@@ -51,7 +55,8 @@ def lines(status: pb.GetStatusResponse) -> list[str]:
     """The status for people: a line for the scheduler, and one for each executor."""
     s = status.scheduler
     scheduler = (
-        f"scheduler: up {s.uptime_ns / 1e9:.0f} s, {s.num_running} sequences run, {s.num_waiting} wait, "
+        f"scheduler: up {s.uptime_ns / 1e9:.0f} s, {s.num_running} sequences run, {s.num_waiting} wait "
+        f"({s.waiting_tokens} tokens), {sum(s.refused_requests.values())} requests refused, "
         f"{s.output_tokens} tokens made at {s.cpu_us_per_output_token:.0f} µs of CPU each"
     )
     executors = [

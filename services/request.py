@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.sampling import SamplingParams
+from common.types import Priority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,3 +58,4 @@ class GenerateSpec:
     stop_strings: tuple[str, ...]
     ignore_eos: bool
     skip_special_tokens: bool
+    priority: Priority = Priority.NORMAL

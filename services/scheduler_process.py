@@ -23,9 +23,11 @@ from grpc_reflection.v1alpha import reflection
 from common.config import SchedulerConfig
 from common.model_folder import read_model_folder
 from common.sampling import RequestLimits
+from common.tenant import TenantLimits
 from protos import inference_pb2, monitoring_pb2
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from services import lifecycle
+from services.admission import Admission, AdmissionLimits
 from services.answering import Answerer
 from services.chat_template import ChatTemplate
 from services.engine import Engine
@@ -57,10 +59,25 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         token_budget=config.token_budget,
         max_running=config.max_running,
         watermark=config.watermark,
+        reserve=config.reserve,
         prefix_caching=config.prefix_caching,
     )
     core = Scheduler(limits, model=model.digest, eos=set(model.eos_token_ids), secret=secrets.token_bytes(32))
-    engine = Engine(core, executor_wait_s=config.executor_wait_s, max_waiting=config.max_waiting)
+    admission = Admission(
+        AdmissionLimits(
+            max_calls=config.max_streams,
+            max_waiting=config.max_waiting,
+            max_waiting_tokens=config.max_waiting_tokens,
+            max_ttft_s=config.max_ttft_s,
+        ),
+        default=TenantLimits(tokens_per_s=config.tenant_tokens_per_s, burst_tokens=config.tenant_burst_tokens),
+    )
+    engine = Engine(
+        core,
+        admission=admission,
+        executor_wait_s=config.executor_wait_s,
+        max_request_s=config.max_request_s,
+    )
     answerer = Answerer(
         engine,
         model,
@@ -68,19 +85,16 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         ChatTemplate.of(model) if model.has_chat_template else None,
         default_max_tokens=config.default_max_tokens,
     )
-    service = SchedulerService(
-        answerer,
-        RequestLimits(max_choices=config.max_choices),
-        lambda: len(core.sessions),
-        max_streams=config.max_streams,
-    )
+    service = SchedulerService(answerer, RequestLimits(max_choices=config.max_choices), lambda: len(core.sessions))
     links = ExecutorLinkService(engine, model, silence_s=config.silence_s, step_timeout_s=config.step_timeout_s)
 
     clients = aio.server(
         options=server_options(max_streams=config.max_streams, max_message_bytes=config.max_message_bytes)
     )
-    clients.add_generic_rpc_handlers((service_handler(SERVICE, inference_pb2.DESCRIPTOR, service),))
-    clients.add_generic_rpc_handlers((service_handler(MONITORING, monitoring_pb2.DESCRIPTOR, Monitoring(core)),))
+    clients.add_generic_rpc_handlers(
+        (service_handler(SERVICE, inference_pb2.DESCRIPTOR, service, open_call=admission.open_call),)
+    )
+    clients.add_generic_rpc_handlers((service_handler(MONITORING, monitoring_pb2.DESCRIPTOR, Monitoring(engine)),))
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, clients)
     reflection.enable_server_reflection((SERVICE, MONITORING, health.SERVICE_NAME, reflection.SERVICE_NAME), clients)

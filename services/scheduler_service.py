@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import closing
 
-from common.errors import Overloaded
 from common.sampling import RequestLimits
 from protos import inference_pb2 as pb
 from services import codec_public
@@ -21,18 +20,14 @@ class SchedulerService:
         answerer: Answerer,
         limits: RequestLimits,
         num_executors: Callable[[], int],
-        *,
-        max_streams: int = 4096,
     ) -> None:
         self._answerer = answerer
         self._limits = limits
-        self._max_streams = max_streams
-        self._num_open = 0
         self._num_executors = num_executors
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         """The whole answer at once."""
-        with self._open_call(), closing(await self._start(request)) as answer:
+        with closing(await self._start(request, context)) as answer:
             choices = [pb.Choice(index=i) for i in range(answer.spec.n)]
             while answer.is_open:
                 for event in await answer.next():
@@ -48,7 +43,7 @@ class SchedulerService:
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The answer as it is made."""
-        with self._open_call(), closing(await self._start(request)) as answer:
+        with closing(await self._start(request, context)) as answer:
             yield pb.GenerateStreamResponse(prompt=self._prompt_info(answer))
             while answer.is_open:
                 for event in await answer.next():
@@ -87,20 +82,9 @@ class SchedulerService:
             num_executors=self._num_executors(),
         )
 
-    @contextmanager
-    def _open_call(self) -> Iterator[None]:
-        """Count the call while it is open. Raises Overloaded for one too many."""
-        if self._num_open >= self._max_streams:
-            raise Overloaded(f"{self._num_open} calls are open already, which is all there may be")
-        self._num_open += 1
-        try:
-            yield
-        finally:
-            self._num_open -= 1
-
-    async def _start(self, request: pb.GenerateRequest | pb.GenerateStreamRequest) -> Answer:
+    async def _start(self, request: pb.GenerateRequest | pb.GenerateStreamRequest, context: Context) -> Answer:
         spec = codec_public.request_from_pb(request, self._limits, vocab_size=self._answerer.model.vocab_size)
-        return await self._answerer.start(spec)
+        return await self._answerer.start(spec, time_left_s=context.time_remaining())
 
     def _prompt_info(self, answer: Answer) -> pb.PromptInfo:
         return pb.PromptInfo(

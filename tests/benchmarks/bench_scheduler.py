@@ -44,6 +44,7 @@ class Scenario:
     name: str
     rows: int  # sequences that run
     num_waiting: int = 0  # sequences in the line behind them
+    tenants: int = 0  # who send them, in turns; 0: nobody has a name
     prompt: int = 256  # tokens of each prompt
     shared: int = 0  # of these, tokens that all prompts begin with
     max_tokens: int = 1 << 20  # nobody ends
@@ -59,6 +60,15 @@ SCENARIOS: Final = (
     Scenario(name="mixed", rows=256, prompt=1500, shared=500, max_tokens=400),
     Scenario(name="decode, 5000 wait", rows=256, num_waiting=5000),
     Scenario(name="mixed, 5000 wait", rows=256, num_waiting=5000, prompt=1500, shared=500, max_tokens=400),
+    Scenario(
+        name="mixed, 5000 of 1000 tenants wait",
+        rows=256,
+        num_waiting=5000,
+        tenants=1000,
+        prompt=1500,
+        shared=500,
+        max_tokens=400,
+    ),
     Scenario(name="memory short", rows=256, num_waiting=500, prompt=700, max_tokens=400, num_blocks=9000),
 )
 
@@ -154,6 +164,7 @@ def measure(scenario: Scenario, num_steps: int) -> Report:
     watch = Stopwatch()
     rows: list[int] = []
     tokens: list[int] = []
+    num_added = 0
 
     for step in range(scenario.warm_up + num_steps):
         if step == scenario.warm_up:
@@ -165,7 +176,9 @@ def measure(scenario: Scenario, num_steps: int) -> Report:
             # the first ones end one after the other, so that the load is even from the start
             share = draw.uniform(0.1, 1.0) if step == 0 else 1.0
             stop = StopConditions(max_tokens=max(1, int(scenario.max_tokens * share)))
-            scheduler.add([*shared, *own], SamplingParams(seed=step), stop, step)
+            tenant = f"tenant {num_added % scenario.tenants}" if scenario.tenants else ""
+            scheduler.add([*shared, *own], SamplingParams(seed=step), stop, step, tenant=tenant)
+            num_added += 1
 
         while len(unanswered) < CREDIT:
             with watch.time("schedule"):

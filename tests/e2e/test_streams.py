@@ -10,7 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from common.errors import Unavailable
+from common.errors import Overloaded, Unavailable
 from protos import inference_pb2 as pb
 from protos import monitoring_pb2, monitoring_pb2_grpc
 from services.status import from_rpc_error
@@ -115,6 +115,29 @@ def test_the_server_counts_what_it_does_and_how_long_its_executors_wait(shared: 
     assert executor.compute_ns > was.compute_ns
     assert executor.idle_ns > was.idle_ns
     assert 0 < executor.idle_ratio < 1
+
+
+def test_the_server_counts_what_waits_and_what_it_refused(fake_folder: Path, tmp_path: Path) -> None:
+    flags = ["--max-waiting-tokens=100", "--max-running=1"]
+    with cluster(fake_folder, tmp_path, executors=0, flags=flags) as running:
+        running.start_executor("--fake-step-s=0.05")
+        runs = running.stub.GenerateStream(request([1] * 30, 400))
+        while next(runs).WhichOneof("event") != "delta":
+            pass
+        waits = running.stub.GenerateStream(request([1] * 30, 60))
+        next(waits)
+        with pytest.raises(grpc.RpcError) as failure:
+            running.tokens([2] * 30, 60)
+        monitoring = monitoring_pb2_grpc.MonitoringServiceStub(running.channel)
+        status = monitoring.GetStatus(monitoring_pb2.GetStatusRequest()).scheduler
+        runs.cancel()
+        waits.cancel()
+
+        error = from_rpc_error(failure.value)
+        assert isinstance(error, Overloaded) and "90 tokens wait already, at most 100 may" in str(error)
+        assert 0 < error.retry_after_s <= 72
+        assert (status.num_running, status.num_waiting, status.waiting_tokens) == (1, 1, 90)
+        assert status.refused_requests == {"waiting_tokens": 1}
 
 
 def test_health_is_serving_while_an_executor_is_connected(shared: Cluster) -> None:

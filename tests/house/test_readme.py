@@ -41,6 +41,8 @@ def test_the_limits_are_the_defaults() -> None:
     assert limit["stop_token_ids"] == f"{request.max_stop_token_ids}"
     assert limit["one message"] == f"{scheduler.max_message_bytes >> 20} MiB"
     assert limit["sequences that wait"] == f"{scheduler.max_waiting}"
+    assert limit["tokens that wait, prompts and expected answers"] == f"{scheduler.max_waiting_tokens}"
+    assert limit["one request, from arrival to end"] == f"{scheduler.max_request_s:g} s"
     assert limit["wait while no executor is there"] == f"{scheduler.executor_wait_s:g} s"
     assert f"{scheduler.drain_s:g} s (`--drain-s`)" in section("Limits")
 

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 
 from common.sampling import SamplingParams, StopConditions
+from common.types import Priority
 from tests.scheduler.witness import VOCAB_SIZE, Witness
 
 _FAMILIES = [[(7 * family + 3 * i) % (VOCAB_SIZE - 1) + 1 for i in range(48)] for family in range(2)]
@@ -96,7 +97,8 @@ def _ask(world: Witness, draw: random.Random, prompt: list[int], tenant: str) ->
         stop_token_ids=draw.choice([(), (), (5,), (5, 9, 11, 30)]),
         ignore_eos=draw.random() < 0.3,
     )
-    world.request(prompt, n=draw.choice([1, 1, 1, 2, 4]), stop=stop, sampling=sampling, tenant=tenant)
+    n, priority = draw.choice([1, 1, 1, 2, 4]), draw.choice([*Priority, Priority.NORMAL])
+    world.request(prompt, n=n, stop=stop, sampling=sampling, tenant=tenant, priority=priority)
 
 
 def _abort(world: Witness, draw: random.Random) -> None:
@@ -106,7 +108,7 @@ def _abort(world: Witness, draw: random.Random) -> None:
 
 def _send(world: Witness, draw: random.Random) -> None:
     if world.runners:
-        world.now_ns += draw.choice([0] * 19 + [2_000_000_000])  # somebody was silent for long
+        world.now_ns += draw.choice([0] * 19 + [2_000_000_000])  # somebody was silent for long, and requests age
         world.send(draw.choice(list(world.runners)))
 
 

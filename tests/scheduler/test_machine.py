@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from common.sampling import SamplingParams, StopConditions
+from common.types import Priority
 from tests.scheduler.crowd import prompt_of, stories
 from tests.scheduler.witness import VOCAB_SIZE, Witness
 
@@ -33,9 +34,24 @@ class Machine(RuleBasedStateMachine):
     def begin(self, budget: int, caching: bool, watermark: float) -> None:
         self.world = Witness(token_budget=budget, prefix_caching=caching, watermark=watermark)
 
-    @rule(prompt=PROMPTS, n=st.sampled_from([1, 1, 2, 4]), stop=STOPS, sampling=SAMPLING, tenant=st.sampled_from("ab"))
-    def request(self, prompt: list[int], n: int, stop: StopConditions, sampling: SamplingParams, tenant: str) -> None:
-        self.world.request(prompt, n=n, stop=stop, sampling=sampling, tenant=tenant)
+    @rule(
+        prompt=PROMPTS,
+        n=st.sampled_from([1, 1, 2, 4]),
+        stop=STOPS,
+        sampling=SAMPLING,
+        tenant=st.sampled_from("ab"),
+        priority=st.sampled_from(Priority),
+    )
+    def request(
+        self,
+        prompt: list[int],
+        n: int,
+        stop: StopConditions,
+        sampling: SamplingParams,
+        tenant: str,
+        priority: Priority,
+    ) -> None:
+        self.world.request(prompt, n=n, stop=stop, sampling=sampling, tenant=tenant, priority=priority)
 
     @precondition(lambda self: self.world.prompts)
     @rule(draw=st.data(), own=st.lists(TOKENS, min_size=1, max_size=3))
@@ -87,6 +103,10 @@ class Machine(RuleBasedStateMachine):
         self.world.answer(session)
         if twice:
             self.world.answer_twice(session)
+
+    @rule(seconds=st.sampled_from([2, 11, 25]))
+    def wait(self, seconds: int) -> None:
+        self.world.now_ns += seconds * 1_000_000_000
 
     @precondition(lambda self: self.world.runners)
     @rule(steps=st.integers(2, 12))

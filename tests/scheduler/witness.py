@@ -14,7 +14,7 @@ from common.blocks import blocks_for
 from common.errors import InvalidRequest
 from common.sampling import SamplingParams, StopConditions
 from common.step import StepPlan, StepResult
-from common.types import BlockId, FinishReason, SequenceId, SlotRef, slot_of
+from common.types import BlockId, FinishReason, Priority, SequenceId, SlotRef, slot_of
 from executor.fake_runner import Prefix, digests_of, prefix_hash_token
 from scheduler.scheduler import ProtocolError
 from scheduler.session import Session
@@ -119,12 +119,19 @@ class Witness(World):
         self.check()
 
     def request(
-        self, prompt: list[int], *, n: int, stop: StopConditions, sampling: SamplingParams = GREEDY, tenant: str = ""
+        self,
+        prompt: list[int],
+        *,
+        n: int,
+        stop: StopConditions,
+        sampling: SamplingParams = GREEDY,
+        tenant: str = "",
+        priority: Priority = Priority.NORMAL,
     ) -> None:
         """A request by the name of its number, with what each choice must generate."""
         name = f"{len(self.names)}:"
         try:
-            made = self.scheduler.add(prompt, sampling, stop, self.now_ns, choices=n, tenant=tenant)
+            made = self.scheduler.add(prompt, sampling, stop, self.now_ns, choices=n, tenant=tenant, priority=priority)
         except InvalidRequest:
             return
         for choice, sequence in enumerate(made):

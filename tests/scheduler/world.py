@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from common.sampling import SamplingParams, StopConditions
 from common.step import StepPlan, StepResult
-from common.types import FinishReason, SequenceId, slot_of
+from common.types import FinishReason, Priority, SequenceId, slot_of
 from executor.fake_runner import FakeRunner, NextToken, position_token
 from scheduler.scheduler import Scheduler, SchedulerLimits
 
@@ -32,9 +32,10 @@ class World:
         vocab_size: int = 1000,
         eos: frozenset[int] = frozenset(),
         next_token: NextToken = position_token,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         limits = SchedulerLimits(token_budget=token_budget, watermark=watermark, prefix_caching=prefix_caching)
-        self.scheduler = Scheduler(limits, model="fake", eos=eos, secret=b"test")
+        self.scheduler = Scheduler(limits, model="fake", eos=eos, secret=b"test", weights=weights)
         self._shape = {
             "num_blocks": num_blocks,
             "block_size": block_size,
@@ -79,6 +80,8 @@ class World:
         max_tokens: int = 100,
         n: int = 1,
         tenant: str = "",
+        priority: Priority = Priority.NORMAL,
+        deadline_ns: int = 0,
         sampling: SamplingParams = GREEDY,
         stop_token_ids: tuple[int, ...] = (),
     ) -> list[SequenceId]:
@@ -87,7 +90,16 @@ class World:
             start = 100 + 97 * len(self.names)
             prompt = [(start + i) % 1000 for i in range(prompt)]
         stop = StopConditions(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
-        made = self.scheduler.add(prompt, sampling, stop, self.now_ns, choices=n, tenant=tenant)
+        made = self.scheduler.add(
+            prompt,
+            sampling,
+            stop,
+            self.now_ns,
+            choices=n,
+            tenant=tenant,
+            priority=priority,
+            deadline_ns=deadline_ns,
+        )
         for choice, sequence in enumerate(made):
             label = name if n == 1 else f"{name}{choice}"
             self.names[sequence.id] = label

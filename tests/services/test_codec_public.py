@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from common.errors import InvalidRequest
 from common.sampling import MAX_SEED, RequestLimits, SamplingParams
-from common.types import FinishReason
+from common.types import FinishReason, Priority
 from protos import inference_pb2 as pb
 from services.answering import Delta, Finish, Usage
 from services.codec_public import delta_pb, fill_finish, finish_pb, input_from_pb, request_from_pb, token_ids
@@ -71,6 +71,23 @@ def test_the_numbers_of_finish_reasons_are_those_of_the_wire() -> None:
     }
 
     assert {reason.name: reason.value for reason in FinishReason} | {"UNSPECIFIED": 0} == on_the_wire | {"NONE": 0}
+
+
+def test_the_numbers_of_priorities_are_those_of_the_wire() -> None:
+    on_the_wire = {value.name.removeprefix("PRIORITY_"): value.number for value in pb.Priority.DESCRIPTOR.values}
+
+    assert {priority.name: priority.value for priority in Priority} | {"UNSPECIFIED": 0} == on_the_wire
+
+
+def test_a_request_is_normal_unless_it_says_otherwise() -> None:
+    assert spec_of(pb.GenerateRequest(text="hi")).priority is Priority.NORMAL
+    assert spec_of(pb.GenerateRequest(text="hi", priority=pb.PRIORITY_HIGH)).priority is Priority.HIGH
+
+
+def test_a_priority_that_there_is_not_is_refused() -> None:
+    problem = refused(pb.GenerateRequest.FromString(pb.GenerateRequest(text="hi").SerializeToString() + b"\x60\x07"))
+
+    assert (problem.field, problem.problem) == ("priority", "must be one of HIGH, NORMAL, LOW, got 7")
 
 
 # ---- defaults, and what is not one

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
-from common.errors import Overloaded, Unavailable
+from common.errors import DeadlineExceeded, Overloaded, Unavailable
 from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, StepPlan
+from common.tenant import TenantLimits
 from common.types import FinishReason
 from executor.fake_runner import FakeRunner
 from scheduler.scheduler import Scheduler, SchedulerLimits
+from services.admission import Admission, AdmissionLimits
 from services.engine import Engine, RequestStream
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -46,12 +50,12 @@ class InstantLink:
         self.closed = why
 
 
-def run(test: Callable[[Engine], Awaitable[None]], **settings: float) -> None:
+def run(test: Callable[[Engine], Awaitable[None]], **settings: Any) -> None:
     """Run a test beside the engine's loop."""
 
     async def main() -> None:
         core = Scheduler(SchedulerLimits(), model="fake", eos=set(), secret=b"test")
-        engine = Engine(core, **settings)  # type: ignore[arg-type]
+        engine = Engine(core, **settings)
         loop = asyncio.create_task(engine.run())
         async with asyncio.timeout(20):
             await test(engine)
@@ -240,7 +244,97 @@ def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
             engine.submit([1], GREEDY, StopConditions(max_tokens=1))
         assert refusal.value.retry_after_s > 0
 
-    run(test, max_waiting=2)
+    run(test, admission=Admission(AdmissionLimits(max_waiting=2)))
+
+
+def test_a_request_ends_at_its_deadline_and_frees_its_blocks() -> None:
+    async def test(engine: Engine) -> None:
+        link = join(engine, steps=2)
+        stream = engine.submit(
+            [1, 2, 3], GREEDY, StopConditions(max_tokens=50), deadline_ns=engine.deadline_after(time_left_s=0.02)
+        )
+        with pytest.raises(DeadlineExceeded):
+            await read(stream)
+        assert engine.num_requests == 0
+        link.allow(2)
+        while engine.scheduler.session(1).outstanding:
+            await asyncio.sleep(0)
+        assert engine.scheduler.session(1).pool.num_free == 32
+
+    run(test)
+
+
+def test_a_request_that_expires_in_the_line_costs_its_executor_nothing() -> None:
+    async def test(engine: Engine) -> None:
+        stream = engine.submit(
+            [1, 2, 3], GREEDY, StopConditions(max_tokens=5), deadline_ns=engine.deadline_after(time_left_s=0.01)
+        )
+        with pytest.raises(DeadlineExceeded):
+            await read(stream)
+        link = join(engine)
+        assert await read(engine.submit([1, 2], GREEDY, StopConditions(max_tokens=1))) == {0: [2]}
+        assert engine.scheduler.session(1).occupancy.num_steps == 1 and not link.held
+
+    run(test)
+
+
+def test_a_request_that_comes_after_its_deadline_is_not_queued() -> None:
+    async def test(engine: Engine) -> None:
+        with pytest.raises(DeadlineExceeded):
+            engine.submit([1], GREEDY, StopConditions(max_tokens=1), deadline_ns=engine.deadline_after(0.0))
+        assert not engine.scheduler.waiting
+
+    run(test)
+
+
+def test_no_request_takes_longer_than_any_may() -> None:
+    async def test(engine: Engine) -> None:
+        join(engine, steps=1)
+        stream = engine.submit([1], GREEDY, StopConditions(max_tokens=9), deadline_ns=engine.deadline_after(None))
+        with pytest.raises(DeadlineExceeded):
+            await read(stream)
+
+    run(test, max_request_s=0.02)
+
+
+def test_a_deadline_does_not_outlive_its_request() -> None:
+    async def test(engine: Engine) -> None:
+        join(engine)
+        stream = engine.submit([1], GREEDY, StopConditions(max_tokens=2), deadline_ns=engine.deadline_after(60))
+        assert stream.deadline is not None
+        assert await read(stream) == {0: [1, 2]}
+        stream.close()
+        assert stream.deadline is None
+
+    run(test)
+
+
+def test_what_a_tenant_used_is_known_when_its_request_ends() -> None:
+    async def test(engine: Engine) -> None:
+        link = join(engine)
+        limits = {"prompt": [1, 2, 3], "sampling": GREEDY, "stop": StopConditions(max_tokens=7), "tenant": "a"}
+        await read(engine.submit(**limits))  # type: ignore[arg-type]  # 10 of 20
+        link.close("")
+        engine.submit(**limits).close()  # type: ignore[arg-type]  # never ran, so it costs nothing
+        engine.submit(**limits)  # type: ignore[arg-type]  # the other 10
+        with pytest.raises(Overloaded, match="used up"):
+            engine.submit(**limits)  # type: ignore[arg-type]
+        engine.submit([1], GREEDY, StopConditions(max_tokens=1), tenant="b")
+        assert engine.admission.refusals == {"tenant_rate": 1}
+
+    tenants = {"a": TenantLimits(tokens_per_s=0.001, burst_tokens=20)}
+    run(test, admission=Admission(tenants=tenants))
+
+
+def test_the_rate_of_the_line_is_seen_while_more_waits_than_runs() -> None:
+    async def test(engine: Engine) -> None:
+        join(engine, num_blocks=4)
+        streams = [engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=9)) for _ in range(12)]
+        await asyncio.gather(*(read(stream) for stream in streams))
+        assert engine.admission.rate.tokens_per_s is not None
+
+    ticks = itertools.count(step=10**8)
+    run(test, clock_ns=lambda: next(ticks))
 
 
 def test_a_draining_engine_finishes_what_it_has_and_takes_nothing_new() -> None:

@@ -21,7 +21,15 @@ from services.scheduler_service import SchedulerService
 from services.text import Tokenizer
 from tests.e2e import fake_model
 
-NO_CONTEXT = cast("Context", None)  # none of these methods asks for it
+
+class NoDeadline:
+    """As much of a call's context as the methods ask for."""
+
+    def time_remaining(self) -> None:
+        return None
+
+
+CONTEXT = cast("Context", NoDeadline())
 
 
 @pytest.fixture
@@ -49,7 +57,7 @@ def test_a_caller_who_leaves_before_the_first_message_arrives_leaves_nothing_run
     engine: Engine, service: SchedulerService
 ) -> None:
     async def leave_at_once() -> None:
-        async with aclosing(service.GenerateStream(pb.GenerateStreamRequest(text="x"), NO_CONTEXT)) as messages:
+        async with aclosing(service.GenerateStream(pb.GenerateStreamRequest(text="x"), CONTEXT)) as messages:
             assert (await anext(messages)).WhichOneof("event") == "prompt"
             assert engine.num_requests == 1
         assert engine.num_requests == 0
@@ -60,7 +68,7 @@ def test_a_caller_who_leaves_before_the_first_message_arrives_leaves_nothing_run
 def test_a_call_that_is_cancelled_leaves_nothing_running(engine: Engine, service: SchedulerService) -> None:
     async def cancel() -> None:
         call = asyncio.ensure_future(
-            service.Generate(pb.GenerateRequest(text="x", sampling=pb.SamplingParams(n=2)), NO_CONTEXT)
+            service.Generate(pb.GenerateRequest(text="x", sampling=pb.SamplingParams(n=2)), CONTEXT)
         )
         while not engine.num_requests:
             await asyncio.sleep(0)

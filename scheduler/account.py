@@ -1,0 +1,23 @@
+"""What a tenant was served, in virtual tokens: the counter of the virtual token counter (scheduler/line.py)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+W_IN: Final = 1
+"""Virtual tokens of a prompt token that is computed."""
+
+W_OUT: Final = 2
+"""Virtual tokens of an output token: it takes a step of its own."""
+
+
+class Account:
+    """One tenant in one band of the line. Charges are divided by the tenant's weight."""
+
+    __slots__ = ("counter", "num_listed", "per_input", "per_output")
+
+    def __init__(self, weight: float) -> None:
+        self.counter = 0.0  # only ever grows
+        self.num_listed = 0  # the tenant's queues that stand in the band
+        self.per_input = W_IN / weight
+        self.per_output = W_OUT / weight
