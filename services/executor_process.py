@@ -23,6 +23,7 @@ async def run(config: ExecutorConfig, model_path: Path, ready_fd: int | None = N
 
     Raises ModelFolderError and ExecutorRejected.
     """
+    lifecycle.keep_secrets()
     stop = lifecycle.stop_event()
     model = read_model_folder(model_path)
     name = config.name or f"{socket.gethostname()}-{os.getpid()}"

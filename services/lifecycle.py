@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import ipaddress
+import logging
 import os
+import resource
 import signal
 import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
 
 from common.errors import PagewireError
+from common.log import without_texts
+
+log = logging.getLogger(__name__)
 
 
 class StartupError(PagewireError):
@@ -43,6 +52,35 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not host or bare_v6 or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise StartupError(f"{address!r} is not HOST:PORT, for example 127.0.0.1:50051 or [::1]:50051")
     return host.strip("[]"), int(port)
+
+
+def keep_secrets() -> None:
+    """Leave no prompt or key behind when this process fails: no memory in a core file, no exception's text in the log.
+
+    For a process that serves, on its event loop.
+    """
+    tell_no_texts(asyncio.get_running_loop())
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):  # the limit does not bind a program that the kernel hands cores to; this does
+        Path("/proc/self/coredump_filter").write_text("0")
+
+
+def tell_no_texts(loop: asyncio.AbstractEventLoop) -> None:
+    """Log what nobody waited for, of the loop and of any thread, with its place and without its text."""
+    loop.set_exception_handler(_log_of_the_loop)
+    threading.excepthook = _log_of_a_thread
+
+
+def _log_of_the_loop(_: asyncio.AbstractEventLoop, context: Mapping[str, object]) -> None:
+    error = context.get("exception")
+    told = "".join(without_texts(error)) if isinstance(error, BaseException) else ""
+    log.error("%s\n%s", context.get("message"), told)
+
+
+def _log_of_a_thread(ended: threading.ExceptHookArgs) -> None:
+    name = ended.thread.name if ended.thread is not None else "a thread"
+    told = "".join(without_texts(ended.exc_value)) if ended.exc_value is not None else ended.exc_type.__name__
+    log.critical("%s ended by an exception\n%s", name, told)
 
 
 def announce(ready_fd: int | None, line: str) -> None:

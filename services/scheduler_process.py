@@ -21,6 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common.config import SchedulerConfig
+from common.log import without_texts
 from common.model_folder import read_model_folder
 from common.sampling import RequestLimits
 from protos import inference_pb2, monitoring_pb2
@@ -30,7 +31,7 @@ from services.answering import Answerer
 from services.chat_template import ChatTemplate
 from services.engine import Engine
 from services.grpc_options import link_options, server_options
-from services.handlers import service_handler, without_texts
+from services.handlers import service_handler
 from services.lifecycle import StartupError
 from services.link_service import ExecutorLinkService
 from services.monitoring import Monitoring
@@ -51,6 +52,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
     """
     lifecycle.check_bind(config.listen, insecure=config.insecure)
     lifecycle.check_bind(config.link_listen, insecure=config.insecure)
+    lifecycle.keep_secrets()
     stop = lifecycle.stop_event()
     model = read_model_folder(model_path)
     limits = SchedulerLimits(
