@@ -148,8 +148,8 @@ class Answerer:
         """Tokens that one sequence can have, prompt and answer together."""
         return min(self._engine.scheduler.max_length or self.model.max_model_len, self.model.max_model_len)
 
-    async def start(self, spec: GenerateSpec) -> Answer:
-        """Queue the request. Raises every PagewireError that a request can meet before its first token."""
+    async def start(self, spec: GenerateSpec, *, tenant: str) -> Answer:
+        """Queue the request of a tenant. Raises every PagewireError that a request can meet before its first token."""
         self.check_model(spec.model)
         prompt = await self.prompt(spec.input, max_tokens=self.max_length)
         room = self.max_length - len(prompt)
@@ -166,7 +166,7 @@ class Answerer:
             stop_strings=spec.stop_strings,
             ignore_eos=spec.ignore_eos,
         )
-        stream = self._engine.submit(prompt, spec.sampling, stop, choices=spec.n)
+        stream = self._engine.submit(prompt, spec.sampling, stop, choices=spec.n, tenant=tenant)
         return Answer(spec, prompt, stream, self.tokenizer)
 
 

@@ -12,9 +12,10 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from common.config import SchedulerConfig
 from common.errors import PagewireError
 from common.log import without_texts
 
@@ -25,24 +26,37 @@ class StartupError(PagewireError):
     """The process cannot start as it was asked to; the message says what to type instead."""
 
 
-def check_bind(address: str, *, insecure: bool) -> None:
-    """Raise StartupError for an address that others could reach, unless the operator typed --insecure.
+def check_binds(config: SchedulerConfig) -> None:
+    """Raise StartupError for an address that others could reach without TLS and keys; --insecure allows it."""
+    needed = {"--tls-cert": config.tls_cert, "--tls-key": config.tls_key, "--api-keys": config.api_keys}
+    check_bind(config.listen, insecure=config.insecure, missing=[flag for flag, value in needed.items() if not value])
+    needed = {f"--link-tls-{name}": getattr(config, f"link_tls_{name}") for name in ("cert", "key", "ca")}
+    check_bind(
+        config.link_listen, insecure=config.insecure, missing=[flag for flag, value in needed.items() if not value]
+    )
 
-    Unix sockets and loopback addresses are for this machine only.
+
+def check_bind(address: str, *, insecure: bool, missing: Sequence[str]) -> None:
+    """Raise StartupError for an address that others could reach, unless it is protected, or --insecure was typed.
+
+    `missing` are the flags that would protect it and were not given.
     """
-    if insecure or address.startswith(("unix:", "unix-abstract:")):
-        return
+    if missing and not insecure and not is_local(address):
+        raise StartupError(
+            f"{address} can be reached from other machines. Protect it with {' '.join(missing)}, bind 127.0.0.1, or "
+            f"type --insecure if the network itself is trusted."
+        )
+
+
+def is_local(address: str) -> bool:
+    """Whether only this machine can reach the address, a Unix socket or loopback. Raises StartupError if it is none."""
+    if address.startswith(("unix:", "unix-abstract:")):
+        return True
     host = split_address(address)[0]
-    if host != "localhost":
-        try:
-            loopback = ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            loopback = False
-        if not loopback:
-            raise StartupError(
-                f"{address} can be reached from other machines, and this build has no TLS and no keys yet. "
-                f"Bind 127.0.0.1, or type --insecure if the network itself is trusted."
-            )
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def split_address(address: str) -> tuple[str, int]:

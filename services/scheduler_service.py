@@ -10,6 +10,7 @@ from common.sampling import RequestLimits
 from protos import inference_pb2 as pb
 from services import codec_public
 from services.answering import Answer, Answerer, Delta
+from services.caller import current_caller
 from services.handlers import Context
 
 
@@ -100,7 +101,7 @@ class SchedulerService:
 
     async def _start(self, request: pb.GenerateRequest | pb.GenerateStreamRequest) -> Answer:
         spec = codec_public.request_from_pb(request, self._limits, vocab_size=self._answerer.model.vocab_size)
-        return await self._answerer.start(spec)
+        return await self._answerer.start(spec, tenant=current_caller().tenant)
 
     def _prompt_info(self, answer: Answer) -> pb.PromptInfo:
         return pb.PromptInfo(

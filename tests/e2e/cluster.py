@@ -88,9 +88,11 @@ class Cluster:
         self.folder = folder
         self.executors: list[Process] = []
         self.link = f"unix:{folder}/link"
+        self.admin = f"unix:{folder}/admin"
         self.scheduler = Process(
             [
                 *("scheduler", "--model", str(model), "--listen", "127.0.0.1:0", "--link-listen", self.link),
+                *("--admin-listen", self.admin),
                 *flags,
             ],
             folder / "scheduler.log",
