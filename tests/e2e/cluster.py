@@ -97,7 +97,9 @@ class Cluster:
             ],
             folder / "scheduler.log",
         )
-        self.address: str = json.loads(self.scheduler.wait_ready())["listen"]
+        announced: Mapping[str, str] = json.loads(self.scheduler.wait_ready())
+        self.address = announced["listen"]
+        self.link, self.admin = announced["link"], announced["admin"]  # flags may have changed them
         self.channel = grpc.insecure_channel(self.address)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
 

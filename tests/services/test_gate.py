@@ -39,7 +39,7 @@ async def stream_caller(_: object, context: object) -> AsyncIterator[bytes]:
 async def served(gate: Gate) -> AsyncIterator[aio.Channel]:
     """A channel to a server whose methods tell who calls them."""
     server = aio.server(interceptors=(gate,))
-    methods = {
+    methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         "Unary": grpc.unary_unary_rpc_method_handler(say_caller),
         "ServerStream": grpc.unary_stream_rpc_method_handler(stream_caller),
         "ClientStream": grpc.stream_unary_rpc_method_handler(say_caller),
@@ -145,8 +145,8 @@ def test_health_asks_nobody_for_a_key(tmp_path: Path) -> None:
 
     async def scenario() -> None:
         async with served(Gate(lambda: keys)) as channel:
-            stub: health_pb2_grpc.HealthAsyncStub = health_pb2_grpc.HealthStub(channel)
-            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+            check: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
+            answer = health_pb2.HealthCheckResponse.FromString(await check(b"", timeout=10))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
             await refusal(channel, "Unary")
 
@@ -193,7 +193,7 @@ def test_a_method_that_nobody_was_let_into_has_no_tenant() -> None:
 
     async def scenario() -> None:
         server = aio.server()
-        method = grpc.unary_unary_rpc_method_handler(say_caller)
+        method: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(say_caller)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Service", {"Unary": method}),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

@@ -17,7 +17,7 @@ from grpc import aio
 
 from services import tls
 from services.tls import CertificateError, Dialer, PemFiles, read
-from tests.services.certificates import Authority, Pair
+from tests.certificates import Authority, Pair
 
 DAY_S = 86400.0
 
@@ -78,8 +78,8 @@ def test_an_encrypted_key_is_refused_before_anybody_is_asked_for_its_password(
 ) -> None:
     pair = authority.issue("locked")
     locked = tmp_path / "locked.key"
-    command = ["openssl", "pkey", "-in", pair.key, "-out", locked, "-aes256", "-passout", "pass:secret"]
-    subprocess.run(command, check=True, capture_output=True)
+    flags = ["-in", str(pair.key), "-out", str(locked), "-aes256", "-passout", "pass:secret"]
+    subprocess.run(["openssl", "pkey", *flags], check=True, capture_output=True)
 
     assert "openssl pkey -in" in refusal(files(Pair(pair.cert, locked)))
 
@@ -89,8 +89,8 @@ def test_an_expired_certificate_is_refused_with_its_date(authority: Authority) -
     _, last = tls.validity(ssl.PEM_cert_to_DER_cert(pair.cert.read_text()))
 
     told = f"{pair.cert}: expired on {last:%Y-%m-%d %H:%M} UTC; put a new certificate there"
-    assert refusal(files(pair), in_days=3) == told
-    assert refusal(files(ca=authority.ca), in_days=3).startswith(f"{authority.ca}: expired on ")
+    assert refusal(files(pair), in_days=61) == told
+    assert refusal(files(ca=authority.ca), in_days=61).startswith(f"{authority.ca}: expired on ")
 
 
 def test_a_certificate_of_the_future_makes_one_doubt_the_clock(authority: Authority) -> None:
@@ -157,7 +157,7 @@ async def served(pem: PemFiles) -> AsyncIterator[str]:
     async def echo(data: bytes, _: object) -> bytes:
         return data
 
-    method = grpc.unary_unary_rpc_method_handler(echo)
+    method: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(echo)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", {"Echo": method}),))
     port = server.add_secure_port("127.0.0.1:0", tls.server_credentials(pem))
     await server.start()
@@ -238,7 +238,7 @@ def test_who_dials_shows_new_files_at_the_next_dial(
     async def scenario() -> None:
         async with served(files(authority.issue("server"))) as address:
             dial = Dialer(address, (("grpc.use_local_subchannel_pool", 1),), files(ca=ca))
-            results = []
+            results: list[object] = []
             for authorities in (stranger.ca, authority.ca):
                 shutil.copy(authorities, ca)
                 async with dial() as channel:

@@ -25,9 +25,9 @@ class Authority:
             pytest.skip("openssl is not installed: TLS is NOT tested")
         self._folder = folder
         self.ca, self._key = folder / "ca.crt", folder / "ca.key"
-        _openssl("req", "-x509", *_NEW_KEY, "-days", "2", "-keyout", self._key, "-out", self.ca, "-subj", "/CN=Test")
+        _openssl("req", "-x509", *_NEW_KEY, "-days", "60", "-keyout", self._key, "-out", self.ca, "-subj", "/CN=Test")
 
-    def issue(self, name: str = "end", *, days: int = 2) -> Pair:
+    def issue(self, name: str = "end", *, days: int = 60) -> Pair:
         """A new certificate with a new key."""
         pair = Pair(self._folder / f"{name}.crt", self._folder / f"{name}.key")
         request, extensions = self._folder / f"{name}.csr", self._folder / f"{name}.ext"
