@@ -261,7 +261,7 @@ class Scheduler:
         for ref, token, index in zip(result.refs, result.tokens, result.indices, strict=True):
             row = rows.get(ref)
             if row is None or not row.samples or not 0 <= token < vocab_size:
-                raise ProtocolError(f"step {result.step}: row {ref:#x} with token {token} was not asked for")
+                raise ProtocolError(f"step {result.step}: row {ref:#x} or its token was not asked for")
             if row.is_current:
                 expected = row.sequence.num_output
                 if index != expected:

@@ -67,7 +67,7 @@ def _serve(parsed: argparse.Namespace) -> int:
             model=model,
             logs=logs,
             stop=lifecycle.stop_event(),
-            on_ready=lambda address: print(_invitation(address), flush=True),
+            on_ready=lambda address: print(_invitation(address, scheduler), flush=True),
         )
 
     _run(run())
@@ -401,11 +401,15 @@ def _run(work: Coroutine[Any, Any, Any]) -> Any:
     return uvloop.run(work)
 
 
-def _invitation(address: str) -> str:
+def _invitation(address: str, config: SchedulerConfig) -> str:
     body = '{"chat": {"messages": [{"role": "user", "content": "Hello!"}]}, "stopping": {"max_tokens": 64}}'
+    trust = " --tls-ca AUTHORITIES" if config.tls_cert else ""
+    key = " --api-key-file FILE" if config.api_keys else ""
+    first = f"Serving on {address}. Try:\n  {_as_typed('pagewire')} generate --address {address}{trust}{key} 'Hello!'"
+    if trust or key:
+        return first
     return (
-        f"Serving on {address}. Try:\n"
-        f"  {_as_typed('pagewire')} generate --address {address} 'Hello!'\n"
+        f"{first}\n"
         f"  {_as_typed('buf')} curl --protocol grpc -d '{body}' \\\n"
         f"    http://{address}/pagewire.v1.InferenceService/GenerateStream"
     )
