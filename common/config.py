@@ -44,6 +44,16 @@ class SchedulerConfig:
     model: str = option(DEFAULT_MODEL, "model: smollm2, a folder, a .gguf file or a Hugging Face repository id")
     listen: str = option("127.0.0.1:50051", "HOST:PORT for clients; port 0 takes a free one")
     link_listen: str = option("127.0.0.1:50052", "HOST:PORT or unix:PATH for executors")
+    admin_listen: str = option(
+        "", "unix:PATH for `pagewire status`; empty: in the user's runtime folder; none: nowhere"
+    )
+    tls_cert: str = option("", "certificate that clients are shown, PEM; empty: no TLS")
+    tls_key: str = option("", "its private key, PEM")
+    tls_client_ca: str = option("", "authorities, PEM: clients must show a certificate from one of them")
+    link_tls_cert: str = option("", "certificate that executors are shown, PEM; empty: no TLS")
+    link_tls_key: str = option("", "its private key, PEM")
+    link_tls_ca: str = option("", "authorities, PEM: executors must show a certificate from one of them")
+    api_keys: str = option("", "file of API keys, as `pagewire api-key` makes them; empty asks nobody for one")
     insecure: bool = option(False, "allow addresses that other machines can reach, without TLS and keys")
     token_budget: int = option(2048, "tokens per step over all sequences", least=1)
     max_running: int = option(256, "sequences resident on one executor", least=1)
@@ -82,6 +92,9 @@ class ExecutorConfig:
 
     model: str = option(DEFAULT_MODEL, "model: smollm2, a folder, a .gguf file or a Hugging Face repository id")
     scheduler: str = option("127.0.0.1:50052", "HOST:PORT or unix:PATH of the scheduler's link address")
+    link_tls_ca: str = option("", "authorities, PEM, for the scheduler's certificate; empty: no TLS")
+    link_tls_cert: str = option("", "certificate that the scheduler is shown, PEM")
+    link_tls_key: str = option("", "its private key, PEM")
     name: str = option("", "how logs call this executor; made from host and pid when empty")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "precision of weights and KV cache")
     weights: Literal["auto", "int8", "int4"] = option(
@@ -102,3 +115,13 @@ class ExecutorConfig:
     drain_s: float = option(30.0, "seconds that running sequences get after SIGTERM")
     fake: bool = option(False, "no model: tokens that can be computed by hand, for tests and demonstrations")
     fake_step_s: float = option(0.0, "seconds that a step of the fake model takes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """How the command line's own clients reach a scheduler."""
+
+    api_key_file: str = option("", "file that holds the API key and nothing else")
+    tls_ca: str = option("", "authorities, PEM, for the server's certificate, or `system`; empty: no TLS")
+    client_cert: str = option("", "certificate that the server is shown, PEM")
+    client_key: str = option("", "its private key, PEM")

@@ -2,6 +2,7 @@
 
 PagewireError
 ├── InvalidRequest      the caller must change the request (names the field and the limit)
+├── Unauthenticated     the caller showed no API key that is valid here
 ├── UnknownModel        the request names a model that is not served here
 ├── Overloaded          too much is open or waits, or the tenant's rate is used up; try again later
 ├── Unavailable         no executor, draining; try again later
@@ -24,6 +25,10 @@ class InvalidRequest(PagewireError):
         super().__init__(f"{field}: {problem}")
         self.field = field
         self.problem = problem
+
+
+class Unauthenticated(PagewireError):
+    """Who calls is not known here. One text for every reason, so that nothing is learned from it."""
 
 
 class UnknownModel(PagewireError):

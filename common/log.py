@@ -1,4 +1,8 @@
-"""Logging for every process: one line an event, human by default, JSON on request. Prompts never go in here."""
+"""Logging for every process: one line an event, human by default, JSON on request.
+
+Prompts, answers and keys never go in here. An exception is logged without its own text, which may hold a caller's
+words, and of structured fields those that cannot hold any.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,33 @@ import json
 import logging
 import sys
 import time
-from typing import Literal, cast
+import traceback
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Final, Literal, cast
 
 LogFormat = Literal["text", "json"]
+
+WORDS: Final = frozenset({"call", "error_id"})
+"""Fields of a JSON line that may hold text. Any other holds numbers, or is left out."""
+
+_OUR_PACKAGES: Final = frozenset({"common", "executor", "pagewire", "scheduler", "services"})
+
+
+class TextFormatter(logging.Formatter):
+    """A line for people."""
+
+    def formatException(self, ei: object) -> str:  # noqa: N802  the name is logging's
+        """Where it was raised, without what it says."""
+        return _exception(ei)
 
 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, level, logger, message, and what was given in `extra={"fields": {...}}`."""
+
+    def formatException(self, ei: object) -> str:  # noqa: N802  the name is logging's
+        """Where it was raised, without what it says."""
+        return _exception(ei)
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -24,10 +48,39 @@ class JsonFormatter(logging.Formatter):
         }
         fields = getattr(record, "fields", None)
         if isinstance(fields, dict):
-            line.update(cast("dict[str, object]", fields))
+            line.update(harmless(cast("dict[str, object]", fields)))
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def harmless(fields: Mapping[str, object]) -> dict[str, object]:
+    """The fields that can hold no caller's words: numbers, numbers by name, and text under the names in WORDS."""
+    return {
+        name: value
+        for name, value in fields.items()
+        if _is_number(value)
+        or (isinstance(value, str) and name in WORDS)
+        or (isinstance(value, dict) and all(map(_is_number, cast("dict[object, object]", value).values())))
+    }
+
+
+def without_texts(error: BaseException) -> Iterator[str]:
+    """The lines of a traceback without the exceptions' own texts, which may hold a caller's prompt.
+
+    Our own assertions keep theirs: they carry numbers.
+    """
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if cause is not None:
+        yield from without_texts(cause)
+        yield "then:\n"
+    yield from traceback.format_tb(error.__traceback__)
+    text = f": {error}" if isinstance(error, AssertionError) and _is_ours(error.__traceback__) else ""
+    yield f"{type(error).__module__}.{type(error).__qualname__}{text}\n"
+    if isinstance(error, BaseExceptionGroup):
+        for part in cast("BaseExceptionGroup[BaseException]", error).exceptions:
+            yield "of which:\n"
+            yield from without_texts(part)
 
 
 def configure(process: str, *, level: str = "info", fmt: LogFormat = "text") -> None:
@@ -37,7 +90,25 @@ def configure(process: str, *, level: str = "info", fmt: LogFormat = "text") -> 
         handler.setFormatter(JsonFormatter())
     else:
         line = f"%(asctime)s {process:<10} %(levelname).1s %(name)s: %(message)s"
-        handler.setFormatter(logging.Formatter(line, "%H:%M:%S"))
+        handler.setFormatter(TextFormatter(line, "%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+
+
+def _exception(exc_info: object) -> str:
+    error = cast("tuple[object, BaseException | None, object]", exc_info)[1]
+    return "" if error is None else "".join(without_texts(error)).rstrip()
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float))
+
+
+def _is_ours(tb: TracebackType | None) -> bool:
+    """Whether the innermost frame is code of this project."""
+    if tb is None:
+        return False
+    while tb.tb_next is not None:
+        tb = tb.tb_next
+    return str(tb.tb_frame.f_globals.get("__name__")).partition(".")[0] in _OUR_PACKAGES

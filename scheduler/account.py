@@ -19,5 +19,9 @@ class Account:
     def __init__(self, weight: float) -> None:
         self.counter = 0.0  # only ever grows
         self.num_listed = 0  # the tenant's queues that stand in the band
+        self.weigh(weight)
+
+    def weigh(self, weight: float) -> None:
+        """Charge by this weight from now on."""
         self.per_input = W_IN / weight
         self.per_output = W_OUT / weight

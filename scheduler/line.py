@@ -89,10 +89,15 @@ class _Band:
     def __init__(self, weights: Mapping[str, float]) -> None:
         self.listed: list[_Entry] = []
         self._weights = weights
-        self._accounts: dict[
-            str, Account
-        ] = {}  # kept for ever: a tenant is one of the operator's, not a caller's choice
+        # kept for ever: a tenant is one of the operator's, not a caller's choice
+        self._accounts: dict[str, Account] = {}
         self._last: Account | None = None  # left last
+
+    def weigh(self, tenant: str, weight: float) -> None:
+        """What the tenant is served counts by this weight from now on."""
+        account = self._accounts.get(tenant)
+        if account is not None:
+            account.weigh(weight)
 
     def list(self, queue: _Queue, order: int) -> None:
         """Enter a queue whose head arrived at `order`. A tenant that was away is lifted to the least served one."""
@@ -206,6 +211,15 @@ class Line:
         )
 
     # ---- who comes and goes
+
+    def weigh(self, tenant: str, weight: float) -> None:
+        """The tenant's share is this from now on; one that waits keeps its share until nothing of it waits."""
+        assert weight > 0, f"{tenant} would wait for ever"
+        if self._weights.get(tenant, 1.0) == weight or any((tenant, p) in self._queues for p in Priority):
+            return
+        self._weights[tenant] = weight
+        for band in self._bands.values():
+            band.weigh(tenant, weight)
 
     def add(self, request: list[Sequence]) -> None:
         """A request, new: all its choices."""

@@ -130,6 +130,10 @@ class Scheduler:
 
     # ---- requests
 
+    def weigh(self, tenant: str, weight: float) -> None:
+        """The tenant's share, while there is not room for all; 1 until it is told."""
+        self._line.weigh(tenant, weight)
+
     def add(
         self,
         prompt: Seq[int],
@@ -286,7 +290,7 @@ class Scheduler:
         for ref, token, index in zip(result.refs, result.tokens, result.indices, strict=True):
             row = rows.get(ref)
             if row is None or not row.samples or not 0 <= token < vocab_size:
-                raise ProtocolError(f"step {result.step}: row {ref:#x} with token {token} was not asked for")
+                raise ProtocolError(f"step {result.step}: row {ref:#x} or its token was not asked for")
             if row.is_current:
                 expected = row.sequence.num_output
                 if index != expected:

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from common import log
-from common.config import DEFAULT_MODEL, ExecutorConfig, LogConfig, SchedulerConfig
+from common.config import DEFAULT_MODEL, ClientConfig, ExecutorConfig, LogConfig, SchedulerConfig
 from common.errors import ExecutorRejected, ModelFolderError, PagewireError
 from services.children import ChildFailed
 from services.flags import add_flags, from_flags
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEMO_PROMPT = "Explain in three sentences why a server keeps the keys and values of earlier tokens."
+
+_LINK_TLS = ("link_tls_cert", "link_tls_key", "link_tls_ca")
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -65,7 +67,7 @@ def _serve(parsed: argparse.Namespace) -> int:
             model=model,
             logs=logs,
             stop=lifecycle.stop_event(),
-            on_ready=lambda address: print(_invitation(address), flush=True),
+            on_ready=lambda address: print(_invitation(address, scheduler), flush=True),
         )
 
     _run(run())
@@ -100,7 +102,7 @@ def _executor(parsed: argparse.Namespace) -> int:
 def _generate(parsed: argparse.Namespace) -> int:
     from services import talk
 
-    _run(talk.generate(parsed.address, _request(parsed), stats=parsed.stats))
+    _run(talk.generate(_server(parsed), _request(parsed), stats=parsed.stats))
     return 0
 
 
@@ -109,7 +111,7 @@ def _chat(parsed: argparse.Namespace) -> int:
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing and history for input()
-    talk.chat(parsed.address, _sampling(parsed), _stopping(parsed), _system(parsed))
+    talk.chat(_server(parsed), _sampling(parsed), _stopping(parsed), _system(parsed))
     return 0
 
 
@@ -117,7 +119,7 @@ def _health(parsed: argparse.Namespace) -> int:
     from services.client import connect
 
     async def run() -> bool:
-        async with connect(parsed.address) as client:
+        async with connect(_server(parsed)) as client:
             return await client.is_serving()
 
     serving = _run(run())
@@ -126,21 +128,18 @@ def _health(parsed: argparse.Namespace) -> int:
 
 
 def _status(parsed: argparse.Namespace) -> int:
-    from services.client import connect
+    from services import client
+    from services.admin import find_admin
     from services.monitoring import lines
 
-    async def run() -> list[str]:
-        async with connect(parsed.address) as client:
-            return lines(await client.status())
-
-    print("\n".join(_run(run())))
+    print("\n".join(lines(_run(client.status(find_admin(parsed.address))))))
     return 0
 
 
 def _demo(parsed: argparse.Namespace) -> int:
     from protos import inference_pb2 as pb
     from services import talk
-    from services.client import connect
+    from services.client import Server, connect
     from services.model_store import resolve
     from services.serve import cluster
 
@@ -160,7 +159,7 @@ def _demo(parsed: argparse.Namespace) -> int:
                 sampling=pb.SamplingParams(temperature=0.0),
                 stopping=pb.StopConditions(max_tokens=parsed.max_tokens),
             )
-            async with connect(running.address) as client:
+            async with connect(Server(address=running.address)) as client:
                 told = await talk.tell(client, request)
             print(f"\n\n{told.summary()}", flush=True)
 
@@ -168,7 +167,19 @@ def _demo(parsed: argparse.Namespace) -> int:
     return 0
 
 
-# ---- models and machine
+# ---- an operator's work
+
+
+def _api_key(parsed: argparse.Namespace) -> int:
+    from services.api_keys import line_of, new_key
+
+    key = new_key()
+    line = line_of(parsed.tenant, key, weight=parsed.weight)
+    print(f"The API key of {parsed.tenant}, shown this once:\n\n  {key}\n", file=sys.stderr)
+    if sys.stdout.isatty():
+        print("The line for the file that the scheduler's --api-keys names:\n", file=sys.stderr)
+    print(line)
+    return 0
 
 
 def _pull(parsed: argparse.Namespace) -> int:
@@ -195,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = _add(commands, "serve", _serve, "start a scheduler and local executors; stays up")
     serve.add_argument("--executors", type=_at_least_one, default=1, help="local executors (default: 1)")
     add_flags(serve, SchedulerConfig)
-    _add_executor_flags(serve, but=("model", "scheduler", "name", "drain_s"))
+    _add_executor_flags(serve, but=("model", "scheduler", "name", "drain_s", *_LINK_TLS))
     add_flags(serve, LogConfig)
 
     scheduler = _add(commands, "scheduler", _scheduler, "start a scheduler; executors dial in")
@@ -220,9 +231,16 @@ def _parser() -> argparse.ArgumentParser:
 
     health = _add(commands, "health", _health, "exit 0 when the server can answer requests")
     health.add_argument("address", nargs="?", default=DEFAULT_ADDRESS, metavar="HOST:PORT")
+    add_flags(health, ClientConfig)
 
     status = _add(commands, "status", _status, "what the server did, and how busy its executors are")
-    status.add_argument("address", nargs="?", default=DEFAULT_ADDRESS, metavar="HOST:PORT")
+    status.add_argument(
+        "address",
+        nargs="?",
+        default=DEFAULT_ADDRESS,
+        metavar="HOST:PORT",
+        help="where it serves clients, on this machine; or unix:PATH, its --admin-listen",
+    )
 
     pull = _add(commands, "pull", _pull, "fetch a model, convert it once, print its folder")
     pull.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="smollm2, a .gguf file or a repository id")
@@ -231,6 +249,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("prompt", nargs="?", default=DEMO_PROMPT)
     demo.add_argument("--model", default=DEFAULT_MODEL)
     demo.add_argument("--max-tokens", type=_at_least_one, default=96)
+
+    api_key = _add(commands, "api-key", _api_key, "make an API key; its line for the scheduler's file goes to stdout")
+    api_key.add_argument("tenant", help="whose key it is")
+    api_key.add_argument("--weight", type=float, default=1.0, help="the tenant's share among tenants (default: 1)")
 
     doctor = _add(commands, "doctor", _doctor, "look at this machine and say what is missing")
     doctor.add_argument("--model", default=DEFAULT_MODEL)
@@ -260,6 +282,7 @@ def _add_child_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_client_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="the scheduler")
+    add_flags(parser, ClientConfig)
     parser.add_argument("--max-tokens", type=_at_least_one, default=None, help="longest answer")
     parser.add_argument("--temperature", type=float, default=None, help="0 is greedy (default: 1)")
     parser.add_argument("--top-k", type=int, default=None)
@@ -282,6 +305,22 @@ def _at_least_one(text: str) -> int:
 def _executor_config(parsed: argparse.Namespace) -> ExecutorConfig:
     known = {name: getattr(parsed, name) for name in ExecutorConfig.__dataclass_fields__ if hasattr(parsed, name)}
     return ExecutorConfig(**known)
+
+
+def _server(parsed: argparse.Namespace) -> Any:
+    from services.client import Server
+    from services.tls import channel_files
+
+    config = from_flags(ClientConfig, parsed)
+    key = ""
+    if config.api_key_file:
+        try:
+            key = Path(config.api_key_file).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not a text file"
+            raise PagewireError(f"--api-key-file {config.api_key_file}: {why}") from error
+    files = channel_files(config.client_cert, config.client_key, config.tls_ca, flags="--client", ca_flag="--tls-ca")
+    return Server(address=parsed.address, api_key=key, tls=files)
 
 
 def _request(parsed: argparse.Namespace) -> Any:
@@ -362,11 +401,15 @@ def _run(work: Coroutine[Any, Any, Any]) -> Any:
     return uvloop.run(work)
 
 
-def _invitation(address: str) -> str:
+def _invitation(address: str, config: SchedulerConfig) -> str:
     body = '{"chat": {"messages": [{"role": "user", "content": "Hello!"}]}, "stopping": {"max_tokens": 64}}'
+    trust = " --tls-ca AUTHORITIES" if config.tls_cert else ""
+    key = " --api-key-file FILE" if config.api_keys else ""
+    first = f"Serving on {address}. Try:\n  {_as_typed('pagewire')} generate --address {address}{trust}{key} 'Hello!'"
+    if trust or key:
+        return first
     return (
-        f"Serving on {address}. Try:\n"
-        f"  {_as_typed('pagewire')} generate --address {address} 'Hello!'\n"
+        f"{first}\n"
         f"  {_as_typed('buf')} curl --protocol grpc -d '{body}' \\\n"
         f"    http://{address}/pagewire.v1.InferenceService/GenerateStream"
     )

@@ -149,8 +149,10 @@ class Answerer:
         """Tokens that one sequence can have, prompt and answer together."""
         return min(self._engine.scheduler.max_length or self.model.max_model_len, self.model.max_model_len)
 
-    async def start(self, spec: GenerateSpec, *, tenant: str = "", time_left_s: float | None = None) -> Answer:
-        """Queue the request. Raises every PagewireError that a request can meet before its first token.
+    async def start(
+        self, spec: GenerateSpec, *, tenant: str, weight: float = 1.0, time_left_s: float | None = None
+    ) -> Answer:
+        """Queue the request of a tenant. Raises every PagewireError that a request can meet before its first token.
 
         Where there is no room, it is refused before its prompt is tokenised: by the fewest tokens that it can have.
         """
@@ -187,6 +189,7 @@ class Answerer:
             stop,
             choices=spec.n,
             tenant=tenant,
+            weight=weight,
             priority=spec.priority,
             deadline_ns=deadline_ns,
         )

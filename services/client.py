@@ -4,27 +4,37 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2
 
-from common.errors import PagewireError, Unavailable
+from common.errors import PagewireError, Unauthenticated, Unavailable
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc, monitoring_pb2, monitoring_pb2_grpc
 from services.grpc_options import client_options
+from services.lifecycle import is_local
 from services.status import DETAILS_KEY, from_rpc_error
+from services.tls import Dialer, PemFiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """Where a scheduler is, and how it is called."""
+
+    address: str
+    api_key: str = field(default="", repr=False)
+    tls: PemFiles | None = None
 
 
 class Client:
     """The public API over one channel."""
 
-    def __init__(self, channel: aio.Channel, address: str) -> None:
+    def __init__(self, channel: aio.Channel, address: str, api_key: str = "") -> None:
         self._address = address
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
-        self._monitoring: monitoring_pb2_grpc.MonitoringServiceAsyncStub = monitoring_pb2_grpc.MonitoringServiceStub(
-            channel
-        )
         self._check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
@@ -35,7 +45,7 @@ class Client:
         self, request: pb.GenerateStreamRequest, timeout_s: float | None = None
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """The stream's messages. Leaving the loop early cancels the request. Raises PagewireErrors."""
-        call = self._stub.GenerateStream(request, timeout=timeout_s)
+        call = self._stub.GenerateStream(request, timeout=timeout_s, metadata=self._metadata)
         try:
             async for message in call:
                 yield message
@@ -47,14 +57,7 @@ class Client:
     async def model(self, timeout_s: float = 5.0) -> pb.GetModelResponse:
         """What is served."""
         try:
-            return await self._stub.GetModel(pb.GetModelRequest(), timeout=timeout_s)
-        except aio.AioRpcError as error:
-            raise _for_people(error, self._address) from error
-
-    async def status(self, timeout_s: float = 5.0) -> monitoring_pb2.GetStatusResponse:
-        """What the server did and does."""
-        try:
-            return await self._monitoring.GetStatus(monitoring_pb2.GetStatusRequest(), timeout=timeout_s)
+            return await self._stub.GetModel(pb.GetModelRequest(), timeout=timeout_s, metadata=self._metadata)
         except aio.AioRpcError as error:
             raise _for_people(error, self._address) from error
 
@@ -68,10 +71,25 @@ class Client:
 
 
 @asynccontextmanager
-async def connect(address: str) -> AsyncIterator[Client]:
-    """A client of the server at `address`."""
-    async with aio.insecure_channel(address, options=client_options()) as channel:
-        yield Client(channel, address)
+async def connect(server: Server) -> AsyncIterator[Client]:
+    """A client of the server. Raises PagewireError where its key would go over a network that anybody can listen to."""
+    key = server.api_key
+    if key and server.tls is None and not is_local(server.address):
+        raise PagewireError(f"the API key is not sent to {server.address} without TLS: give --tls-ca")
+    if not (key.isascii() and key.isprintable()):  # gRPC would repeat it in its complaint
+        raise PagewireError("the API key is not printable ASCII: the file must hold the key and nothing else")
+    async with Dialer(server.address, client_options(), server.tls)() as channel:
+        yield Client(channel, server.address, key)
+
+
+async def status(admin: str, timeout_s: float = 5.0) -> monitoring_pb2.GetStatusResponse:
+    """What the server with this admin socket did and does."""
+    async with aio.insecure_channel(admin, options=client_options()) as channel:
+        stub: monitoring_pb2_grpc.MonitoringServiceAsyncStub = monitoring_pb2_grpc.MonitoringServiceStub(channel)
+        try:
+            return await stub.GetStatus(monitoring_pb2.GetStatusRequest(), timeout=timeout_s)
+        except aio.AioRpcError as error:
+            raise _for_people(error, admin) from error
 
 
 def _for_people(error: aio.AioRpcError, address: str) -> PagewireError:
@@ -83,6 +101,8 @@ def _for_people(error: aio.AioRpcError, address: str) -> PagewireError:
         return Unavailable(
             f"no connection to {address}: {reason}. Is a server running there? Start one: pagewire serve"
         )
+    if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+        return Unauthenticated(f"{address} asks for an API key that it knows: give --api-key-file FILE")
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
         return PagewireError(f"what answers on {address} is not a Pagewire server for clients ({details})")
     known = from_rpc_error(error)

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from common.log import without_texts
 from common.step import ExecutorFacts, StepPlan, StepResult
 from executor.runner import Report, Runner
-from services.handlers import without_texts
 
 log = logging.getLogger(__name__)
 

@@ -165,6 +165,7 @@ class Engine:
         *,
         choices: int = 1,
         tenant: str = "",
+        weight: float = 1.0,
         priority: Priority = Priority.NORMAL,
         deadline_ns: int = 0,
     ) -> RequestStream:
@@ -179,6 +180,7 @@ class Engine:
             deadline_ns=deadline_ns,
         )
         self._check_room(ask, now)
+        self.scheduler.weigh(tenant, weight)
         made = self.scheduler.add(
             prompt,
             sampling,

@@ -11,9 +11,10 @@ from pathlib import Path
 from common.config import ExecutorConfig
 from common.model_folder import ModelFolder, read_model_folder
 from executor.runner import Runner
-from services import lifecycle
+from services import lifecycle, tls
 from services.cores import usable_cores
 from services.executor_service import ExecutorService
+from services.grpc_options import link_options
 
 log = logging.getLogger(__name__)
 
@@ -21,9 +22,14 @@ log = logging.getLogger(__name__)
 async def run(config: ExecutorConfig, model_path: Path, ready_fd: int | None = None) -> None:
     """Serve until SIGTERM or SIGINT. Announces itself when the first scheduler has welcomed it.
 
-    Raises ModelFolderError and ExecutorRejected.
+    Raises StartupError, ModelFolderError and ExecutorRejected.
     """
+    lifecycle.keep_secrets()
     stop = lifecycle.stop_event()
+    files = tls.channel_files(
+        *(config.link_tls_cert, config.link_tls_key, config.link_tls_ca), flags="--link-tls", ca_flag="--link-tls-ca"
+    )
+    dial = tls.Dialer(config.scheduler, link_options(), files)
     model = read_model_folder(model_path)
     name = config.name or f"{socket.gethostname()}-{os.getpid()}"
     announced = asyncio.Event()
@@ -34,7 +40,11 @@ async def run(config: ExecutorConfig, model_path: Path, ready_fd: int | None = N
             lifecycle.announce(ready_fd, name)
 
     service = ExecutorService(
-        lambda: make_runner(config, model, name), config.scheduler, on_joined=on_joined, drain_s=config.drain_s
+        lambda: make_runner(config, model, name),
+        config.scheduler,
+        dial=dial,
+        on_joined=on_joined,
+        drain_s=config.drain_s,
     )
     await service.run(stop)
     log.info("stopped")

@@ -26,6 +26,7 @@ from services import codec_link
 from services.codec_link import WireError
 from services.compute import ComputeThread
 from services.grpc_options import link_options
+from services.tls import Dialer
 
 log = logging.getLogger(__name__)
 
@@ -41,18 +42,23 @@ class LinkLost(Exception):
 
 
 class ExecutorService:
-    """One executor process. `scheduler` is HOST:PORT or unix:PATH of the scheduler's link address."""
+    """One executor process. `scheduler` is HOST:PORT or unix:PATH of the scheduler's link address.
+
+    `dial` opens a channel to it.
+    """
 
     def __init__(
         self,
         make_runner: Callable[[], Runner],
         scheduler: str,
         *,
+        dial: Callable[[], aio.Channel] | None = None,
         on_joined: Callable[[ExecutorFacts], None] = lambda facts: None,
         drain_s: float = 30.0,
         max_backoff_s: float = 1.0,
     ) -> None:
         self._scheduler = scheduler
+        self._dial = dial or Dialer(scheduler, link_options())
         self._on_joined = on_joined
         self._drain_s = drain_s
         self._max_backoff_s = max_backoff_s
@@ -117,7 +123,7 @@ class ExecutorService:
     async def _link(self, facts: ExecutorFacts) -> tuple[bool, str]:
         """One link from its first message to its last. Returns whether it came to a session, and why it ended."""
         self._outbox = asyncio.Queue()
-        async with aio.insecure_channel(self._scheduler, options=link_options()) as channel:
+        async with self._dial() as channel:
             call: Call = channel.stream_stream(_METHOD)()
             try:
                 await call.write(

@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import traceback
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import Any, Final, Never, TypeVar
 
@@ -21,6 +20,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 
 from common.errors import InvalidRequest, PagewireError, Unavailable
+from common.log import without_texts
 from services.status import RpcStatus, internal_status, to_rpc_status
 
 _log = logging.getLogger(__name__)
@@ -145,21 +145,3 @@ async def _abort(context: Context, status: RpcStatus) -> Never:
     """End the call. Trailing metadata that the method has set goes out too. Always raises."""
     set_before = tuple(context.trailing_metadata() or ())
     await context.abort(status.code, status.message, (*set_before, *status.trailing_metadata))
-
-
-def without_texts(error: BaseException) -> Iterator[str]:
-    """The lines of a traceback without the exceptions' own texts, which may hold a caller's prompt.
-
-    Assertions keep theirs: they are ours and carry numbers.
-    """
-    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if cause is not None:
-        yield from without_texts(cause)
-        yield "then:\n"
-    yield from traceback.format_tb(error.__traceback__)
-    text = f": {error}" if isinstance(error, AssertionError) else ""
-    yield f"{type(error).__module__}.{type(error).__qualname__}{text}\n"
-    if isinstance(error, BaseExceptionGroup):
-        for part in error.exceptions:
-            yield "of which:\n"
-            yield from without_texts(part)

@@ -3,37 +3,60 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import ipaddress
+import logging
 import os
+import resource
 import signal
 import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from common.config import SchedulerConfig
 from common.errors import PagewireError
+from common.log import without_texts
+
+log = logging.getLogger(__name__)
 
 
 class StartupError(PagewireError):
     """The process cannot start as it was asked to; the message says what to type instead."""
 
 
-def check_bind(address: str, *, insecure: bool) -> None:
-    """Raise StartupError for an address that others could reach, unless the operator typed --insecure.
+def check_binds(config: SchedulerConfig) -> None:
+    """Raise StartupError for an address that others could reach without TLS and keys; --insecure allows it."""
+    needed = {"--tls-cert": config.tls_cert, "--tls-key": config.tls_key, "--api-keys": config.api_keys}
+    check_bind(config.listen, insecure=config.insecure, missing=[flag for flag, value in needed.items() if not value])
+    needed = {f"--link-tls-{name}": getattr(config, f"link_tls_{name}") for name in ("cert", "key", "ca")}
+    check_bind(
+        config.link_listen, insecure=config.insecure, missing=[flag for flag, value in needed.items() if not value]
+    )
 
-    Unix sockets and loopback addresses are for this machine only.
+
+def check_bind(address: str, *, insecure: bool, missing: Sequence[str]) -> None:
+    """Raise StartupError for an address that others could reach, unless it is protected, or --insecure was typed.
+
+    `missing` are the flags that would protect it and were not given.
     """
-    if insecure or address.startswith(("unix:", "unix-abstract:")):
-        return
+    if missing and not insecure and not is_local(address):
+        raise StartupError(
+            f"{address} can be reached from other machines. Protect it with {' '.join(missing)}, bind 127.0.0.1, or "
+            f"type --insecure if the network itself is trusted."
+        )
+
+
+def is_local(address: str) -> bool:
+    """Whether only this machine can reach the address, a Unix socket or loopback. Raises StartupError if it is none."""
+    if address.startswith(("unix:", "unix-abstract:")):
+        return True
     host = split_address(address)[0]
-    if host != "localhost":
-        try:
-            loopback = ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            loopback = False
-        if not loopback:
-            raise StartupError(
-                f"{address} can be reached from other machines, and this build has no TLS and no keys yet. "
-                f"Bind 127.0.0.1, or type --insecure if the network itself is trusted."
-            )
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -43,6 +66,35 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not host or bare_v6 or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise StartupError(f"{address!r} is not HOST:PORT, for example 127.0.0.1:50051 or [::1]:50051")
     return host.strip("[]"), int(port)
+
+
+def keep_secrets() -> None:
+    """Leave no prompt or key behind when this process fails: no memory in a core file, no exception's text in the log.
+
+    For a process that serves, on its event loop.
+    """
+    tell_no_texts(asyncio.get_running_loop())
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):  # the limit does not bind a program that the kernel hands cores to; this does
+        Path("/proc/self/coredump_filter").write_text("0")
+
+
+def tell_no_texts(loop: asyncio.AbstractEventLoop) -> None:
+    """Log what nobody waited for, of the loop and of any thread, with its place and without its text."""
+    loop.set_exception_handler(_log_of_the_loop)
+    threading.excepthook = _log_of_a_thread
+
+
+def _log_of_the_loop(_: asyncio.AbstractEventLoop, context: Mapping[str, object]) -> None:
+    error = context.get("exception")
+    told = "".join(without_texts(error)) if isinstance(error, BaseException) else ""
+    log.error("%s\n%s", context.get("message"), told)
+
+
+def _log_of_a_thread(ended: threading.ExceptHookArgs) -> None:
+    name = ended.thread.name if ended.thread is not None else "a thread"
+    told = "".join(without_texts(ended.exc_value)) if ended.exc_value is not None else ended.exc_type.__name__
+    log.critical("%s ended by an exception\n%s", name, told)
 
 
 def announce(ready_fd: int | None, line: str) -> None:

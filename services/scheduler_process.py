@@ -1,6 +1,7 @@
-"""The scheduler process: two servers, one for clients and one for executors, around one engine.
+"""The scheduler process: servers for clients, for executors and for its operator, around one engine.
 
-Two ports on purpose: a client can never dial in as an executor, and each side has the gRPC options it needs.
+Each has an address of its own: a client can never dial in as an executor nor ask what other tenants do, and each side
+has the gRPC options and the protection it needs.
 """
 
 from __future__ import annotations
@@ -16,28 +17,34 @@ import secrets
 from pathlib import Path
 from typing import NoReturn
 
+import grpc
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common.config import SchedulerConfig
+from common.log import without_texts
 from common.model_folder import read_model_folder
 from common.sampling import RequestLimits
 from common.tenant import TenantLimits
 from protos import inference_pb2, monitoring_pb2
 from scheduler.scheduler import Scheduler, SchedulerLimits
-from services import lifecycle
+from services import lifecycle, tls
+from services.admin import admin_address, bind_admin
 from services.admission import Admission, AdmissionLimits
 from services.answering import Answerer
+from services.api_keys import read_api_keys
 from services.chat_template import ChatTemplate
 from services.engine import Engine
+from services.gate import Gate
 from services.grpc_options import link_options, server_options
-from services.handlers import service_handler, without_texts
+from services.handlers import service_handler
 from services.lifecycle import StartupError
 from services.link_service import ExecutorLinkService
 from services.monitoring import Monitoring
 from services.scheduler_service import SchedulerService
 from services.text import Tokenizer
+from services.watched_files import WatchedFiles
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +55,12 @@ MONITORING = monitoring_pb2.DESCRIPTOR.services_by_name["MonitoringService"].ful
 async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = None) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests finish within the grace.
 
-    Announces `{"listen": "HOST:PORT", "link": "…"}` once both servers accept. Raises StartupError and
-    ModelFolderError before it listens.
+    Announces `{"listen": "HOST:PORT", "link": "…", "admin": "unix:…"}` once all servers accept. Raises StartupError
+    and ModelFolderError before it listens.
     """
-    lifecycle.check_bind(config.listen, insecure=config.insecure)
-    lifecycle.check_bind(config.link_listen, insecure=config.insecure)
+    lifecycle.check_binds(config)
+    gate, client_tls, link_tls = _security(config)
+    lifecycle.keep_secrets()
     stop = lifecycle.stop_event()
     model = read_model_folder(model_path)
     limits = SchedulerLimits(
@@ -89,27 +97,33 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
     links = ExecutorLinkService(engine, model, silence_s=config.silence_s, step_timeout_s=config.step_timeout_s)
 
     clients = aio.server(
-        options=server_options(max_streams=config.max_streams, max_message_bytes=config.max_message_bytes)
+        interceptors=(gate,),
+        options=server_options(max_streams=config.max_streams, max_message_bytes=config.max_message_bytes),
     )
     clients.add_generic_rpc_handlers(
         (service_handler(SERVICE, inference_pb2.DESCRIPTOR, service, open_call=admission.open_call),)
     )
-    clients.add_generic_rpc_handlers((service_handler(MONITORING, monitoring_pb2.DESCRIPTOR, Monitoring(engine)),))
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, clients)
-    reflection.enable_server_reflection((SERVICE, MONITORING, health.SERVICE_NAME, reflection.SERVICE_NAME), clients)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), clients)
     executors = aio.server(options=link_options())
     executors.add_generic_rpc_handlers((links.handler(),))
+    admins = aio.server(options=server_options(max_streams=64))
+    admins.add_generic_rpc_handlers((service_handler(MONITORING, monitoring_pb2.DESCRIPTOR, Monitoring(engine)),))
+    reflection.enable_server_reflection((MONITORING, reflection.SERVICE_NAME), admins)
 
-    listen = _bind(clients, config.listen)
-    link = _bind(executors, config.link_listen)
+    listen = _bind(clients, config.listen, client_tls)
+    link = _bind(executors, config.link_listen, link_tls)
+    if admin := admin_address(config.admin_listen, listen):
+        bind_admin(admins, admin)
+        await admins.start()
     await clients.start()
     await executors.start()
     _spare_the_collector()
     loop_task = asyncio.create_task(engine.run(), name="engine")
     health_task = asyncio.create_task(_tell_health(engine, health_servicer), name="health")
     log.info("serving %s on %s; executors dial %s", model.name, listen, link)
-    lifecycle.announce(ready_fd, json.dumps({"listen": listen, "link": link}))
+    lifecycle.announce(ready_fd, json.dumps({"listen": listen, "link": link, "admin": admin}))
     try:
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({stopping, loop_task}, return_when=asyncio.FIRST_COMPLETED)
@@ -123,6 +137,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
                 await engine.idle()
         await clients.stop(grace=1.0)
         await executors.stop(grace=0.5)
+        await admins.stop(grace=0.5)
     finally:
         for task in (loop_task, health_task):
             task.cancel()
@@ -145,10 +160,28 @@ def _die_of(bug: BaseException | None) -> NoReturn:
     os._exit(os.EX_SOFTWARE)
 
 
-def _bind(server: aio.Server, address: str) -> str:
+def _security(config: SchedulerConfig) -> tuple[Gate, grpc.ServerCredentials | None, grpc.ServerCredentials | None]:
+    """The gate of the clients' server, its TLS and that of the link. Raises StartupError for a file it cannot use."""
+    keys = None
+    if config.api_keys:
+        path = Path(config.api_keys)
+        watched = WatchedFiles([path], lambda: read_api_keys(path))
+        keys = watched.current
+        if not len(keys()):
+            log.warning("%s holds no key: every call is refused. Make one: pagewire api-key TENANT >> %s", path, path)
+    clients = tls.server_files(config.tls_cert, config.tls_key, config.tls_client_ca, flags="--tls")
+    link = tls.server_files(config.link_tls_cert, config.link_tls_key, config.link_tls_ca, flags="--link-tls")
+    return (
+        Gate(keys),
+        tls.server_credentials(clients) if clients is not None else None,
+        tls.server_credentials(link) if link is not None else None,
+    )
+
+
+def _bind(server: aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:
     """The bound address, with the port that was really taken. Raises StartupError when it is taken already."""
     try:
-        port = server.add_insecure_port(address)
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:
         raise StartupError(
             f"cannot listen on {address}: the port is taken, or not allowed. Another scheduler may run there; "

@@ -9,6 +9,7 @@ from common.sampling import RequestLimits
 from protos import inference_pb2 as pb
 from services import codec_public
 from services.answering import Answer, Answerer, Delta
+from services.caller import current_caller
 from services.handlers import Context
 
 
@@ -84,7 +85,10 @@ class SchedulerService:
 
     async def _start(self, request: pb.GenerateRequest | pb.GenerateStreamRequest, context: Context) -> Answer:
         spec = codec_public.request_from_pb(request, self._limits, vocab_size=self._answerer.model.vocab_size)
-        return await self._answerer.start(spec, time_left_s=context.time_remaining())
+        caller = current_caller()
+        return await self._answerer.start(
+            spec, tenant=caller.tenant, weight=caller.weight, time_left_s=context.time_remaining()
+        )
 
     def _prompt_info(self, answer: Answer) -> pb.PromptInfo:
         return pb.PromptInfo(

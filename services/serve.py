@@ -15,7 +15,7 @@ from common.config import ExecutorConfig, LogConfig, SchedulerConfig
 from services.children import Child, keep_alive
 from services.cores import usable_cores
 from services.flags import to_flags
-from services.lifecycle import check_bind
+from services.lifecycle import check_binds
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +45,22 @@ async def cluster(
     Executors dial a socket in a folder that only this user can open, so no port is needed for them. Raises
     ChildFailed when a process cannot start.
     """
-    check_bind(scheduler.listen, insecure=scheduler.insecure)
     with tempfile.TemporaryDirectory(prefix="pagewire-") as folder:
         link = f"unix:{folder}/link"
-        scheduler = replace(scheduler, model=str(model), link_listen=link)
+        scheduler = replace(
+            scheduler, model=str(model), link_listen=link, link_tls_cert="", link_tls_key="", link_tls_ca=""
+        )
+        check_binds(scheduler)
         threads = executor.threads or max(1, usable_cores() // num_executors)
-        executor = replace(executor, model=str(model), scheduler=link, threads=threads)
+        executor = replace(
+            executor,
+            model=str(model),
+            scheduler=link,
+            threads=threads,
+            link_tls_cert="",
+            link_tls_key="",
+            link_tls_ca="",
+        )
         first = Child("scheduler", ["scheduler", *to_flags(scheduler), *to_flags(logs)], quiet=quiet)
         others: list[Child] = []
         for i in range(num_executors):

@@ -23,6 +23,7 @@ from common.errors import (
     ModelFolderError,
     Overloaded,
     PagewireError,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
 )
@@ -36,6 +37,7 @@ MAX_TEXT: Final = 256
 
 _TABLE: Final[dict[type[PagewireError], tuple[grpc.StatusCode, str]]] = {
     InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
     UnknownModel: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
     Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     Unavailable: (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),

@@ -13,7 +13,7 @@ import uvloop
 
 from common.errors import PagewireError
 from protos import inference_pb2 as pb
-from services.client import Client, connect
+from services.client import Client, Server, connect
 
 
 @dataclass(slots=True)
@@ -74,9 +74,9 @@ async def tell(client: Client, request: pb.GenerateStreamRequest, show: Callable
     return told
 
 
-async def generate(address: str, request: pb.GenerateStreamRequest, *, stats: bool = True) -> None:
+async def generate(server: Server, request: pb.GenerateStreamRequest, *, stats: bool = True) -> None:
     """Answer one prompt on the screen."""
-    async with connect(address) as client:
+    async with connect(server) as client:
         told = await tell(client, request)
         print(flush=True)
         if stats:
@@ -84,7 +84,7 @@ async def generate(address: str, request: pb.GenerateStreamRequest, *, stats: bo
 
 
 def chat(
-    address: str, sampling: pb.SamplingParams, stopping: pb.StopConditions, messages: Sequence[pb.ChatMessage] = ()
+    server: Server, sampling: pb.SamplingParams, stopping: pb.StopConditions, messages: Sequence[pb.ChatMessage] = ()
 ) -> None:
     """Talk until end of input. Ctrl-C ends the answer that runs, and the talk goes on. Raises PagewireErrors.
 
@@ -95,7 +95,7 @@ def chat(
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         stack = AsyncExitStack()
         try:
-            client = runner.run(stack.enter_async_context(connect(address)))
+            client = runner.run(stack.enter_async_context(connect(server)))
             model = runner.run(client.model())
             print(f"{model.model}. Ctrl-C stops an answer, Ctrl-D ends the talk.")
             while (line := _next_line()) is not None:

@@ -1,4 +1,4 @@
-"""What tests of every kind share: the default model, fetched once for this machine."""
+"""What tests of every kind share: the default model, fetched once for this machine, and certificates."""
 
 from __future__ import annotations
 
@@ -8,9 +8,22 @@ import pytest
 
 from common.config import DEFAULT_MODEL
 from services.model_store import pull
+from tests.certificates import Authority
 
 
 @pytest.fixture(scope="session")
 def default_model() -> Path:
     """The folder of SmolLM2-135M-Instruct. Fetched once for a machine; no test writes into it."""
     return pull(DEFAULT_MODEL, lambda what, done, total: None)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Makes certificates that this one authority has signed."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Another authority, whom nobody trusts."""
+    return Authority(tmp_path_factory.mktemp("stranger"))

@@ -29,7 +29,8 @@ import uvloop
 from grpc import aio
 
 from protos import inference_pb2 as pb
-from protos import monitoring_pb2, monitoring_pb2_grpc
+from protos import monitoring_pb2
+from services.client import status
 from services.model_store import find
 from tests.e2e import fake_model
 from tests.e2e.cluster import Cluster, cluster
@@ -133,11 +134,11 @@ async def measure(running: Cluster, load: Load) -> Report:
         began = time.monotonic()
         tokens, messages = tally.tokens, tally.messages
         before = [cpu_s(pid) for pid in (scheduler, executor, os.getpid())]
-        was = await _executor_status(channels[0])
+        was = await _executor_status(running.admin)
         await _while_well(streams, load.seconds)
         tokens, messages, seconds = tally.tokens - tokens, tally.messages - messages, time.monotonic() - began
         after = [cpu_s(pid) for pid in (scheduler, executor, os.getpid())]
-        now = await _executor_status(channels[0])
+        now = await _executor_status(running.admin)
     finally:
         for stream in streams:
             stream.cancel()
@@ -161,9 +162,8 @@ async def measure(running: Cluster, load: Load) -> Report:
     )
 
 
-async def _executor_status(channel: aio.Channel) -> monitoring_pb2.ExecutorStatus:
-    stub: monitoring_pb2_grpc.MonitoringServiceAsyncStub = monitoring_pb2_grpc.MonitoringServiceStub(channel)
-    return (await stub.GetStatus(monitoring_pb2.GetStatusRequest())).executors[0]
+async def _executor_status(admin: str) -> monitoring_pb2.ExecutorStatus:
+    return (await status(admin)).executors[0]
 
 
 async def _while_well(streams: list[asyncio.Task[None]], seconds: float) -> None:

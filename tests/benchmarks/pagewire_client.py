@@ -8,7 +8,7 @@ from typing import Self
 
 from common.errors import Unavailable
 from protos import inference_pb2 as pb
-from services.client import Client, connect
+from services.client import Client, Server, connect
 from tests.benchmarks.playing import Emit
 from tests.benchmarks.workloads import Request
 
@@ -23,7 +23,7 @@ class PagewireClient:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        self._client = await self._stack.enter_async_context(connect(self._address))
+        self._client = await self._stack.enter_async_context(connect(Server(address=self._address)))
         return self
 
     async def __aexit__(

@@ -88,14 +88,18 @@ class Cluster:
         self.folder = folder
         self.executors: list[Process] = []
         self.link = f"unix:{folder}/link"
+        self.admin = f"unix:{folder}/admin"
         self.scheduler = Process(
             [
                 *("scheduler", "--model", str(model), "--listen", "127.0.0.1:0", "--link-listen", self.link),
+                *("--admin-listen", self.admin),
                 *flags,
             ],
             folder / "scheduler.log",
         )
-        self.address: str = json.loads(self.scheduler.wait_ready())["listen"]
+        announced: Mapping[str, str] = json.loads(self.scheduler.wait_ready())
+        self.address = announced["listen"]
+        self.link, self.admin = announced["link"], announced["admin"]  # flags may have changed them
         self.channel = grpc.insecure_channel(self.address)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
 

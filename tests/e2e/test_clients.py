@@ -138,7 +138,6 @@ def test_reflection_names_the_services_that_clients_may_call(shared: Cluster) ->
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
         SERVICE,
-        "pagewire.v1.MonitoringService",
     ]
 
 

@@ -66,7 +66,7 @@ def test_a_wrong_argument_is_one_line_that_names_it(
 
 @pytest.mark.parametrize(
     "command",
-    [["generate", "--address", NOBODY, "hi"], ["chat", "--address", NOBODY], ["health", NOBODY], ["status", NOBODY]],
+    [["generate", "--address", NOBODY, "hi"], ["chat", "--address", NOBODY], ["health", NOBODY]],
     ids=" ".join,
 )
 def test_where_no_server_listens_one_line_says_so_and_how_to_start_one(command: list[str]) -> None:
@@ -142,7 +142,7 @@ def test_a_refusal_in_a_chat_ends_the_turn_and_not_the_talk(shared: Cluster) -> 
 
 def test_status_says_what_was_done_and_how_busy_the_executors_are(shared: Cluster) -> None:
     shared.tokens([1, 2, 3], 5)
-    ended = run(*PAGEWIRE, "status", shared.address)
+    ended = run(*PAGEWIRE, "status", shared.admin)
 
     scheduler, executor = ended.out.splitlines()
     assert ended.code == 0

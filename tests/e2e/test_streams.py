@@ -99,10 +99,11 @@ def test_the_server_says_what_it_serves(shared: Cluster) -> None:
 
 
 def test_the_server_counts_what_it_does_and_how_long_its_executors_wait(shared: Cluster) -> None:
-    monitoring = monitoring_pb2_grpc.MonitoringServiceStub(shared.channel)
-    before = monitoring.GetStatus(monitoring_pb2.GetStatusRequest())
-    shared.tokens([1, 2, 3], 5)
-    after = monitoring.GetStatus(monitoring_pb2.GetStatusRequest())
+    with grpc.insecure_channel(shared.admin) as channel:
+        monitoring = monitoring_pb2_grpc.MonitoringServiceStub(channel)
+        before = monitoring.GetStatus(monitoring_pb2.GetStatusRequest())
+        shared.tokens([1, 2, 3], 5)
+        after = monitoring.GetStatus(monitoring_pb2.GetStatusRequest())
 
     assert after.scheduler.prompt_tokens - before.scheduler.prompt_tokens == 3
     assert after.scheduler.output_tokens - before.scheduler.output_tokens == 5

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from common.config import ExecutorConfig, SchedulerConfig
+from services.flags import add_flags, from_flags
+from services.lifecycle import check_binds
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def services() -> dict[str, Any]:
-    """The services of docker-compose.yml, anchors resolved."""
-    found: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+def services(name: str = "docker-compose.yml") -> dict[str, Any]:
+    """The services of a compose file, anchors resolved."""
+    found: dict[str, Any] = yaml.safe_load((ROOT / name).read_text())["services"]
     return found
 
 
@@ -43,3 +49,23 @@ def test_the_final_images_do_not_run_as_root() -> None:
 
     for name in ("scheduler", "executor", "executor-gpu"):
         assert users[name] == ["pagewire"]
+
+
+def test_what_other_machines_can_reach_has_tls_and_keys() -> None:
+    file = yaml.safe_load((ROOT / "docker-compose.tls.yml").read_text())
+    scheduler = file["services"]["scheduler"]
+    parser = argparse.ArgumentParser()
+    add_flags(parser, SchedulerConfig, {})
+    config = from_flags(SchedulerConfig, parser.parse_args(scheduler["command"][1:]))
+
+    check_binds(config)
+    assert not config.insecure
+    for service in file["services"].values():
+        mounted = {f"/run/secrets/{name}" for name in service["secrets"]}
+        named = re.findall(r"/run/secrets/[\w.]+", yaml.safe_dump({**service, "secrets": []}))
+        assert set(named) == mounted
+        assert set(service["secrets"]) <= set(file["secrets"])
+        assert set(service.get("environment", {})) <= {
+            f"PAGEWIRE_{field.name.upper()}" for field in fields(ExecutorConfig)
+        }
+    assert set(file["services"]) <= set(services())

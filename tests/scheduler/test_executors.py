@@ -152,8 +152,9 @@ def test_an_answer_to_another_question_is_refused_and_commits_nothing(
     good = world.runners[0].execute(plan)
     bad = wrong(good)
 
-    with pytest.raises(ProtocolError):
+    with pytest.raises(ProtocolError) as refused:
         world.scheduler.update(0, bad, 1)
+    assert str(10**6) not in str(refused.value), "a token is what a tenant is told, and goes into no log"
     assert world.scheduler.sequence(id).num_output == 0
 
 

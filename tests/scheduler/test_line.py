@@ -116,6 +116,18 @@ def test_a_weight_is_a_share() -> None:
     assert queue.serve(10) == "a0 b0 a1 a2 a3 b1 a4 a5 a6 a7"
 
 
+def test_a_share_may_change_while_nothing_of_the_tenant_waits() -> None:
+    queue = Queue()
+    queue.add("a0")
+    queue.line.weigh("a", 9)  # too early: a0 was listed with another
+    assert queue.serve() == "a0"
+    queue.line.weigh("a", 4)
+    for i in range(1, 10):
+        queue.add(f"a{i}")
+        queue.add(f"b{i}")
+    assert queue.serve(10) == "a1 b1 a2 a3 a4 b2 a5 a6 a7 a8"
+
+
 def test_a_tenant_that_was_away_has_saved_nothing_up() -> None:
     queue = Queue()
     queue.add("b0")

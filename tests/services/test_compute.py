@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import queue
+
+import pytest
 
 from common.step import ExecutorFacts, StepPlan, StepResult
 from executor.fake_runner import FakeRunner
 from executor.runner import Report
 from services.compute import ComputeThread
+
+CANARY = "the caller's secret prompt"
 
 
 class Clock:
@@ -18,6 +23,19 @@ class Clock:
 
     def __call__(self) -> int:
         return self.now_ns
+
+
+class BrokenRunner:
+    """A runner whose steps fail, and say of what."""
+
+    def load(self, report: Report) -> ExecutorFacts:
+        return FakeRunner().load(report)
+
+    def begin_session(self) -> None:
+        pass
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        raise ValueError(f"cannot compute {CANARY}")
 
 
 class SlowRunner:
@@ -63,3 +81,23 @@ def test_the_time_of_a_step_and_the_wait_before_it_are_measured() -> None:
 
     assert (first.idle_ns, first.compute_ns) == (0, 70), "the session began just before"
     assert (second.idle_ns, second.compute_ns) == (4, 70)
+
+
+def test_a_step_that_fails_is_logged_with_its_place_and_without_its_words(caplog: pytest.LogCaptureFixture) -> None:
+    failures: queue.SimpleQueue[int] = queue.SimpleQueue()
+    compute = ComputeThread(
+        BrokenRunner,
+        report=lambda stage, done, total: None,
+        on_loaded=lambda facts: None,
+        on_result=lambda session, result: None,
+        on_failure=lambda session, error: failures.put(session),
+    )
+    with caplog.at_level(logging.DEBUG):
+        compute.begin_session(7)
+        compute.execute(7, StepPlan(step=0, refs=[], num_scheduled=[]))
+        compute.start()
+        assert failures.get(timeout=20) == 7
+        compute.stop()
+
+    assert "step 0 of session 7 failed" in caplog.text and "in execute" in caplog.text and "ValueError" in caplog.text
+    assert CANARY not in caplog.text

@@ -27,6 +27,7 @@ from protos.inference_pb2 import (
     PromptInfo,
     TokenizeResponse,
 )
+from scheduler.block_pool import BlockPool
 from services.handlers import Context, service_handler
 from services.status import DETAILS_KEY, PUSHBACK_KEY, from_rpc_error
 
@@ -253,9 +254,18 @@ def test_each_bug_has_its_own_id() -> None:
 
 
 def test_the_numbers_of_a_broken_invariant_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    asyncio.run(failure(Service(raising(AssertionError("asked for 3 blocks, 2 free"))), "Generate"))
+    async def act(context: Context) -> None:
+        BlockPool(0).take()
 
-    assert "asked for 3 blocks, 2 free" in caplog.text
+    asyncio.run(failure(Service(act), "Generate"))
+
+    assert "AssertionError: asked for a block, 0 of 0 free" in caplog.text
+
+
+def test_an_assertion_of_anybody_elses_keeps_its_text_to_itself(caplog: pytest.LogCaptureFixture) -> None:
+    asyncio.run(failure(Service(raising(AssertionError(CANARY))), "Generate"))
+
+    assert "AssertionError" in caplog.text and CANARY not in caplog.text
 
 
 def test_an_answer_that_is_no_message_is_a_bug_like_any_other() -> None:

@@ -1,0 +1,85 @@
+"""The gate of the clients' server: no call passes without an API key, whatever service it is for.
+
+It stands before all services and not inside them, so one that is added later is guarded too. Only health can be asked
+by anybody: who watches a server must not need a key.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health
+
+from common.errors import Unauthenticated
+from common.log import without_texts
+from services.api_keys import ApiKeys
+from services.caller import ANONYMOUS, Caller, let_in
+from services.handlers import Context
+from services.status import to_rpc_status
+
+_log = logging.getLogger(__name__)
+
+_OPEN: Final = f"/{health.SERVICE_NAME}/"
+_MAX_HEADER: Final = 128  # characters: a key and its scheme, twice over
+_TELL_EVERY_S: Final = 60.0
+
+# The same words for no key, a wrong one and one that was withdrawn.
+_REFUSAL: Final = to_rpc_status(Unauthenticated("an API key is needed: send it as metadata, authorization: Bearer KEY"))
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+if TYPE_CHECKING:
+    Handler = grpc.RpcMethodHandler[Any, Any] | None  # of unknown messages: it is generic in the stubs alone
+
+
+class Gate(aio.ServerInterceptor):
+    """`keys` gives the keys that are valid now; without it nobody is asked for one, and there is one tenant."""
+
+    def __init__(self, keys: Callable[[], ApiKeys] | None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._keys = keys
+        self._clock = clock
+        self._num_refused = 0
+        self._told_s = -_TELL_EVERY_S
+        self._refuse: Handler = grpc.stream_stream_rpc_method_handler(
+            self._end
+        )  # reads no message, whatever the method takes
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """Let the call in for its tenant, or end it."""
+        if not handler_call_details.method.startswith(_OPEN):
+            try:
+                caller = self._caller(handler_call_details.invocation_metadata)
+            except Exception as error:  # noqa: BLE001  whatever it is: nobody passes by it, and gRPC would send its text
+                _log.error("the gate failed\n%s", "".join(without_texts(error)))
+                caller = None
+            if caller is None:
+                return self._refuse
+            let_in(caller)
+        return await continuation(handler_call_details)
+
+    def _caller(self, metadata: Metadata) -> Caller | None:
+        if self._keys is None:
+            return ANONYMOUS
+        given = [value for name, value in metadata if name == "authorization"]
+        if len(given) != 1 or not isinstance(given[0], str) or len(given[0]) > _MAX_HEADER:
+            return None
+        scheme, _, key = given[0].partition(" ")
+        return self._keys().find(key.strip()) if scheme.lower() == "bearer" else None
+
+    async def _end(self, _: object, context: Context) -> None:
+        self._num_refused += 1
+        now = self._clock()
+        if now - self._told_s >= _TELL_EVERY_S:  # whoever calls a thousand times a second does not fill the log
+            self._told_s = now
+            _log.warning("%d calls had no valid API key, the last from %s", self._num_refused, context.peer())
+            self._num_refused = 0
+        await context.abort(_REFUSAL.code, _REFUSAL.message, _REFUSAL.trailing_metadata)

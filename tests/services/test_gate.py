@@ -1,0 +1,224 @@
+"""Who gets past the gate, and as whom."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from common.errors import Unauthenticated
+from services.api_keys import ApiKeys, line_of, new_key, read_api_keys
+from services.caller import ANONYMOUS, Caller, current_caller
+from services.gate import Gate
+from services.status import from_rpc_error
+from services.watched_files import WatchedFiles
+
+METHODS = ["Unary", "ServerStream", "ClientStream", "Both", "NotThere"]
+SECRET = "pw-a-secret-in-an-exception"
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
+async def say_caller(_: object, context: object) -> bytes:
+    return repr(current_caller()).encode()
+
+
+async def stream_caller(_: object, context: object) -> AsyncIterator[bytes]:
+    yield repr(current_caller()).encode()
+
+
+@asynccontextmanager
+async def served(gate: Gate) -> AsyncIterator[aio.Channel]:
+    """A channel to a server whose methods tell who calls them."""
+    server = aio.server(interceptors=(gate,))
+    methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        "Unary": grpc.unary_unary_rpc_method_handler(say_caller),
+        "ServerStream": grpc.unary_stream_rpc_method_handler(stream_caller),
+        "ClientStream": grpc.stream_unary_rpc_method_handler(say_caller),
+        "Both": grpc.stream_stream_rpc_method_handler(stream_caller),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Service", methods),))
+    health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield channel
+    finally:
+        await server.stop(0)
+
+
+async def call(channel: aio.Channel, method: str, metadata: Metadata = ()) -> bytes:
+    """The one message of the answer."""
+    path = f"/test.Service/{method}"
+    if method == "ServerStream":
+        stream: aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(path)
+        (message,) = [message async for message in stream(b"", metadata=metadata, timeout=10)]
+        return message
+    if method == "ClientStream":
+        upload: aio.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(path)
+        return await upload(iter([b""]), metadata=metadata, timeout=10)
+    if method == "Both":
+        both: aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
+        (message,) = [message async for message in both(iter([b""]), metadata=metadata, timeout=10)]
+        return message
+    unary: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
+    return await unary(b"", metadata=metadata, timeout=10)
+
+
+async def refusal(channel: aio.Channel, method: str, metadata: Metadata = ()) -> aio.AioRpcError:
+    with pytest.raises(aio.AioRpcError) as refused:
+        await call(channel, method, metadata)
+    return refused.value
+
+
+def bearer(key: str) -> Metadata:
+    return (("authorization", f"Bearer {key}"),)
+
+
+def keys_of(path: Path, **keys: str) -> ApiKeys:
+    path.write_text("".join(f"{line_of(tenant, key)}\n" for tenant, key in keys.items()))
+    return read_api_keys(path)
+
+
+def test_without_keys_everybody_is_the_one_tenant() -> None:
+    async def scenario() -> None:
+        async with served(Gate(None)) as channel:
+            for metadata in ((), bearer("whatever")):
+                assert await call(channel, "Unary", metadata) == repr(ANONYMOUS).encode()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("method", METHODS[:-1])
+def test_a_key_makes_its_holder_the_tenant_in_methods_of_every_kind(method: str, tmp_path: Path) -> None:
+    acme, other = new_key(), new_key()
+    keys = keys_of(tmp_path / "keys", acme=acme, other=other)
+
+    async def scenario() -> None:
+        async with served(Gate(lambda: keys)) as channel:
+            for key, tenant in ((acme, "acme"), (other, "other"), (acme, "acme")):
+                assert await call(channel, method, bearer(key)) == repr(Caller(tenant=tenant)).encode()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_reason_to_refuse_looks_the_same(method: str, tmp_path: Path) -> None:
+    key = new_key()
+    keys = keys_of(tmp_path / "keys", acme=key)
+    wrong: list[Metadata] = [
+        (),
+        bearer(""),
+        bearer(new_key()),
+        bearer(key[:-1]),
+        bearer(key + "x" * 200),
+        (("authorization", key),),
+        (("authorization", f"Basic {key}"),),
+        (*bearer(key), *bearer(key)),
+        (*bearer(key), *bearer(new_key())),
+        (("authorization-bin", f"Bearer {key}".encode()),),
+        (("x-api-key", key),),
+    ]
+
+    async def scenario() -> None:
+        async with served(Gate(lambda: keys)) as channel:
+            refusals = [await refusal(channel, method, metadata) for metadata in wrong]
+        told = {(error.code(), error.details(), tuple(error.trailing_metadata())) for error in refusals}
+        assert len(told) == 1
+        assert refusals[0].code() is grpc.StatusCode.UNAUTHENTICATED
+        assert isinstance(from_rpc_error(refusals[0]), Unauthenticated)
+
+    asyncio.run(scenario())
+
+
+def test_health_asks_nobody_for_a_key(tmp_path: Path) -> None:
+    keys = keys_of(tmp_path / "keys")
+
+    async def scenario() -> None:
+        async with served(Gate(lambda: keys)) as channel:
+            check: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
+            answer = health_pb2.HealthCheckResponse.FromString(await check(b"", timeout=10))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            await refusal(channel, "Unary")
+
+    asyncio.run(scenario())
+
+
+def test_a_key_works_once_it_is_in_the_file_and_no_longer_when_it_is_not(tmp_path: Path) -> None:
+    first, second = new_key(), new_key()
+    path = tmp_path / "keys"
+    keys_of(path, acme=first)
+    watched = WatchedFiles([path], lambda: read_api_keys(path), look_every_s=0)
+
+    async def scenario() -> None:
+        async with served(Gate(watched.current)) as channel:
+            await call(channel, "Unary", bearer(first))
+            await refusal(channel, "Unary", bearer(second))
+            keys_of(path, acme=second)
+            await refusal(channel, "Unary", bearer(first))
+            await call(channel, "Unary", bearer(second))
+            path.write_text("nonsense\n")
+            await call(channel, "Unary", bearer(second))
+            path.write_text("# nobody any more\n")
+            await refusal(channel, "Unary", bearer(second))
+
+    asyncio.run(scenario())
+
+
+def test_a_gate_that_fails_lets_nobody_through_and_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> ApiKeys:
+        raise RuntimeError(SECRET)
+
+    async def scenario() -> aio.AioRpcError:
+        async with served(Gate(fail)) as channel:
+            return await refusal(channel, "Unary", bearer(new_key()))
+
+    error = asyncio.run(scenario())
+    assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert "the gate failed" in caplog.text
+    assert SECRET not in caplog.text and SECRET not in f"{error} {error.trailing_metadata()}"
+
+
+def test_a_method_that_nobody_was_let_into_has_no_tenant() -> None:
+    """A server without a gate fails, and does not serve everybody as one tenant."""
+
+    async def scenario() -> None:
+        server = aio.server()
+        method: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(say_caller)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Service", {"Unary": method}),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            assert (await refusal(channel, "Unary")).code() is grpc.StatusCode.UNKNOWN
+        await server.stop(0)
+
+    contextvars.Context().run(asyncio.run, scenario())
+    with pytest.raises(LookupError):
+        contextvars.Context().run(current_caller)
+
+
+def test_who_tries_keys_is_logged_now_and_then_and_never_with_the_key(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    keys, now_s, wrong = keys_of(tmp_path / "keys"), [0.0], new_key()
+
+    async def scenario() -> None:
+        async with served(Gate(lambda: keys, clock=lambda: now_s[0])) as channel:
+            for now_s[0] in (0.0, 1.0, 2.0, 61.0):
+                await refusal(channel, "Unary", bearer(wrong))
+
+    with caplog.at_level(logging.DEBUG):
+        asyncio.run(scenario())
+
+    told = [record.getMessage() for record in caplog.records if record.name == "services.gate"]
+    assert [text.partition(" calls had no valid API key, the last from ipv4:")[0] for text in told] == ["1", "3"]
+    assert wrong[3:] not in caplog.text

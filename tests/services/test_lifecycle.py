@@ -1,0 +1,59 @@
+"""What a scheduler may bind, and with what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from common.config import SchedulerConfig
+from services.lifecycle import StartupError, check_binds, is_local
+
+OPEN = "0.0.0.0:50051"
+PLAIN = SchedulerConfig()
+CLIENTS = replace(PLAIN, listen=OPEN, tls_cert="c", tls_key="k", api_keys="f")
+EXECUTORS = replace(PLAIN, link_listen=OPEN, link_tls_cert="c", link_tls_key="k", link_tls_ca="a")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PLAIN,
+        replace(PLAIN, listen="[::1]:1", link_listen="localhost:2"),
+        replace(PLAIN, listen="unix:/run/clients", link_listen="unix:/run/link"),
+        CLIENTS,
+        EXECUTORS,
+        replace(CLIENTS, tls_client_ca="a"),
+        replace(PLAIN, listen=OPEN, link_listen=OPEN, insecure=True),
+    ],
+)
+def test_what_only_this_machine_can_reach_or_is_protected_may_be_bound(config: SchedulerConfig) -> None:
+    check_binds(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "needed"),
+    [
+        (replace(PLAIN, listen=OPEN), "--tls-cert --tls-key --api-keys"),
+        (replace(CLIENTS, api_keys=""), "--api-keys"),
+        (replace(CLIENTS, tls_cert="", tls_key=""), "--tls-cert --tls-key"),
+        (replace(CLIENTS, api_keys="", tls_client_ca="a"), "--api-keys"),
+        (replace(PLAIN, link_listen=OPEN), "--link-tls-cert --link-tls-key --link-tls-ca"),
+        (replace(EXECUTORS, link_tls_ca=""), "--link-tls-ca"),
+    ],
+)
+def test_what_others_can_reach_is_refused_with_what_to_type(config: SchedulerConfig, needed: str) -> None:
+    with pytest.raises(StartupError) as refused:
+        check_binds(config)
+
+    assert str(refused.value) == (
+        f"{OPEN} can be reached from other machines. Protect it with {needed}, bind 127.0.0.1, or type --insecure if "
+        "the network itself is trusted."
+    )
+
+
+@pytest.mark.parametrize(
+    "address", ["0.0.0.0:1", "[::]:1", "192.168.1.2:1", "10.0.0.1:1", "example.org:1", "localhost.evil.org:1", "*:1"]
+)
+def test_a_name_or_an_address_that_may_be_anybodys_is_not_local(address: str) -> None:
+    assert not is_local(address)
