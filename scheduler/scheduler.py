@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 from array import array
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from common.types import FinishReason, SequenceId
 from scheduler import policy
 from scheduler.block_pool import Reclaim
 from scheduler.prefix_cache import KeyChain
-from scheduler.sequence import Sequence, Status
+from scheduler.sequence import Begun, Sequence, Status
 from scheduler.session import Draft, Match, Outstanding, Session
 from scheduler.stopping import finish_reason, stop_tokens
 
@@ -125,10 +125,14 @@ class Scheduler:
         now_ns: int,
         *,
         choices: int = 1,
+        begun: Mapping[int, Begun] | None = None,
         tenant: str = "",
         salt: str = "",
     ) -> list[Sequence]:
         """Queue one request: `choices` sequences that share the prompt.
+
+        Or with `begun`, by choice, those that go on behind what another scheduler made of them, and only those. None of
+        them may have ended: what they begin with is not looked at again.
 
         Raises InvalidRequest when it could never run: the prompt, or prompt and max_tokens together, are longer than
         the largest joined executor can hold.
@@ -143,25 +147,30 @@ class Scheduler:
                 raise InvalidRequest("max_tokens", problem)
         root = self._keys.root(self._model, tenant, salt)
         made: list[Sequence] = []
-        for choice in range(choices):
+        for choice in range(choices) if begun is None else begun:
             id = SequenceId(self._next_id)
+            before = begun[choice] if begun else Begun((), "")
+            tokens = array("I", prompt)
+            tokens.extend(before.tokens)
             sequence = Sequence(
                 id=id,
                 order=self._next_id,
-                tokens=array("I", prompt),
+                tokens=tokens,
                 num_prompt=len(prompt),
                 root=root,
                 sampling=sampling,
                 stop=stop,
                 choice=choice,
-                fork_of=made[0] if made else None,
+                fork_of=made[0] if made and begun is None else None,
+                determinism=before.determinism if before.tokens else None,
                 arrived_ns=now_ns,
             )
+            assert sequence.num_output < stop.max_tokens, f"choice {choice} has ended with {sequence.num_output} tokens"
             self._next_id += 1
             self._sequences[id] = sequence
             self._waiting.append(sequence)
             made.append(sequence)
-        self.counters.prompt_tokens += len(prompt) * choices
+        self.counters.prompt_tokens += len(prompt) * len(made)
         return made
 
     def finish(self, id: SequenceId, reason: FinishReason = FinishReason.ABORTED) -> None:
@@ -383,10 +392,11 @@ class Scheduler:
         self._leave_line(sequence)
         sequence.become(Status.RUNNING)
         sequence.attempt += 1
+        sequence.placed(session.facts.determinism)
         if not sequence.admitted_ns:
             sequence.admitted_ns = now_ns
-            sequence.num_cached_prompt = match.num_tokens
-            self.counters.cached_prompt_tokens += match.num_tokens
+            sequence.num_cached_prompt = min(match.num_tokens, sequence.num_prompt)
+            self.counters.cached_prompt_tokens += sequence.num_cached_prompt
         bisect.insort(session.running, sequence, key=_order)
         tokens = min(len(sequence.tokens) - match.num_tokens, draft.budget)
         session.admit(sequence, match, draft, tokens, stop_tokens(sequence.stop, self._eos))

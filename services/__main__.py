@@ -179,6 +179,17 @@ def _pull(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _key(parsed: argparse.Namespace) -> int:
+    from services import ticket_keys
+
+    if parsed.file is None:
+        print(ticket_keys.line_of(ticket_keys.new_key()), end="")
+    else:
+        key = ticket_keys.rotate(parsed.file)
+        print(f"{parsed.file}: {key.id} signs from the next start on; the key before it is still accepted")
+    return 0
+
+
 def _doctor(parsed: argparse.Namespace) -> int:
     from services import doctor
 
@@ -231,6 +242,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("prompt", nargs="?", default=DEMO_PROMPT)
     demo.add_argument("--model", default=DEFAULT_MODEL)
     demo.add_argument("--max-tokens", type=_at_least_one, default=96)
+
+    key = _add(commands, "key", _key, "make a key for tickets, with which streams are resumed")
+    key.add_argument("file", nargs="?", type=Path, help="put it first in this file (default: print it)")
 
     doctor = _add(commands, "doctor", _doctor, "look at this machine and say what is missing")
     doctor.add_argument("--model", default=DEFAULT_MODEL)

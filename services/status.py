@@ -17,12 +17,17 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from common.errors import (
+    AlreadyRunning,
     DeadlineExceeded,
     ExecutorRejected,
     InvalidRequest,
     ModelFolderError,
     Overloaded,
     PagewireError,
+    SlowReader,
+    Superseded,
+    TicketRefused,
+    TicketStale,
     Unavailable,
     UnknownModel,
 )
@@ -40,6 +45,11 @@ _TABLE: Final[dict[type[PagewireError], tuple[grpc.StatusCode, str]]] = {
     Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     Unavailable: (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
     DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    AlreadyRunning: (grpc.StatusCode.ALREADY_EXISTS, "ALREADY_RUNNING"),
+    Superseded: (grpc.StatusCode.ABORTED, "SUPERSEDED"),
+    SlowReader: (grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER"),
+    TicketRefused: (grpc.StatusCode.PERMISSION_DENIED, "TICKET_REFUSED"),
+    TicketStale: (grpc.StatusCode.FAILED_PRECONDITION, "TICKET_STALE"),
     ExecutorRejected: (grpc.StatusCode.FAILED_PRECONDITION, "EXECUTOR_REJECTED"),
     ModelFolderError: (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_FOLDER_ERROR"),
     PagewireError: (grpc.StatusCode.INTERNAL, "ERROR"),

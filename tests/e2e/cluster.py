@@ -91,7 +91,7 @@ class Cluster:
         self.scheduler = Process(
             [
                 *("scheduler", "--model", str(model), "--listen", "127.0.0.1:0", "--link-listen", self.link),
-                *flags,
+                *("--ticket-keys", str(folder / "ticket-keys"), *flags),
             ],
             folder / "scheduler.log",
         )
