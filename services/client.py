@@ -1,4 +1,7 @@
-"""A small client for the command line: one channel, and every failure as a PagewireError that a person can read."""
+"""What the command line asks of a server: answers by the client that everybody has, and what only operators ask.
+
+Every failure is a PagewireError that a person can read.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,21 @@ from grpc import aio
 from grpc_health.v1 import health_pb2
 
 from common.errors import PagewireError, Unavailable
+from pagewire.aio import AsyncClient, AsyncStream
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc, monitoring_pb2, monitoring_pb2_grpc
 from services.grpc_options import client_options
 from services.status import DETAILS_KEY, from_rpc_error
 
+_NO_HURRY_S = 86_400.0  # whoever reads the answer ends it
+
 
 class Client:
     """The public API over one channel."""
 
-    def __init__(self, channel: aio.Channel, address: str) -> None:
+    def __init__(self, channel: aio.Channel, asking: AsyncClient, address: str) -> None:
         self._address = address
+        self._asking = asking
         self._stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
         self._monitoring: monitoring_pb2_grpc.MonitoringServiceAsyncStub = monitoring_pb2_grpc.MonitoringServiceStub(
             channel
@@ -31,18 +38,9 @@ class Client:
             response_deserializer=health_pb2.HealthCheckResponse.FromString,
         )
 
-    async def generate_stream(
-        self, request: pb.GenerateStreamRequest, timeout_s: float | None = None
-    ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        """The stream's messages. Leaving the loop early cancels the request. Raises PagewireErrors."""
-        call = self._stub.GenerateStream(request, timeout=timeout_s)
-        try:
-            async for message in call:
-                yield message
-        except aio.AioRpcError as error:
-            raise _for_people(error, self._address) from error
-        finally:
-            call.cancel()
+    def ask(self, request: pb.GenerateStreamRequest) -> AsyncStream:
+        """The answer as it is made, also by a server that was started again meanwhile."""
+        return self._asking.send(request)
 
     async def model(self, timeout_s: float = 5.0) -> pb.GetModelResponse:
         """What is served."""
@@ -70,8 +68,11 @@ class Client:
 @asynccontextmanager
 async def connect(address: str) -> AsyncIterator[Client]:
     """A client of the server at `address`."""
-    async with aio.insecure_channel(address, options=client_options()) as channel:
-        yield Client(channel, address)
+    async with (
+        aio.insecure_channel(address, options=client_options()) as channel,
+        AsyncClient(address, timeout_s=_NO_HURRY_S) as asking,
+    ):
+        yield Client(channel, asking, address)
 
 
 def _for_people(error: aio.AioRpcError, address: str) -> PagewireError:
