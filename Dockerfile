@@ -8,9 +8,10 @@ ENV PYTHONUNBUFFERED=1 \
     PIP_ROOT_USER_ACTION=ignore \
     PATH=/opt/pagewire/bin:$PATH \
     PAGEWIRE_HOME=/models
-# /models is the user's before a volume is laid over it: a new volume takes its owner from here
+# /models and /keys are the user's before volumes are laid over them: a new volume takes its owner from here
 RUN groupadd --gid 10001 pagewire && useradd --uid 10001 --gid pagewire --create-home pagewire \
-    && install --directory --owner pagewire --group pagewire /models
+    && install --directory --owner pagewire --group pagewire /models \
+    && install --directory --owner pagewire --group pagewire --mode 700 /keys
 STOPSIGNAL SIGTERM
 
 

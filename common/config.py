@@ -84,6 +84,12 @@ class SchedulerConfig:
     silence_s: float = option(5.0, "seconds without a word after which an executor is given up", least=0.5)
     step_timeout_s: float = option(120.0, "seconds one step may take before its executor is given up", least=1)
     drain_s: float = option(30.0, "seconds that running requests get after SIGTERM")
+    ticket_keys: str = option(
+        "", "file of the keys that sign tickets, made where it is missing; PAGEWIRE_HOME/ticket-keys when empty"
+    )
+    ticket_lifetime_s: int = option(86_400, "seconds that a stream can be resumed after its last message", least=1)
+    linger_s: float = option(5.0, "seconds that a resumable request goes on after its connection broke")
+    max_lingering: int = option(256, "resumable requests that may go on without a connection at once", least=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +120,9 @@ class ExecutorConfig:
     threads: int = option(0, "threads of the forward; 0 is one for each physical core this process may use")
     drain_s: float = option(30.0, "seconds that running sequences get after SIGTERM")
     fake: bool = option(False, "no model: tokens that can be computed by hand, for tests and demonstrations")
+    fake_tokens: Literal["position", "hash"] = option(
+        "position", "tokens of the fake model: how many there are before, or a hash of all that is before"
+    )
     fake_step_s: float = option(0.0, "seconds that a step of the fake model takes")
 
 

@@ -7,6 +7,11 @@ PagewireError
 ├── Overloaded          too much is open or waits, or the tenant's rate is used up; try again later
 ├── Unavailable         no executor, draining; try again later
 ├── DeadlineExceeded    the caller's deadline passed while it waited or ran
+├── AlreadyRunning      another request of that id runs already
+├── Superseded          another call has taken this request over
+├── SlowReader          the caller takes its messages too slowly
+├── TicketRefused       a ticket that was not given for this request and these tokens
+├── TicketStale         a ticket that was good once: it has expired, or another model is served now
 ├── ExecutorRejected    the two halves do not fit together (model, version); an operator must act
 └── ModelFolderError    a model's files are missing, truncated or of an unknown kind
 """
@@ -53,6 +58,26 @@ class Unavailable(PagewireError):
 
 class DeadlineExceeded(PagewireError):
     """The caller's deadline passed before the answer was complete."""
+
+
+class AlreadyRunning(PagewireError):
+    """The request's id is taken by another one that is resumable and runs."""
+
+
+class Superseded(PagewireError):
+    """Another call reads on where this one was: there is one reader at a time, the newest."""
+
+
+class SlowReader(PagewireError):
+    """The caller has taken no message for too long. What it has not read is dropped; its last ticket is good."""
+
+
+class TicketRefused(PagewireError):
+    """The ticket does not fit the request, the choice or the tokens, or was made with a key that is not here."""
+
+
+class TicketStale(PagewireError):
+    """The ticket has expired, or belongs to a model that is not served any more. Ask anew, from the beginning."""
 
 
 class ExecutorRejected(PagewireError):

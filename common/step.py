@@ -89,3 +89,4 @@ class ExecutorFacts:
     dtype: str = ""
     device: str = ""
     capabilities: tuple[str, ...] = field(default=())
+    determinism: str = ""  # class of those that compute the same tokens bit for bit; empty: no promise

@@ -15,6 +15,7 @@ from typing import Final
 
 import numpy as np
 
+from common.determinism import determinism_class
 from common.step import ExecutorFacts, StepPlan, StepResult
 from common.types import BlockId, slot_of
 from executor.resident import Resident, Rows, spread
@@ -97,6 +98,7 @@ class FakeRunner:
             credit=credit,
             dtype="none",
             device="none",
+            determinism=determinism_class("fake", model_digest, next_token.__qualname__, str(vocab_size)),
         )
         self._resident = Resident(
             num_blocks=num_blocks,

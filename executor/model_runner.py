@@ -20,6 +20,7 @@ from common.types import slot_of
 from executor.attention import choose
 from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.batch import InputBatch, build_batch
+from executor.determinism import class_of
 from executor.kv_cache import KvCache, SlabFormat, block_bytes, fit_slab, free_bytes
 from executor.llama import LlamaModel
 from executor.llama import why_not as why_not_fused
@@ -151,6 +152,14 @@ class ModelRunner:
             credit=self._credit,
             dtype=str(loaded.model.dtype).removeprefix("torch."),
             device=self._device.type,
+            determinism=class_of(
+                self._model,
+                folder,
+                loaded_as=f"{type(loaded.model).__name__} {loaded.model.dtype}",
+                weights=self._weights,
+                slab=slab,
+                block_size=self._block_size,
+            ),
         )
         _log.info(
             "%s: %s on %s, %d blocks of %d tokens, at most %d tokens a sequence",

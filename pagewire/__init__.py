@@ -1,1 +1,84 @@
-"""Pagewire, installed: the `pagewire` command. The server itself is in the five packages that the launcher finds."""
+"""Pagewire, installed: the `pagewire` command, and the client for Python.
+
+>>> from pagewire import Client
+>>> with Client("127.0.0.1:50051") as client:
+...     for delta in client.stream("The sea is", max_tokens=8):
+...         print(delta.text, end="")
+
+The server itself is in the five packages that the launcher finds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pagewire.borrowed import borrow
+
+if TYPE_CHECKING:
+    from common.errors import (
+        DeadlineExceeded,
+        InvalidRequest,
+        Overloaded,
+        PagewireError,
+        TicketRefused,
+        TicketStale,
+        Unavailable,
+        UnknownModel,
+    )
+    from pagewire.aio import AsyncClient, AsyncStream
+    from pagewire.answers import Answer, Choice, Delta, Finish, FinishReason, Usage
+    from pagewire.client import Client, Stream
+
+_HOMES = {
+    "AsyncClient": "aio",
+    "AsyncStream": "aio",
+    "Answer": "answers",
+    "Choice": "answers",
+    "Delta": "answers",
+    "Finish": "answers",
+    "FinishReason": "answers",
+    "Usage": "answers",
+    "Client": "client",
+    "Stream": "client",
+}
+_ERRORS = frozenset({
+    "DeadlineExceeded",
+    "InvalidRequest",
+    "Overloaded",
+    "PagewireError",
+    "TicketRefused",
+    "TicketStale",
+    "Unavailable",
+    "UnknownModel",
+})  # fmt: skip
+
+__all__ = [
+    "Answer",
+    "AsyncClient",
+    "AsyncStream",
+    "Choice",
+    "Client",
+    "DeadlineExceeded",
+    "Delta",
+    "Finish",
+    "FinishReason",
+    "InvalidRequest",
+    "Overloaded",
+    "PagewireError",
+    "Stream",
+    "TicketRefused",
+    "TicketStale",
+    "Unavailable",
+    "UnknownModel",
+    "Usage",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: the command's launcher, which is here too, needs none of it, and no gRPC."""
+    if name in _ERRORS:
+        return getattr(borrow("common.errors"), name)
+    if name in _HOMES:
+        return getattr(import_module(f"pagewire.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'pagewire' has no attribute {name!r}")

@@ -11,12 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-
-def app_folder() -> Path:
-    """The folder that holds the server's packages: pagewire/app/ when installed, the root in a checkout."""
-    package = Path(__file__).resolve().parent
-    bundled = package / "app"
-    return bundled if bundled.is_dir() else package.parent
+from pagewire.borrowed import app_folder
 
 
 def put_first(folder: Path) -> None:

@@ -119,6 +119,7 @@ class Hello(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
+    DETERMINISM_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """the version of this contract: 1"""
     name: _builtins.str
@@ -137,6 +138,8 @@ class Hello(_message.Message):
     """plans that may be outstanding"""
     dtype: _builtins.str
     device: _builtins.str
+    determinism: _builtins.str
+    """16 hex digits: executors with the same ones compute the same tokens bit for bit, whatever the batch. Empty: no promise."""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -157,10 +160,11 @@ class Hello(_message.Message):
         dtype: _builtins.str = ...,
         device: _builtins.str = ...,
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
+        determinism: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "capabilities", b"capabilities", "credit", b"credit", "device", b"device", "dtype", b"dtype", "incarnation", b"incarnation", "max_model_len", b"max_model_len", "max_sequences", b"max_sequences", "max_step_tokens", b"max_step_tokens", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_blocks", b"num_blocks", "protocol", b"protocol", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "capabilities", b"capabilities", "credit", b"credit", "determinism", b"determinism", "device", b"device", "dtype", b"dtype", "incarnation", b"incarnation", "max_model_len", b"max_model_len", "max_sequences", b"max_sequences", "max_step_tokens", b"max_step_tokens", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_blocks", b"num_blocks", "protocol", b"protocol", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

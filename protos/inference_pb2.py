@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\x0bpagewire.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.pagewire.v1.ChatMessage\"\xc6\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0e\n\x01n\x18\x06 \x01(\rH\x05\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x04\n\x02_n\"\x86\x01\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x17\n\nignore_eos\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_ignore_eos\"\xe5\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.pagewire.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x19.pagewire.v1.ChatMessagesH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.pagewire.v1.SamplingParams\x12-\n\x08stopping\x18\x07 \x01(\x0b\x32\x1b.pagewire.v1.StopConditions\x12 \n\x13skip_special_tokens\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12\'\n\x08priority\x18\x0c \x01(\x0e\x32\x15.pagewire.v1.PriorityB\x07\n\x05inputB\x16\n\x14_skip_special_tokens\"\xeb\x02\n\x15GenerateStreamRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.pagewire.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x19.pagewire.v1.ChatMessagesH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.pagewire.v1.SamplingParams\x12-\n\x08stopping\x18\x07 \x01(\x0b\x32\x1b.pagewire.v1.StopConditions\x12 \n\x13skip_special_tokens\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12\'\n\x08priority\x18\x0c \x01(\x0e\x32\x15.pagewire.v1.PriorityB\x07\n\x05inputB\x16\n\x14_skip_special_tokens\"\x90\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x10\n\x08queue_ns\x18\x04 \x01(\x04\x12\x12\n\nprefill_ns\x18\x05 \x01(\x04\x12\x11\n\tdecode_ns\x18\x06 \x01(\x04\"T\n\nPromptInfo\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"G\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\"\xc6\x01\n\x06\x46inish\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.pagewire.v1.FinishReason\x12\x19\n\x0cmatched_stop\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x1d\n\x10matched_token_id\x18\x04 \x01(\rH\x01\x88\x01\x01\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.pagewire.v1.UsageB\x0f\n\r_matched_stopB\x13\n\x11_matched_token_id\"\x98\x01\n\x16GenerateStreamResponse\x12)\n\x06prompt\x18\x01 \x01(\x0b\x32\x17.pagewire.v1.PromptInfoH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.pagewire.v1.DeltaH\x00\x12%\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x13.pagewire.v1.FinishH\x00\x42\x07\n\x05\x65vent\"\xe6\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12)\n\x06reason\x18\x04 \x01(\x0e\x32\x19.pagewire.v1.FinishReason\x12\x19\n\x0cmatched_stop\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x1d\n\x10matched_token_id\x18\x06 \x01(\rH\x01\x88\x01\x01\x12!\n\x05usage\x18\x07 \x01(\x0b\x32\x12.pagewire.v1.UsageB\x0f\n\r_matched_stopB\x13\n\x11_matched_token_id\"a\n\x10GenerateResponse\x12\'\n\x06prompt\x18\x01 \x01(\x0b\x32\x17.pagewire.v1.PromptInfo\x12$\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x13.pagewire.v1.Choice\"\x9c\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x19.pagewire.v1.ChatMessagesH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"o\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x96\x01\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x13\n\x0bmax_choices\x18\x05 \x01(\r\x12\x0c\n\x04\x63hat\x18\x06 \x01(\x08\x12\x15\n\rnum_executors\x18\x07 \x01(\r*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x11\n\rPRIORITY_HIGH\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x10\n\x0cPRIORITY_LOW\x10\x03*\xcf\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x02\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x03\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x04\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x05\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x06\x32\x99\x03\n\x10InferenceService\x12G\n\x08Generate\x12\x1c.pagewire.v1.GenerateRequest\x1a\x1d.pagewire.v1.GenerateResponse\x12[\n\x0eGenerateStream\x12\".pagewire.v1.GenerateStreamRequest\x1a#.pagewire.v1.GenerateStreamResponse0\x01\x12G\n\x08Tokenize\x12\x1c.pagewire.v1.TokenizeRequest\x1a\x1d.pagewire.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.pagewire.v1.DetokenizeRequest\x1a\x1f.pagewire.v1.DetokenizeResponse\x12G\n\x08GetModel\x12\x1c.pagewire.v1.GetModelRequest\x1a\x1d.pagewire.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\x0bpagewire.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.pagewire.v1.ChatMessage\"\xc6\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0e\n\x01n\x18\x06 \x01(\rH\x05\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x04\n\x02_n\"\x86\x01\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x17\n\nignore_eos\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_ignore_eos\"\xe5\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.pagewire.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x19.pagewire.v1.ChatMessagesH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.pagewire.v1.SamplingParams\x12-\n\x08stopping\x18\x07 \x01(\x0b\x32\x1b.pagewire.v1.StopConditions\x12 \n\x13skip_special_tokens\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12\'\n\x08priority\x18\x0c \x01(\x0e\x32\x15.pagewire.v1.PriorityB\x07\n\x05inputB\x16\n\x14_skip_special_tokens\"\x91\x03\n\x15GenerateStreamRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.pagewire.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x19.pagewire.v1.ChatMessagesH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.pagewire.v1.SamplingParams\x12-\n\x08stopping\x18\x07 \x01(\x0b\x32\x1b.pagewire.v1.StopConditions\x12 \n\x13skip_special_tokens\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12\'\n\x08priority\x18\x0c \x01(\x0e\x32\x15.pagewire.v1.Priority\x12\x16\n\tresumable\x18\t \x01(\x08H\x02\x88\x01\x01\x42\x07\n\x05inputB\x16\n\x14_skip_special_tokensB\x0c\n\n_resumable\"@\n\x0bResumePoint\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"o\n\rResumeRequest\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".pagewire.v1.GenerateStreamRequest\x12)\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x18.pagewire.v1.ResumePoint\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x90\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x10\n\x08queue_ns\x18\x04 \x01(\x04\x12\x12\n\nprefill_ns\x18\x05 \x01(\x04\x12\x11\n\tdecode_ns\x18\x06 \x01(\x04\"\x9e\x01\n\nPromptInfo\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x0e\n\x06ticket\x18\x06 \x01(\x0c\x12\x0f\n\x07resumed\x18\x07 \x01(\x08\x12\x13\n\x0b\x64\x65terminism\x18\x08 \x01(\t\"W\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x0e\n\x06ticket\x18\x05 \x01(\x0c\"\xd5\x01\n\x06\x46inish\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.pagewire.v1.FinishReason\x12\x19\n\x0cmatched_stop\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x1d\n\x10matched_token_id\x18\x04 \x01(\rH\x01\x88\x01\x01\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.pagewire.v1.Usage\x12\r\n\x05\x65xact\x18\x06 \x01(\x08\x42\x0f\n\r_matched_stopB\x13\n\x11_matched_token_id\"\x98\x01\n\x16GenerateStreamResponse\x12)\n\x06prompt\x18\x01 \x01(\x0b\x32\x17.pagewire.v1.PromptInfoH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.pagewire.v1.DeltaH\x00\x12%\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x13.pagewire.v1.FinishH\x00\x42\x07\n\x05\x65vent\"\xf5\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12)\n\x06reason\x18\x04 \x01(\x0e\x32\x19.pagewire.v1.FinishReason\x12\x19\n\x0cmatched_stop\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x1d\n\x10matched_token_id\x18\x06 \x01(\rH\x01\x88\x01\x01\x12!\n\x05usage\x18\x07 \x01(\x0b\x32\x12.pagewire.v1.Usage\x12\r\n\x05\x65xact\x18\x08 \x01(\x08\x42\x0f\n\r_matched_stopB\x13\n\x11_matched_token_id\"a\n\x10GenerateResponse\x12\'\n\x06prompt\x18\x01 \x01(\x0b\x32\x17.pagewire.v1.PromptInfo\x12$\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x13.pagewire.v1.Choice\"\x9c\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x19.pagewire.v1.ChatMessagesH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"o\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x96\x01\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x13\n\x0bmax_choices\x18\x05 \x01(\r\x12\x0c\n\x04\x63hat\x18\x06 \x01(\x08\x12\x15\n\rnum_executors\x18\x07 \x01(\r*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x11\n\rPRIORITY_HIGH\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x10\n\x0cPRIORITY_LOW\x10\x03*\xcf\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x02\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x03\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x04\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x05\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x06\x32\xa9\x04\n\x10InferenceService\x12G\n\x08Generate\x12\x1c.pagewire.v1.GenerateRequest\x1a\x1d.pagewire.v1.GenerateResponse\x12[\n\x0eGenerateStream\x12\".pagewire.v1.GenerateStreamRequest\x1a#.pagewire.v1.GenerateStreamResponse0\x01\x12K\n\x06Resume\x12\x1a.pagewire.v1.ResumeRequest\x1a#.pagewire.v1.GenerateStreamResponse0\x01\x12\x41\n\x06\x43\x61ncel\x12\x1a.pagewire.v1.CancelRequest\x1a\x1b.pagewire.v1.CancelResponse\x12G\n\x08Tokenize\x12\x1c.pagewire.v1.TokenizeRequest\x1a\x1d.pagewire.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.pagewire.v1.DetokenizeRequest\x1a\x1f.pagewire.v1.DetokenizeResponse\x12G\n\x08GetModel\x12\x1c.pagewire.v1.GetModelRequest\x1a\x1d.pagewire.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRIORITY']._serialized_start=2762
-  _globals['_PRIORITY']._serialized_end=2856
-  _globals['_FINISHREASON']._serialized_start=2859
-  _globals['_FINISHREASON']._serialized_end=3066
+  _globals['_PRIORITY']._serialized_start=3170
+  _globals['_PRIORITY']._serialized_end=3264
+  _globals['_FINISHREASON']._serialized_start=3267
+  _globals['_FINISHREASON']._serialized_end=3474
   _globals['_TOKENIDS']._serialized_start=39
   _globals['_TOKENIDS']._serialized_end=62
   _globals['_CHATMESSAGE']._serialized_start=64
@@ -48,33 +48,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=509
   _globals['_GENERATEREQUEST']._serialized_end=866
   _globals['_GENERATESTREAMREQUEST']._serialized_start=869
-  _globals['_GENERATESTREAMREQUEST']._serialized_end=1232
-  _globals['_USAGE']._serialized_start=1235
-  _globals['_USAGE']._serialized_end=1379
-  _globals['_PROMPTINFO']._serialized_start=1381
-  _globals['_PROMPTINFO']._serialized_end=1465
-  _globals['_DELTA']._serialized_start=1467
-  _globals['_DELTA']._serialized_end=1538
-  _globals['_FINISH']._serialized_start=1541
-  _globals['_FINISH']._serialized_end=1739
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1742
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1894
-  _globals['_CHOICE']._serialized_start=1897
-  _globals['_CHOICE']._serialized_end=2127
-  _globals['_GENERATERESPONSE']._serialized_start=2129
-  _globals['_GENERATERESPONSE']._serialized_end=2226
-  _globals['_TOKENIZEREQUEST']._serialized_start=2229
-  _globals['_TOKENIZEREQUEST']._serialized_end=2385
-  _globals['_TOKENIZERESPONSE']._serialized_start=2387
-  _globals['_TOKENIZERESPONSE']._serialized_end=2424
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2426
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2537
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2539
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2573
-  _globals['_GETMODELREQUEST']._serialized_start=2575
-  _globals['_GETMODELREQUEST']._serialized_end=2607
-  _globals['_GETMODELRESPONSE']._serialized_start=2610
-  _globals['_GETMODELRESPONSE']._serialized_end=2760
-  _globals['_INFERENCESERVICE']._serialized_start=3069
-  _globals['_INFERENCESERVICE']._serialized_end=3478
+  _globals['_GENERATESTREAMREQUEST']._serialized_end=1270
+  _globals['_RESUMEPOINT']._serialized_start=1272
+  _globals['_RESUMEPOINT']._serialized_end=1336
+  _globals['_RESUMEREQUEST']._serialized_start=1338
+  _globals['_RESUMEREQUEST']._serialized_end=1449
+  _globals['_CANCELREQUEST']._serialized_start=1451
+  _globals['_CANCELREQUEST']._serialized_end=1486
+  _globals['_CANCELRESPONSE']._serialized_start=1488
+  _globals['_CANCELRESPONSE']._serialized_end=1519
+  _globals['_USAGE']._serialized_start=1522
+  _globals['_USAGE']._serialized_end=1666
+  _globals['_PROMPTINFO']._serialized_start=1669
+  _globals['_PROMPTINFO']._serialized_end=1827
+  _globals['_DELTA']._serialized_start=1829
+  _globals['_DELTA']._serialized_end=1916
+  _globals['_FINISH']._serialized_start=1919
+  _globals['_FINISH']._serialized_end=2132
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2135
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2287
+  _globals['_CHOICE']._serialized_start=2290
+  _globals['_CHOICE']._serialized_end=2535
+  _globals['_GENERATERESPONSE']._serialized_start=2537
+  _globals['_GENERATERESPONSE']._serialized_end=2634
+  _globals['_TOKENIZEREQUEST']._serialized_start=2637
+  _globals['_TOKENIZEREQUEST']._serialized_end=2793
+  _globals['_TOKENIZERESPONSE']._serialized_start=2795
+  _globals['_TOKENIZERESPONSE']._serialized_end=2832
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2834
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2945
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2947
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2981
+  _globals['_GETMODELREQUEST']._serialized_start=2983
+  _globals['_GETMODELREQUEST']._serialized_end=3015
+  _globals['_GETMODELRESPONSE']._serialized_start=3018
+  _globals['_GETMODELRESPONSE']._serialized_end=3168
+  _globals['_INFERENCESERVICE']._serialized_start=3477
+  _globals['_INFERENCESERVICE']._serialized_end=4030
 # @@protoc_insertion_point(module_scope)

@@ -44,6 +44,16 @@ class InferenceServiceStub:
                 request_serializer=protos_dot_inference__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=protos_dot_inference__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/pagewire.v1.InferenceService/Resume',
+                request_serializer=protos_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=protos_dot_inference__pb2.GenerateStreamResponse.FromString,
+                _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/pagewire.v1.InferenceService/Cancel',
+                request_serializer=protos_dot_inference__pb2.CancelRequest.SerializeToString,
+                response_deserializer=protos_dot_inference__pb2.CancelResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/pagewire.v1.InferenceService/Tokenize',
                 request_serializer=protos_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -73,6 +83,25 @@ class InferenceServiceServicer:
 
     def GenerateStream(self, request, context):
         """The answer as it is made: one PromptInfo, any number of Deltas, one Finish for each choice.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """The rest of an answer, after UNAVAILABLE or a lost connection: the same messages, from the next token of each choice
+        on. While the request still runs here, this call takes it over, and the one that had it ends with ABORTED.
+        A stream goes on, so its messages are those of GenerateStream.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """End a resumable request now. Cancelling its call alone leaves it running for a while, for a Resume to find.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,6 +138,16 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=protos_dot_inference__pb2.GenerateStreamRequest.FromString,
                     response_serializer=protos_dot_inference__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=protos_dot_inference__pb2.ResumeRequest.FromString,
+                    response_serializer=protos_dot_inference__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=protos_dot_inference__pb2.CancelRequest.FromString,
+                    response_serializer=protos_dot_inference__pb2.CancelResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -180,6 +219,60 @@ class InferenceService:
             '/pagewire.v1.InferenceService/GenerateStream',
             protos_dot_inference__pb2.GenerateStreamRequest.SerializeToString,
             protos_dot_inference__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pagewire.v1.InferenceService/Resume',
+            protos_dot_inference__pb2.ResumeRequest.SerializeToString,
+            protos_dot_inference__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewire.v1.InferenceService/Cancel',
+            protos_dot_inference__pb2.CancelRequest.SerializeToString,
+            protos_dot_inference__pb2.CancelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,6 +5,10 @@ The public API: text, chat or token ids in, a stream of tokens out.
 
 Errors are gRPC statuses with google.rpc details (BadRequest names the field, RetryInfo says when to come back),
 never messages of the stream. A call that is cancelled frees its memory within a step.
+
+A stream outlives its connection and its server. Each of its messages carries a ticket; with the newest one of each
+choice, the token ids received so far and the request, Resume goes on behind the last token, on the same server or on
+any other that has the key. The Python client does all of this by itself.
 """
 
 from collections import abc as _abc
@@ -38,7 +42,18 @@ class InferenceServiceStub:
     Generate: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """The whole answer at once."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateStreamRequest, _inference_pb2.GenerateStreamResponse]
-    """The answer as it is made: one PromptInfo, any number of Deltas, one Finish for each choice."""
+    """The answer as it is made: one PromptInfo, any number of Deltas, one Finish for each choice.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
+    Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateStreamResponse]
+    """The rest of an answer, after UNAVAILABLE or a lost connection: the same messages, from the next token of each choice
+    on. While the request still runs here, this call takes it over, and the one that had it ends with ABORTED.
+    A stream goes on, so its messages are those of GenerateStream.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+    """
+    Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
+    """End a resumable request now. Cancelling its call alone leaves it running for a while, for a Resume to find."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]
@@ -50,7 +65,18 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Generate: _aio.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """The whole answer at once."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateStreamRequest, _inference_pb2.GenerateStreamResponse]  # type: ignore[assignment]
-    """The answer as it is made: one PromptInfo, any number of Deltas, one Finish for each choice."""
+    """The answer as it is made: one PromptInfo, any number of Deltas, one Finish for each choice.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
+    Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateStreamResponse]  # type: ignore[assignment]
+    """The rest of an answer, after UNAVAILABLE or a lost connection: the same messages, from the next token of each choice
+    on. While the request still runs here, this call takes it over, and the one that had it ends with ABORTED.
+    A stream goes on, so its messages are those of GenerateStream.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+    """
+    Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
+    """End a resumable request now. Cancelling its call alone leaves it running for a while, for a Resume to find."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]  # type: ignore[assignment]
@@ -71,7 +97,30 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GenerateStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateStreamResponse], _abc.AsyncIterator[_inference_pb2.GenerateStreamResponse]]:
-        """The answer as it is made: one PromptInfo, any number of Deltas, one Finish for each choice."""
+        """The answer as it is made: one PromptInfo, any number of Deltas, one Finish for each choice.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _inference_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateStreamResponse], _abc.AsyncIterator[_inference_pb2.GenerateStreamResponse]]:
+        """The rest of an answer, after UNAVAILABLE or a lost connection: the same messages, from the next token of each choice
+        on. While the request still runs here, this call takes it over, and the one that had it ends with ABORTED.
+        A stream goes on, so its messages are those of GenerateStream.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        """
+
+    @_abc_1.abstractmethod
+    def Cancel(
+        self,
+        request: _inference_pb2.CancelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.CancelResponse, _abc.Awaitable[_inference_pb2.CancelResponse]]:
+        """End a resumable request now. Cancelling its call alone leaves it running for a while, for a Resume to find."""
 
     @_abc_1.abstractmethod
     def Tokenize(

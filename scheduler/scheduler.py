@@ -26,7 +26,7 @@ from scheduler import policy
 from scheduler.block_pool import Reclaim
 from scheduler.line import Line
 from scheduler.prefix_cache import KeyChain
-from scheduler.sequence import Sequence, Status
+from scheduler.sequence import Begun, Sequence, Status
 from scheduler.session import Draft, Match, Outstanding, Session
 from scheduler.stopping import finish_reason, stop_tokens
 
@@ -142,6 +142,7 @@ class Scheduler:
         now_ns: int,
         *,
         choices: int = 1,
+        begun: Mapping[int, Begun] | None = None,
         tenant: str = "",
         salt: str = "",
         priority: Priority = Priority.NORMAL,
@@ -149,6 +150,9 @@ class Scheduler:
         deadline_ns: int = 0,
     ) -> list[Sequence]:
         """Queue one request: `choices` sequences that share the prompt.
+
+        Or with `begun`, by choice, those that go on behind what another scheduler made of them, and only those. None of
+        them may have ended: what they begin with is not looked at again.
 
         `expected_output`: tokens that each is expected to generate; max_tokens unless told. From `deadline_ns` on, if
         that is not 0, it is not begun: whoever set the deadline then finishes it.
@@ -167,12 +171,15 @@ class Scheduler:
         root = self._keys.root(self._model, tenant, salt)
         made: list[Sequence] = []
         output = stop.max_tokens if expected_output is None else min(expected_output, stop.max_tokens)
-        for choice in range(choices):
+        for choice in range(choices) if begun is None else begun:
             id = SequenceId(self._next_id)
+            before = begun[choice] if begun else Begun((), "")
+            tokens = array("I", prompt)
+            tokens.extend(before.tokens)
             sequence = Sequence(
                 id=id,
                 order=self._next_id,
-                tokens=array("I", prompt),
+                tokens=tokens,
                 num_prompt=len(prompt),
                 root=root,
                 sampling=sampling,
@@ -182,14 +189,16 @@ class Scheduler:
                 priority=priority,
                 cost=output if made else output + len(prompt),
                 deadline_ns=deadline_ns,
-                fork_of=made[0] if made else None,
+                fork_of=made[0] if made and begun is None else None,
+                determinism=before.determinism if before.tokens else None,
                 arrived_ns=now_ns,
             )
+            assert sequence.num_output < stop.max_tokens, f"choice {choice} has ended with {sequence.num_output} tokens"
             self._next_id += 1
             self._sequences[id] = sequence
             made.append(sequence)
         self._line.add(made)
-        self.counters.prompt_tokens += len(prompt) * choices
+        self.counters.prompt_tokens += len(prompt) * len(made)
         return made
 
     def finish(self, id: SequenceId, reason: FinishReason = FinishReason.ABORTED) -> None:
@@ -416,10 +425,11 @@ class Scheduler:
         self._line.admit(sequence, len(sequence.tokens) - match.num_tokens, now_ns)
         sequence.become(Status.RUNNING)
         sequence.attempt += 1
+        sequence.placed(session.facts.determinism)
         if not sequence.admitted_ns:
             sequence.admitted_ns = now_ns
-            sequence.num_cached_prompt = match.num_tokens
-            self.counters.cached_prompt_tokens += match.num_tokens
+            sequence.num_cached_prompt = min(match.num_tokens, sequence.num_prompt)
+            self.counters.cached_prompt_tokens += sequence.num_cached_prompt
         bisect.insort(session.running, sequence, key=_rank)
         tokens = min(len(sequence.tokens) - match.num_tokens, draft.budget)
         session.admit(sequence, match, draft, tokens, stop_tokens(sequence.stop, self._eos))

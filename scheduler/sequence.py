@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 from array import array
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from common.sampling import SamplingParams, StopConditions
 from common.types import BlockId, FinishReason, Priority, SequenceId, SlotRef
@@ -31,6 +32,13 @@ _NEXT = {
 }
 
 
+class Begun(NamedTuple):
+    """The beginning of a choice that another scheduler made."""
+
+    tokens: Seq[int]  # output, in order
+    determinism: str  # the class that computed them; empty when it was none, or several
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
     """A prompt and what was generated after it."""
@@ -53,6 +61,9 @@ class Sequence:
     reason: FinishReason = FinishReason.NONE  # not NONE: FINISHED
     attempt: int = 0  # placements so far
     preemptions: int = 0
+    determinism: str | None = (
+        None  # class of all executors that it ran on; "" for none or several, None before the first
+    )
     keys: dict[int, list[BlockKey]] = field(default_factory=dict[int, list[BlockKey]])  # of full blocks, by block size
 
     account: Account | None = None  # who is charged for it, once its request has begun
@@ -81,6 +92,10 @@ class Sequence:
     def num_output(self) -> int:
         """Committed output tokens; the index of the next one."""
         return len(self.tokens) - self.num_prompt
+
+    def placed(self, determinism: str) -> None:
+        """An executor of that class computes the rest."""
+        self.determinism = determinism if self.determinism in (None, determinism) else ""
 
     def become(self, status: Status) -> None:
         """Move on in the table of lives."""

@@ -190,6 +190,17 @@ def _pull(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _key(parsed: argparse.Namespace) -> int:
+    from services import ticket_keys
+
+    if parsed.file is None:
+        print(ticket_keys.line_of(ticket_keys.new_key()), end="")
+    else:
+        key = ticket_keys.rotate(parsed.file)
+        print(f"{parsed.file}: {key.id} signs from the next start on; the key before it is still accepted")
+    return 0
+
+
 def _doctor(parsed: argparse.Namespace) -> int:
     from services import doctor
 
@@ -253,6 +264,8 @@ def _parser() -> argparse.ArgumentParser:
     api_key = _add(commands, "api-key", _api_key, "make an API key; its line for the scheduler's file goes to stdout")
     api_key.add_argument("tenant", help="whose key it is")
     api_key.add_argument("--weight", type=float, default=1.0, help="the tenant's share among tenants (default: 1)")
+    key = _add(commands, "key", _key, "make a key for tickets, with which streams are resumed")
+    key.add_argument("file", nargs="?", type=Path, help="put it first in this file (default: print it)")
 
     doctor = _add(commands, "doctor", _doctor, "look at this machine and say what is missing")
     doctor.add_argument("--model", default=DEFAULT_MODEL)

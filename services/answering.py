@@ -1,84 +1,37 @@
-"""From a request to its events: prompt to token ids, tokens to text, stop strings. What both Generate calls share."""
+"""From a request to its answer: prompt to token ids, what is left of a request that began elsewhere, who reads what."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Final
 
-from common.errors import InvalidRequest, UnknownModel
+from common.errors import AlreadyRunning, InvalidRequest, UnknownModel
 from common.model_folder import ModelFolder
 from common.sampling import StopConditions
 from common.types import FinishReason
-from scheduler.sequence import Sequence
+from scheduler.sequence import Begun
+from scheduler.stopping import finish_reason
 from services.admission import Ask
+from services.answer import Answer, Choice
+from services.caller import Caller
 from services.chat_template import ChatTemplate
-from services.engine import ChoiceEvent, Engine, RequestStream
-from services.request import Chat, GenerateSpec, Input, Text, TokenIds
-from services.text import IncrementalDecoder, StopMatcher, Tokenizer
+from services.choice_text import ChoiceText
+from services.engine import Engine, RequestStream
+from services.live_requests import LiveRequest, LiveRequests
+from services.request import Chat, GenerateSpec, Input, ResumePoint, Text, TokenIds
+from services.text import Tokenizer
+from services.ticket_keys import new_key
+from services.tickets import Scope, Tickets
+from services.tickets import scope as make_scope
 
 _ENOUGH_TEXT = 8  # characters a token: more than plain text has
 _TORN_TOKENS = 64  # tokens that the end of a text that was cut short may have more than the whole
 _LONG_CHAT = 64  # messages
 _LONG_TEXT = 4096  # characters; above, tokenising would hold up other streams for a millisecond
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """What one choice cost. Times in nanoseconds."""
-
-    prompt_tokens: int
-    cached_prompt_tokens: int
-    completion_tokens: int
-    queue_ns: int
-    prefill_ns: int
-    decode_ns: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
-    """New tokens and text of one choice; the text may lag behind the tokens."""
-
-    choice: int
-    index: int
-    token_ids: list[int]
-    text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finish:
-    """The end of one choice."""
-
-    choice: int
-    reason: FinishReason
-    matched_stop: str | None
-    matched_token_id: int | None
-    usage: Usage
-
-
-class Answer:
-    """One request that is being answered. Whoever started it closes it, also where no event was ever asked for."""
-
-    def __init__(self, spec: GenerateSpec, prompt: list[int], stream: RequestStream, tokenizer: Tokenizer) -> None:
-        self.spec = spec
-        self.num_prompt_tokens = len(prompt)
-        self._stream = stream
-        self._choices = [_Choice(s, spec, prompt, tokenizer) for s in stream.sequences]
-
-    @property
-    def is_open(self) -> bool:
-        """Some choice has not had its Finish."""
-        return self._stream.is_open
-
-    async def next(self) -> list[Delta | Finish]:
-        """Wait for what comes next of any choice: deltas, and a Finish for each choice that ended."""
-        out: list[Delta | Finish] = []
-        for event in await self._stream.take():
-            out += self._choices[event.choice].take(event, self._stream)
-        return out
-
-    def close(self) -> None:
-        """The caller is served, or has left: what still runs is aborted."""
-        self._stream.close()
+_A_DAY_S: Final = 86_400
 
 
 class Answerer:
@@ -92,12 +45,19 @@ class Answerer:
         template: ChatTemplate | None,
         *,
         default_max_tokens: int = 0,
+        tickets: Tickets | None = None,
+        live: LiveRequests | None = None,
+        clock_s: Callable[[], float] = time.time,
     ) -> None:
+        """`tickets`: by default signed with a key that nobody else has, so good for this process alone."""
         self.model = model
         self.tokenizer = tokenizer
         self._engine = engine
         self._template = template
         self._default_max_tokens = default_max_tokens
+        self._tickets = tickets or Tickets([new_key()], lifetime_s=_A_DAY_S)
+        self._live = LiveRequests() if live is None else live
+        self._clock_s = clock_s
 
     def check_model(self, name: str) -> None:
         """Raise UnknownModel unless `name` is empty or the served model's."""
@@ -149,25 +109,107 @@ class Answerer:
         """Tokens that one sequence can have, prompt and answer together."""
         return min(self._engine.scheduler.max_length or self.model.max_model_len, self.model.max_model_len)
 
-    async def start(
-        self, spec: GenerateSpec, *, tenant: str, weight: float = 1.0, time_left_s: float | None = None
-    ) -> Answer:
-        """Queue the request of a tenant. Raises every PagewireError that a request can meet before its first token.
+    @property
+    def determinism(self) -> str:
+        """The determinism class of the executors that are there; empty where they differ, or promise nothing."""
+        classes = {session.facts.determinism for session in self._engine.scheduler.sessions}
+        return classes.pop() if len(classes) == 1 else ""
 
-        Where there is no room, it is refused before its prompt is tokenised: by the fewest tokens that it can have.
+    async def start(self, spec: GenerateSpec, caller: Caller, *, time_left_s: float | None = None) -> Answer:
+        """Queue the request; a resumable one that runs already is taken over, from its beginning.
+
+        Raises every PagewireError that a request can meet before its first token. Where there is no room, it is refused
+        before its prompt is tokenised: by the fewest tokens that it can have.
         """
-        self.check_model(spec.model)
-        deadline_ns = self._engine.deadline_after(time_left_s)
-        self._engine.check_room(
-            Ask(
-                tenant=tenant,
-                priority=spec.priority,
-                prompt_tokens=_fewest_tokens(spec.input),
-                max_tokens=spec.max_tokens or 1,
-                choices=spec.n,
-                deadline_ns=deadline_ns,
-            )
+        tenant, deadline_ns = caller.tenant, self._engine.deadline_after(time_left_s)
+        if not spec.resumable or self._live.get(tenant, spec.request_id) is None:
+            self._check_room(spec, tenant, deadline_ns)
+        spec, prompt, scope = await self._understand(spec, tenant)
+        live = self._live.get(tenant, spec.request_id) if spec.resumable else None
+        if live is not None:
+            if live.scope != scope:
+                raise AlreadyRunning(f"request_id: {spec.request_id} runs already, and asks for something else")
+            choices = {n: self._choice(spec, prompt, scope, n) for n in range(spec.n)}
+            if live.holds(dict.fromkeys(choices, ())):
+                return self._attach(spec, prompt, choices, live, deadline_ns, resumed=False, scope=scope)
+            self._live.end(live)
+        stream = self._submit(spec, prompt, caller, deadline_ns)
+        choices = {n: self._choice(spec, prompt, scope, n) for n in range(spec.n)}
+        live = self._live.add(tenant, spec.request_id, scope, stream) if spec.resumable else None
+        return self._answer(spec, prompt, choices, stream, live, resumed=False, scope=scope)
+
+    async def resume(
+        self, spec: GenerateSpec, points: Sequence[ResumePoint], caller: Caller, *, time_left_s: float | None = None
+    ) -> Answer:
+        """Go on behind the points: with the request itself where it runs here, else by making the rest anew.
+
+        Raises what `start` raises, and TicketRefused or TicketStale.
+        """
+        tenant, deadline_ns = caller.tenant, self._engine.deadline_after(time_left_s)
+        if self._live.get(tenant, spec.request_id) is None:
+            self._check_room(spec, tenant, deadline_ns)
+        spec, prompt, scope = await self._understand(spec, tenant)
+        choices: dict[int, Choice] = {}
+        begun: dict[int, Begun] = {}
+        for point in points:
+            n, tokens = point.choice, point.token_ids
+            determinism = self._tickets.check(point.ticket, scope, n, tokens, self._clock_s())
+            choices[n] = self._choice(spec, prompt, scope, n)
+            if not choices[n].begin(list(tokens), self._natural_end(spec, tokens), exact=bool(determinism)):
+                begun[n] = Begun(tokens, determinism)
+        live = self._live.get(tenant, spec.request_id)
+        if live is not None and live.scope == scope and live.holds({n: b.tokens for n, b in begun.items()}):
+            return self._attach(spec, prompt, choices, live, deadline_ns, resumed=True, scope=scope)
+        if live is not None:
+            self._live.end(live)  # what it made, the caller does not have: two answers must not go on side by side
+        stream = None
+        if begun:
+            stream = self._submit(spec, prompt, caller, deadline_ns, begun)
+        live = self._live.add(tenant, spec.request_id, scope, stream) if spec.resumable and stream else None
+        return self._answer(spec, prompt, choices, stream, live, resumed=True, scope=scope)
+
+    def cancel(self, request_id: str, *, tenant: str = "") -> bool:
+        """End a resumable request. False where none of that id runs."""
+        live = self._live.get(tenant, request_id)
+        if live is not None:
+            live.stream.abort()
+            self._live.end(live)
+        return live is not None
+
+    def _check_room(self, spec: GenerateSpec, tenant: str, deadline_ns: int) -> None:
+        ask = Ask(
+            tenant=tenant,
+            priority=spec.priority,
+            prompt_tokens=_fewest_tokens(spec.input),
+            max_tokens=spec.max_tokens or 1,
+            choices=spec.n,
+            deadline_ns=deadline_ns,
         )
+        self._engine.check_room(ask)
+
+    def _submit(
+        self,
+        spec: GenerateSpec,
+        prompt: list[int],
+        caller: Caller,
+        deadline_ns: int,
+        begun: Mapping[int, Begun] | None = None,
+    ) -> RequestStream:
+        return self._engine.submit(
+            prompt,
+            spec.sampling,
+            _stop(spec),
+            choices=spec.n,
+            begun=begun,
+            tenant=caller.tenant,
+            weight=caller.weight,
+            priority=spec.priority,
+            deadline_ns=deadline_ns,
+        )
+
+    async def _understand(self, spec: GenerateSpec, tenant: str) -> tuple[GenerateSpec, list[int], Scope]:
+        """The request with its max_tokens, its prompt's tokens, and what its tickets are for."""
+        self.check_model(spec.model)
         prompt = await self.prompt(spec.input, max_tokens=self.max_length)
         room = self.max_length - len(prompt)
         if room < 1:
@@ -177,23 +219,72 @@ class Answerer:
         if max_tokens > room:
             problem = f"at most {room} after a prompt of {len(prompt)} tokens, got {max_tokens}"
             raise InvalidRequest("max_tokens", problem)
-        stop = StopConditions(
-            max_tokens=max_tokens,
-            stop_token_ids=spec.stop_token_ids,
-            stop_strings=spec.stop_strings,
-            ignore_eos=spec.ignore_eos,
+        spec = replace(spec, max_tokens=max_tokens)
+        return spec, prompt, make_scope(tenant, spec.request_id, spec, prompt, self.model.digest)
+
+    def _choice(self, spec: GenerateSpec, prompt: list[int], scope: Scope, n: int) -> Choice:
+        text = ChoiceText(
+            self.tokenizer, prompt, stop_strings=spec.stop_strings, skip_special_tokens=spec.skip_special_tokens
         )
-        stream = self._engine.submit(
-            prompt,
-            spec.sampling,
-            stop,
-            choices=spec.n,
-            tenant=tenant,
-            weight=weight,
-            priority=spec.priority,
-            deadline_ns=deadline_ns,
+        return Choice(n, len(prompt), text, self._tickets.writer(scope, n))
+
+    def _natural_end(self, spec: GenerateSpec, tokens: Sequence[int]) -> FinishReason:
+        """Whether tokens that we have sent end the choice: nothing follows an end, so only the last can be one."""
+        if not tokens:
+            return FinishReason.NONE
+        return finish_reason(tokens[-1], len(tokens), _stop(spec), set(self.model.eos_token_ids))
+
+    def _attach(
+        self,
+        spec: GenerateSpec,
+        prompt: list[int],
+        choices: dict[int, Choice],
+        live: LiveRequest,
+        deadline_ns: int,
+        *,
+        resumed: bool,
+        scope: Scope,
+    ) -> Answer:
+        taken = {n: choice.num_tokens for n, choice in choices.items() if not choice.has_ended}
+        self._live.take_over(live, self._engine.attach(live.stream, taken, deadline_ns=deadline_ns))
+        return self._answer(spec, prompt, choices, live.stream, live, resumed=resumed, scope=scope)
+
+    def _answer(
+        self,
+        spec: GenerateSpec,
+        prompt: list[int],
+        choices: dict[int, Choice],
+        stream: RequestStream | None,
+        live: LiveRequest | None,
+        *,
+        resumed: bool,
+        scope: Scope,
+    ) -> Answer:
+        first = b"" if resumed else self._tickets.writer(scope, 0).ticket(self._expiry_s(), "")
+        return Answer(
+            spec,
+            choices,
+            stream,
+            live,
+            self._live,
+            num_prompt_tokens=len(prompt),
+            ticket=first,
+            resumed=resumed,
+            expiry_s=self._expiry_s,
         )
-        return Answer(spec, prompt, stream, self.tokenizer)
+
+    def _expiry_s(self) -> int:
+        return self._tickets.expiry(self._clock_s())
+
+
+def _stop(spec: GenerateSpec) -> StopConditions:
+    assert spec.max_tokens is not None, "its max_tokens is not known yet"
+    return StopConditions(
+        max_tokens=spec.max_tokens,
+        stop_token_ids=spec.stop_token_ids,
+        stop_strings=spec.stop_strings,
+        ignore_eos=spec.ignore_eos,
+    )
 
 
 def _fewest_tokens(source: Input) -> int:
@@ -204,65 +295,3 @@ def _fewest_tokens(source: Input) -> int:
             return sum(len(message.content) for message in source.messages) // _ENOUGH_TEXT
         case Text():
             return len(source.text) // _ENOUGH_TEXT
-
-
-class _Choice:
-    """Text and usage of one choice."""
-
-    def __init__(self, sequence: Sequence, spec: GenerateSpec, prompt: list[int], tokenizer: Tokenizer) -> None:
-        self._sequence = sequence
-        self._decoder = IncrementalDecoder(tokenizer, prompt, skip_special_tokens=spec.skip_special_tokens)
-        self._stops = StopMatcher(spec.stop_strings) if spec.stop_strings else None
-        self._num_tokens = 0
-
-    def take(self, event: ChoiceEvent, stream: RequestStream) -> list[Delta | Finish]:
-        """What the client is told of these tokens."""
-        last_is_mark = event.reason in (FinishReason.EOS, FinishReason.STOP_TOKEN)  # ends the text, is not part of it
-        ended = event.reason is not FinishReason.NONE
-        words = event.tokens[:-1] if last_is_mark else event.tokens
-        if self._stops is None:
-            matched, tokens = None, event.tokens
-            text = self._decoder.push(words) + (self._decoder.finish() if ended else "")
-        else:
-            text, matched, used = self._up_to_stop(self._stops, words, ended=ended)
-            tokens = event.tokens[:used]
-        out: list[Delta | Finish] = []
-        if tokens or text:
-            out.append(Delta(choice=event.choice, index=self._num_tokens, token_ids=tokens, text=text))
-        self._num_tokens += len(tokens)
-        if matched is not None:
-            stream.end_choice(event.choice, FinishReason.STOP_STRING)
-            out.append(self._finish(event.choice, FinishReason.STOP_STRING, matched, None))
-        elif ended:
-            out.append(self._finish(event.choice, event.reason, None, tokens[-1] if last_is_mark else None))
-        return out
-
-    def _up_to_stop(self, stops: StopMatcher, words: list[int], *, ended: bool) -> tuple[str, str | None, int | None]:
-        """Text before a stop string, the stop string, and how many tokens that took; None is all there are."""
-        text = ""
-        for used, token in enumerate(words, start=1):  # one by one: a stop ends at its token
-            piece, matched = stops.push(self._decoder.push([token]))
-            text += piece
-            if matched is not None:
-                return text, matched, used
-        if not ended:
-            return text, None, None
-        piece, matched = stops.push(self._decoder.finish())
-        return text + piece + ("" if matched else stops.flush()), matched, None
-
-    def _finish(self, choice: int, reason: FinishReason, stop: str | None, token: int | None) -> Finish:
-        s = self._sequence
-        return Finish(
-            choice=choice,
-            reason=reason,
-            matched_stop=stop,
-            matched_token_id=token,
-            usage=Usage(
-                prompt_tokens=s.num_prompt,
-                cached_prompt_tokens=s.num_cached_prompt,
-                completion_tokens=self._num_tokens,
-                queue_ns=max(0, s.admitted_ns - s.arrived_ns),
-                prefill_ns=max(0, s.first_token_ns - s.admitted_ns),
-                decode_ns=max(0, s.last_token_ns - s.first_token_ns),
-            ),
-        )

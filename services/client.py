@@ -1,4 +1,7 @@
-"""A small client for the command line: one channel, and every failure as a PagewireError that a person can read."""
+"""What the command line asks of a server: answers by the client that everybody has, and what only operators ask.
+
+Every failure is a PagewireError that a person can read.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2
 
 from common.errors import PagewireError, Unauthenticated, Unavailable
+from pagewire.aio import AsyncClient, AsyncStream
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc, monitoring_pb2, monitoring_pb2_grpc
 from services.grpc_options import client_options
@@ -28,12 +32,16 @@ class Server:
     tls: PemFiles | None = None
 
 
+_NO_HURRY_S = 86_400.0  # whoever reads the answer ends it
+
+
 class Client:
     """The public API over one channel."""
 
-    def __init__(self, channel: aio.Channel, address: str, api_key: str = "") -> None:
+    def __init__(self, channel: aio.Channel, asking: AsyncClient, address: str, api_key: str = "") -> None:
         self._address = address
-        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self._asking = asking
+        self._metadata = bearer(api_key)
         self._stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
         self._check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
@@ -41,18 +49,9 @@ class Client:
             response_deserializer=health_pb2.HealthCheckResponse.FromString,
         )
 
-    async def generate_stream(
-        self, request: pb.GenerateStreamRequest, timeout_s: float | None = None
-    ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        """The stream's messages. Leaving the loop early cancels the request. Raises PagewireErrors."""
-        call = self._stub.GenerateStream(request, timeout=timeout_s, metadata=self._metadata)
-        try:
-            async for message in call:
-                yield message
-        except aio.AioRpcError as error:
-            raise _for_people(error, self._address) from error
-        finally:
-            call.cancel()
+    def ask(self, request: pb.GenerateStreamRequest) -> AsyncStream:
+        """The answer as it is made, also by a server that was started again meanwhile."""
+        return self._asking.send(request)
 
     async def model(self, timeout_s: float = 5.0) -> pb.GetModelResponse:
         """What is served."""
@@ -78,8 +77,19 @@ async def connect(server: Server) -> AsyncIterator[Client]:
         raise PagewireError(f"the API key is not sent to {server.address} without TLS: give --tls-ca")
     if not (key.isascii() and key.isprintable()):  # gRPC would repeat it in its complaint
         raise PagewireError("the API key is not printable ASCII: the file must hold the key and nothing else")
-    async with Dialer(server.address, client_options(), server.tls)() as channel:
-        yield Client(channel, server.address, key)
+    dial = Dialer(server.address, client_options(), server.tls)
+    async with (
+        dial() as channel,
+        AsyncClient(
+            server.address, timeout_s=_NO_HURRY_S, credentials=dial.credentials(), metadata=bearer(key)
+        ) as asking,
+    ):
+        yield Client(channel, asking, server.address, key)
+
+
+def bearer(key: str) -> tuple[tuple[str, str], ...]:
+    """The metadata that shows an API key; none for an empty one."""
+    return (("authorization", f"Bearer {key}"),) if key else ()
 
 
 async def status(admin: str, timeout_s: float = 5.0) -> monitoring_pb2.GetStatusResponse:

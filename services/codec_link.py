@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from common.determinism import is_determinism_class
 from common.errors import ExecutorRejected, InvalidRequest
 from common.sampling import RequestLimits, SamplingParams, check_sampling
 from common.step import ExecutorFacts, NewSequence, StepPlan, StepResult
@@ -152,6 +153,7 @@ def hello_to_pb(facts: ExecutorFacts, incarnation: bytes) -> pb.Hello:
         dtype=facts.dtype,
         device=facts.device,
         capabilities=facts.capabilities,
+        determinism=facts.determinism,
     )
 
 
@@ -170,6 +172,8 @@ def facts_from_pb(hello: pb.Hello) -> ExecutorFacts:
     for name in ("name", "model", "model_digest", "dtype", "device"):
         if len(word := getattr(hello, name)) > _MAX_WORD or not word.isprintable():
             raise WireError(name, f"must be at most {_MAX_WORD} printable characters")
+    if not is_determinism_class(hello.determinism):
+        raise WireError("determinism", "must be 16 hex digits, or empty")
     return ExecutorFacts(
         name=hello.name,
         model=hello.model,
@@ -184,6 +188,7 @@ def facts_from_pb(hello: pb.Hello) -> ExecutorFacts:
         dtype=hello.dtype,
         device=hello.device,
         capabilities=tuple(hello.capabilities),
+        determinism=hello.determinism,
     )
 
 

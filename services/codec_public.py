@@ -15,8 +15,8 @@ from common.errors import InvalidRequest
 from common.sampling import RequestLimits, SamplingParams, StopConditions, check_sampling, check_stop
 from common.types import Priority
 from protos import inference_pb2 as pb
-from services.answering import Delta, Finish
-from services.request import Chat, GenerateSpec, Input, Message, Text, TokenIds
+from services.answer import Delta, Finish
+from services.request import Chat, GenerateSpec, Input, Message, ResumePoint, Text, TokenIds
 
 _DEFAULTS: Final = SamplingParams()
 _MAX_REQUEST_ID: Final = 128
@@ -45,6 +45,7 @@ def request_from_pb(
         ignore_eos=stopping.ignore_eos,
         skip_special_tokens=request.skip_special_tokens if request.HasField("skip_special_tokens") else True,
         priority=_priority(request.priority),
+        resumable=isinstance(request, pb.GenerateStreamRequest) and request.resumable,
     )
     stop = StopConditions(
         max_tokens=1 if max_tokens is None else max_tokens,
@@ -53,6 +54,30 @@ def request_from_pb(
     )
     check_stop(stop, limits, vocab_size)
     return spec
+
+
+def resume_from_pb(
+    request: pb.ResumeRequest, limits: RequestLimits, *, vocab_size: int
+) -> tuple[GenerateSpec, list[ResumePoint]]:
+    """The request as a checked value, and where its choices go on. Raises InvalidRequest as `request_from_pb` does."""
+    if not request.request.request_id:
+        raise InvalidRequest("request.request_id", "must be the one that PromptInfo told")
+    if not request.request.sampling.HasField("seed"):
+        raise InvalidRequest("request.sampling.seed", "must be the one that PromptInfo told")
+    spec = request_from_pb(request.request, limits, vocab_size=vocab_size)
+    if not request.choices:
+        raise InvalidRequest("choices", "is empty")
+    points: list[ResumePoint] = []
+    for i, point in enumerate(request.choices):
+        if point.choice >= spec.n:
+            raise InvalidRequest(f"choices[{i}].choice", f"must be in [0, {spec.n}), got {point.choice}")
+        if any(point.choice == other.choice for other in points):
+            raise InvalidRequest(f"choices[{i}].choice", f"{point.choice} is there twice")
+        ids = tuple(point.token_ids)
+        if ids:
+            token_ids(f"choices[{i}].token_ids", ids, vocab_size)
+        points.append(ResumePoint(choice=point.choice, ticket=point.ticket, token_ids=ids))
+    return spec, points
 
 
 def sampling_from_pb(sampling: pb.SamplingParams) -> SamplingParams:
@@ -103,7 +128,9 @@ def token_ids(field: str, ids: tuple[int, ...], vocab_size: int) -> tuple[int, .
 
 def delta_pb(delta: Delta) -> pb.Delta:
     """The message of new tokens."""
-    return pb.Delta(choice=delta.choice, index=delta.index, token_ids=delta.token_ids, text=delta.text)
+    return pb.Delta(
+        choice=delta.choice, index=delta.index, token_ids=delta.token_ids, text=delta.text, ticket=delta.ticket
+    )
 
 
 def finish_pb(finish: Finish) -> pb.Finish:
@@ -114,6 +141,7 @@ def finish_pb(finish: Finish) -> pb.Finish:
         matched_stop=finish.matched_stop,
         matched_token_id=finish.matched_token_id,
         usage=_usage_pb(finish),
+        exact=finish.exact,
     )
 
 
@@ -122,6 +150,7 @@ def fill_finish(choice: pb.Choice, finish: Finish) -> None:
     end = finish_pb(finish)
     choice.reason = end.reason
     choice.usage.CopyFrom(end.usage)
+    choice.exact = end.exact
     if finish.matched_stop is not None:
         choice.matched_stop = finish.matched_stop
     if finish.matched_token_id is not None:

@@ -13,17 +13,18 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import Final, NamedTuple, Protocol
 
-from common.errors import DeadlineExceeded, PagewireError, Unavailable
+from common.errors import DeadlineExceeded, PagewireError, Superseded, Unavailable
 from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, StepPlan, StepResult
 from common.types import FinishReason, Priority, SequenceId
 from scheduler.scheduler import ProtocolError, Scheduler
+from scheduler.sequence import Begun, Status
 from scheduler.sequence import Sequence as CoreSequence
-from scheduler.sequence import Status
 from services.admission import Admission, Ask
 
 log = logging.getLogger(__name__)
@@ -53,67 +54,111 @@ class ChoiceEvent(NamedTuple):
 
 
 class RequestStream:
-    """What one request receives. Tokens that the reader has not taken yet are merged, never dropped."""
+    """What one request receives: its sequences' committed tokens, from where the reader is.
 
-    def __init__(self, engine: Engine, sequences: Sequence[CoreSequence]) -> None:
-        self.sequences = sequences
+    The tokens themselves stay where they are, so one that is not read costs nothing more, and a second reader can begin
+    anywhere. `taken` says, by choice, how many tokens the reader has already.
+    """
+
+    def __init__(
+        self, engine: Engine, sequences: Sequence[CoreSequence], taken: Mapping[int, int] = MappingProxyType({})
+    ) -> None:
+        self.sequences = {s.choice: s for s in sequences}
         self.giving_up: asyncio.TimerHandle | None = None  # runs while no executor could hold the request
         self.deadline: asyncio.TimerHandle | None = None
         self._engine = engine
-        self._pending: dict[int, ChoiceEvent] = {}
-        self._open = {s.choice for s in sequences}  # those whose end the reader has not taken
+        self._choice_of = {s.id: s.choice for s in sequences}
+        self._taken = {choice: taken.get(choice, 0) for choice in self.sequences}
+        self._news: dict[int, None] = {}  # choices with something to take, in the order it came
+        self._open = set(self.sequences)  # those whose end the reader has not taken
         self._error: PagewireError | None = None
+        self._superseded = False
         self._wake = asyncio.Event()
+        for choice, sequence in self.sequences.items():
+            if sequence.reason or sequence.num_output > self._taken[choice]:
+                self._news[choice] = None
 
     @property
     def is_open(self) -> bool:
         """There is, or will be, something to take."""
         return bool(self._open)
 
-    def push(self, choice: int, token: int | None, reason: FinishReason) -> None:
-        """A token, an end, or both. The reader hears of it with the next `wake`."""
-        event = self._pending.get(choice)
-        tokens = event.tokens if event else []
-        if token is not None:
-            tokens.append(token)
-        self._pending[choice] = ChoiceEvent(choice, tokens, reason)
+    def sequence(self, id: SequenceId) -> CoreSequence:
+        """The sequence of that id."""
+        return self.sequences[self._choice_of[id]]
+
+    def is_stuck(self, scheduler: Scheduler) -> bool:
+        """One of its sequences waits, and no executor that is there could ever hold it."""
+        return any(s.status is Status.WAITING and not scheduler.fits_somewhere(s) for s in self.sequences.values())
+
+    def note(self, id: SequenceId) -> None:
+        """The sequence has a new token, or has ended. The reader hears of it with the next `wake`."""
+        self._news[self._choice_of[id]] = None
 
     def wake(self) -> None:
         """Let the reader take what is there, if it has not yet."""
-        if self._pending:
+        if self._news:
             self._wake.set()
 
     def fail(self, error: PagewireError) -> None:
-        """The whole request ends with an error."""
+        """The whole request ends with an error, once what is there was taken."""
         self._error = error
         self._wake.set()
+
+    def supersede(self, error: PagewireError) -> None:
+        """Another reader takes over: this one gets the error and nothing more, and ends nothing by leaving."""
+        self._superseded = True
+        self._news.clear()
+        self._stop_timers()
+        self.fail(error)
 
     def end_choice(self, choice: int, reason: FinishReason) -> None:
         """The reader found an end that the core cannot see: a stop string. Nothing more comes for this choice."""
         self._open.discard(choice)
-        self._pending.pop(choice, None)
+        self._news.pop(choice, None)
         self._engine.finish(self.sequences[choice].id, reason)
 
     async def take(self) -> list[ChoiceEvent]:
         """Wait for something new, and take all of it. Raises the error that the request failed with."""
         assert self._open, "every choice has ended: nothing will ever come"
-        while not self._pending:
-            await self._wake.wait()
-            self._wake.clear()
+        while not self._news:
             if self._error is not None:
                 raise self._error
-        events, self._pending = list(self._pending.values()), {}
-        self._open.difference_update([e.choice for e in events if e.reason is not FinishReason.NONE])
+            await self._wake.wait()
+            self._wake.clear()
+        events: list[ChoiceEvent] = []
+        for choice in self._news:
+            sequence = self.sequences[choice]
+            tokens = sequence.tokens[sequence.num_prompt + self._taken[choice] :].tolist()
+            self._taken[choice] += len(tokens)
+            reason = sequence.reason
+            if reason is FinishReason.ABORTED and self._error is not None:
+                reason = FinishReason.NONE  # the error is the end, and it comes next
+            events.append(ChoiceEvent(choice, tokens, reason))
+            if reason:
+                self._open.discard(choice)
+        self._news.clear()
         return events
+
+    def abort(self) -> None:
+        """End what still runs. Who reads it hears that it was aborted."""
+        self.close()
+        self._news.update(dict.fromkeys(self._open))
+        self.wake()
 
     def close(self) -> None:
         """The reader leaves; whatever still runs is aborted and its blocks come free."""
+        if self._superseded:
+            return
+        self._stop_timers()
+        for sequence in self.sequences.values():
+            self._engine.finish(sequence.id, FinishReason.ABORTED)
+
+    def _stop_timers(self) -> None:
         for timer in (self.giving_up, self.deadline):
             if timer is not None:
                 timer.cancel()
         self.giving_up = self.deadline = None
-        for sequence in self.sequences:
-            self._engine.finish(sequence.id, FinishReason.ABORTED)
 
 
 class Engine:
@@ -164,19 +209,23 @@ class Engine:
         stop: StopConditions,
         *,
         choices: int = 1,
+        begun: Mapping[int, Begun] | None = None,
         tenant: str = "",
         weight: float = 1.0,
         priority: Priority = Priority.NORMAL,
         deadline_ns: int = 0,
     ) -> RequestStream:
-        """Queue a request. Raises InvalidRequest, Overloaded, Unavailable while draining, DeadlineExceeded."""
+        """Queue a request, or the rest of one: `begun` is what its choices have already.
+
+        Raises InvalidRequest, Overloaded, Unavailable while draining, DeadlineExceeded.
+        """
         now = self._clock_ns()
         ask = Ask(
             tenant=tenant,
             priority=priority,
             prompt_tokens=len(prompt),
             max_tokens=stop.max_tokens,
-            choices=choices,
+            choices=choices if begun is None else len(begun),
             deadline_ns=deadline_ns,
         )
         self._check_room(ask, now)
@@ -187,29 +236,54 @@ class Engine:
             stop,
             now,
             choices=choices,
+            begun=begun,
             tenant=tenant,
             priority=priority,
             expected_output=self.admission.expected_output(ask),
             deadline_ns=deadline_ns,
         )
         self.admission.take(ask, now)
-        stream = RequestStream(self, made)
+        stream = RequestStream(self, made, {s.choice: s.num_output for s in made})
         for sequence in made:
             self._streams[sequence.id] = stream
-        if deadline_ns:
-            loop = asyncio.get_running_loop()
-            stream.deadline = loop.call_later((deadline_ns - now) / 1e9, self._expire, stream)
+        self._expire_at(stream, deadline_ns)
         if not self.scheduler.fits_somewhere(made[0]):
             self._give_up_later(stream)
         self._work.set()
         return stream
+
+    def attach(self, stream: RequestStream, taken: Mapping[int, int], *, deadline_ns: int = 0) -> RequestStream:
+        """Another reader, who has `taken` so many tokens of each choice that goes on. The old one gets Superseded.
+
+        From now on the new reader's deadline is the request's.
+        """
+        sequences = [stream.sequences[choice] for choice in taken]
+        taker = RequestStream(self, sequences, taken)
+        for choice, sequence in stream.sequences.items():
+            if choice not in taken:  # its end is known to the reader; should it run on, it runs for nobody
+                self.finish(sequence.id, FinishReason.ABORTED)
+            elif sequence.id in self._streams:
+                self._streams[sequence.id] = taker
+        for sequence in sequences:
+            sequence.deadline_ns = deadline_ns
+        self._expire_at(taker, deadline_ns)
+        if stream.giving_up is not None:
+            self._give_up_later(taker)
+        stream.supersede(Superseded("another call has taken over this request"))
+        return taker
+
+    def fail_all(self, error: PagewireError) -> None:
+        """End every request that still runs."""
+        for stream in set(self._streams.values()):
+            stream.fail(error)
+            stream.close()
 
     def finish(self, id: SequenceId, reason: FinishReason) -> None:
         """End a sequence early. Harmless when it has ended."""
         self.scheduler.finish(id, reason)
         stream = self._streams.pop(id, None)
         if stream is not None:
-            self._settle(stream.sequences[self._choice(stream, id)])
+            self._settle(stream.sequence(id))
             self._changed.set()
             self._work.set()  # blocks came free: somebody may be waiting for them
 
@@ -231,7 +305,7 @@ class Engine:
         self.scheduler.join(session, facts)
         self._links[session] = link
         for stream in set(self._streams.values()):
-            if stream.giving_up is not None and self.scheduler.fits_somewhere(stream.sequences[0]):
+            if stream.giving_up is not None and not stream.is_stuck(self.scheduler):
                 stream.giving_up.cancel()
                 stream.giving_up = None
         self._executors_changed.set()
@@ -248,7 +322,7 @@ class Engine:
             return
         self.scheduler.lose(session)
         for stream in set(self._streams.values()):
-            if any(s.status is Status.WAITING and not self.scheduler.fits_somewhere(s) for s in stream.sequences):
+            if stream.is_stuck(self.scheduler):
                 self._give_up_later(stream)
         self._executors_changed.set()
         self._work.set()
@@ -316,14 +390,13 @@ class Engine:
             self.lose(session)
             link.close(str(error))
             return
-        for id, token, reason in outputs:
+        for id, _, reason in outputs:
             ended = reason is not FinishReason.NONE
             stream = self._streams.pop(id) if ended else self._streams[id]
-            choice = self._choice(stream, id)
-            stream.push(choice, token, reason)
+            stream.note(id)
             self._due[stream] = None
             if ended:
-                self._settle(stream.sequences[choice])
+                self._settle(stream.sequence(id))
                 self._changed.set()
 
     def _check_room(self, ask: Ask, now: int) -> None:
@@ -344,13 +417,14 @@ class Engine:
             now_ns=self._clock_ns(),
         )
 
-    @staticmethod
-    def _choice(stream: RequestStream, id: SequenceId) -> int:
-        return id - stream.sequences[0].id  # the choices of one request have consecutive ids
+    def _expire_at(self, stream: RequestStream, deadline_ns: int) -> None:
+        if deadline_ns:
+            loop = asyncio.get_running_loop()
+            stream.deadline = loop.call_later((deadline_ns - self._clock_ns()) / 1e9, self._expire, stream)
 
     def _expire(self, stream: RequestStream) -> None:
         stream.deadline = None
-        if any(not s.reason for s in stream.sequences):
+        if any(not s.reason for s in stream.sequences.values()):
             stream.fail(DeadlineExceeded("the deadline passed before the answer was complete"))
             stream.close()
 
@@ -361,8 +435,7 @@ class Engine:
 
     def _give_up(self, stream: RequestStream) -> None:
         stream.giving_up = None
-        stuck = [s for s in stream.sequences if s.status is Status.WAITING and not self.scheduler.fits_somewhere(s)]
-        if not stuck:
+        if not stream.is_stuck(self.scheduler):
             return
         what = "no executor is connected" if not self._links else "no connected executor can hold the request"
         stream.fail(Unavailable(f"{what}; waited {self._executor_wait_s:g} s"))

@@ -95,16 +95,27 @@ def server_options(
     )
 
 
-def client_options(*, keepalive_ms: int = 20_000, max_message_bytes: int = 64 * MIB) -> Options:
-    """Options of a channel to a server: the command line, the gateway, the Python client."""
+def client_options(
+    *, keepalive_ms: int = 1000, answer_within_ms: int = 2000, max_message_bytes: int = 64 * MIB
+) -> Options:
+    """Options of a channel to a server: the command line, the gateway, the Python client.
+
+    A server that stands still is noticed within three seconds, as it must be to go on with a stream elsewhere.
+    """
     return (
         *_EVERYWHERE,
         *_CHANNEL,
-        *_pings(keepalive_ms, answer_within_ms=keepalive_ms // 2, min_interval_ms=keepalive_ms // 4),
+        *_pings(keepalive_ms, answer_within_ms=answer_within_ms, min_interval_ms=keepalive_ms // 4),
         # The whole answer in one message, times n, may be larger than the 4 MiB that gRPC allows.
         ("grpc.max_receive_message_length", max_message_bytes),
-        # A server that restarts is found again in seconds, not after the two minutes that gRPC waits.
-        ("grpc.max_reconnect_backoff_ms", 5000),
+        # A connection of its own, that no other client of the process has seen break, or keeps from being made anew.
+        ("grpc.use_local_subchannel_pool", 1),
+        # A stream that broke is resumed, by our rules; gRPC, which cannot do that, must not try again behind our back.
+        ("grpc.enable_retries", 0),
+        # A server that restarts is found again at once, not after the two minutes that gRPC waits.
+        ("grpc.initial_reconnect_backoff_ms", 50),
+        ("grpc.min_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", 1000),
     )
 
 

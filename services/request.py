@@ -59,3 +59,13 @@ class GenerateSpec:
     ignore_eos: bool
     skip_special_tokens: bool
     priority: Priority = Priority.NORMAL
+    resumable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumePoint:
+    """Where one choice of a request goes on: what the caller has of it, and the proof that it was given that."""
+
+    choice: int
+    ticket: bytes
+    token_ids: tuple[int, ...]

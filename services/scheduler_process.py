@@ -23,13 +23,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common.config import SchedulerConfig
+from common.errors import Unavailable
 from common.log import without_texts
 from common.model_folder import read_model_folder
 from common.sampling import RequestLimits
 from common.tenant import TenantLimits
 from protos import inference_pb2, monitoring_pb2
 from scheduler.scheduler import Scheduler, SchedulerLimits
-from services import lifecycle, tls
+from services import lifecycle, ticket_keys, tls
 from services.admin import admin_address, bind_admin
 from services.admission import Admission, AdmissionLimits
 from services.answering import Answerer
@@ -41,9 +42,12 @@ from services.grpc_options import link_options, server_options
 from services.handlers import service_handler
 from services.lifecycle import StartupError
 from services.link_service import ExecutorLinkService
+from services.live_requests import LiveRequests
+from services.model_store import home
 from services.monitoring import Monitoring
 from services.scheduler_service import SchedulerService
 from services.text import Tokenizer
+from services.tickets import TicketKey, Tickets
 from services.watched_files import WatchedFiles
 
 log = logging.getLogger(__name__)
@@ -92,6 +96,8 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         Tokenizer(model.path / "tokenizer.json"),
         ChatTemplate.of(model) if model.has_chat_template else None,
         default_max_tokens=config.default_max_tokens,
+        tickets=Tickets(_ticket_keys(config.ticket_keys), lifetime_s=config.ticket_lifetime_s),
+        live=LiveRequests(linger_s=config.linger_s, max_lingering=config.max_lingering),
     )
     service = SchedulerService(answerer, RequestLimits(max_choices=config.max_choices), lambda: len(core.sessions))
     links = ExecutorLinkService(engine, model, silence_s=config.silence_s, step_timeout_s=config.step_timeout_s)
@@ -135,6 +141,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(config.drain_s):
                 await engine.idle()
+        engine.fail_all(Unavailable("the scheduler is shutting down; the rest of the answer is to be had elsewhere"))
         await clients.stop(grace=1.0)
         await executors.stop(grace=0.5)
         await admins.stop(grace=0.5)
@@ -143,6 +150,17 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
             task.cancel()
         await asyncio.gather(loop_task, health_task, return_exceptions=True)
     log.info("stopped: %s", core.counters, extra={"fields": dataclasses.asdict(core.counters)})
+
+
+def _ticket_keys(path: str) -> list[TicketKey]:
+    """The keys in the file, or at the usual place; there, a process that may not write goes on with one of its own."""
+    if path:
+        return ticket_keys.read_or_make(Path(path))
+    try:
+        return ticket_keys.read_or_make(home() / "ticket-keys")
+    except StartupError as error:
+        log.warning("no stream of this process can be resumed by another: %s", error)
+        return [ticket_keys.new_key()]
 
 
 def _spare_the_collector() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
-from contextlib import closing
+from contextlib import aclosing, closing
 
 from common.sampling import RequestLimits
 from protos import inference_pb2 as pb
 from services import codec_public
-from services.answering import Answer, Answerer, Delta
+from services.answer import Answer, Delta
+from services.answering import Answerer
 from services.caller import current_caller
 from services.handlers import Context
 
@@ -44,14 +46,24 @@ class SchedulerService:
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The answer as it is made."""
-        with closing(await self._start(request, context)) as answer:
-            yield pb.GenerateStreamResponse(prompt=self._prompt_info(answer))
-            while answer.is_open:
-                for event in await answer.next():
-                    if isinstance(event, Delta):
-                        yield pb.GenerateStreamResponse(delta=codec_public.delta_pb(event))
-                    else:
-                        yield pb.GenerateStreamResponse(finish=codec_public.finish_pb(event))
+        async with aclosing(self._tell(await self._start(request, context), context)) as messages:
+            async for message in messages:
+                yield message
+
+    async def Resume(  # noqa: N802
+        self, request: pb.ResumeRequest, context: Context
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        """The rest of an answer."""
+        vocab_size = self._answerer.model.vocab_size
+        spec, points = codec_public.resume_from_pb(request, self._limits, vocab_size=vocab_size)
+        answer = await self._answerer.resume(spec, points, current_caller(), time_left_s=context.time_remaining())
+        async with aclosing(self._tell(answer, context)) as messages:
+            async for message in messages:
+                yield message
+
+    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:  # noqa: N802
+        """End a resumable request now."""
+        return pb.CancelResponse(found=self._answerer.cancel(request.request_id, tenant=current_caller().tenant))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text or chat to token ids."""
@@ -85,10 +97,26 @@ class SchedulerService:
 
     async def _start(self, request: pb.GenerateRequest | pb.GenerateStreamRequest, context: Context) -> Answer:
         spec = codec_public.request_from_pb(request, self._limits, vocab_size=self._answerer.model.vocab_size)
-        caller = current_caller()
-        return await self._answerer.start(
-            spec, tenant=caller.tenant, weight=caller.weight, time_left_s=context.time_remaining()
-        )
+        return await self._answerer.start(spec, current_caller(), time_left_s=context.time_remaining())
+
+    async def _tell(self, answer: Answer, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        """Every message of the answer. Where the caller is lost before the end, a resumable request goes on."""
+        try:
+            yield pb.GenerateStreamResponse(prompt=self._prompt_info(answer))
+            while answer.is_open:
+                for event in await answer.next():
+                    if isinstance(event, Delta):
+                        yield pb.GenerateStreamResponse(delta=codec_public.delta_pb(event))
+                    else:
+                        yield pb.GenerateStreamResponse(finish=codec_public.finish_pb(event))
+        except (asyncio.CancelledError, GeneratorExit):
+            if (
+                answer.is_resumable and context.time_remaining() != 0
+            ):  # it waits for nobody once its deadline has passed
+                answer.let_go()
+            raise
+        finally:
+            answer.close()
 
     def _prompt_info(self, answer: Answer) -> pb.PromptInfo:
         return pb.PromptInfo(
@@ -96,4 +124,8 @@ class SchedulerService:
             model=self._answerer.model.name,
             prompt_tokens=answer.num_prompt_tokens,
             seed=answer.spec.sampling.seed,
+            max_tokens=answer.spec.max_tokens or 0,
+            ticket=answer.ticket,
+            resumed=answer.resumed,
+            determinism=self._answerer.determinism,
         )

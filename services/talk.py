@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import uvloop
 
 from common.errors import PagewireError
+from pagewire.answers import Usage
 from protos import inference_pb2 as pb
 from services.client import Client, Server, connect
 
@@ -24,7 +25,7 @@ class Told:
     num_tokens: int = 0
     first_token_s: float = 0.0
     total_s: float = 0.0
-    usage: pb.Usage | None = None
+    usage: Usage | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -51,22 +52,19 @@ def _show(text: str) -> None:
 
 
 async def tell(client: Client, request: pb.GenerateStreamRequest, show: Callable[[str], None] = _show) -> Told:
-    """Stream one answer (the first choice) to `show`. Raises PagewireErrors, on a line of their own."""
+    """Stream one answer, of one choice, to `show`. Raises PagewireErrors, on a line of their own."""
     told = Told()
     began = time.perf_counter()
     try:
-        async for message in client.generate_stream(request):
-            now = time.perf_counter() - began
-            kind = message.WhichOneof("event")
-            if kind == "delta" and message.delta.choice == 0:
+        async with client.ask(request) as stream:
+            async for delta in stream:
+                told.total_s = time.perf_counter() - began
                 if told.num_tokens == 0:
-                    told.first_token_s = now
-                told.num_tokens += len(message.delta.token_ids)
-                told.text += message.delta.text
-                told.total_s = now
-                show(message.delta.text)
-            elif kind == "finish" and message.finish.choice == 0:
-                told.usage = message.finish.usage
+                    told.first_token_s = told.total_s
+                told.num_tokens += len(delta.token_ids)
+                told.text += delta.text
+                show(delta.text)
+            told.usage = stream.answer.usage
     except PagewireError:
         if told.text:
             show("\n")
@@ -77,6 +75,7 @@ async def tell(client: Client, request: pb.GenerateStreamRequest, show: Callable
 async def generate(server: Server, request: pb.GenerateStreamRequest, *, stats: bool = True) -> None:
     """Answer one prompt on the screen."""
     async with connect(server) as client:
+        await client.model()  # where nobody is, this says so at once; from here on an answer waits for a server
         told = await tell(client, request)
         print(flush=True)
         if stats:

@@ -106,11 +106,17 @@ class Dialer:
 
     def __call__(self) -> aio.Channel:
         """A new channel."""
-        if self._pem is None:
+        credentials = self.credentials()
+        if credentials is None:
             return aio.insecure_channel(self._address, options=self._options)
-        pem = self._pem.current()
-        credentials = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
         return aio.secure_channel(self._address, credentials, options=self._options)
+
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """What a channel of now is opened with; None without TLS."""
+        if self._pem is None:
+            return None
+        pem = self._pem.current()
+        return grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
 
 
 def read(files: PemFiles, *, clock: Callable[[], float] = time.time) -> Pem:

@@ -110,6 +110,7 @@ class Native:
         ]  # fmt: skip
         self._library.pagewire_survey.restype = c.c_int64
         self._library.pagewire_use_threads.argtypes = [c.c_int, c.c_void_p, c.c_void_p]
+        self.path = path
         self.use_threads(torch.get_num_threads())
 
     @property

@@ -45,11 +45,7 @@ class PagewireClient:
             sampling=pb.SamplingParams(temperature=0.0),
             stopping=pb.StopConditions(max_tokens=request.max_tokens, ignore_eos=True),
         )
-        made = 0
-        async for event in self._client.generate_stream(message):
-            match event.WhichOneof("event"):
-                case "delta" if event.delta.token_ids:
-                    emit()
-                case "finish":
-                    made += event.finish.usage.completion_tokens
-        return made
+        async with self._client.ask(message) as stream:
+            async for _ in stream:
+                emit()
+            return stream.answer.usage.completion_tokens

@@ -93,7 +93,7 @@ class Cluster:
             [
                 *("scheduler", "--model", str(model), "--listen", "127.0.0.1:0", "--link-listen", self.link),
                 *("--admin-listen", self.admin),
-                *flags,
+                *("--ticket-keys", str(folder / "ticket-keys"), *flags),
             ],
             folder / "scheduler.log",
         )

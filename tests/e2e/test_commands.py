@@ -165,6 +165,17 @@ def test_health_is_told_by_words_and_by_the_exit_code(shared: Cluster, fake_fold
     assert ended.out == "NOT_SERVING: no executor is connected, or the scheduler drains\n"
 
 
+def test_a_key_is_printed_or_put_first_in_a_file(tmp_path: Path) -> None:
+    printed = run(*PAGEWIRE, "key")
+    assert printed.code == 0
+    assert re.fullmatch(r"[0-9a-f]{8}:[0-9a-f]{64}\n", printed.out)
+
+    file = tmp_path / "keys"
+    for number in (1, 2, 2):  # the newest two are kept
+        assert run(*PAGEWIRE, "key", str(file)).code == 0
+        assert len(file.read_text().splitlines()) == number
+
+
 def test_doctor_finds_a_machine_that_passes_these_tests_well(fake_folder: Path) -> None:
     ended = run(*PAGEWIRE, "doctor", "--model", str(fake_folder), "--listen", "127.0.0.1:0")
 

@@ -144,14 +144,21 @@ def test_the_fused_logits_are_those_of_transformers(isa: str, name: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kind"), [("float32", None), ("bfloat16", None), ("bfloat16", INT8), ("bfloat16", INT4)]
+    ("dtype", "kind", "kv"),
+    [
+        ("float32", None, None),
+        ("bfloat16", None, None),
+        ("bfloat16", INT8, None),
+        ("bfloat16", INT4, None),
+        ("bfloat16", None, torch.int8),
+    ],
 )
 def test_a_token_has_the_same_logits_bit_for_bit_in_any_company(
-    isa: str, dtype: str, kind: int | None, tmp_path: Path
+    isa: str, dtype: str, kind: int | None, kv: torch.dtype | None, tmp_path: Path
 ) -> None:
     folder = save_tiny("llama", tmp_path)
 
-    crowd, alone = (run(Steps(folder, dtype=dtype, kind=kind)) for run in (mixed, whole))
+    crowd, alone = (run(Steps(folder, dtype=dtype, kind=kind, kv=kv)) for run in (mixed, whole))
 
     for in_company, by_itself in zip(crowd, alone, strict=True):
         assert torch.equal(in_company, by_itself)

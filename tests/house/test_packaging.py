@@ -72,6 +72,39 @@ def test_an_installed_pagewire_and_its_children_take_their_own_packages(site_pac
     assert done.stdout.split() == [ours, ours]
 
 
+@pytest.mark.parametrize("installed", [True, False], ids=["installed", "in a checkout"])
+def test_the_client_takes_no_name_but_pagewire_from_a_program(
+    installed: bool, site_packages: Path, tmp_path: Path
+) -> None:
+    for name in PACKAGES:  # the program's own, which have nothing to do with ours
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('not asked for')")
+    home = site_packages
+    if not installed:
+        home = tmp_path / "elsewhere"
+        home.mkdir()
+        (home / "pagewire").symlink_to(ROOT / "pagewire")
+    code = (
+        "import sys; from pagewire import AsyncClient, Client, InvalidRequest;"
+        f"client = Client('127.0.0.1:1', patience_s=0); print([n for n in {PACKAGES!r} if n in sys.modules]);"
+        "from pagewire import Unavailable\n"
+        "try: client.generate('hi')\n"
+        "except Unavailable as error: print(type(error).__module__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(home)])}
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+
+    assert done.stdout.splitlines() == ["[]", "pagewire.app.common.errors"]
+
+
+def test_the_launcher_needs_nothing_of_the_client() -> None:
+    code = "import sys, pagewire.launcher; print([name for name in ('grpc', 'google.protobuf') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+
+    assert done.stdout.strip() == "[]"
+
+
 def test_in_a_checkout_the_packages_lie_beside_the_launcher() -> None:
     code = "from pagewire.launcher import app_folder; print(app_folder())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)

@@ -16,7 +16,7 @@ from common.errors import InvalidRequest
 from common.sampling import MAX_SEED, RequestLimits, SamplingParams
 from common.types import FinishReason, Priority
 from protos import inference_pb2 as pb
-from services.answering import Delta, Finish, Usage
+from services.answer import Delta, Finish, Usage
 from services.codec_public import delta_pb, fill_finish, finish_pb, input_from_pb, request_from_pb, token_ids
 from services.request import Chat, GenerateSpec, Message, Text, TokenIds
 
@@ -61,8 +61,10 @@ def shape(message: Descriptor) -> list[tuple[Any, ...]]:
     return [one(field) for field in message.fields]
 
 
-def test_the_two_generate_requests_are_the_same_field_for_field() -> None:
-    assert shape(pb.GenerateRequest.DESCRIPTOR) == shape(pb.GenerateStreamRequest.DESCRIPTOR)
+def test_the_two_generate_requests_are_the_same_field_for_field_but_a_stream_can_be_resumable() -> None:
+    *fields, resumable = shape(pb.GenerateStreamRequest.DESCRIPTOR)
+    assert shape(pb.GenerateRequest.DESCRIPTOR) == fields
+    assert resumable[0] == "resumable"
 
 
 def test_the_numbers_of_finish_reasons_are_those_of_the_wire() -> None:

@@ -11,43 +11,16 @@ import pytest
 
 from common.errors import DeadlineExceeded, Overloaded, Unavailable
 from common.sampling import SamplingParams, StopConditions
-from common.step import ExecutorFacts, StepPlan
+from common.step import StepPlan
 from common.tenant import TenantLimits
 from common.types import FinishReason
 from executor.fake_runner import FakeRunner
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from services.admission import Admission, AdmissionLimits
 from services.engine import Engine, RequestStream
+from tests.services.instant_link import InstantLink
 
 GREEDY = SamplingParams(temperature=0.0)
-
-
-class InstantLink:
-    """An executor on the same loop: it answers when `steps` allows, or at once."""
-
-    def __init__(self, engine: Engine, session: int, *, steps: int | None = None, num_blocks: int = 32) -> None:
-        self.runner = FakeRunner(num_blocks=num_blocks)
-        self.facts: ExecutorFacts = self.runner.load(lambda stage, done, total: None)
-        self.closed = ""
-        self._engine, self._session, self._steps = engine, session, steps
-        self.held: list[StepPlan] = []
-
-    def send(self, plan: StepPlan) -> None:
-        self.held.append(plan)
-        asyncio.get_running_loop().call_soon(self.pump)
-
-    def allow(self, steps: int) -> None:
-        self._steps = (self._steps or 0) + steps
-        self.pump()
-
-    def pump(self) -> None:
-        while self.held and not self.closed and self._steps != 0:
-            if self._steps is not None:
-                self._steps -= 1
-            self._engine.answered(self._session, self.runner.execute(self.held.pop(0)))
-
-    def close(self, why: str) -> None:
-        self.closed = why
 
 
 def run(test: Callable[[Engine], Awaitable[None]], **settings: Any) -> None:

@@ -170,7 +170,9 @@ def test_a_server_drops_a_client_that_no_longer_answers_pings(options: Options) 
 
 
 @pytest.mark.parametrize(
-    "options", [link_options(keepalive_ms=100), client_options(keepalive_ms=200)], ids=["link", "client"]
+    "options",
+    [link_options(keepalive_ms=100), client_options(keepalive_ms=200, answer_within_ms=100)],
+    ids=["link", "client"],
 )
 def test_a_call_ends_when_the_server_no_longer_answers_pings(options: Options) -> None:
     async def scenario() -> grpc.StatusCode:

@@ -53,6 +53,9 @@ class Service:
         await self.act(context)
         yield GenerateStreamResponse(delta=Delta(text="end"))
 
+    Resume = GenerateStream
+    Cancel = Generate
+
     async def Tokenize(self, request: Any, context: Context) -> TokenizeResponse:
         await self.act(context)
         return TokenizeResponse(token_ids=[1, 2])

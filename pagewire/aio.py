@@ -1,0 +1,215 @@
+"""The client for asyncio: what pagewire/client.py is, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast
+
+import grpc
+from grpc import aio
+
+from pagewire.answers import Answer, Delta, Finish
+from pagewire.asking import Settings, request_of
+from pagewire.calls import (
+    CANCEL,
+    CANCEL_TIMEOUT_S,
+    DEFAULT_PATIENCE_S,
+    DEFAULT_TIMEOUT_S,
+    Asked,
+    Manner,
+    Metadata,
+    addresses_of,
+)
+from pagewire.continuation import OutOfStep
+from pagewire.failures import Trailers
+from pagewire.retrying import RetryBudget
+
+if TYPE_CHECKING:
+    from protos import inference_pb2 as pb
+
+Call = aio.UnaryStreamCall[bytes, bytes]
+
+
+class _Connections:
+    """A channel for each address that was ever asked, shared by the streams of one client."""
+
+    def __init__(self, manner: Manner) -> None:
+        self.first = manner.addresses[0]  # who answered last: a new request begins there
+        self._manner = manner
+        self._channels: dict[str, aio.Channel] = {}
+
+    def call(self, asked: Asked) -> Call:
+        """Begin the next call of a request."""
+        call = asked.next_call()
+        method: aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel(call.address).unary_stream(call.method)
+        return method(call.request, timeout=call.timeout_s, metadata=tuple(self._manner.metadata))
+
+    async def cancel(self, asked: Asked) -> None:
+        """End a request on its server. Where that fails it ends a little later by itself."""
+        channel = self._channels.get(asked.address)
+        if channel is None:  # the client was closed, and its calls with it
+            return
+        method: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(CANCEL)
+        with contextlib.suppress(aio.AioRpcError, aio.UsageError):  # no connection | the client was closed
+            await method(asked.cancellation(), timeout=CANCEL_TIMEOUT_S, metadata=tuple(self._manner.metadata))
+
+    async def close(self) -> None:
+        """End all calls."""
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            await channel.close()
+
+    def _channel(self, address: str) -> aio.Channel:
+        channel = self._channels.get(address)
+        if channel is None:
+            options, credentials = self._manner.options, self._manner.credentials
+            if credentials is None:
+                channel = aio.insecure_channel(address, options=options)
+            else:
+                channel = aio.secure_channel(address, credentials, options=options)
+            self._channels[address] = channel
+        return channel
+
+
+class AsyncClient:
+    """As Client, for one event loop.
+
+    >>> async with AsyncClient("127.0.0.1:50051") as client:
+    ...     print((await client.generate("The sea is", max_tokens=8)).text)
+    """
+
+    def __init__(
+        self,
+        address: str | Sequence[str],
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        patience_s: float = DEFAULT_PATIENCE_S,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Metadata = (),
+    ) -> None:
+        """As Client's."""
+        self._manner = Manner(
+            addresses=addresses_of(address),
+            timeout_s=timeout_s,
+            patience_s=patience_s,
+            metadata=metadata,
+            credentials=credentials,
+        )
+        self._budget = RetryBudget()
+        self._connections = _Connections(self._manner)
+
+    async def generate(
+        self, prompt: str | None = None, *, timeout_s: float | None = None, **settings: Unpack[Settings]
+    ) -> Answer:
+        """The whole answer. Raises PagewireErrors; see Settings for what can be set."""
+        async with self.stream(prompt, timeout_s=timeout_s, **settings) as stream:
+            async for _ in stream:
+                pass
+            return stream.answer
+
+    def stream(
+        self, prompt: str | None = None, *, timeout_s: float | None = None, **settings: Unpack[Settings]
+    ) -> AsyncStream:
+        """The answer as it is made. Leave it with `async with`, or `close` it, and the server stops at once."""
+        return self.send(request_of(prompt, settings), timeout_s=timeout_s)
+
+    def send(self, request: pb.GenerateStreamRequest, *, timeout_s: float | None = None) -> AsyncStream:
+        """Stream the answer to a request in the words of the API itself."""
+        return AsyncStream(
+            self._connections,
+            Asked(request, self._manner, self._budget, first=self._connections.first, timeout_s=timeout_s),
+        )
+
+    async def close(self) -> None:
+        """Close the connections. Streams that are open end."""
+        await self._connections.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class AsyncStream:
+    """The deltas of one answer. When they have come to an end, `answer` is the whole of it."""
+
+    def __init__(self, connections: _Connections, asked: Asked) -> None:
+        self._connections = connections
+        self._asked = asked
+        self._call: Call | None = None
+        self._is_closed = False
+
+    @property
+    def request_id(self) -> str:
+        """What the server's log calls it."""
+        return self._asked.continuation.request_id
+
+    @property
+    def finishes(self) -> dict[int, Finish]:
+        """The ends that are known, by choice."""
+        return dict(self._asked.continuation.finishes)
+
+    @property
+    def finish(self) -> Finish | None:
+        """The end of the first choice; None before it has come."""
+        return self._asked.continuation.finishes.get(0)
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, once the stream has ended."""
+        return self._asked.continuation.answer()
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        """The next delta of any choice. Raises PagewireErrors."""
+        while not self._is_closed and not self._asked.is_done:
+            if (new := await self._read()) is not None:
+                return new
+        self._is_closed = True
+        raise StopAsyncIteration
+
+    async def close(self) -> None:
+        """Read no more. What still runs on the server is stopped."""
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
+        if call is not None and not self._is_closed and not self._asked.is_done:
+            await self._connections.cancel(self._asked)
+        self._is_closed = True
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _read(self) -> Delta | None:
+        """One message, or one way in which a call ends and another begins."""
+        try:
+            if self._call is None:
+                self._call = self._connections.call(self._asked)
+            data: Any = await self._call.read()
+            if isinstance(data, bytes):
+                new = self._asked.hear(data)
+                self._connections.first = self._asked.address
+                return new if isinstance(new, Delta) else None
+            after_s = self._asked.broke()
+        except OutOfStep as why:
+            after_s = self._asked.broke(why)
+        except aio.AioRpcError as error:
+            after_s = self._asked.failed(error.code(), error.details(), cast("Trailers", error.trailing_metadata()))
+        if self._call is not None:
+            self._call.cancel()
+            self._call = None
+        await asyncio.sleep(after_s)
+        return None

@@ -1,0 +1,91 @@
+"""What a client's user gets: deltas as they come, and the whole answer."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class FinishReason(enum.Enum):
+    """Why a choice ended."""
+
+    EOS = "eos"  # the model's end-of-sequence token
+    STOP_TOKEN = "stop_token"  # noqa: S105 - one of stop_token_ids
+    STOP_STRING = "stop_string"  # one of the stop strings
+    LENGTH = "length"  # max_tokens, or the model's context, is used up
+    ABORTED = "aborted"  # it was cancelled
+    ERROR = "error"  # this choice failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """New tokens of one choice. The text may lag behind them: half a character is never told."""
+
+    choice: int
+    index: int  # output index of the first token
+    token_ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What one choice cost."""
+
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    completion_tokens: int
+    queue_s: float  # from arrival to the first admission, on the server that told the end; so the next two
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """The end of one choice."""
+
+    choice: int
+    reason: FinishReason
+    matched_stop: str | None  # which stop string
+    matched_token_id: int | None  # which stop or EOS token
+    usage: Usage
+    exact: bool  # bit for bit what an undisturbed run with this seed gives
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One whole choice."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish: Finish
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A whole answer. What is not a tuple speaks of the first choice."""
+
+    request_id: str
+    model: str
+    seed: int
+    choices: tuple[Choice, ...]
+
+    @property
+    def text(self) -> str:
+        """The words."""
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens."""
+        return self.choices[0].token_ids
+
+    @property
+    def finish(self) -> Finish:
+        """How it ended."""
+        return self.choices[0].finish
+
+    @property
+    def usage(self) -> Usage:
+        """What it cost."""
+        return self.choices[0].finish.usage

@@ -1,0 +1,96 @@
+"""A user's words to a request: what `generate` and `stream` take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from pagewire.borrowed import borrow
+
+if TYPE_CHECKING:
+    from common import errors
+    from protos import inference_pb2 as pb
+else:
+    errors = borrow("common.errors")
+    pb = borrow("protos.inference_pb2")
+
+
+class Settings(TypedDict, total=False):
+    """Everything but the prompt in words. What is not given takes the server's default, which protos/ tells."""
+
+    messages: Sequence[Mapping[str, str]]  # a chat, each message with its "role" and "content"; instead of a prompt
+    token_ids: Sequence[int]  # a prompt that is tokenised already; instead of one in words
+    max_tokens: int
+    temperature: float  # 0 is greedy
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    n: int  # choices that share the prompt
+    stop: str | Sequence[str]  # the text ends before the first of these
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    skip_special_tokens: bool
+    model: str
+    request_id: str  # by default a random one
+
+
+_SAMPLING = frozenset({"temperature", "top_k", "top_p", "min_p", "seed", "n"})
+_STOPPING = frozenset({"max_tokens", "stop", "stop_token_ids", "ignore_eos"})
+
+
+def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamRequest:
+    """The request. Raises TypeError for a setting that there is not, InvalidRequest for one that cannot be sent."""
+    unknown = settings.keys() - Settings.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"there is no setting {min(unknown)!r}; there are: {', '.join(Settings.__annotations__)}")
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    inputs = [name for name in ("messages", "token_ids") if name in given]
+    if len(inputs) + (prompt is not None) != 1:
+        raise TypeError("give one of: a prompt in words, messages=, token_ids=")
+    request = pb.GenerateStreamRequest()
+    if prompt is not None:
+        _set(request, "text", prompt)
+    for name, value in given.items():
+        if name == "messages":
+            _set_messages(request, value)
+        elif name == "token_ids":
+            _extend(request.token_ids.ids, name, value)
+            request.token_ids.SetInParent()
+        elif name == "stop":
+            _extend(request.stopping.stop, name, [value] if isinstance(value, str) else value)
+        elif name == "stop_token_ids":
+            _extend(request.stopping.stop_token_ids, name, value)
+        else:
+            part = request.sampling if name in _SAMPLING else request.stopping if name in _STOPPING else request
+            _set(part, name, value)
+    return request
+
+
+def _set_messages(request: pb.GenerateStreamRequest, messages: Sequence[Mapping[str, str]]) -> None:
+    request.chat.SetInParent()
+    for number, message in enumerate(messages):
+        if set(message) != {"role", "content"}:
+            raise errors.InvalidRequest(f"messages[{number}]", 'must have "role" and "content", and nothing else')
+        added = request.chat.messages.add()
+        for name, value in message.items():
+            _set(added, name, value, f"messages[{number}].{name}")
+
+
+def _set(message: Any, name: str, value: Any, told: str = "") -> None:
+    try:
+        setattr(message, name, value)
+    except (TypeError, ValueError, UnicodeError):
+        raise errors.InvalidRequest(told or name, f"cannot be {_shown(value)}") from None
+
+
+def _extend(numbers: Any, name: str, values: Sequence[Any]) -> None:
+    try:
+        numbers.extend(values)
+    except (TypeError, ValueError, UnicodeError):
+        raise errors.InvalidRequest(name, f"cannot be {_shown(values)}") from None
+
+
+def _shown(value: Any) -> str:
+    """A number as it is; of anything longer the type, for it may be a prompt."""
+    return repr(value) if isinstance(value, int | float) else f"a {type(value).__name__} like this"

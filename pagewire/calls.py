@@ -1,0 +1,134 @@
+"""What both clients know of the wire: which methods there are, and one request's state between its calls."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import grpc
+
+from pagewire.answers import Delta, Finish
+from pagewire.borrowed import borrow
+from pagewire.continuation import Continuation, OutOfStep
+from pagewire.failures import Failure, Trailers, judge, lost
+from pagewire.retrying import Attempts, RetryBudget
+
+if TYPE_CHECKING:
+    from protos import inference_pb2 as pb
+    from services import grpc_options
+else:
+    grpc_options = borrow("services.grpc_options")
+    pb = borrow("protos.inference_pb2")
+
+_SERVICE: Final = "/pagewire.v1.InferenceService/"
+GENERATE: Final = _SERVICE + "GenerateStream"
+RESUME: Final = _SERVICE + "Resume"
+CANCEL: Final = _SERVICE + "Cancel"
+
+CANCEL_TIMEOUT_S: Final = 1.0
+DEFAULT_TIMEOUT_S: Final = 600.0
+DEFAULT_PATIENCE_S: Final = 30.0
+
+Metadata = Sequence[tuple[str, str]]
+
+
+class Call(NamedTuple):
+    """What to call next."""
+
+    address: str
+    method: str
+    request: bytes
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manner:
+    """How a client goes about its calls."""
+
+    addresses: tuple[str, ...]
+    timeout_s: float  # for a whole answer
+    patience_s: float  # while calls fail
+    metadata: Metadata
+    credentials: grpc.ChannelCredentials | None
+
+    @property
+    def options(self) -> tuple[tuple[str, int], ...]:
+        """Of each channel."""
+        return grpc_options.client_options()
+
+
+def addresses_of(text: str | Sequence[str]) -> tuple[str, ...]:
+    """The addresses in `HOST:PORT,HOST:PORT`, or in a sequence of them. Raises ValueError when there is none."""
+    found = [part.strip() for part in (text.split(",") if isinstance(text, str) else text)]
+    if not all(found) or not found:
+        raise ValueError(f"no address in {text!r}; give HOST:PORT, or several with commas between them")
+    return tuple(dict.fromkeys(found))
+
+
+class Asked:
+    """One request: what was heard of it, and where to ask on. Both clients only move its bytes, and wait."""
+
+    def __init__(
+        self,
+        request: pb.GenerateStreamRequest,
+        manner: Manner,
+        budget: RetryBudget,
+        *,
+        first: str,
+        timeout_s: float | None,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.continuation = Continuation(request)
+        now_s = clock_s()
+        self._clock_s = clock_s
+        self._attempts = Attempts(
+            manner.addresses,
+            budget,
+            first=first,
+            began_s=now_s,
+            deadline_s=now_s + (manner.timeout_s if timeout_s is None else timeout_s),
+            patience_s=manner.patience_s,
+            jitter=lambda: random.uniform(0.5, 1.5),
+        )
+
+    @property
+    def address(self) -> str:
+        """The server that is asked now."""
+        return self._attempts.address
+
+    @property
+    def is_done(self) -> bool:
+        """The answer is complete."""
+        return self.continuation.is_done
+
+    def next_call(self) -> Call:
+        """What to send now, and where to."""
+        request = self.continuation.next_call()
+        method = GENERATE if isinstance(request, pb.GenerateStreamRequest) else RESUME
+        timeout_s = self._attempts.remaining_s(self._clock_s())
+        return Call(self.address, method, request.SerializeToString(), timeout_s)
+
+    def hear(self, data: bytes) -> Delta | Finish | None:
+        """What is new in a message. Raises OutOfStep."""
+        new = self.continuation.hear(pb.GenerateStreamResponse.FromString(data))
+        if new is not None:
+            self._attempts.heard()
+        return new
+
+    def failed(self, code: grpc.StatusCode, message: str | None, trailers: Trailers | None) -> float:
+        """The call ended with a status: seconds to wait before the next. Raises a PagewireError when there is none."""
+        return self._after(judge(code, message or "", trailers or (), self.address))
+
+    def broke(self, why: OutOfStep | None = None) -> float:
+        """The call ended without a status, and without the end of the answer."""
+        return self._after(lost(str(why) if why else "the stream ended before the answer did"))
+
+    def cancellation(self) -> bytes:
+        """The request that ends this one."""
+        return pb.CancelRequest(request_id=self.continuation.request_id).SerializeToString()
+
+    def _after(self, failure: Failure) -> float:
+        return self._attempts.failed(failure, self._clock_s())

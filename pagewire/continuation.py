@@ -1,0 +1,135 @@
+"""One request over any number of calls: what to send next, and what of that which comes is new. No socket inside."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING
+
+from pagewire.answers import Answer, Choice, Delta, Finish, FinishReason, Usage
+from pagewire.borrowed import borrow
+
+if TYPE_CHECKING:
+    from protos import inference_pb2 as pb
+else:
+    pb = borrow("protos.inference_pb2")
+
+
+class OutOfStep(Exception):
+    """A message that cannot come next. The call is of no use any more; another one may be."""
+
+
+class Continuation:
+    """What was heard of a request so far, which is all that is needed to go on with it."""
+
+    def __init__(self, request: pb.GenerateStreamRequest) -> None:
+        """Take a copy, and fix in it what the server would draw: it is the same request, however often it is sent."""
+        self._request = pb.GenerateStreamRequest()
+        self._request.CopyFrom(request)
+        self._request.resumable = True
+        if not self._request.request_id:
+            self._request.request_id = secrets.token_hex(16)
+        if not self._request.sampling.HasField("seed"):
+            self._request.sampling.seed = secrets.randbits(63)
+        n = self._request.sampling.n if self._request.sampling.HasField("n") else 1
+        self._tokens: list[list[int]] = [[] for _ in range(n)]
+        self._texts: list[list[str]] = [[] for _ in range(n)]
+        self._tickets = [b""] * n
+        self.finishes: dict[int, Finish] = {}
+        self.model = ""
+
+    @property
+    def request_id(self) -> str:
+        """What the server knows it by."""
+        return self._request.request_id
+
+    @property
+    def is_done(self) -> bool:
+        """Every choice has ended."""
+        return len(self.finishes) == len(self._tokens)
+
+    def next_call(self) -> pb.GenerateStreamRequest | pb.ResumeRequest:
+        """What is to be sent now: the request, or once anything of its answer is here, where it goes on."""
+        if not self.finishes and not any(self._tokens):
+            return self._request
+        return pb.ResumeRequest(
+            request=self._request,
+            choices=[
+                pb.ResumePoint(choice=n, ticket=self._tickets[n], token_ids=tokens)
+                for n, tokens in enumerate(self._tokens)
+                if n not in self.finishes
+            ],
+        )
+
+    def hear(self, message: pb.GenerateStreamResponse) -> Delta | Finish | None:
+        """Take a message; return what is new in it. Raises OutOfStep for one that leaves a gap."""
+        match message.WhichOneof("event"):
+            case "prompt":
+                self._begin(message.prompt)
+            case "delta":
+                return self._add(message.delta)
+            case "finish":
+                return self._end(message.finish)
+            case _:  # of a later version of the API
+                pass
+        return None
+
+    def answer(self) -> Answer:
+        """The whole answer, which is there."""
+        assert self.is_done, "the answer is not complete"
+        return Answer(
+            request_id=self._request.request_id,
+            model=self.model,
+            seed=self._request.sampling.seed,
+            choices=tuple(
+                Choice(index=n, text="".join(self._texts[n]), token_ids=tuple(tokens), finish=self.finishes[n])
+                for n, tokens in enumerate(self._tokens)
+            ),
+        )
+
+    def _begin(self, prompt: pb.PromptInfo) -> None:
+        self.model = prompt.model
+        if not self._request.stopping.HasField("max_tokens") and prompt.max_tokens:
+            self._request.stopping.max_tokens = prompt.max_tokens
+        if prompt.ticket:
+            for n, tokens in enumerate(self._tokens):
+                if not tokens:
+                    self._tickets[n] = prompt.ticket
+
+    def _add(self, delta: pb.Delta) -> Delta | None:
+        tokens = self._choice(delta.choice)
+        if delta.index + len(delta.token_ids) <= len(tokens) and delta.token_ids:
+            return None  # told already
+        if delta.index != len(tokens) or delta.choice in self.finishes:
+            raise OutOfStep(f"choice {delta.choice} has {len(tokens)} tokens, and more came from {delta.index} on")
+        tokens += delta.token_ids
+        self._texts[delta.choice].append(delta.text)
+        self._tickets[delta.choice] = delta.ticket
+        return Delta(choice=delta.choice, index=delta.index, token_ids=tuple(delta.token_ids), text=delta.text)
+
+    def _end(self, finish: pb.Finish) -> Finish | None:
+        self._choice(finish.choice)
+        if finish.choice in self.finishes:
+            return None
+        usage = finish.usage
+        ended = Finish(
+            choice=finish.choice,
+            reason=FinishReason(pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()),
+            matched_stop=finish.matched_stop if finish.HasField("matched_stop") else None,
+            matched_token_id=finish.matched_token_id if finish.HasField("matched_token_id") else None,
+            usage=Usage(
+                prompt_tokens=usage.prompt_tokens,
+                cached_prompt_tokens=usage.cached_prompt_tokens,
+                completion_tokens=usage.completion_tokens,
+                queue_s=usage.queue_ns / 1e9,
+                prefill_s=usage.prefill_ns / 1e9,
+                decode_s=usage.decode_ns / 1e9,
+            ),
+            exact=finish.exact,
+        )
+        self.finishes[finish.choice] = ended
+        return ended
+
+    def _choice(self, number: int) -> list[int]:
+        if number >= len(self._tokens):
+            raise OutOfStep(f"choice {number} was not asked for")
+        return self._tokens[number]

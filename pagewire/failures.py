@@ -1,0 +1,99 @@
+"""What a failed call means: an error for the user, or a reason to try again, and when."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2  # pyright: ignore[reportMissingTypeStubs]
+
+from pagewire.borrowed import borrow
+
+if TYPE_CHECKING:
+    from common import errors
+else:
+    errors = borrow("common.errors")
+
+_DOMAIN: Final = "pagewire"
+_DETAILS_KEY: Final = "grpc-status-details-bin"
+# How a connection that broke is told where the server had no time to say anything. CANCELLED is not our own cancelling:
+# nobody asks what became of a call that he has cancelled himself.
+_LOST: Final = frozenset({
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.CANCELLED,
+})  # fmt: skip
+
+Trailers = Iterable[tuple[str, str | bytes]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """How a call ended that did not end well."""
+
+    error: errors.PagewireError
+    may_pass: bool  # the same call may succeed later, or elsewhere
+    answered: bool = False  # the server itself said no: to ask again is to add to its load
+    retry_after_s: float | None = None  # when the server wants to be asked again
+
+
+def lost(what: str) -> Failure:
+    """A stream that ended without an end."""
+    return Failure(error=errors.Unavailable(what), may_pass=True)
+
+
+def judge(code: grpc.StatusCode, message: str, trailers: Trailers, address: str) -> Failure:
+    """What the status of a call to `address` means."""
+    told, bad_request, retry = _details(trailers)
+    kind = _BY_REASON.get(told.reason) if told.domain == _DOMAIN else None
+    if kind is not None:
+        if issubclass(kind, errors.InvalidRequest):
+            violation = next(iter(bad_request.field_violations), error_details_pb2.BadRequest.FieldViolation())
+            return Failure(error=kind(violation.field, violation.description), may_pass=False)
+        if issubclass(kind, errors.Overloaded | errors.Unavailable):
+            after_s = retry.retry_delay.ToMilliseconds() / 1000
+            return Failure(error=kind(message, after_s), may_pass=True, answered=True, retry_after_s=after_s)
+        return Failure(error=kind(message), may_pass=False)
+    if told.domain == _DOMAIN:  # a bug there, or an error that is newer than this client
+        return Failure(error=errors.PagewireError(message), may_pass=False)
+    if code in _LOST:
+        # gRPC tells the whole story in one line, from general to particular; the last part is what a person can use
+        reason = message.rsplit(": ", 1)[-1].rstrip("]") or code.name
+        return lost(f"no connection to {address}: {reason}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return Failure(error=errors.DeadlineExceeded("the answer took longer than timeout_s"), may_pass=False)
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        problem = f"what answers on {address} is not a Pagewire server for clients, or an older one ({message})"
+        return Failure(error=errors.PagewireError(problem), may_pass=False)
+    return Failure(error=errors.PagewireError(f"{code.name}: {message}"), may_pass=False)
+
+
+def _details(
+    trailers: Trailers,
+) -> tuple[error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo]:
+    """The details that came with a status; empty where there are none, or where a proxy mangled them."""
+    known = (error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo())
+    for key, value in trailers:
+        if key == _DETAILS_KEY and isinstance(value, bytes):
+            try:
+                for detail in status_pb2.Status.FromString(value).details:
+                    any(detail.Unpack(message) for message in known)
+            except DecodeError:
+                break
+    return known
+
+
+def _kinds(kind: type[errors.PagewireError]) -> Iterator[type[errors.PagewireError]]:
+    for child in kind.__subclasses__():
+        if child.__module__ == errors.__name__:
+            yield child
+            yield from _kinds(child)
+
+
+# A reason is its error's name: InvalidRequest travels as INVALID_REQUEST.
+_BY_REASON: Final = {re.sub(r"(?<!^)(?=[A-Z])", "_", k.__name__).upper(): k for k in _kinds(errors.PagewireError)}

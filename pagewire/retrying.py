@@ -1,0 +1,102 @@
+"""When to try again, and where. No clock and no sleep: time comes in, delays go out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from pagewire.borrowed import borrow
+from pagewire.failures import Failure
+
+if TYPE_CHECKING:
+    from common import errors
+else:
+    errors = borrow("common.errors")
+
+FIRST_DELAY_S = 0.05
+MAX_DELAY_S = 2.0
+
+
+class RetryBudget:
+    """Keeps a client's retries to a tenth of its calls, and one a second, when servers refuse: a storm helps nobody.
+
+    A retry that is over the budget is not given up, it is put off. Connections that could not be made cost nothing.
+    """
+
+    def __init__(self, *, ratio: float = 0.1, per_s: float = 1.0, reserve: float = 10.0) -> None:
+        self._ratio = ratio
+        self._per_s = per_s
+        self._reserve = reserve
+        self._left = reserve
+        self._since_s: float | None = None
+
+    def call(self) -> None:
+        """A call that is no retry."""
+        self._left = min(self._reserve, self._left + self._ratio)
+
+    def retry(self, now_s: float) -> float:
+        """A retry: how long it must be put off."""
+        if self._since_s is not None:
+            self._left = min(self._reserve, self._left + (now_s - self._since_s) * self._per_s)
+        self._since_s = now_s
+        self._left -= 1
+        return max(0.0, -self._left / self._per_s)
+
+
+class Attempts:
+    """The calls of one request: which server is next, and after what delay."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        budget: RetryBudget,
+        *,
+        first: str,
+        began_s: float,
+        deadline_s: float,
+        patience_s: float,
+        jitter: Callable[[], float],
+    ) -> None:
+        """`jitter` gives a factor around 1; `patience_s` is how long calls may fail without telling anything new."""
+        self._not_before = dict.fromkeys((first, *addresses), began_s)  # in the order they are tried
+        self._budget = budget
+        self._deadline_s = deadline_s
+        self._patience_s = patience_s
+        self._jitter = jitter
+        self._failing_since_s: float | None = None  # None: the last call told something new
+        self._delay_s = FIRST_DELAY_S
+        self.address = first
+        budget.call()
+
+    def remaining_s(self, now_s: float) -> float:
+        """Time to the deadline."""
+        return max(0.001, self._deadline_s - now_s)
+
+    def heard(self) -> None:
+        """Something new came: what was before is forgotten."""
+        self._failing_since_s = None
+        self._delay_s = FIRST_DELAY_S
+
+    def failed(self, failure: Failure, now_s: float) -> float:
+        """The call to `address` failed: how long to wait before the next one, to the `address` of then.
+
+        Raises the failure's error when trying again is no use, or no time is left.
+        """
+        if not failure.may_pass:
+            raise failure.error
+        if self._failing_since_s is None:
+            self._failing_since_s = now_s
+        delay_s = self._delay_s * self._jitter()
+        self._delay_s = min(MAX_DELAY_S, 2 * self._delay_s)
+        if failure.retry_after_s is not None:
+            delay_s = max(delay_s, failure.retry_after_s * (0.5 + 0.5 * self._jitter()))
+        self._not_before[self.address] = now_s + delay_s
+        self.address = min(self._not_before, key=self._not_before.__getitem__)
+        wait_s = max(0.0, self._not_before[self.address] - now_s)
+        if failure.answered:
+            wait_s = max(wait_s, self._budget.retry(now_s))
+        if now_s + wait_s >= self._deadline_s:
+            raise errors.DeadlineExceeded(f"no time is left to try again: {failure.error}") from failure.error
+        if now_s + wait_s > self._failing_since_s + self._patience_s:
+            raise failure.error
+        return wait_s

@@ -1,0 +1,190 @@
+"""One answer as a reader gets it: tokens to deltas with text and a ticket, ends to finishes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from common.types import FinishReason
+from scheduler.sequence import Sequence
+from services.choice_text import ChoiceText, Piece
+from services.engine import ChoiceEvent, RequestStream
+from services.live_requests import LiveRequest, LiveRequests
+from services.request import GenerateSpec
+from services.tickets import TicketWriter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What one choice cost. Times in nanoseconds; those of a choice that ended elsewhere are 0."""
+
+    prompt_tokens: int
+    cached_prompt_tokens: int = 0
+    completion_tokens: int
+    queue_ns: int = 0
+    prefill_ns: int = 0
+    decode_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """New tokens and text of one choice; the text may lag behind the tokens."""
+
+    choice: int
+    index: int
+    token_ids: list[int]
+    text: str
+    ticket: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """The end of one choice."""
+
+    choice: int
+    reason: FinishReason
+    matched_stop: str | None
+    matched_token_id: int | None
+    usage: Usage
+    exact: bool = False
+
+
+class Choice:
+    """One choice: its text and tickets so far, all of it a function of its tokens."""
+
+    def __init__(self, number: int, num_prompt: int, text: ChoiceText, writer: TicketWriter) -> None:
+        self._number = number
+        self._num_prompt = num_prompt
+        self._text = text
+        self._writer = writer
+        self._finish: Finish | None = None
+        self.num_tokens = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """What the reader has of it is all there is."""
+        return self._finish is not None
+
+    @property
+    def finish(self) -> Finish:
+        """Its end, which is there."""
+        assert self._finish is not None, f"choice {self._number} has not ended"
+        return self._finish
+
+    def begin(self, tokens: list[int], reason: FinishReason, *, exact: bool) -> bool:
+        """Go through what the reader has; `reason` is why that is all, if it is. Returns whether it has ended."""
+        piece = self._push(tokens, reason)
+        if piece.reason:
+            usage = Usage(prompt_tokens=self._num_prompt, completion_tokens=self.num_tokens)
+            self._finish = self._end(piece, usage, exact=exact)
+        return self.has_ended
+
+    def take(self, event: ChoiceEvent, sequence: Sequence, expiry_s: int) -> tuple[Delta | None, Finish | None]:
+        """What the reader is told of these tokens."""
+        index = self.num_tokens
+        piece = self._push(event.tokens, event.reason)
+        delta = None
+        if piece.tokens:
+            ticket = self._writer.ticket(expiry_s, sequence.determinism or "")
+            delta = Delta(choice=self._number, index=index, token_ids=piece.tokens, text=piece.text, ticket=ticket)
+        if piece.reason:
+            self._finish = self._end(piece, self._usage(sequence), exact=bool(sequence.determinism))
+        return delta, self._finish
+
+    def _push(self, tokens: list[int], reason: FinishReason) -> Piece:
+        piece = self._text.push(tokens, reason)
+        assert piece.tokens or not piece.text, "text without a token: it would have no ticket"
+        self._writer.add(piece.tokens)
+        self.num_tokens += len(piece.tokens)
+        return piece
+
+    def _end(self, piece: Piece, usage: Usage, *, exact: bool) -> Finish:
+        return Finish(
+            choice=self._number,
+            reason=piece.reason,
+            matched_stop=piece.matched_stop,
+            matched_token_id=piece.matched_token_id,
+            usage=usage,
+            exact=exact,
+        )
+
+    def _usage(self, s: Sequence) -> Usage:
+        return Usage(
+            prompt_tokens=s.num_prompt,
+            cached_prompt_tokens=s.num_cached_prompt,
+            completion_tokens=self.num_tokens,
+            queue_ns=max(0, s.admitted_ns - s.arrived_ns),
+            prefill_ns=max(0, s.first_token_ns - s.admitted_ns),
+            decode_ns=max(0, s.last_token_ns - s.first_token_ns),
+        )
+
+
+class Answer:
+    """One request that is being answered. Whoever started it closes it, also where no event was ever asked for."""
+
+    def __init__(
+        self,
+        spec: GenerateSpec,
+        choices: Mapping[int, Choice],
+        stream: RequestStream | None,
+        kept: LiveRequest | None,
+        all_kept: LiveRequests,
+        *,
+        num_prompt_tokens: int,
+        ticket: bytes,
+        resumed: bool,
+        expiry_s: Callable[[], int],
+    ) -> None:
+        """`stream` is None where every choice has ended already; `kept` is there for a resumable request."""
+        self.spec = spec
+        self.num_prompt_tokens = num_prompt_tokens
+        self.ticket = ticket  # of a choice that has no token yet
+        self.resumed = resumed
+        self._choices = choices
+        self._stream = stream
+        self._kept = kept
+        self._all_kept = all_kept
+        self._expiry_s = expiry_s
+        self._ended: list[Delta | Finish] = [c.finish for c in choices.values() if c.has_ended]  # not told yet
+
+    @property
+    def is_open(self) -> bool:
+        """Some choice has not had its Finish."""
+        return bool(self._ended) or (self._stream is not None and self._stream.is_open)
+
+    @property
+    def is_resumable(self) -> bool:
+        """It may go on without a reader for a while."""
+        return self._kept is not None
+
+    async def next(self) -> list[Delta | Finish]:
+        """Wait for what comes next of any choice: deltas, and a Finish for each choice that ended."""
+        if self._ended:
+            out, self._ended = self._ended, []
+            return out
+        assert self._stream is not None, "every choice has ended"
+        out = []
+        expiry_s = self._expiry_s()
+        for event in await self._stream.take():
+            delta, finish = self._choices[event.choice].take(event, self._stream.sequences[event.choice], expiry_s)
+            if delta is not None:
+                out.append(delta)
+            if finish is not None:
+                if finish.reason is FinishReason.STOP_STRING:
+                    self._stream.end_choice(event.choice, FinishReason.STOP_STRING)
+                out.append(finish)
+        return out
+
+    def let_go(self) -> None:
+        """The caller is gone, and may come back: a resumable request goes on for a while, any other one ends."""
+        if self._kept is not None and self._kept.stream is self._stream and self.is_open:
+            self._all_kept.linger(self._kept)
+            self._kept = self._stream = None
+        self.close()
+
+    def close(self) -> None:
+        """The caller is served, or has left for good: what still runs is aborted."""
+        if self._stream is not None:
+            self._stream.close()
+            if self._kept is not None and self._kept.stream is self._stream:
+                self._all_kept.end(self._kept)

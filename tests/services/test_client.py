@@ -1,0 +1,527 @@
+"""The Python client: what it sends, what it believes, and when it tries again. Sans socket, then over one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from grpc import aio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import (
+    AlreadyRunning,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelFolderError,
+    Overloaded,
+    PagewireError,
+    Superseded,
+    TicketRefused,
+    TicketStale,
+    Unavailable,
+    UnknownModel,
+)
+from pagewire import Client, Delta
+from pagewire.aio import AsyncClient
+from pagewire.asking import request_of
+from pagewire.calls import addresses_of
+from pagewire.continuation import Continuation, OutOfStep
+from pagewire.failures import Failure, judge, lost
+from pagewire.retrying import Attempts, RetryBudget
+from protos import inference_pb2 as pb
+from services.handlers import Context, service_handler
+from services.status import internal_status, to_rpc_status
+
+SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+UNAVAILABLE = Failure(error=Unavailable("draining"), may_pass=True, answered=True, retry_after_s=1.0)
+
+
+# ---- what is asked
+
+
+def test_a_prompt_is_words_or_messages_or_tokens() -> None:
+    assert request_of("hi", {}).text == "hi"
+    assert list(request_of(None, {"token_ids": [1, 2]}).token_ids.ids) == [1, 2]
+    (message,) = request_of(None, {"messages": [{"role": "user", "content": "hi"}]}).chat.messages
+    assert (message.role, message.content) == ("user", "hi")
+
+
+def test_what_is_not_given_is_not_sent() -> None:
+    assert request_of("hi", {}) == pb.GenerateStreamRequest(text="hi")
+    assert request_of("hi", {"temperature": 0.0}).sampling.HasField("temperature")
+    assert request_of("hi", {"stop": "."}).stopping.stop == ["."]
+    assert request_of("hi", {"stop": [".", "!"], "max_tokens": 3}).stopping.max_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings"),
+    [(None, {}), ("a", {"token_ids": [1]}), (None, {"token_ids": [1], "messages": []}), ("a", {"temprature": 1})],
+    ids=str,
+)
+def test_a_mistake_in_the_call_is_a_type_error(prompt: str | None, settings: Any) -> None:
+    with pytest.raises(TypeError, match=r"give one of|there is no setting 'temprature'"):
+        request_of(prompt, settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"top_k": -1}, "top_k"),
+        ({"seed": 1 << 64}, "seed"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"stop": [1]}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"temperature": "hot"}, "temperature"),
+    ],
+    ids=str,
+)
+def test_a_value_that_cannot_be_sent_is_named(settings: Any, field: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        request_of("secret prompt", settings)
+    assert refusal.value.field == field
+
+
+def test_a_message_that_is_none_is_named_without_its_words() -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        request_of(None, {"messages": [{"role": "user", "content": "fine"}, {"role": "user", "text": "secret"}]})
+    assert refusal.value.field == "messages[1]"
+    assert "secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "addresses"),
+    [("a:1", ("a:1",)), ("a:1, b:2,a:1", ("a:1", "b:2")), (["a:1", "unix:/x"], ("a:1", "unix:/x"))],
+)
+def test_addresses_are_told_by_commas(text: Any, addresses: tuple[str, ...]) -> None:
+    assert addresses_of(text) == addresses
+
+
+@pytest.mark.parametrize("text", ["", ",", "a:1,", [], [""]])
+def test_no_address_is_a_mistake(text: Any) -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        Client(text)
+
+
+# ---- what is heard
+
+
+def delta(index: int, *tokens: int, choice: int = 0) -> pb.GenerateStreamResponse:
+    ticket = f"{choice} after {index + len(tokens)}".encode()
+    return pb.GenerateStreamResponse(
+        delta=pb.Delta(choice=choice, index=index, token_ids=tokens, text="".join(map(chr, tokens)), ticket=ticket)
+    )
+
+
+def finish(choice: int = 0) -> pb.GenerateStreamResponse:
+    return pb.GenerateStreamResponse(finish=pb.Finish(choice=choice, reason=pb.FINISH_REASON_LENGTH, exact=True))
+
+
+def first(**changes: Any) -> pb.GenerateStreamResponse:
+    return pb.GenerateStreamResponse(prompt=pb.PromptInfo(model="m", max_tokens=9, ticket=b"first", **changes))
+
+
+def test_a_request_is_the_same_however_often_it_is_sent() -> None:
+    asked = Continuation(pb.GenerateStreamRequest(text="hi"))
+    sent = asked.next_call()
+
+    assert isinstance(sent, pb.GenerateStreamRequest)
+    assert sent.resumable and sent.request_id and sent.sampling.HasField("seed")
+    assert asked.next_call() == sent
+    assert Continuation(pb.GenerateStreamRequest(text="hi")).next_call() != sent, "another one is another one"
+
+
+def test_once_something_was_heard_the_rest_is_asked_for_with_all_that_was_heard() -> None:
+    asked = Continuation(pb.GenerateStreamRequest(text="hi", sampling=pb.SamplingParams(n=3)))
+    for message in (first(), delta(0, 65, 66), delta(0, 67, choice=1), delta(2, 68), finish(choice=1)):
+        asked.hear(message)
+    resumed = asked.next_call()
+
+    assert isinstance(resumed, pb.ResumeRequest)
+    assert resumed.request.stopping.max_tokens == 9
+    assert [(p.choice, p.ticket, list(p.token_ids)) for p in resumed.choices] == [
+        (0, b"0 after 3", [65, 66, 68]),
+        (2, b"first", []),
+    ]
+
+
+def test_what_was_told_already_is_not_told_again() -> None:
+    asked = Continuation(pb.GenerateStreamRequest(text="hi"))
+    for message in (first(), delta(0, 65, 66), delta(2, 67)):
+        asked.hear(message)
+
+    assert asked.hear(delta(0, 65, 66)) is None
+    assert asked.hear(delta(2, 67)) is None
+    assert isinstance(new := asked.hear(delta(3, 68)), Delta) and new.token_ids == (68,)
+    assert asked.hear(finish()) is not None
+    assert asked.hear(finish()) is None
+    assert asked.answer().text == "ABCD"
+
+
+@pytest.mark.parametrize("message", [delta(2, 67), delta(0, 65, 66, 67), delta(0, 65, choice=1), finish(choice=7)])
+def test_a_message_that_leaves_a_gap_or_was_not_asked_for_is_not_believed(message: pb.GenerateStreamResponse) -> None:
+    asked = Continuation(pb.GenerateStreamRequest(text="hi"))
+    asked.hear(first())
+    asked.hear(delta(0, 65))
+
+    with pytest.raises(OutOfStep):
+        asked.hear(message)
+    assert asked.finishes == {}
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), max_size=30))
+def test_whatever_comes_in_whatever_order_the_tokens_told_are_a_beginning_of_the_answer(
+    pieces: list[tuple[int, int]],
+) -> None:
+    answer = list(range(65, 80))
+    asked = Continuation(pb.GenerateStreamRequest(text="hi"))
+    told: list[int] = []
+    for index, count in pieces:
+        try:
+            new = asked.hear(delta(index, *answer[index : index + count]))
+        except OutOfStep:
+            continue
+        if isinstance(new, Delta):
+            assert new.index == len(told)
+            told += new.token_ids
+    assert told == answer[: len(told)]
+
+
+# ---- what a failure means
+
+
+def judged(error: PagewireError) -> Failure:
+    status = to_rpc_status(error)
+    return judge(status.code, status.message, status.trailing_metadata, "a:1")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequest("n", "too many"),
+        UnknownModel("m"),
+        DeadlineExceeded("late"),
+        AlreadyRunning("twice"),
+        Superseded("other"),
+        TicketRefused("no"),
+        TicketStale("old"),
+        ModelFolderError("broken"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_will_not_pass_is_told_as_it_was_meant(error: PagewireError) -> None:
+    failure = judged(error)
+
+    assert not failure.may_pass
+    assert type(failure.error) is type(error)
+    assert str(failure.error) == str(error)
+
+
+@pytest.mark.parametrize("kind", [Overloaded, Unavailable])
+def test_a_refusal_says_when_to_come_back(kind: type[Overloaded | Unavailable]) -> None:
+    failure = judged(kind("full", 2.5))
+
+    assert failure.may_pass and failure.answered
+    assert failure.retry_after_s == 2.5
+    assert type(failure.error) is kind
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.CANCELLED,
+    ],
+)
+def test_a_connection_that_broke_may_be_made_anew(code: grpc.StatusCode) -> None:
+    failure = judge(code, "errors: [ipv4:1.2.3.4: Connection reset]", (), "a:1")
+
+    assert failure.may_pass and not failure.answered
+    assert str(failure.error) == "no connection to a:1: Connection reset"
+
+
+def test_a_bug_of_the_servers_is_not_tried_again() -> None:
+    status = internal_status("e5")
+    failure = judge(status.code, status.message, status.trailing_metadata, "a:1")
+
+    assert not failure.may_pass
+    assert "e5" in str(failure.error)
+
+
+def test_an_error_of_a_later_version_is_not_tried_again() -> None:
+    detail = status_pb2.Status()
+    detail.details.add().Pack(error_details_pb2.ErrorInfo(reason="NEVER_HEARD_OF", domain="pagewire"))
+    trailers = (("grpc-status-details-bin", detail.SerializeToString()),)
+
+    assert not judge(grpc.StatusCode.UNAVAILABLE, "new", trailers, "a:1").may_pass
+
+
+def test_mangled_details_leave_the_code_to_go_by() -> None:
+    assert judge(grpc.StatusCode.UNAVAILABLE, "x", (("grpc-status-details-bin", b"\xff"),), "a:1").may_pass
+    assert not judge(grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max", (), "a:1").may_pass
+
+
+# ---- when and where to try again
+
+
+def attempts(*addresses: str, patience_s: float = 30.0, deadline_s: float = 600.0, **changes: Any) -> Attempts:
+    settings: dict[str, Any] = {"budget": RetryBudget(), "jitter": lambda: 1.0, "began_s": 0.0, **changes}
+    return Attempts(
+        addresses or ("a",), first=(addresses or ("a",))[0], patience_s=patience_s, deadline_s=deadline_s, **settings
+    )
+
+
+def test_delays_double_up_to_two_seconds_and_begin_anew_after_a_message() -> None:
+    one = attempts()
+    now_s, delays = 0.0, []
+    for _ in range(8):
+        delays.append(one.failed(lost("x"), now_s))
+        now_s += delays[-1]
+    assert delays == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0])
+    one.heard()
+    assert one.failed(lost("x"), now_s) == pytest.approx(0.05)
+
+
+def test_the_next_address_is_asked_at_once_and_only_a_whole_round_waits() -> None:
+    three = attempts("a", "b", "c")
+    tried, delays = [], []
+    for _ in range(4):
+        tried.append(three.address)
+        delays.append(three.failed(lost("x"), 0.0))
+    assert tried == ["a", "b", "c", "a"]
+    assert delays[:2] == [0.0, 0.0]
+    assert delays[2] == pytest.approx(0.05), "until the first may be asked again"
+
+
+def test_a_server_is_not_asked_before_the_time_that_it_named() -> None:
+    assert attempts().failed(UNAVAILABLE, 0.0) >= 1.0
+    two = attempts("a", "b")
+    assert two.failed(UNAVAILABLE, 0.0) == 0.0
+    assert two.address == "b", "another one may be"
+
+
+def test_what_cannot_pass_is_raised_at_once() -> None:
+    with pytest.raises(InvalidRequest):
+        attempts().failed(Failure(error=InvalidRequest("n", "x"), may_pass=False), 0.0)
+
+
+def test_patience_begins_with_the_first_failure_and_anew_whenever_something_new_was_heard() -> None:
+    one = attempts(patience_s=5.0)
+    one.failed(lost("x"), 100.0)  # after a long wait in a queue, say
+    one.failed(lost("x"), 104.8)
+    with pytest.raises(Unavailable):
+        one.failed(lost("x"), 105.0)
+    one.heard()
+    one.failed(lost("x"), 200.0)
+
+
+def test_the_deadline_is_the_end_and_says_what_was_in_the_way() -> None:
+    with pytest.raises(DeadlineExceeded, match="what was in the way"):
+        attempts(deadline_s=10.0).failed(lost("what was in the way"), 9.99)
+
+
+def test_retries_over_the_budget_are_put_off_and_not_given_up() -> None:
+    budget = RetryBudget(ratio=0.1, per_s=2.0, reserve=3.0)
+    assert [budget.retry(0.0) for _ in range(5)] == [0.0, 0.0, 0.0, 0.5, 1.0]
+    assert budget.retry(10.0) == 0.0, "time fills it again"
+    for _ in range(100):
+        budget.call()
+    assert [budget.retry(10.0) for _ in range(4)] == [0.0, 0.0, 0.0, 0.5], "never above the reserve"
+
+
+def test_connections_that_could_not_be_made_cost_nothing_of_the_budget() -> None:
+    budget = RetryBudget(reserve=1.0)
+    many = [attempts(budget=budget) for _ in range(50)]
+    assert all(one.failed(lost("x"), 0.0) < 0.1 for one in many)
+    assert [attempts(budget=budget).failed(UNAVAILABLE, 0.0) for _ in range(4)] == pytest.approx([1.0, 1.0, 1.8, 2.7])
+
+
+# ---- over a socket
+
+Script = Callable[[Any, Context], AsyncGenerator[pb.GenerateStreamResponse, None]]
+
+
+class Scripted:
+    """A server that does as it is told, call by call."""
+
+    def __init__(self, *scripts: Script) -> None:
+        self.scripts = list(scripts)
+        self.asked: list[Any] = []
+        self.cancelled: list[str] = []
+
+    async def GenerateStream(  # noqa: N802
+        self, request: Any, context: Context
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        self.asked.append(request)
+        async for message in self.scripts.pop(0)(request, context):
+            yield message
+
+    Resume = GenerateStream
+
+    async def Cancel(self, request: Any, context: Context) -> pb.CancelResponse:  # noqa: N802
+        self.cancelled.append(request.request_id)
+        return pb.CancelResponse(found=True)
+
+    Generate = Tokenize = Detokenize = GetModel = Cancel
+
+
+def saying(*messages: pb.GenerateStreamResponse, then: PagewireError | None = None) -> Script:
+    async def script(request: Any, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        for message in messages:
+            yield message
+        if then is not None:
+            raise then
+
+    return script
+
+
+async def silence(request: Any, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+    yield first()
+    await asyncio.Event().wait()
+
+
+GONE = Unavailable("going", 0.0)
+
+
+@contextmanager
+def played(*scripts: Script) -> Iterator[tuple[Scripted, Callable[[Callable[[str], Any]], Any]]]:
+    """The server, and a way to run something blocking beside it."""
+    server = Scripted(*scripts)
+
+    def run(use: Callable[[str], Any]) -> Any:
+        async def main() -> Any:
+            running = aio.server()
+            running.add_generic_rpc_handlers((service_handler(SERVICE, pb.DESCRIPTOR, server),))
+            port = running.add_insecure_port("127.0.0.1:0")
+            await running.start()
+            try:
+                async with asyncio.timeout(30):
+                    result = use(f"127.0.0.1:{port}")
+                    return await result if asyncio.iscoroutine(result) else result
+            finally:
+                await running.stop(None)
+
+        return asyncio.run(main())
+
+    yield server, run
+
+
+async def generate(address: str, kind: str, **settings: Any) -> Any:
+    """An answer, by either client."""
+    if kind == "async":
+        async with AsyncClient(address, **settings) as client:
+            return await client.generate("hi")
+
+    def ask() -> Any:
+        with Client(address, **settings) as client:
+            return client.generate("hi")
+
+    return await asyncio.to_thread(ask)
+
+
+both = pytest.mark.parametrize("kind", ["sync", "async"])
+
+
+@both
+def test_an_answer_comes_together_from_pieces_of_several_calls(kind: str) -> None:
+    with played(
+        saying(then=GONE),
+        saying(first(), then=GONE),
+        saying(first(), delta(0, 65), delta(1, 66), then=GONE),
+        saying(first(resumed=True), delta(2, 67)),  # ends well, without an end
+        saying(first(resumed=True), delta(9, 99)),  # out of step
+        saying(first(resumed=True), delta(2, 67), delta(3, 68), then=GONE),  # a repeat
+        saying(first(resumed=True), finish()),
+    ) as (server, run):
+        answer = run(lambda address: generate(address, kind))
+
+    assert (answer.text, answer.token_ids, answer.model) == ("ABCD", (65, 66, 67, 68), "m")
+    assert answer.finish.exact
+    kinds = [type(request).__name__ for request in server.asked]
+    assert kinds == ["GenerateStreamRequest"] * 3 + ["ResumeRequest"] * 4
+    assert server.asked[0] == server.asked[1]
+    assert [list(request.choices[0].token_ids) for request in server.asked[3:]] == [
+        [65, 66],
+        [65, 66, 67],
+        [65, 66, 67],
+        [65, 66, 67, 68],
+    ]
+
+
+@both
+def test_an_error_that_will_not_pass_is_raised_as_what_it_is(kind: str) -> None:
+    scripts = played(saying(then=InvalidRequest("n", "too many")))
+    with scripts as (server, run), pytest.raises(InvalidRequest) as refusal:
+        run(lambda address: generate(address, kind))
+    assert (refusal.value.field, refusal.value.problem) == ("n", "too many")
+    assert len(server.asked) == 1
+
+
+@both
+def test_nobody_there_is_an_error_once_patience_ends(kind: str) -> None:
+    with pytest.raises(Unavailable, match=r"no connection to 127\.0\.0\.1:1: "):
+        asyncio.run(generate("127.0.0.1:1", kind, patience_s=0.1))
+
+
+@both
+def test_a_server_that_says_nothing_is_waited_for_until_the_deadline(kind: str) -> None:
+    with played(silence) as (_, run), pytest.raises(DeadlineExceeded):
+        run(lambda address: generate(address, kind, timeout_s=0.3))
+
+
+@both
+def test_the_next_address_answers_where_the_first_does_not(kind: str) -> None:
+    with played(saying(first(), delta(0, 65), finish())) as (_, run):
+        answer = run(lambda address: generate(f"127.0.0.1:1,{address}", kind))
+    assert answer.text == "A"
+
+
+def test_a_stream_that_is_left_is_cancelled_by_its_name() -> None:
+    async def leave(address: str) -> str:
+        async with AsyncClient(address) as client, client.stream("hi") as stream:
+            async for _ in stream:
+                break
+            return stream.request_id
+
+    async def more(request: Any, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        yield first()
+        yield delta(0, 65)
+        await asyncio.Event().wait()
+
+    with played(more) as (server, run):
+        name = run(leave)
+    assert server.cancelled == [name]
+
+
+def test_a_stream_that_came_to_its_end_is_not_cancelled() -> None:
+    async def read(address: str) -> None:
+        async with AsyncClient(address) as client, client.stream("hi") as stream:
+            assert [d.text async for d in stream] == ["A"]
+            assert stream.finish is not None
+
+    with played(saying(first(), delta(0, 65), finish())) as (server, run):
+        run(read)
+    assert server.cancelled == []
+
+
+def test_metadata_goes_with_every_call() -> None:
+    seen: list[Any] = []
+
+    async def look(request: Any, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        seen.append(dict(context.invocation_metadata() or ()).get("authorization"))
+        yield first()
+        yield delta(0, 65)
+        if len(seen) == 1:
+            raise GONE
+        yield finish()
+
+    with played(look, look) as (_, run):
+        run(lambda address: generate(address, "async", metadata=[("authorization", "Bearer k")]))
+    assert seen == ["Bearer k", "Bearer k"]
