@@ -34,7 +34,11 @@ async def run(config: ExecutorConfig, model_path: Path, ready_fd: int | None = N
             lifecycle.announce(ready_fd, name)
 
     service = ExecutorService(
-        lambda: make_runner(config, model, name), config.scheduler, on_joined=on_joined, drain_s=config.drain_s
+        lambda: make_runner(config, model, name),
+        config.scheduler,
+        on_joined=on_joined,
+        drain_s=config.drain_s,
+        watchdog_s=config.watchdog_s,
     )
     await service.run(stop)
     log.info("stopped")

@@ -24,6 +24,7 @@ from common.config import SchedulerConfig
 from common.model_folder import read_model_folder
 from common.sampling import RequestLimits
 from protos import inference_pb2, monitoring_pb2
+from scheduler.reputation import Patience
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from services import lifecycle
 from services.answering import Answerer
@@ -58,6 +59,9 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         max_running=config.max_running,
         watermark=config.watermark,
         prefix_caching=config.prefix_caching,
+        patience=Patience(
+            quarantine_ns=round(config.quarantine_s * 1e9), longest_hold_ns=round(config.max_executor_hold_s * 1e9)
+        ),
     )
     core = Scheduler(limits, model=model.digest, eos=set(model.eos_token_ids), secret=secrets.token_bytes(32))
     engine = Engine(core, executor_wait_s=config.executor_wait_s, max_waiting=config.max_waiting)
@@ -74,7 +78,15 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         lambda: len(core.sessions),
         max_streams=config.max_streams,
     )
-    links = ExecutorLinkService(engine, model, silence_s=config.silence_s, step_timeout_s=config.step_timeout_s)
+    links = ExecutorLinkService(
+        engine,
+        model,
+        suspect_s=config.suspect_s,
+        silence_s=config.silence_s,
+        lease_s=config.lease_s,
+        step_timeout_s=config.step_timeout_s,
+        step_patience_s=config.step_patience_s,
+    )
 
     clients = aio.server(
         options=server_options(max_streams=config.max_streams, max_message_bytes=config.max_message_bytes)
@@ -107,6 +119,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(config.drain_s):
                 await engine.idle()
+        links.stopping()
         await clients.stop(grace=1.0)
         await executors.stop(grace=0.5)
     finally:
