@@ -16,7 +16,7 @@ from common.step import NewSequence, StepPlan, StepResult
 from common.types import BlockId, SlotRef
 from executor.fake_runner import FakeRunner, Prefix, position_token
 from protos import executor_pb2 as pb
-from services import codec_link
+from services import codec_link, watchdog
 from services.executor_service import ExecutorService
 from services.grpc_options import link_options
 from services.handlers import Context
@@ -78,6 +78,7 @@ def run(
     *,
     next_token: Callable[[Prefix], int | None] = position_token,
     max_backoff_s: float = 0.001,
+    watchdog_s: float = 0.0,
 ) -> None:
     """Serve a fake model to the played scheduler until `until` returns. What ends the executor early fails the test."""
 
@@ -97,7 +98,11 @@ def run(
         await server.start()
         stop = asyncio.Event()
         service = ExecutorService(
-            lambda: FakeRunner(next_token=next_token), address, drain_s=0, max_backoff_s=max_backoff_s
+            lambda: FakeRunner(next_token=next_token),
+            address,
+            drain_s=0,
+            max_backoff_s=max_backoff_s,
+            watchdog_s=watchdog_s,
         )
         serving = asyncio.create_task(service.run(stop))
         waiting = asyncio.ensure_future(until())
@@ -263,3 +268,27 @@ def test_a_heartbeat_says_how_long_the_step_has_taken() -> None:
         seen.set()
 
     run(played, seen.wait, next_token=next_token)
+
+
+def test_a_process_whose_step_never_ends_ends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, go_on = threading.Event(), threading.Event()
+
+    def end_process() -> None:
+        ended.set()
+        go_on.set()
+
+    def next_token(prefix: Prefix) -> int:
+        go_on.wait(30)
+        return 7
+
+    async def played(link: int, context: Context) -> None:
+        await welcome(context)
+        await send(context, first_step([1, 2, 3]))
+        while isinstance(await context.read(), bytes):
+            pass
+
+    async def check() -> None:
+        assert await asyncio.to_thread(ended.wait, 30)
+
+    monkeypatch.setattr(watchdog, "end_process", end_process)
+    run(played, check, next_token=next_token, watchdog_s=0.5)

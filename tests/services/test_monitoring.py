@@ -23,10 +23,11 @@ def test_losses_are_counted_and_said() -> None:
         assert plan is not None
         world.lose(session)
         world.join()
-        losses = status_of(world).scheduler.executor_losses
-        assert losses.unclean_ends == session + 1
-        assert losses.num_suspects == (session < 2)
+        told = status_of(world).scheduler.executor_losses
+        assert told.unclean_ends == session + 1
+        assert told.num_suspects == (session < 2)
 
+    losses = status_of(world).scheduler.executor_losses
     assert (losses.suspected_requests, losses.trials, losses.given_up_requests) == (3, 1, 1)
     assert lines(status_of(world))[1].startswith("executors lost: 3; requests given up for that: 1, under suspicion: 0")
 
