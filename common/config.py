@@ -81,8 +81,15 @@ class SchedulerConfig:
     max_choices: int = option(8, "largest n of a request", least=1)
     max_message_bytes: int = option(4 << 20, "largest message from a client", least=1024)
     max_streams: int = option(4096, "calls that may be open at once", least=1)
-    silence_s: float = option(5.0, "seconds without a word after which an executor is given up", least=0.5)
-    step_timeout_s: float = option(120.0, "seconds one step may take before its executor is given up", least=1)
+    suspect_s: float = option(1.0, "seconds without a word after which an executor gets nothing new", least=0.3)
+    silence_s: float = option(2.0, "seconds without a word after which an executor is given up", least=0.5)
+    lease_s: float = option(5.0, "seconds without a word after which executors give this scheduler up", least=0.5)
+    step_timeout_s: float = option(120.0, "seconds any step may take before its executor is given up", least=1)
+    step_patience_s: float = option(
+        2.0, "seconds any step may take, also where eight times what such steps took lately is less", least=0.1
+    )
+    quarantine_s: float = option(60.0, "seconds without new sequences for executors that send unusable rows")
+    max_executor_hold_s: float = option(10.0, "seconds at most without work for executors that die young")
     drain_s: float = option(30.0, "seconds that running requests get after SIGTERM")
     ticket_keys: str = option(
         "", "file of the keys that sign tickets, made where it is missing; PAGEWIRE_HOME/ticket-keys when empty"
@@ -119,6 +126,9 @@ class ExecutorConfig:
     max_model_len: int = option(0, "tokens of one sequence; 0 is what the model was made for")
     threads: int = option(0, "threads of the forward; 0 is one for each physical core this process may use")
     drain_s: float = option(30.0, "seconds that running sequences get after SIGTERM")
+    watchdog_s: float = option(
+        300.0, "seconds the compute thread may stand still before the process ends itself; 0 is for ever"
+    )
     fake: bool = option(False, "no model: tokens that can be computed by hand, for tests and demonstrations")
     fake_tokens: Literal["position", "hash"] = option(
         "position", "tokens of the fake model: how many there are before, or a hash of all that is before"

@@ -6,6 +6,7 @@ PagewireError
 ├── UnknownModel        the request names a model that is not served here
 ├── Overloaded          too much is open or waits, or the tenant's rate is used up; try again later
 ├── Unavailable         no executor, draining; try again later
+├── RequestFailed       executors died with this request again and again; sending it anew does not help
 ├── DeadlineExceeded    the caller's deadline passed while it waited or ran
 ├── AlreadyRunning      another request of that id runs already
 ├── Superseded          another call has taken this request over
@@ -13,6 +14,8 @@ PagewireError
 ├── TicketRefused       a ticket that was not given for this request and these tokens
 ├── TicketStale         a ticket that was good once: it has expired, or another model is served now
 ├── ExecutorRejected    the two halves do not fit together (model, version); an operator must act
+├── NameTaken           another executor of this name is connected; the newcomer waits for its end
+├── StaleEpoch          the executor has served a later scheduler; this one must not use it
 └── ModelFolderError    a model's files are missing, truncated or of an unknown kind
 """
 
@@ -56,6 +59,14 @@ class Unavailable(PagewireError):
         self.retry_after_s = retry_after_s
 
 
+class RequestFailed(PagewireError):
+    """The request was given up for what it did to executors. `error_id` is the one in the server's log."""
+
+    def __init__(self, message: str, error_id: str = "") -> None:
+        super().__init__(message)
+        self.error_id = error_id
+
+
 class DeadlineExceeded(PagewireError):
     """The caller's deadline passed before the answer was complete."""
 
@@ -82,6 +93,14 @@ class TicketStale(PagewireError):
 
 class ExecutorRejected(PagewireError):
     """Scheduler and executor do not fit together; retrying does not help."""
+
+
+class NameTaken(PagewireError):
+    """An executor of this name is connected already, and lives."""
+
+
+class StaleEpoch(PagewireError):
+    """The executor has been welcomed by a scheduler that started later than this one."""
 
 
 class ModelFolderError(PagewireError):

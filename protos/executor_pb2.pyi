@@ -3,14 +3,16 @@
 isort:skip_file
 The link between a scheduler and an executor: one bidirectional stream, dialled by the executor.
 
-Down: Welcome, then StepPlans with contiguous step numbers. Up: Hello, then one StepResult a plan, and Heartbeats.
+Down: Welcome, then StepPlans with contiguous step numbers, and Pings. Up: Hello, then one StepResult a plan, and
+Heartbeats.
 A plan is a delta: a sequence is told whole once (NewSequence), later plans name it by its slot reference
 (generation << 16 | slot) and say what changed. Columns of numbers travel as little-endian u32 in bytes.
 What each field means to the forward pass is said once, in common/step.py.
 
 Safe to lose, repeat or delay: everything an executor keeps belongs to a session; a new session starts from nothing.
 A result is used only if its session is the current one, its step is the next one, and each row's output index is
-exactly the next of its sequence's current attempt. Nothing rests on a clock.
+exactly the next of its sequence's current attempt. Nothing rests on a clock: what is too old by one is only given up,
+and what it says afterwards belongs to no session.
 """
 
 from collections import abc as _abc
@@ -38,6 +40,7 @@ class LinkRequest(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     LEAVE_FIELD_NUMBER: _builtins.int
+    FAULT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """first, once"""
@@ -50,6 +53,10 @@ class LinkRequest(_message.Message):
     def leave(self) -> Global___Leave:
         """going down on purpose: send no more plans, place my sequences elsewhere"""
 
+    @_builtins.property
+    def fault(self) -> Global___Fault:
+        """a step failed; the scheduler ends the link, and a new one begins from nothing"""
+
     def __init__(
         self,
         *,
@@ -57,12 +64,13 @@ class LinkRequest(_message.Message):
         result: Global___StepResult | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         leave: Global___Leave | None = ...,
+        fault: Global___Fault | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "message", b"message", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fault", b"fault", "heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "message", b"message", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "message", b"message", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fault", b"fault", "heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "message", b"message", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "result", "heartbeat", "leave"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "result", "heartbeat", "leave", "fault"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -76,23 +84,29 @@ class LinkResponse(_message.Message):
 
     WELCOME_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
+    PING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """first, once"""
 
     @_builtins.property
     def plan(self) -> Global___StepPlan: ...
+    @_builtins.property
+    def ping(self) -> Global___Ping:
+        """a sign of life while there are no plans"""
+
     def __init__(
         self,
         *,
         welcome: Global___Welcome | None = ...,
         plan: Global___StepPlan | None = ...,
+        ping: Global___Ping | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "plan", b"plan", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "ping", b"ping", "plan", b"plan", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "plan", b"plan", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "ping", b"ping", "plan", b"plan", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "plan"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "plan", "ping"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -120,6 +134,7 @@ class Hello(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     DETERMINISM_FIELD_NUMBER: _builtins.int
+    LAST_EPOCH_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """the version of this contract: 1"""
     name: _builtins.str
@@ -140,6 +155,8 @@ class Hello(_message.Message):
     device: _builtins.str
     determinism: _builtins.str
     """16 hex digits: executors with the same ones compute the same tokens bit for bit, whatever the batch. Empty: no promise."""
+    last_epoch: _builtins.int
+    """the highest that this process was welcomed with; 0 is none"""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -161,10 +178,11 @@ class Hello(_message.Message):
         device: _builtins.str = ...,
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
         determinism: _builtins.str = ...,
+        last_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "capabilities", b"capabilities", "credit", b"credit", "determinism", b"determinism", "device", b"device", "dtype", b"dtype", "incarnation", b"incarnation", "max_model_len", b"max_model_len", "max_sequences", b"max_sequences", "max_step_tokens", b"max_step_tokens", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_blocks", b"num_blocks", "protocol", b"protocol", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "capabilities", b"capabilities", "credit", b"credit", "determinism", b"determinism", "device", b"device", "dtype", b"dtype", "incarnation", b"incarnation", "last_epoch", b"last_epoch", "max_model_len", b"max_model_len", "max_sequences", b"max_sequences", "max_step_tokens", b"max_step_tokens", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_blocks", b"num_blocks", "protocol", b"protocol", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -177,21 +195,25 @@ class Welcome(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     HEARTBEAT_MS_FIELD_NUMBER: _builtins.int
+    LEASE_MS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
-    """of the scheduler's process"""
+    """of the scheduler's process; a later process has a higher one"""
     session: _builtins.int
     heartbeat_ms: _builtins.int
     """send one at least this often"""
+    lease_ms: _builtins.int
+    """without a word from the scheduler for so long, stop and dial again; 0 is for ever"""
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         session: _builtins.int = ...,
         heartbeat_ms: _builtins.int = ...,
+        lease_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "heartbeat_ms", b"heartbeat_ms", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "heartbeat_ms", b"heartbeat_ms", "lease_ms", b"lease_ms", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -394,12 +416,15 @@ class Heartbeat(_message.Message):
     TICK_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     COMPUTING_FIELD_NUMBER: _builtins.int
+    STEP_MS_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     tick: _builtins.int
     """counted up by the compute loop, not by the sender"""
     step: _builtins.int
     """the next step it waits for"""
     computing: _builtins.bool
+    step_ms: _builtins.int
+    """how long it has been computing that step, by its own clock; 0 while it is not"""
     def __init__(
         self,
         *,
@@ -407,14 +432,56 @@ class Heartbeat(_message.Message):
         tick: _builtins.int = ...,
         step: _builtins.int = ...,
         computing: _builtins.bool = ...,
+        step_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["computing", b"computing", "session", b"session", "step", b"step", "tick", b"tick"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["computing", b"computing", "session", b"session", "step", b"step", "step_ms", b"step_ms", "tick", b"tick"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class Fault(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    WHAT_FIELD_NUMBER: _builtins.int
+    session: _builtins.int
+    step: _builtins.int
+    what: _builtins.str
+    """the kind of error, without its text"""
+    def __init__(
+        self,
+        *,
+        session: _builtins.int = ...,
+        step: _builtins.int = ...,
+        what: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "step", b"step", "what", b"what"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fault: _TypeAlias = Fault  # noqa: Y015
+
+@_typing.final
+class Ping(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ping: _TypeAlias = Ping  # noqa: Y015
 
 @_typing.final
 class Leave(_message.Message):

@@ -3,14 +3,16 @@
 isort:skip_file
 The link between a scheduler and an executor: one bidirectional stream, dialled by the executor.
 
-Down: Welcome, then StepPlans with contiguous step numbers. Up: Hello, then one StepResult a plan, and Heartbeats.
+Down: Welcome, then StepPlans with contiguous step numbers, and Pings. Up: Hello, then one StepResult a plan, and
+Heartbeats.
 A plan is a delta: a sequence is told whole once (NewSequence), later plans name it by its slot reference
 (generation << 16 | slot) and say what changed. Columns of numbers travel as little-endian u32 in bytes.
 What each field means to the forward pass is said once, in common/step.py.
 
 Safe to lose, repeat or delay: everything an executor keeps belongs to a session; a new session starts from nothing.
 A result is used only if its session is the current one, its step is the next one, and each row's output index is
-exactly the next of its sequence's current attempt. Nothing rests on a clock.
+exactly the next of its sequence's current attempt. Nothing rests on a clock: what is too old by one is only given up,
+and what it says afterwards belongs to no session.
 """
 
 from collections import abc as _abc

@@ -123,6 +123,7 @@ class SchedulerStatus(_message.Message):
     WAITING_TOKENS_FIELD_NUMBER: _builtins.int
     REFUSED_REQUESTS_FIELD_NUMBER: _builtins.int
     LINE_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    EXECUTOR_LOSSES_FIELD_NUMBER: _builtins.int
     uptime_ns: _builtins.int
     """since it became ready"""
     cpu_ns: _builtins.int
@@ -156,6 +157,8 @@ class SchedulerStatus(_message.Message):
     def refused_requests(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """by the limit that they met"""
 
+    @_builtins.property
+    def executor_losses(self) -> Global___ExecutorLosses: ...
     def __init__(
         self,
         *,
@@ -175,14 +178,69 @@ class SchedulerStatus(_message.Message):
         waiting_tokens: _builtins.int = ...,
         refused_requests: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         line_tokens_per_s: _builtins.float = ...,
+        executor_losses: Global___ExecutorLosses | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["executor_losses", b"executor_losses"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "cpu_ns", b"cpu_ns", "cpu_us_per_output_token", b"cpu_us_per_output_token", "dropped_rows", b"dropped_rows", "finished_sequences", b"finished_sequences", "line_tokens_per_s", b"line_tokens_per_s", "moved_sequences", b"moved_sequences", "num_running", b"num_running", "num_waiting", b"num_waiting", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "refused_requests", b"refused_requests", "steps", b"steps", "uptime_ns", b"uptime_ns", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "cpu_ns", b"cpu_ns", "cpu_us_per_output_token", b"cpu_us_per_output_token", "dropped_rows", b"dropped_rows", "executor_losses", b"executor_losses", "finished_sequences", b"finished_sequences", "line_tokens_per_s", b"line_tokens_per_s", "moved_sequences", b"moved_sequences", "num_running", b"num_running", "num_waiting", b"num_waiting", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "refused_requests", b"refused_requests", "steps", b"steps", "uptime_ns", b"uptime_ns", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SchedulerStatus: _TypeAlias = SchedulerStatus  # noqa: Y015
+
+@_typing.final
+class ExecutorLosses(_message.Message):
+    """What executors were lost for, and what that did to requests. See ARCHITECTURE.md, "When an executor is lost"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNCLEAN_ENDS_FIELD_NUMBER: _builtins.int
+    SUSPECTED_REQUESTS_FIELD_NUMBER: _builtins.int
+    TRIALS_FIELD_NUMBER: _builtins.int
+    GIVEN_UP_REQUESTS_FIELD_NUMBER: _builtins.int
+    UNUSABLE_ROWS_FIELD_NUMBER: _builtins.int
+    QUARANTINES_FIELD_NUMBER: _builtins.int
+    FENCED_RESULTS_FIELD_NUMBER: _builtins.int
+    NUM_SUSPECTS_FIELD_NUMBER: _builtins.int
+    NUM_QUARANTINED_FIELD_NUMBER: _builtins.int
+    unclean_ends: _builtins.int
+    """sessions that ended otherwise than by leaving"""
+    suspected_requests: _builtins.int
+    """those in a step that an executor may have died of; one counts at each such death"""
+    trials: _builtins.int
+    """of requests that had an executor to themselves for that"""
+    given_up_requests: _builtins.int
+    """they ended with an error, because executors died with them again and again"""
+    unusable_rows: _builtins.int
+    """of results: not finite, or impossible"""
+    quarantines: _builtins.int
+    """of executors, for such rows"""
+    fenced_results: _builtins.int
+    """of sessions that were over"""
+    num_suspects: _builtins.int
+    """requests under suspicion now"""
+    num_quarantined: _builtins.int
+    """executors joined now that are in quarantine"""
+    def __init__(
+        self,
+        *,
+        unclean_ends: _builtins.int = ...,
+        suspected_requests: _builtins.int = ...,
+        trials: _builtins.int = ...,
+        given_up_requests: _builtins.int = ...,
+        unusable_rows: _builtins.int = ...,
+        quarantines: _builtins.int = ...,
+        fenced_results: _builtins.int = ...,
+        num_suspects: _builtins.int = ...,
+        num_quarantined: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fenced_results", b"fenced_results", "given_up_requests", b"given_up_requests", "num_quarantined", b"num_quarantined", "num_suspects", b"num_suspects", "quarantines", b"quarantines", "suspected_requests", b"suspected_requests", "trials", b"trials", "unclean_ends", b"unclean_ends", "unusable_rows", b"unusable_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecutorLosses: _TypeAlias = ExecutorLosses  # noqa: Y015
 
 @_typing.final
 class ExecutorStatus(_message.Message):
@@ -201,6 +259,9 @@ class ExecutorStatus(_message.Message):
     COMPUTE_NS_FIELD_NUMBER: _builtins.int
     IDLE_NS_FIELD_NUMBER: _builtins.int
     IDLE_RATIO_FIELD_NUMBER: _builtins.int
+    SILENT_FIELD_NUMBER: _builtins.int
+    QUARANTINED_FIELD_NUMBER: _builtins.int
+    HELD_BACK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     session: _builtins.int
     device: _builtins.str
@@ -221,6 +282,12 @@ class ExecutorStatus(_message.Message):
     """between these steps, while it had work: it waited for its next plan"""
     idle_ratio: _builtins.float
     """idle_ns over both, in the last 256 steps"""
+    silent: _builtins.bool
+    """nothing was heard of it for a while: gets nothing until it speaks"""
+    quarantined: _builtins.bool
+    """sent too many unusable rows: gets nothing new for a while"""
+    held_back: _builtins.bool
+    """died young too often: gets nothing for a while"""
     def __init__(
         self,
         *,
@@ -237,10 +304,13 @@ class ExecutorStatus(_message.Message):
         compute_ns: _builtins.int = ...,
         idle_ns: _builtins.int = ...,
         idle_ratio: _builtins.float = ...,
+        silent: _builtins.bool = ...,
+        quarantined: _builtins.bool = ...,
+        held_back: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "device", b"device", "dtype", b"dtype", "idle_ns", b"idle_ns", "idle_ratio", b"idle_ratio", "leaving", b"leaving", "name", b"name", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_running", b"num_running", "session", b"session", "steps", b"steps", "steps_in_flight", b"steps_in_flight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "device", b"device", "dtype", b"dtype", "held_back", b"held_back", "idle_ns", b"idle_ns", "idle_ratio", b"idle_ratio", "leaving", b"leaving", "name", b"name", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_running", b"num_running", "quarantined", b"quarantined", "session", b"session", "silent", b"silent", "steps", b"steps", "steps_in_flight", b"steps_in_flight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -251,7 +251,7 @@ class Line:
         request.remove(sequence)
         if not request:
             was_head = queue.head is request
-            del queue.requests[_request_of(sequence)]
+            del queue.requests[sequence.request.id]
             if was_head:
                 self._place(queue)
 
@@ -321,7 +321,7 @@ class Line:
     def _begin(self, queue: _Queue, request: list[Sequence], sequence: Sequence) -> None:
         """One choice runs: the others wait among what has begun, in the same account."""
         was_head = queue.head is request
-        del queue.requests[_request_of(sequence)]
+        del queue.requests[sequence.request.id]
         for other in request:
             other.account = queue.account
             if other is not sequence:
@@ -368,7 +368,7 @@ class Line:
     def _find(self, sequence: Sequence) -> tuple[_Queue, list[Sequence]] | tuple[None, None]:
         """The queue and the request that it waits in; none where it has begun."""
         queue = self._queues.get((sequence.tenant, sequence.priority))
-        request = queue.requests.get(_request_of(sequence)) if queue is not None else None
+        request = queue.requests.get(sequence.request.id) if queue is not None else None
         return (queue, request) if queue is not None and request is not None else (None, None)
 
     def _index(self, sequence: Sequence) -> int:
@@ -407,8 +407,3 @@ class Line:
 
 def _order(sequence: Sequence) -> int:
     return sequence.order
-
-
-def _request_of(sequence: Sequence) -> SequenceId:
-    """The id of the request's first choice: the choices of one request have consecutive ids."""
-    return SequenceId(sequence.id - sequence.choice)

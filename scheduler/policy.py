@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +30,16 @@ class Decision:
     blocks: list[int]  # blocks that each grant takes
     preempted: list[int]  # rows that give their blocks back, the last first
     budget_left: int
+    replay_budget_left: int  # of that, what replays may still have while others might want it
+
+
+def replay_share(prefill_budget: int) -> int:
+    """Tokens of a step's prefill budget that replays get while others may want it: half, rounded up.
+
+    After the loss of an executor its sequences come first, but not alone: requests that are new do not wait until the
+    last of hundreds was computed again.
+    """
+    return (prefill_budget + 1) // 2
 
 
 def decide(
@@ -40,6 +50,8 @@ def decide(
     num_returning: int,
     block_size: int,
     yield_of: Yield,
+    replays: Collection[int] = (),
+    replays_waiting: int = 0,
 ) -> Decision:
     """Share the token budget and the free blocks among the running sequences.
 
@@ -47,23 +59,36 @@ def decide(
     step; among equals the first goes first. When blocks run out the last gives its own back, so the first always
     finishes; a row never preempts itself or one before it, it waits and keeps what it has. `num_returning` blocks come
     free when the steps in flight are answered: with enough of those in sight a row waits instead of preempting.
+
+    What rows of one token leave is the prefill budget. `replays` are rows that compute again what a lost executor had,
+    and `replays_waiting` tokens of such are not admitted yet. Together they get their share, and the others the rest;
+    what either cannot use is for the caller to hand out, who knows who else waits.
     """
     grants, blocks = [0] * len(rows), [0] * len(rows)
     preempted: list[int] = []
     singles = [i for i, row in enumerate(rows) if row.num_uncomputed == 1]
     others = [i for i, row in enumerate(rows) if row.num_uncomputed > 1]
     last = len(rows) - 1  # all after it are preempted
-    for i in singles + others:
+    shares: dict[bool, int] = {}  # what replays, and what others may still have; empty while singles are served
+    for place, i in enumerate(singles + others):
         if token_budget == 0:
             break
         if i > last:
             continue
         num_uncomputed, num_planned, num_blocks, copy_on_write = rows[i]
         tokens = min(num_uncomputed, token_budget)
+        if place >= len(singles):
+            if not shares:
+                shares = _shares(token_budget, sum(rows[j].num_uncomputed for j in replays) + replays_waiting)
+            tokens = min(tokens, shares[i in replays])
+            if tokens == 0:
+                continue
         need = blocks_for(num_planned + tokens, block_size) - num_blocks + copy_on_write
         while need > num_free + num_returning and last > i:
             preempted.append(last)
             token_budget += grants[last]
+            if shares:
+                shares[last in replays] += grants[last]
             now, later = yield_of(last)
             num_free += blocks[last] + now
             num_returning += later
@@ -80,7 +105,16 @@ def decide(
             blocks[i] = need
             num_free -= need
         token_budget -= tokens
-    return Decision(grants, blocks, preempted, token_budget)
+        if place >= len(singles):
+            shares[i in replays] -= tokens
+    left = shares[True] if shares else replay_share(token_budget)
+    return Decision(grants, blocks, preempted, token_budget, min(left, token_budget))
+
+
+def _shares(prefill_budget: int, replays_want: int) -> dict[bool, int]:
+    """Tokens for replays (True) and for all others (False)."""
+    share = replay_share(prefill_budget)
+    return {True: share, False: prefill_budget - min(share, replays_want)}
 
 
 def admits(*, num_needed: int, num_free: int, num_promised: int, watermark: int, idle: bool) -> bool:

@@ -26,13 +26,22 @@ from scheduler import policy
 from scheduler.block_pool import Reclaim
 from scheduler.line import Line
 from scheduler.prefix_cache import KeyChain
-from scheduler.sequence import Begun, Sequence, Status
+from scheduler.reputation import Patience, Reputations
+from scheduler.sequence import Begun, Request, Sequence, Status
 from scheduler.session import Draft, Match, Outstanding, Session
 from scheduler.stopping import finish_reason, stop_tokens
+from scheduler.suspicion import End, Suspects, blamed, runs_alone
 
 
 class ProtocolError(Exception):
-    """An executor answered what it was not asked. Its session cannot go on; its sequences can."""
+    """An executor answered what it was not asked. Its session cannot go on; its sequences can.
+
+    `culprit` is the sequence whose row was wrong, where it was one row's token or index.
+    """
+
+    def __init__(self, message: str, culprit: Sequence | None = None) -> None:
+        super().__init__(message)
+        self.culprit = culprit
 
 
 class TokenOutput(NamedTuple):
@@ -41,6 +50,13 @@ class TokenOutput(NamedTuple):
     id: SequenceId
     token: int | None
     reason: FinishReason
+
+
+class Losses(NamedTuple):
+    """What ended with an executor. Everything else that it held goes on elsewhere."""
+
+    ended: list[TokenOutput]  # choices that end alone
+    given_up: list[Request]  # executors died with them, again and again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +69,7 @@ class SchedulerLimits:
     watermark: float = 0.01  # share of the blocks that admissions leave to running sequences
     reserve: float = 1 / 16  # share of an executor that is kept for tenants that run no more than that there
     prefix_caching: bool = True
+    patience: Patience = field(default_factory=Patience)  # with executors that die young or send what cannot be used
 
 
 @dataclass(slots=True)
@@ -63,6 +80,13 @@ class Counters:
     preemptions: int = 0
     moved: int = 0  # sequences that lost their executor
     rows_dropped: int = 0  # result rows of another attempt or index
+    results_fenced: int = 0  # results of a session that is over, dropped whole
+    unclean_ends: int = 0  # sessions that ended otherwise than by leaving
+    suspected: int = 0  # requests that were in a step that an executor may have died of, each time
+    trials: int = 0  # requests that had an executor to themselves for that
+    given_up: int = 0  # requests that ended because executors died with them
+    rows_unusable: int = 0  # result rows that had no token, or one that cannot be
+    quarantines: int = 0  # of executors that sent too many of those
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     output_tokens: int = 0
@@ -91,6 +115,9 @@ class Scheduler:
         self._line = Line(weights)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._sessions: dict[int, Session] = {}
+        self._suspects = Suspects()
+        self._reputations = Reputations()
+        self._replays: dict[Sequence, None] = {}  # those that compute again what a lost executor had
         self._next_id = 0
         self.counters = Counters()
 
@@ -110,6 +137,11 @@ class Scheduler:
     def num_sequences(self) -> int:
         """Sequences that are not finished."""
         return len(self._sequences)
+
+    @property
+    def num_suspects(self) -> int:
+        """Requests that executors may have died of."""
+        return len(self._suspects)
 
     @property
     def max_length(self) -> int | None:
@@ -169,6 +201,7 @@ class Scheduler:
                 problem = f"at most {room} after a prompt of {len(prompt)} tokens, got {stop.max_tokens}"
                 raise InvalidRequest("max_tokens", problem)
         root = self._keys.root(self._model, tenant, salt)
+        request = Request(id=SequenceId(self._next_id), num_choices=choices if begun is None else len(begun))
         made: list[Sequence] = []
         output = stop.max_tokens if expected_output is None else min(expected_output, stop.max_tokens)
         for choice in range(choices) if begun is None else begun:
@@ -178,6 +211,7 @@ class Scheduler:
             tokens.extend(before.tokens)
             sequence = Sequence(
                 id=id,
+                request=request,
                 order=self._next_id,
                 tokens=tokens,
                 num_prompt=len(prompt),
@@ -209,13 +243,17 @@ class Scheduler:
 
     # ---- executors
 
-    def join(self, session_id: int, facts: ExecutorFacts) -> None:
-        """An executor is there, empty."""
+    def join(self, session_id: int, facts: ExecutorFacts, now_ns: int) -> None:
+        """An executor is there, empty. One that died young again and again gets no work for a while."""
         assert session_id not in self._sessions, f"session {session_id} joined twice"
+        reputation = self._reputations.of(facts.name)
         self._sessions[session_id] = Session(
             session_id,
             facts,
             self._keys,
+            reputation=reputation,
+            joined_ns=now_ns,
+            held_until_ns=now_ns + reputation.hold_ns(self._limits.patience),
             prefix_caching=self._limits.prefix_caching,
             max_running=self._limits.max_running,
             watermark=int(self._limits.watermark * facts.num_blocks),
@@ -228,30 +266,92 @@ class Scheduler:
         if session is not None:
             session.leaving = True
 
-    def lose(self, session_id: int) -> None:
-        """The executor is gone, with all it held. Its sequences wait again at their old place in the line."""
+    def fell_silent(self, session_id: int) -> None:
+        """Nothing was heard of the executor for a while: it gets no plan until it speaks again, or is lost."""
+        session = self._sessions.get(session_id)
+        if session is not None:
+            session.silent = True
+
+    def spoke(self, session_id: int) -> None:
+        """The executor that fell silent is heard again."""
+        session = self._sessions.get(session_id)
+        if session is not None:
+            session.silent = False
+
+    def lose(self, session_id: int, now_ns: int, end: End, *, step: int = 0, culprit: Sequence | None = None) -> Losses:
+        """The executor is gone, with all it held. Its sequences wait again at their old place in the line.
+
+        `step` is the one it was in by its own word, or had not passed. `culprit` is the sequence of a wrong row: a
+        second one in the same place ends that choice, so that it cannot cost one session after the other.
+        """
         session = self._sessions.pop(session_id, None)
+        losses = Losses([], [])
         if session is None:
-            return
+            return losses
+        flights = list(session.outstanding)
         session.outstanding.clear()  # nothing in flight will ever be answered
         for sequence in list(session.running):
             session.release(sequence)
             self._wait_again(sequence)
+            self._replay(sequence)
             self.counters.moved += 1
+        if end is End.CLEAN:
+            session.reputation.young_deaths = 0
+            self._reputations.keep(session.facts.name, session.reputation)
+            return losses
+        self.counters.unclean_ends += 1
+        session.reputation.died(now_ns - session.joined_ns, self._limits.patience)
+        self._reputations.keep(session.facts.name, session.reputation)
+        accused, given_up = self._suspects.accuse(session_id, blamed(end, flights, step))
+        self.counters.suspected += len(accused)
+        for request in given_up:
+            self.counters.given_up += 1
+            for sequence in self._sequences_of(request):
+                self._end(sequence, FinishReason.ERROR)
+            losses.given_up.append(request)
+        for request in accused:
+            if runs_alone(request):
+                self._withdraw(request)
+        if culprit is not None and not culprit.reason:
+            losses.ended.extend(self._unusable(session, culprit, now_ns))
+        return losses
+
+    def acquit(self, session_id: int, name: str) -> None:
+        """The process behind a session that was lost is alive: it was the link that broke, and no request broke it."""
+        self._suspects.acquit(session_id)
+        reputation = self._reputations.of(name)
+        reputation.young_deaths = max(0, reputation.young_deaths - 1)
+        self._reputations.keep(name, reputation)
+
+    def held_back_ns(self, now_ns: int) -> int:
+        """Time until the first of the executors that are held back may take work; 0 while there is none."""
+        untils = [max(s.held_until_ns, s.reputation.quarantined_until_ns) for s in self._sessions.values()]
+        return min((until - now_ns for until in untils if until > now_ns), default=0)
 
     # ---- steps
 
     def schedule(self, session_id: int, now_ns: int) -> StepPlan | None:
         """The next step of an executor, or None when there is nothing to do or no credit."""
         session = self._sessions[session_id]
-        if not session.has_credit:
+        if session.silent or not session.has_credit:
             return None
+        if self._suspects or session.trial:
+            trial = session.trial = self._trial_here(session, now_ns)
+            if trial is not None:
+                return self._schedule_trial(session, trial, now_ns)
         draft = session.draft(self._limits.token_budget)
-        session.num_promised = self._grant_running(session, draft)
-        if not session.leaving:
+        self._grant_running(session, draft)
+        if session.takes_work(now_ns):
             self._admit_waiting(session, draft, now_ns)
+        if self._replays and draft.budget:  # nobody else wanted it
+            self._top_up(session, draft)
+            if session.takes_work(now_ns) and not session.full:
+                draft.replay_budget = draft.budget
+                self._admit_waiting(session, draft, now_ns)
         if not draft.rows:
-            assert session.outstanding or not session.running, "sequences run, and nothing will ever wake them"
+            assert session.outstanding or not session.running or self._suspects, (
+                "sequences run, and nothing will ever wake them"
+            )
             return None
         self.counters.steps += 1
         return session.send(draft, now_ns)
@@ -265,25 +365,31 @@ class Scheduler:
         """
         session = self._sessions.get(session_id)
         if session is None:
-            self.counters.rows_dropped += len(result.refs)
+            self.fenced(len(result.refs))
             return []
         if not session.outstanding or session.outstanding[0].step != result.step:
             raise ProtocolError(f"result of step {result.step}, expected {[f.step for f in session.outstanding][:1]}")
         flight = session.outstanding[0]
         tokens, failed = self._read_result(session, flight, result)
         session.outstanding.popleft()
-        for ref, (sequence, _, num_scheduled, _) in flight.rows.items():
+        for ref, (sequence, _, num_scheduled, _, _) in flight.rows.items():
             if sequence.ref == ref and sequence.session is session:
                 sequence.num_computed += num_scheduled
+        if self._suspects:
+            self._suspects.answered(flight)
         outputs = [self._commit(sequence, token, now_ns) for sequence, token in tokens]
         for sequence in failed:
-            self._end(sequence, FinishReason.ERROR, forget=True)
-            outputs.append(TokenOutput(sequence.id, None, FinishReason.ERROR))
+            outputs += self._unusable(session, sequence, now_ns)
         self.counters.output_tokens += len(tokens)
         self.counters.rows_dropped += len(result.refs) - len(tokens)
         session.timed(flight, result, now_ns)
         session.answered(flight.step)
         return outputs
+
+    def fenced(self, num_rows: int) -> None:
+        """A result came of a session that is over."""
+        self.counters.results_fenced += 1
+        self.counters.rows_dropped += num_rows
 
     # ---- inside
 
@@ -298,12 +404,16 @@ class Scheduler:
         tokens: list[tuple[Sequence, int]] = []
         for ref, token, index in zip(result.refs, result.tokens, result.indices, strict=True):
             row = rows.get(ref)
-            if row is None or not row.samples or not 0 <= token < vocab_size:
-                raise ProtocolError(f"step {result.step}: row {ref:#x} or its token was not asked for")
+            if row is None or not row.samples:
+                raise ProtocolError(f"step {result.step}: row {ref:#x} was not asked for a token")
+            if not 0 <= token < vocab_size:
+                problem = f"step {result.step}: row {ref:#x} has a token that is none of {vocab_size}"
+                raise ProtocolError(problem, row.sequence if row.is_current else None)
             if row.is_current:
                 expected = row.sequence.num_output
                 if index != expected:
-                    raise ProtocolError(f"step {result.step}: output {index} of row {ref:#x}, not {expected}")
+                    problem = f"step {result.step}: output {index} of row {ref:#x}, not {expected}"
+                    raise ProtocolError(problem, row.sequence)
                 tokens.append((row.sequence, token))
         for ref in result.failed:
             if ref not in rows:
@@ -339,7 +449,51 @@ class Scheduler:
         sequence.become(Status.FINISHED)
         sequence.reason = reason
         del self._sequences[sequence.id]
+        if self._suspects:
+            self._suspects.forget(sequence)
+        if self._replays:
+            self._replays.pop(sequence, None)
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+
+    def _unusable(self, session: Session, sequence: Sequence, now_ns: int) -> list[TokenOutput]:
+        """No token can be had of the sequence's row. It is tried once more, elsewhere if it can be; then it ends alone.
+
+        Whatever it still has in flight is void: the executor ended it, or goes on from a token that cannot be.
+        """
+        patience = self._limits.patience
+        self.counters.rows_unusable += 1
+        name, request = session.facts.name, sequence.request.id
+        if sequence.unusable_at == len(sequence.tokens):  # twice in the same place: it is the request
+            self._reputations.excuse(request, patience)
+            self._end(sequence, FinishReason.ERROR, forget=True)
+            return [TokenOutput(sequence.id, None, FinishReason.ERROR)]
+        sequence.unusable_at = len(sequence.tokens)
+        sequence.avoid = name
+        sequence.attempt += 1
+        if sequence.session is not None:
+            sequence.session.release(sequence, forget=True)
+            self._wait_again(sequence)
+            self._replay(sequence)
+        self.counters.quarantines += session.reputation.sent_unusable(request, now_ns, patience)
+        self._reputations.keep(name, session.reputation)
+        return []
+
+    def _replay(self, sequence: Sequence) -> None:
+        """What it had is lost: it computes again all that is known of it."""
+        sequence.replay_until = len(sequence.tokens)
+        self._replays[sequence] = None
+
+    def _sequences_of(self, request: Request) -> list[Sequence]:
+        """Its choices that have not ended."""
+        ids = range(request.id, request.id + request.num_choices)
+        return [self._sequences[id] for id in map(SequenceId, ids) if id in self._sequences]
+
+    def _withdraw(self, request: Request) -> None:
+        """It runs alone from now on: take it out of every crowd. Its blocks are kept as long as nobody needs them."""
+        for sequence in self._sequences_of(request):
+            if sequence.session is not None:
+                sequence.session.release(sequence)
+                self._wait_again(sequence)
 
     def _wait_again(self, sequence: Sequence) -> None:
         sequence.become(Status.WAITING)
@@ -352,9 +506,74 @@ class Scheduler:
         self.counters.preemptions += 1
         self._wait_again(sequence)
 
-    def _grant_running(self, session: Session, draft: Draft) -> int:
-        """Rows for the running sequences. Returns the blocks that what is known of them will still need."""
+    def _trial_here(self, session: Session, now_ns: int) -> Request | None:
+        """The request that has this executor to itself now, if one must run alone and this is the place for it."""
+        trial = session.trial
+        if trial is not None and runs_alone(trial) and not (session.leaving and self._has_left(session, trial)):
+            return trial
+        session.trial = None
+        if not session.takes_work(now_ns) or session.is_quarantined(now_ns):
+            return None
+        on_trial = {s.trial for s in self._sessions.values()}
+        for request in self._suspects:
+            if not runs_alone(request) or request in on_trial:
+                continue
+            longest = max(sequence.max_length for sequence in request.doubts)
+            able = [
+                s
+                for s in self._sessions.values()
+                if s.takes_work(now_ns)
+                and not s.is_quarantined(now_ns)
+                and s.max_length >= longest
+                and (s is session or not s.silent_since(now_ns - self._limits.patience_ns))
+            ]
+            if able and min(able, key=lambda s: (len(s.running), s.id)) is session:
+                self.counters.trials += 1
+                return request
+        return None
+
+    @staticmethod
+    def _has_left(session: Session, trial: Request) -> bool:
+        """Nothing of the trial is on this executor, nor in flight there."""
+        return not session.outstanding and all(sequence.session is not session for sequence in trial.doubts)
+
+    def _schedule_trial(self, session: Session, trial: Request, now_ns: int) -> StepPlan | None:
+        """The next step of an executor that one request has to itself.
+
+        Who else is resident pauses, and keeps what it has while there is room. What others have in flight is answered
+        before anything of the trial is sent.
+        """
+        if any(row.sequence not in trial.doubts for flight in session.outstanding for row in flight.rows.values()):
+            return None
+        draft = session.draft(self._limits.token_budget)
+        self._grant_running(session, draft, trial)
+        draft.replay_budget = draft.budget
+        for sequence in sorted(trial.doubts, key=_rank):
+            if sequence.session is None and draft.budget and not session.leaving:
+                match = self._make_way(session, sequence, trial)
+                if match is not None:
+                    self._admit(sequence, session, match, draft, now_ns)
+        if not draft.rows:
+            return None
+        self.counters.steps += 1
+        return session.send(draft, now_ns)
+
+    def _make_way(self, session: Session, sequence: Sequence, trial: Request) -> Match | None:
+        """Preempt who pauses, the youngest first, until the sequence fits. None while its siblings fill the room."""
+        while True:
+            match = session.match(sequence)
+            if session.has_slot and session.can_admit(sequence, match):
+                return match
+            paused = [other for other in session.running if other not in trial.doubts]
+            if not paused:
+                return None
+            self._preempt(session, paused[-1])
+
+    def _grant_running(self, session: Session, draft: Draft, trial: Request | None = None) -> None:
+        """Rows for the running sequences; with a trial, for those on trial alone."""
         running = list(session.running)
+        if trial is not None:
+            running.sort(key=lambda sequence: sequence not in trial.doubts)  # those that pause count as younger
         block_size, ref_count = session.block_size, session.pool.ref_count
         rows: list[policy.Running] = []
         known: list[int] = []
@@ -369,6 +588,11 @@ class Scheduler:
             shared = index < len(table) and ref_count(table[index]) > 1
             rows.append(policy.Running(num_uncomputed, planned, len(table), shared))
             known.append(num_known)
+        if self._suspects:
+            for i, sequence in enumerate(running):
+                if sequence not in trial.doubts if trial else runs_alone(sequence.request):
+                    rows[i] = rows[i]._replace(num_uncomputed=0)  # pauses
+        replays = self._replays_among(running, rows) if self._replays else ()
         reclaim = Reclaim(session.pool)
         decision = policy.decide(
             rows,
@@ -377,6 +601,8 @@ class Scheduler:
             num_returning=sum(reclaim.add(table, late=True)[1] for table in session.returning()),
             block_size=block_size,
             yield_of=lambda i: reclaim.add(running[i].block_table, late=rows[i].num_planned > running[i].num_computed),
+            replays=replays,
+            replays_waiting=self._replays_waiting(draft.budget) if self._replays and session.has_slot else 0,
         )
         for i in decision.preempted:
             self._preempt(session, running[i])
@@ -390,19 +616,62 @@ class Scheduler:
                 session.add_row(sequence, row.num_planned, tokens, num_known, draft)
             if tokens < row.num_uncomputed and sequence.session is session:
                 num_promised += blocks_for(num_known, block_size) - len(sequence.block_table)
-        return num_promised
+        session.num_promised = num_promised  # blocks that what is known of them will still need
+        draft.replay_budget = decision.replay_budget_left
+
+    def _replays_among(self, running: list[Sequence], rows: list[policy.Running]) -> set[int]:
+        """Which of the rows compute again what a lost executor had."""
+        found: set[int] = set()
+        for i, (sequence, row) in enumerate(zip(running, rows, strict=True)):
+            if sequence in self._replays:
+                if row.num_planned < sequence.replay_until:
+                    found.add(i)
+                else:
+                    del self._replays[sequence]
+        return found
+
+    def _replays_waiting(self, at_most: int) -> int:
+        """Tokens of replays that no executor holds yet; `at_most` is as good as more."""
+        tokens = 0
+        for sequence in self._replays:
+            if sequence.session is None and not runs_alone(sequence.request):
+                tokens += len(sequence.tokens)
+                if tokens >= at_most:
+                    break
+        return tokens
+
+    def _top_up(self, session: Session, draft: Draft) -> None:
+        """What of the budget was kept for others, and not wanted, goes to the rows that could use more."""
+        for sequence in session.running:
+            if not draft.budget:
+                return
+            if runs_alone(sequence.request):
+                continue
+            row = draft.rows.get(sequence.ref)
+            sampled = session.in_flight(sequence)[1]
+            planned = row.stop if row else session.num_planned(sequence)
+            num_known = len(sequence.tokens) + sampled
+            if planned < num_known < sequence.max_length:
+                session.extend_row(sequence, min(num_known - planned, draft.budget), num_known, draft)
 
     def _admit_waiting(self, session: Session, draft: Draft, now_ns: int) -> None:
         session.full = False
         if draft.budget == 0 or not session.has_slot:
             return  # before anybody is looked at
+        quarantined = session.is_quarantined(now_ns)
         passed_over: set[str] = set()
         for sequence in self._line.walk(now_ns, passed_over):
             if draft.budget == 0 or not session.has_slot:
                 return
             if 0 < sequence.deadline_ns <= now_ns:
                 continue  # nobody waits for its answer
-            parent = self._fork_parent(sequence)
+            if (quarantined or sequence.avoid) and not self._may_come(sequence, session, now_ns, quarantined):
+                continue
+            if self._suspects and runs_alone(sequence.request):
+                continue  # it is tried when an executor can be its own
+            if self._replays and not draft.replay_budget and sequence in self._replays:
+                continue  # the replays before it have their share
+            parent = self._fork_parent(sequence, now_ns)
             if parent is not None:
                 match = self._fork_match(session, parent)
                 if match is None:
@@ -431,11 +700,30 @@ class Scheduler:
             sequence.num_cached_prompt = min(match.num_tokens, sequence.num_prompt)
             self.counters.cached_prompt_tokens += sequence.num_cached_prompt
         bisect.insort(session.running, sequence, key=_rank)
+        sequence.avoid = ""
         tokens = min(len(sequence.tokens) - match.num_tokens, draft.budget)
+        if self._replays and sequence in self._replays:
+            tokens = min(tokens, draft.replay_budget)
+            draft.replay_budget -= tokens
         session.admit(sequence, match, draft, tokens, stop_tokens(sequence.stop, self._eos))
         session.add_row(sequence, match.num_tokens, tokens, len(sequence.tokens), draft)
 
-    def _fork_parent(self, sequence: Sequence) -> Sequence | None:
+    def _may_come(self, sequence: Sequence, session: Session, now_ns: int, quarantined: bool) -> bool:
+        """Whether it may run here although this executor is in quarantine, or sent an unusable row for it before.
+
+        Where there is no other executor, the second try is here, too: it shows whose fault the first was.
+        """
+        if sequence.avoid != session.facts.name:
+            return not quarantined
+        return not any(
+            other is not session
+            and other.takes_work(now_ns)
+            and not other.is_quarantined(now_ns)
+            and sequence.max_length <= other.max_length
+            for other in self._sessions.values()
+        )
+
+    def _fork_parent(self, sequence: Sequence, now_ns: int) -> Sequence | None:
         """The first choice of the request, while its prompt's blocks are there or will be."""
         parent = sequence.fork_of
         if parent is None:
@@ -443,7 +731,8 @@ class Scheduler:
         if parent.status is Status.FINISHED or parent.attempt > 1 or (parent.attempt and parent.session is None):
             sequence.fork_of = None
             return None
-        if parent.session is not None and (parent.session.leaving or not parent.session.has_slot):
+        there = parent.session
+        if there is not None and (not there.takes_work(now_ns) or there.is_quarantined(now_ns) or not there.has_slot):
             return None  # another executor, or a prefix hit, may serve it sooner
         return parent
 
@@ -460,7 +749,9 @@ class Scheduler:
             return True
         places = [policy.Place(match.num_tokens, len(session.running))]
         for other in self._sessions.values():
-            if other is session or other.leaving or other.full or not other.has_slot:
+            if other is session or other.full or not other.has_slot:
+                continue
+            if not other.takes_work(now_ns) or other.is_quarantined(now_ns) or other.facts.name == sequence.avoid:
                 continue
             if sequence.max_length > other.max_length or other.silent_since(now_ns - self._limits.patience_ns):
                 continue

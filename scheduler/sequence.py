@@ -40,10 +40,22 @@ class Begun(NamedTuple):
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
+class Request:
+    """What the choices of one request share: whether it may have killed executors (scheduler/suspicion.py)."""
+
+    id: SequenceId  # of its first choice; the others' follow it
+    num_choices: int = 1
+    deaths: set[int] = field(default_factory=set[int])  # sessions that died with it since it was last trusted
+    # those of its sequences that were there -> tokens that must be computed before that one is trusted again
+    doubts: dict[Sequence, int] = field(default_factory=dict["Sequence", int])
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
     """A prompt and what was generated after it."""
 
     id: SequenceId
+    request: Request
     order: int  # arrival; within a band who came first goes first, and who came last is preempted first
     tokens: array[int]  # prompt, then committed output: the only truth. No list: the garbage collector would walk it
     num_prompt: int
@@ -61,9 +73,11 @@ class Sequence:
     reason: FinishReason = FinishReason.NONE  # not NONE: FINISHED
     attempt: int = 0  # placements so far
     preemptions: int = 0
-    determinism: str | None = (
-        None  # class of all executors that it ran on; "" for none or several, None before the first
-    )
+    # class of all executors that it ran on; "" for none or several, None before the first
+    determinism: str | None = None
+    replay_until: int = 0  # tokens that were known when it lost its executor: until then it computes them again
+    unusable_at: int = -1  # tokens that were known when its row last came back without a usable token
+    avoid: str = ""  # the executor that sent such a row: the next try is elsewhere, if there is another
     keys: dict[int, list[BlockKey]] = field(default_factory=dict[int, list[BlockKey]])  # of full blocks, by block size
 
     account: Account | None = None  # who is charged for it, once its request has begun

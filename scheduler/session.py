@@ -18,8 +18,10 @@ from common.types import BlockId, SlotRef, slot_of, slot_ref
 from scheduler import policy
 from scheduler.block_pool import BlockPool
 from scheduler.occupancy import Occupancy
+from scheduler.pace import Pace
 from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
-from scheduler.sequence import Sequence
+from scheduler.reputation import Reputation
+from scheduler.sequence import Request, Sequence
 
 
 class Row(NamedTuple):
@@ -29,6 +31,7 @@ class Row(NamedTuple):
     attempt: int
     num_scheduled: int
     samples: bool
+    stop: int  # one past the last position that it computes
 
     @property
     def is_current(self) -> bool:
@@ -41,8 +44,17 @@ class Outstanding(NamedTuple):
 
     step: int
     rows: dict[SlotRef, Row]
+    num_tokens: int
     sent_ns: int
     had_work: bool  # one of its sequences was there when the step before it was answered
+
+
+class Admission(NamedTuple):
+    """A sequence that the plan tells whole."""
+
+    sequence: Sequence
+    num_computed: int  # tokens that a prefix hit had
+    stop_token_ids: tuple[int, ...]
 
 
 class Match(NamedTuple):
@@ -59,6 +71,7 @@ class Draft:
 
     step: int
     budget: int
+    replay_budget: int = 0  # of it, what replays may have before the others were served
     rows: dict[SlotRef, Row] = field(default_factory=dict[SlotRef, Row])
     num_scheduled: list[int] = field(default_factory=list[int])
     append_refs: list[SlotRef] = field(default_factory=list[SlotRef])
@@ -66,7 +79,7 @@ class Draft:
     replace_refs: list[SlotRef] = field(default_factory=list[SlotRef])
     replace_indices: list[int] = field(default_factory=list[int])
     replace_blocks: list[BlockId] = field(default_factory=list[BlockId])
-    new: list[NewSequence] = field(default_factory=list[NewSequence])
+    new: list[Admission] = field(default_factory=list[Admission])
     copies: list[tuple[BlockId, BlockId]] = field(default_factory=list[tuple[BlockId, BlockId]])
 
 
@@ -79,6 +92,9 @@ class Session:
         facts: ExecutorFacts,
         chain: KeyChain,
         *,
+        reputation: Reputation | None = None,
+        joined_ns: int = 0,
+        held_until_ns: int = 0,
         prefix_caching: bool,
         max_running: int,
         watermark: int,
@@ -93,6 +109,12 @@ class Session:
         self.tenants: Counter[str] = Counter()  # how many run of each; none is left at 0
         self.outstanding: deque[Outstanding] = deque()
         self.leaving = False  # takes no new work
+        self.silent = False  # nothing was heard for a while: gets no plan until it speaks again
+        self.trial: Request | None = None  # the request that has this executor to itself
+        self.reputation = reputation or Reputation()  # of its name
+        self.joined_ns = joined_ns
+        self.held_until_ns = held_until_ns  # takes no work before: it died young too often
+        self.pace = Pace()
         self.full = False  # the first in the line that fits here waits for room
         self.occupancy = Occupancy()
         self.num_promised = 0  # blocks that the known tokens of running sequences still need
@@ -125,6 +147,24 @@ class Session:
     def has_slot(self) -> bool:
         """Another sequence may become resident."""
         return bool(self._free_slots)
+
+    def is_quarantined(self, now_ns: int) -> bool:
+        """It sent too many rows that could not be used: what it computes is not to be trusted."""
+        return now_ns < self.reputation.quarantined_until_ns
+
+    def takes_work(self, now_ns: int) -> bool:
+        """New sequences may be placed here, as far as the executor itself goes and quarantine aside."""
+        return not self.leaving and not self.silent and self.trial is None and now_ns >= self.held_until_ns
+
+    def tokens_of(self, step: int) -> int | None:
+        """Tokens of an outstanding step; None when it is answered, or was never sent."""
+        return next((flight.num_tokens for flight in self.outstanding if flight.step == step), None)
+
+    def unanswered(self) -> tuple[int, int]:
+        """The oldest outstanding step, and when the executor could begin with it at the earliest; (0, 0) for none."""
+        if not self.outstanding:
+            return 0, 0
+        return self.outstanding[0].step, max(self.outstanding[0].sent_ns, self._answered_ns)
 
     def silent_since(self, time_ns: int) -> bool:
         """A step that was sent before then is not answered."""
@@ -295,20 +335,7 @@ class Session:
                 draft.copies.append((match.tail.block, block))
         self.make_room(sequence, match.num_tokens, num_tokens, draft, whole=True)
         self.num_promised += needed - (num_free - self.pool.num_free)
-        draft.new.append(
-            NewSequence(
-                ref=sequence.ref,
-                attempt=sequence.attempt,
-                token_ids=sequence.tokens[:],
-                num_prompt=sequence.num_prompt,
-                num_computed=match.num_tokens,
-                block_table=list(table),
-                sampling=sequence.sampling,
-                choice=sequence.choice,
-                max_tokens=sequence.stop.max_tokens,
-                stop_token_ids=stop_token_ids,
-            )
-        )
+        draft.new.append(Admission(sequence, match.num_tokens, stop_token_ids))
 
     def add_row(self, sequence: Sequence, num_planned: int, num_tokens: int, num_known: int, draft: Draft) -> None:
         """A row of the plan: compute positions [num_planned, num_planned + num_tokens). The blocks are there.
@@ -316,11 +343,40 @@ class Session:
         `num_known` counts tokens that are sampled in flight, too.
         """
         stop = num_planned + num_tokens
-        draft.rows[sequence.ref] = Row(sequence, sequence.attempt, num_tokens, stop == num_known)
+        draft.rows[sequence.ref] = Row(sequence, sequence.attempt, num_tokens, stop == num_known, stop)
         draft.num_scheduled.append(num_tokens)
         draft.budget -= num_tokens
         if stop // self.block_size > sequence.num_remembered:
             self.remember(sequence, stop, draft.step)
+
+    def extend_row(self, sequence: Sequence, num_tokens: int, num_known: int, draft: Draft) -> int:
+        """Let the sequence's row compute up to `num_tokens` more, as far as there are free blocks. Returns how many."""
+        row = draft.rows.get(sequence.ref)
+        start = row.stop if row else self.num_planned(sequence)
+        index = start // self.block_size
+        table = sequence.block_table
+        copied = index < len(table) and self.pool.ref_count(table[index]) > 1
+        if copied and not self.pool.num_free:
+            return 0
+        room = (len(table) + self.pool.num_free - copied) * self.block_size - start
+        tokens = min(num_tokens, room)
+        if tokens <= 0:
+            return 0
+        num_free = self.pool.num_free
+        whole = any(new.sequence is sequence for new in draft.new)
+        self.make_room(sequence, start, tokens, draft, whole=whole)
+        self.num_promised -= num_free - self.pool.num_free
+        if row is None:
+            self.add_row(sequence, start, tokens, num_known, draft)
+        else:
+            stop = start + tokens
+            draft.rows[sequence.ref] = row._replace(
+                num_scheduled=row.num_scheduled + tokens, samples=stop == num_known, stop=stop
+            )
+            draft.num_scheduled[list(draft.rows).index(sequence.ref)] += tokens
+            draft.budget -= tokens
+            self.remember(sequence, stop, draft.step)
+        return tokens
 
     def make_room(self, sequence: Sequence, start: int, num_tokens: int, draft: Draft, *, whole: bool = False) -> None:
         """Blocks for positions [start, start + num_tokens), none of them shared where it will be written.
@@ -350,7 +406,8 @@ class Session:
         """The plan, which is outstanding from now on."""
         first = next(iter(draft.rows.values())).sequence  # the first of those that go on
         had_work = first.arrived_ns < self._answered_ns
-        self.outstanding.append(Outstanding(draft.step, draft.rows, now_ns, had_work))
+        num_tokens = sum(draft.num_scheduled)
+        self.outstanding.append(Outstanding(draft.step, draft.rows, num_tokens, now_ns, had_work))
         self._next_step += 1
         released, self._released = self._released, []
         return StepPlan(
@@ -362,9 +419,26 @@ class Session:
             replace_refs=draft.replace_refs,
             replace_indices=draft.replace_indices,
             replace_blocks=draft.replace_blocks,
-            new=draft.new,
+            new=[self._told_whole(new) for new in draft.new],
             released=released,
             copies=draft.copies,
+        )
+
+    @staticmethod
+    def _told_whole(new: Admission) -> NewSequence:
+        """All that the executor must know of the sequence; its table as it is when the plan is complete."""
+        sequence = new.sequence
+        return NewSequence(
+            ref=sequence.ref,
+            attempt=sequence.attempt,
+            token_ids=sequence.tokens[:],
+            num_prompt=sequence.num_prompt,
+            num_computed=new.num_computed,
+            block_table=list(sequence.block_table),
+            sampling=sequence.sampling,
+            choice=sequence.choice,
+            max_tokens=sequence.stop.max_tokens,
+            stop_token_ids=new.stop_token_ids,
         )
 
     # ---- giving back
@@ -398,6 +472,7 @@ class Session:
     def timed(self, flight: Outstanding, result: StepResult, now_ns: int) -> None:
         """The step was answered now; the executor says how long it took, and how long it had waited for it."""
         self._answered_ns = now_ns
+        self.pace.add(flight.num_tokens, result.compute_ns)
         self.occupancy.add(compute_ns=result.compute_ns, idle_ns=result.idle_ns if flight.had_work else 0)
 
     def answered(self, step: int) -> None:

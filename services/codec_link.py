@@ -134,7 +134,7 @@ def result_from_pb(message: pb.StepResult) -> StepResult:
     )
 
 
-def hello_to_pb(facts: ExecutorFacts, incarnation: bytes) -> pb.Hello:
+def hello_to_pb(facts: ExecutorFacts, incarnation: bytes, last_epoch: int = 0) -> pb.Hello:
     """The first message of an executor whose process drew the 16 random bytes `incarnation`."""
     assert len(incarnation) == INCARNATION_BYTES, f"incarnation of {len(incarnation)} bytes"
     return pb.Hello(
@@ -154,6 +154,7 @@ def hello_to_pb(facts: ExecutorFacts, incarnation: bytes) -> pb.Hello:
         device=facts.device,
         capabilities=facts.capabilities,
         determinism=facts.determinism,
+        last_epoch=last_epoch,
     )
 
 

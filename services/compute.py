@@ -40,6 +40,9 @@ class ComputeThread:
         self.tick = 0  # counted up by the thread; a heartbeat that carries it cannot lie
         self.computing = False
         self.next_step = 0
+        self.session = -1  # whose plans are run; others are leftovers of a link that is gone
+        self._over = -1  # sessions up to this one have ended
+        self._started_ns = 0  # of the step that is computed
         self._make_runner = make_runner
         self._report = report
         self._on_loaded = on_loaded
@@ -62,6 +65,16 @@ class ComputeThread:
         """Queue one plan."""
         self._inbox.put((session, plan))
 
+    def end_session(self, session: int) -> None:
+        """Run no more plans of it. The step that is computed now still ends."""
+        self._over = session
+
+    @property
+    def step_s(self) -> float:
+        """How long the thread has been in its step; 0 while it is in none."""
+        started_ns = self._started_ns
+        return (self._clock_ns() - started_ns) / 1e9 if self.computing else 0.0
+
     def stop(self, timeout_s: float = 10.0) -> None:
         """End after the step that runs."""
         self._inbox.put(None)
@@ -75,7 +88,6 @@ class ComputeThread:
             self._on_loaded(error)
             return
         self._on_loaded(facts)
-        session = -1  # whose plans are run; others are leftovers of a link that is gone
         finished_ns = self._clock_ns()
         while True:
             self.tick += 1
@@ -86,20 +98,21 @@ class ComputeThread:
             if item is None:
                 return
             owner, plan = item
-            if plan is not None and owner != session:
+            if plan is not None and (owner != self.session or owner <= self._over):
                 continue
-            started_ns = self._clock_ns()
+            self._started_ns = started_ns = self._clock_ns()
             self.computing = True
             try:
                 if plan is None:
-                    session, self.next_step = owner, 0
+                    self.next_step = 0  # before the session: whoever reads both never sees the last one's step
+                    self.session = owner
                     runner.begin_session()
                     finished_ns = self._clock_ns()
                     continue
                 result = runner.execute(plan)
             except Exception as error:  # noqa: BLE001 - one link ends by it, and the next begins from nothing
                 log.error("step %d of session %d failed\n%s", self.next_step, owner, "".join(without_texts(error)))
-                session = -1
+                self.session = -1
                 self._on_failure(owner, error)
                 continue
             finally:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +19,14 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Final, NamedTuple, Protocol
 
-from common.errors import DeadlineExceeded, PagewireError, Superseded, Unavailable
+from common.errors import DeadlineExceeded, PagewireError, RequestFailed, Superseded, Unavailable
 from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, StepPlan, StepResult
 from common.types import FinishReason, Priority, SequenceId
-from scheduler.scheduler import ProtocolError, Scheduler
-from scheduler.sequence import Begun, Status
+from scheduler.scheduler import ProtocolError, Scheduler, TokenOutput
+from scheduler.sequence import Begun, Request, Status
 from scheduler.sequence import Sequence as CoreSequence
+from scheduler.suspicion import GIVEN_UP_AT, End
 from services.admission import Admission, Ask
 
 log = logging.getLogger(__name__)
@@ -132,7 +134,7 @@ class RequestStream:
             tokens = sequence.tokens[sequence.num_prompt + self._taken[choice] :].tolist()
             self._taken[choice] += len(tokens)
             reason = sequence.reason
-            if reason is FinishReason.ABORTED and self._error is not None:
+            if reason in (FinishReason.ABORTED, FinishReason.ERROR) and self._error is not None:
                 reason = FinishReason.NONE  # the error is the end, and it comes next
             events.append(ChoiceEvent(choice, tokens, reason))
             if reason:
@@ -302,7 +304,7 @@ class Engine:
 
     def join(self, session: int, facts: ExecutorFacts, link: Link) -> None:
         """An executor is ready for plans."""
-        self.scheduler.join(session, facts)
+        self.scheduler.join(session, facts, self._clock_ns())
         self._links[session] = link
         for stream in set(self._streams.values()):
             if stream.giving_up is not None and not stream.is_stuck(self.scheduler):
@@ -316,11 +318,46 @@ class Engine:
         self.scheduler.leave(session)
         self._work.set()
 
-    def lose(self, session: int) -> None:
-        """The link is gone; what ran there goes on elsewhere."""
+    def fell_silent(self, session: int) -> None:
+        """Nothing was heard of the executor for a while."""
+        self.scheduler.fell_silent(session)
+        self._work.set()  # others may take what waited for it
+
+    def spoke(self, session: int) -> None:
+        """The executor that fell silent is heard again."""
+        self.scheduler.spoke(session)
+        self._work.set()
+
+    def acquit(self, session: int, name: str) -> None:
+        """The process behind a session that was lost has dialled again."""
+        self.scheduler.acquit(session, name)
+        self._work.set()
+
+    def longest_step_s(self, session: int, step: int) -> float | None:
+        """What steps like this outstanding one took at most lately; None while that is unknown."""
+        if session not in self._links:
+            return None
+        state = self.scheduler.session(session)
+        num_tokens = state.tokens_of(step)
+        longest_ns = None if num_tokens is None else state.pace.longest_ns(num_tokens)
+        return None if longest_ns is None else longest_ns / 1e9
+
+    def unanswered_s(self, session: int) -> tuple[int, float]:
+        """The oldest step that is not answered, and since when it could have been; (0, 0) while there is none."""
+        if session not in self._links:
+            return 0, 0.0
+        step, since_ns = self.scheduler.session(session).unanswered()
+        return step, (self._clock_ns() - since_ns) / 1e9 if since_ns else 0.0
+
+    def lose(self, session: int, end: End = End.LOST, *, step: int = 0, culprit: CoreSequence | None = None) -> None:
+        """The link is gone; what ran there goes on elsewhere. What it answered until then still counts."""
+        self._fold_answers_of(session)
         if self._links.pop(session, None) is None:
             return
-        self.scheduler.lose(session)
+        losses = self.scheduler.lose(session, self._clock_ns(), end, step=step, culprit=culprit)
+        self._hand_out(losses.ended)
+        for request in losses.given_up:
+            self._give_up_request(request)
         for stream in set(self._streams.values()):
             if stream.is_stuck(self.scheduler):
                 self._give_up_later(stream)
@@ -331,6 +368,10 @@ class Engine:
         """Return once an executor has joined or gone since the last call."""
         await self._executors_changed.wait()
         self._executors_changed.clear()
+
+    def fenced(self, num_rows: int) -> None:
+        """A result came of a session that is over."""
+        self.scheduler.fenced(num_rows)
 
     def answered(self, session: int, result: StepResult) -> None:
         """A result arrived."""
@@ -357,13 +398,22 @@ class Engine:
         """Also looks again now and then while requests wait for the best of several executors: it may be stuck."""
         if self._due:
             await asyncio.sleep(0)  # a turn for the readers that were woken; then it is the others'
-        elif self.scheduler.waiting and len(self._links) > 1:
+        elif look_again_s := self._look_again_s():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_AGAIN_S):
+                async with asyncio.timeout(look_again_s):
                     await self._work.wait()
         else:
             await self._work.wait()
         self._work.clear()
+
+    def _look_again_s(self) -> float:
+        """Seconds until the core might decide otherwise although nothing happens; 0 is never."""
+        if not self.scheduler.waiting:
+            return 0.0
+        held_back_s = self.scheduler.held_back_ns(self._clock_ns()) / 1e9
+        if len(self._links) > 1:
+            return min(held_back_s or _LOOK_AGAIN_S, _LOOK_AGAIN_S)
+        return held_back_s
 
     def _wake_readers(self) -> None:
         for stream in list(islice(self._due, _READERS_AT_ONCE)):
@@ -380,6 +430,13 @@ class Engine:
         if state.leaving and not state.running and not state.outstanding:
             link.close("nothing left to run")
 
+    def _fold_answers_of(self, session: int) -> None:
+        mine = [result for owner, result in self._answers if owner == session]
+        if mine:
+            self._answers = deque(answer for answer in self._answers if answer[0] != session)
+            for result in mine:
+                self._fold(session, result)
+
     def _fold(self, session: int, result: StepResult) -> None:
         self.last_result_ns = self._clock_ns()
         try:
@@ -387,9 +444,12 @@ class Engine:
         except ProtocolError as error:
             log.error("executor of session %d broke the protocol: %s", session, error)
             link = self._links[session]
-            self.lose(session)
+            self.lose(session, End.WRONG, culprit=error.culprit)
             link.close(str(error))
             return
+        self._hand_out(outputs)
+
+    def _hand_out(self, outputs: Sequence[TokenOutput]) -> None:
         for id, _, reason in outputs:
             ended = reason is not FinishReason.NONE
             stream = self._streams.pop(id) if ended else self._streams[id]
@@ -427,6 +487,17 @@ class Engine:
         if any(not s.reason for s in stream.sequences.values()):
             stream.fail(DeadlineExceeded("the deadline passed before the answer was complete"))
             stream.close()
+
+    def _give_up_request(self, request: Request) -> None:
+        """Tell its reader, after the tokens that it has."""
+        error_id = secrets.token_hex(8)
+        log.error("sequence %d is given up: %d executors died with it; %s", request.id, GIVEN_UP_AT, error_id)
+        streams = {self._streams.get(SequenceId(request.id + i)): None for i in range(request.num_choices)}
+        for stream in streams:
+            if stream is not None:
+                problem = f"{GIVEN_UP_AT} executors died while they computed it; the server's log has it as {error_id}"
+                stream.fail(RequestFailed(f"the request is given up: {problem}", error_id))
+                stream.close()
 
     def _give_up_later(self, stream: RequestStream) -> None:
         if stream.giving_up is None:

@@ -45,6 +45,7 @@ async def run(config: ExecutorConfig, model_path: Path, ready_fd: int | None = N
         dial=dial,
         on_joined=on_joined,
         drain_s=config.drain_s,
+        watchdog_s=config.watchdog_s,
     )
     await service.run(stop)
     log.info("stopped")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import random
 import secrets
+import time
 from collections.abc import Callable
 from typing import Any, Never
 
@@ -27,12 +29,15 @@ from services.codec_link import WireError
 from services.compute import ComputeThread
 from services.grpc_options import link_options
 from services.tls import Dialer
+from services.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 _METHOD = "/" + pb.DESCRIPTOR.services_by_name["ExecutorLink"].full_name + "/Link"
 _WELCOME_TIMEOUT_S = 10.0
 _LEAST_HEARTBEAT_S = 0.01
+_LATE_S = 0.25  # a timer that fires later than this: this process stood still, and has not read what was sent
+_LOOK_S = 0.02  # how often to look whether a step of a link that is gone has ended
 
 Call = aio.StreamStreamCall[bytes, bytes]
 
@@ -44,7 +49,8 @@ class LinkLost(Exception):
 class ExecutorService:
     """One executor process. `scheduler` is HOST:PORT or unix:PATH of the scheduler's link address.
 
-    `dial` opens a channel to it.
+    `dial` opens a channel to it. With `watchdog_s` the process ends itself when its compute thread stands still for so
+    long.
     """
 
     def __init__(
@@ -56,19 +62,23 @@ class ExecutorService:
         on_joined: Callable[[ExecutorFacts], None] = lambda facts: None,
         drain_s: float = 30.0,
         max_backoff_s: float = 1.0,
+        watchdog_s: float = 0.0,
     ) -> None:
         self._scheduler = scheduler
         self._dial = dial or Dialer(scheduler, link_options())
         self._on_joined = on_joined
         self._drain_s = drain_s
         self._max_backoff_s = max_backoff_s
+        self._watchdog_s = watchdog_s
         self._incarnation = secrets.token_bytes(codec_link.INCARNATION_BYTES)
+        self._epoch = 0  # the highest that was welcomed here: a scheduler with a lower one has been replaced
+        self._heard_s = 0.0  # when the scheduler last said something
         self._session: int | None = None  # the one that is served, in the scheduler's words; None between links
         # The compute thread is told our own number of the session: every scheduler counts from 1, and a step of the
         # one that is gone must not answer for the one that came.
         self._numbers = itertools.count()
         self._number = next(self._numbers)
-        self._outbox: asyncio.Queue[pb.LinkRequest | LinkLost] = asyncio.Queue()
+        self._outbox: asyncio.Queue[pb.LinkRequest] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         self._loaded: asyncio.Future[ExecutorFacts] = loop.create_future()
         self._compute = ComputeThread(
@@ -86,19 +96,25 @@ class ExecutorService:
         something else: an operator must act.
         """
         self._compute.start()
+        compute = self._compute
+        watchdog = Watchdog(lambda: (compute.tick, compute.next_step), patience_s=self._watchdog_s)
         stopping = asyncio.create_task(stop.wait())
         try:
             both: set[asyncio.Future[Any]] = {self._loaded, stopping}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not stopping.done():
+                if self._watchdog_s and self._loaded.exception() is None:
+                    watchdog.start()
                 await self._serve(self._loaded.result(), stopping)
         finally:
             stopping.cancel()
+            watchdog.stop()
             self._compute.stop()
 
     async def _serve(self, facts: ExecutorFacts, stopping: asyncio.Task[Any]) -> None:
         failures = 0
         while not stopping.done():
+            await self._step_ended(stopping)
             link = asyncio.create_task(self._link(facts))
             await asyncio.wait({link, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if stopping.done():
@@ -110,6 +126,18 @@ class ExecutorService:
             # jitter, so that a scheduler that comes back is not met by all executors at once
             delay_s = min(self._max_backoff_s, 0.05 * 2 ** min(failures, 16)) * random.uniform(0.5, 1.0)
             await asyncio.wait({stopping}, timeout=delay_s)
+
+    async def _step_ended(self, stopping: asyncio.Task[Any]) -> None:
+        """Return when nothing of the last link is computed any more: who dials is ready for work at once.
+
+        A step that hangs keeps this executor out of service, and no sequence waits for it here.
+        """
+        began_s = time.monotonic()
+        while self._compute.computing and not stopping.done():
+            if time.monotonic() - began_s > 1:
+                log.warning("step %d of the last link is still computed", self._compute.next_step)
+                began_s = math.inf
+            await asyncio.wait({stopping}, timeout=_LOOK_S)
 
     async def _leave(self, link: asyncio.Task[Any]) -> None:
         """Ask the scheduler for no more, and let what runs here finish."""
@@ -127,17 +155,23 @@ class ExecutorService:
             call: Call = channel.stream_stream(_METHOD)()
             try:
                 await call.write(
-                    pb.LinkRequest(hello=codec_link.hello_to_pb(facts, self._incarnation)).SerializeToString()
+                    pb.LinkRequest(
+                        hello=codec_link.hello_to_pb(facts, self._incarnation, self._epoch)
+                    ).SerializeToString()
                 )
                 async with asyncio.timeout(_WELCOME_TIMEOUT_S):
                     first = await _read(call)
                 if first.WhichOneof("message") != "welcome":
                     raise LinkLost("the first message was not a welcome")
-                self._session, self._number = first.welcome.session, next(self._numbers)
+                welcome = first.welcome
+                if welcome.epoch < self._epoch:
+                    raise LinkLost(f"a scheduler of epoch {welcome.epoch}, but one of {self._epoch} was here since")
+                self._epoch = welcome.epoch
+                self._session, self._number = welcome.session, next(self._numbers)
                 self._compute.begin_session(self._number)
                 self._on_joined(facts)
                 log.info("joined %s as session %d", self._scheduler, self._session)
-                await self._exchange(call, self._session, max(_LEAST_HEARTBEAT_S, first.welcome.heartbeat_ms / 1000))
+                await self._exchange(call, welcome)
             except EOFError:
                 return self._session is not None, "it closed the stream"
             except (LinkLost, WireError) as error:
@@ -150,14 +184,16 @@ class ExecutorService:
                 return self._session is not None, f"{error.code().name}: {error.details()}"
             finally:
                 self._session = None
+                self._compute.end_session(self._number)
                 call.cancel()
 
-    async def _exchange(self, call: Call, session: int, heartbeat_s: float) -> Never:
+    async def _exchange(self, call: Call, welcome: pb.Welcome) -> Never:
         """Raises EOFError when the scheduler closed the stream, else what broke it."""
+        self._heard_s = time.monotonic()
         tasks = {
-            asyncio.create_task(self._receive(call, session)),
+            asyncio.create_task(self._receive(call, welcome.session)),
             asyncio.create_task(self._send(call)),
-            asyncio.create_task(self._beat(session, heartbeat_s)),
+            asyncio.create_task(self._beat(welcome)),
         }
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -171,6 +207,9 @@ class ExecutorService:
     async def _receive(self, call: Call, session: int) -> Never:
         while True:
             message = await _read(call)
+            self._heard_s = time.monotonic()
+            if message.HasField("ping"):
+                continue
             if message.WhichOneof("message") != "plan" or message.plan.session != session:
                 raise LinkLost(f"expected a plan of session {session}")
             self._compute.execute(self._number, codec_link.plan_from_pb(message.plan))
@@ -178,19 +217,39 @@ class ExecutorService:
     async def _send(self, call: Call) -> Never:
         while True:
             message = await self._outbox.get()
-            if isinstance(message, LinkLost):
-                raise message
             try:
                 await call.write(message.SerializeToString())
             except asyncio.InvalidStateError:  # the call is over, and this is heard before the receiver hears it
                 raise await _ending(call) from None
 
-    async def _beat(self, session: int, heartbeat_s: float) -> Never:
+    async def _beat(self, welcome: pb.Welcome) -> Never:
+        """Say that we live, and find out whether the scheduler does: LinkLost when it has said nothing for its lease.
+
+        Time in which this process stood still is nobody's silence.
+        """
+        heartbeat_s, lease_s = max(_LEAST_HEARTBEAT_S, welcome.heartbeat_ms / 1000), welcome.lease_ms / 1000
+        planned_s = time.monotonic()
         while True:
-            compute = self._compute
-            beat = pb.Heartbeat(session=session, tick=compute.tick, step=compute.next_step, computing=compute.computing)
-            self._outbox.put_nowait(pb.LinkRequest(heartbeat=beat))
+            now_s = time.monotonic()
+            if now_s - planned_s > _LATE_S:
+                self._heard_s += now_s - planned_s
+            if lease_s and now_s - self._heard_s > lease_s:
+                raise LinkLost(f"the scheduler has said nothing for {lease_s:g} s")
+            self._outbox.put_nowait(pb.LinkRequest(heartbeat=self._heartbeat(welcome.session)))
+            planned_s = now_s + heartbeat_s
             await asyncio.sleep(heartbeat_s)
+
+    def _heartbeat(self, session: int) -> pb.Heartbeat:
+        compute = self._compute
+        if compute.session != self._number:  # it has not begun with this session
+            return pb.Heartbeat(session=session, tick=compute.tick)
+        return pb.Heartbeat(
+            session=session,
+            tick=compute.tick,
+            step=compute.next_step,
+            computing=compute.computing,
+            step_ms=round(1000 * compute.step_s),
+        )
 
     # ---- from the compute thread, on the event loop
 
@@ -209,7 +268,9 @@ class ExecutorService:
 
     def _note_failure(self, number: int, error: BaseException) -> None:
         if number == self._number and self._session is not None:
-            self._outbox.put_nowait(LinkLost(f"a step failed: {type(error).__name__}"))
+            # the scheduler ends the link when it has read this; ended from here, it might never arrive
+            fault = pb.Fault(session=self._session, step=self._compute.next_step, what=type(error).__name__)
+            self._outbox.put_nowait(pb.LinkRequest(fault=fault))
 
 
 class ProgressLog:

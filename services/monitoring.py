@@ -25,6 +25,7 @@ class Monitoring:
         counters = self._scheduler.counters
         cpu_ns = time.process_time_ns() - self._cpu_began_ns
         sessions = self._scheduler.sessions
+        now_ns = time.monotonic_ns()  # the engine's clock, too
         return pb.GetStatusResponse(
             scheduler=pb.SchedulerStatus(
                 uptime_ns=time.monotonic_ns() - self._began_ns,
@@ -46,8 +47,23 @@ class Monitoring:
                 waiting_tokens=self._scheduler.waiting.num_tokens,
                 refused_requests=dict(self._admission.refusals.items()),
                 line_tokens_per_s=self._admission.rate.tokens_per_s or 0.0,
+                executor_losses=self._losses(now_ns),
             ),
-            executors=[_executor_status(session) for session in sessions],
+            executors=[_executor_status(session, now_ns) for session in sessions],
+        )
+
+    def _losses(self, now_ns: int) -> pb.ExecutorLosses:
+        scheduler, counters = self._scheduler, self._scheduler.counters
+        return pb.ExecutorLosses(
+            unclean_ends=counters.unclean_ends,
+            suspected_requests=counters.suspected,
+            trials=counters.trials,
+            given_up_requests=counters.given_up,
+            unusable_rows=counters.rows_unusable,
+            quarantines=counters.quarantines,
+            fenced_results=counters.results_fenced,
+            num_suspects=scheduler.num_suspects,
+            num_quarantined=sum(session.is_quarantined(now_ns) for session in scheduler.sessions),
         )
 
 
@@ -59,15 +75,26 @@ def lines(status: pb.GetStatusResponse) -> list[str]:
         f"({s.waiting_tokens} tokens), {sum(s.refused_requests.values())} requests refused, "
         f"{s.output_tokens} tokens made at {s.cpu_us_per_output_token:.0f} µs of CPU each"
     )
+    losses = s.executor_losses
+    lost = (
+        f"executors lost: {losses.unclean_ends}; requests given up for that: {losses.given_up_requests}, under "
+        f"suspicion: {losses.num_suspects}; rows that could not be used: {losses.unusable_rows}"
+    )
     executors = [
         f"{e.name}: {e.dtype} on {e.device}, {e.num_running} sequences run, {e.num_free_blocks} of {e.num_blocks} "
-        f"blocks free, idle for {100 * e.idle_ratio:.1f}% of its working time"
+        f"blocks free, idle for {100 * e.idle_ratio:.1f}% of its working time{_marks(e)}"
         for e in status.executors
     ]
-    return [scheduler, *executors]
+    return [scheduler, *([lost] if losses.unclean_ends or losses.unusable_rows else []), *executors]
 
 
-def _executor_status(session: Session) -> pb.ExecutorStatus:
+def _marks(e: pb.ExecutorStatus) -> str:
+    """Why the executor gets less than others."""
+    marks = {"leaving": e.leaving, "silent": e.silent, "in quarantine": e.quarantined, "held back": e.held_back}
+    return "".join(f", {mark}" for mark, is_so in marks.items() if is_so)
+
+
+def _executor_status(session: Session, now_ns: int) -> pb.ExecutorStatus:
     facts, occupancy = session.facts, session.occupancy
     return pb.ExecutorStatus(
         name=facts.name,
@@ -83,4 +110,7 @@ def _executor_status(session: Session) -> pb.ExecutorStatus:
         compute_ns=occupancy.compute_ns,
         idle_ns=occupancy.idle_ns,
         idle_ratio=occupancy.idle_ratio,
+        silent=session.silent,
+        quarantined=session.is_quarantined(now_ns),
+        held_back=now_ns < session.held_until_ns,
     )

@@ -29,6 +29,7 @@ from common.model_folder import read_model_folder
 from common.sampling import RequestLimits
 from common.tenant import TenantLimits
 from protos import inference_pb2, monitoring_pb2
+from scheduler.reputation import Patience
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from services import lifecycle, ticket_keys, tls
 from services.admin import admin_address, bind_admin
@@ -73,6 +74,9 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         watermark=config.watermark,
         reserve=config.reserve,
         prefix_caching=config.prefix_caching,
+        patience=Patience(
+            quarantine_ns=round(config.quarantine_s * 1e9), longest_hold_ns=round(config.max_executor_hold_s * 1e9)
+        ),
     )
     core = Scheduler(limits, model=model.digest, eos=set(model.eos_token_ids), secret=secrets.token_bytes(32))
     admission = Admission(
@@ -100,7 +104,15 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         live=LiveRequests(linger_s=config.linger_s, max_lingering=config.max_lingering),
     )
     service = SchedulerService(answerer, RequestLimits(max_choices=config.max_choices), lambda: len(core.sessions))
-    links = ExecutorLinkService(engine, model, silence_s=config.silence_s, step_timeout_s=config.step_timeout_s)
+    links = ExecutorLinkService(
+        engine,
+        model,
+        suspect_s=config.suspect_s,
+        silence_s=config.silence_s,
+        lease_s=config.lease_s,
+        step_timeout_s=config.step_timeout_s,
+        step_patience_s=config.step_patience_s,
+    )
 
     clients = aio.server(
         interceptors=(gate,),
@@ -141,6 +153,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(config.drain_s):
                 await engine.idle()
+        links.stopping()
         engine.fail_all(Unavailable("the scheduler is shutting down; the rest of the answer is to be had elsewhere"))
         await clients.stop(grace=1.0)
         await executors.stop(grace=0.5)

@@ -22,9 +22,12 @@ from common.errors import (
     ExecutorRejected,
     InvalidRequest,
     ModelFolderError,
+    NameTaken,
     Overloaded,
     PagewireError,
+    RequestFailed,
     SlowReader,
+    StaleEpoch,
     Superseded,
     TicketRefused,
     TicketStale,
@@ -46,6 +49,7 @@ _TABLE: Final[dict[type[PagewireError], tuple[grpc.StatusCode, str]]] = {
     UnknownModel: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
     Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     Unavailable: (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
+    RequestFailed: (grpc.StatusCode.INTERNAL, "REQUEST_FAILED"),
     DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     AlreadyRunning: (grpc.StatusCode.ALREADY_EXISTS, "ALREADY_RUNNING"),
     Superseded: (grpc.StatusCode.ABORTED, "SUPERSEDED"),
@@ -53,6 +57,8 @@ _TABLE: Final[dict[type[PagewireError], tuple[grpc.StatusCode, str]]] = {
     TicketRefused: (grpc.StatusCode.PERMISSION_DENIED, "TICKET_REFUSED"),
     TicketStale: (grpc.StatusCode.FAILED_PRECONDITION, "TICKET_STALE"),
     ExecutorRejected: (grpc.StatusCode.FAILED_PRECONDITION, "EXECUTOR_REJECTED"),
+    NameTaken: (grpc.StatusCode.ALREADY_EXISTS, "NAME_TAKEN"),
+    StaleEpoch: (grpc.StatusCode.ABORTED, "STALE_EPOCH"),
     ModelFolderError: (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_FOLDER_ERROR"),
     PagewireError: (grpc.StatusCode.INTERNAL, "ERROR"),
 }
@@ -73,7 +79,8 @@ def to_rpc_status(error: PagewireError) -> RpcStatus:
     code, reason = next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
     message = _cut(str(error))
     details = status_pb2.Status(code=code.value[0], message=message)
-    details.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN))
+    metadata = {"error_id": error.error_id} if isinstance(error, RequestFailed) else {}
+    details.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata))
     pushback: tuple[tuple[str, str | bytes], ...] = ()
     if isinstance(error, InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=_cut(error.problem))
@@ -117,6 +124,8 @@ def from_rpc_error(error: grpc.RpcError) -> PagewireError | grpc.RpcError:
         if issubclass(kind, InvalidRequest):
             violation = next(iter(bad_request.field_violations), error_details_pb2.BadRequest.FieldViolation())
             return kind(violation.field, violation.description)
+        if issubclass(kind, RequestFailed):
+            return kind(message, info.metadata["error_id"])
         if issubclass(kind, Overloaded | Unavailable):
             return kind(message, retry.retry_delay.ToMilliseconds() / 1000)
         return kind(message)

@@ -158,7 +158,7 @@ def measure(scenario: Scenario, num_steps: int) -> Report:
     draw = random.Random(0)
     limits = SchedulerLimits(token_budget=scenario.token_budget, max_running=scenario.rows)
     scheduler = Scheduler(limits, model="bench", eos=frozenset({2}), secret=b"bench")
-    scheduler.join(0, _facts(scenario))
+    scheduler.join(0, _facts(scenario), 0)
     executor, unanswered = Answerer(), deque[StepPlan]()
     shared = [draw.randrange(VOCAB_SIZE) for _ in range(scenario.shared)]
     watch = Stopwatch()

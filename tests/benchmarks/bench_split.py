@@ -110,7 +110,7 @@ def serve_whole(config: ExecutorConfig) -> None:
     model = read_model_folder(Path(config.model))
     runner = make_runner(config, model, "whole")
     core = _core(model)
-    core.join(0, runner.load(lambda stage, done, total: None))
+    core.join(0, runner.load(lambda stage, done, total: None), 0)
     runner.begin_session()
     for line in iter(sys.stdin.readline, ""):
         work = Work(**json.loads(line))

@@ -15,7 +15,7 @@ from protos import inference_pb2 as pb
 from protos import monitoring_pb2, monitoring_pb2_grpc
 from services.status import from_rpc_error
 from tests.e2e import fake_model
-from tests.e2e.cluster import Cluster, cluster
+from tests.e2e.cluster import Cluster, Process, cluster
 
 
 def request(prompt: list[int], max_tokens: int, *, n: int = 1) -> pb.GenerateStreamRequest:
@@ -180,6 +180,46 @@ def test_a_killed_executor_is_a_pause_and_not_a_gap(fake_folder: Path, tmp_path:
                 running.start_executor()
         assert killed
         assert tokens == list(range(20, 80))
+
+
+def test_a_frozen_executor_is_a_pause_and_what_it_says_when_it_thaws_is_not_heard(
+    fake_folder: Path, tmp_path: Path
+) -> None:
+    with cluster(fake_folder, tmp_path, executors=0) as running:
+        frozen = running.start_executor("--fake-step-s=0.02")
+        call = running.stub.GenerateStream(request([1] * 20, 60))
+        tokens: list[int] = []
+        for message in call:
+            tokens.extend(message.delta.token_ids)
+            if len(tokens) >= 10 and len(running.executors) == 1:
+                frozen.signal(signal.SIGSTOP)
+                running.start_executor()
+        assert tokens == list(range(20, 80))
+        frozen.signal(signal.SIGCONT)
+        monitoring = monitoring_pb2_grpc.MonitoringServiceStub(running.channel)
+        while len((status := monitoring.GetStatus(monitoring_pb2.GetStatusRequest())).executors) < 2:
+            pass
+        assert status.scheduler.executor_losses.unclean_ends == 1
+        assert running.tokens([1, 2, 3], 4) == [3, 4, 5, 6]
+
+
+def test_a_second_executor_of_the_same_name_takes_over_when_the_first_is_gone(
+    fake_folder: Path, tmp_path: Path
+) -> None:
+    with cluster(fake_folder, tmp_path, executors=1) as running:
+        second = Process(
+            [
+                *("executor", "--model", str(fake_folder), "--scheduler", running.link, "--name", "executor-0"),
+                "--fake",
+            ],
+            tmp_path / "second.log",
+        )
+        running.executors.append(second)
+        while "ALREADY_EXISTS" not in second.log.read_text():
+            assert second.popen.poll() is None
+        running.executors[0].signal(signal.SIGKILL)
+        second.wait_ready()
+        assert running.tokens([1, 2, 3], 4) == [3, 4, 5, 6]
 
 
 def test_both_executors_of_a_pair_serve_and_either_may_leave(fake_folder: Path, tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ def play(
         (at, tenant) for tenant, rate in loads.items() for at in _poisson(random.Random(tenant), rate, seconds)
     )
     core = Scheduler(SchedulerLimits(max_running=max_running), model="fake", eos=frozenset(), secret=b"load")
-    core.join(0, _facts(max_running, prompt + output))
+    core.join(0, _facts(max_running, prompt + output), 0)
     doorman = Admission(AdmissionLimits(max_waiting=512), jitter=lambda: 1.0)
     executor, in_flight = Answerer(), deque[StepPlan]()
     owners: dict[int, tuple[str, CoreSequence]] = {}

@@ -6,11 +6,14 @@ Also a search by hand: `python -m tests.scheduler.crowd --seeds 1000 --events 20
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
+from collections import Counter
 from collections.abc import Iterator
 
 from common.sampling import SamplingParams, StopConditions
 from common.types import Priority
+from scheduler.suspicion import End
 from tests.scheduler.witness import VOCAB_SIZE, Witness
 
 _FAMILIES = [[(7 * family + 3 * i) % (VOCAB_SIZE - 1) + 1 for i in range(48)] for family in range(2)]
@@ -31,11 +34,13 @@ def crowd(seed: int, num_events: int) -> Witness:
     )
     for _ in range(draw.choice([1, 1, 2, 3])):
         _join(world, draw)
-    events = [_add] * 3 + [_talk_on] * 4 + [_send] * 12 + [_answer] * 10 + [_abort, _join, _lose, _leave]
+    events = [_add] * 3 + [_talk_on] * 4 + [_send] * 12 + [_answer] * 10 + [_abort, _join, _lose, _leave, _hush]
+    if draw.random() < 0.2:
+        events += [_join, _lose] * 4  # nobody lives for long
     quiet = draw.random() < 0.5  # executors stay: memory, not loss, is what hurts
     for _ in range(num_events):
         event = draw.choice(events)
-        if not (quiet and event in (_join, _lose, _leave)):
+        if not (quiet and event in (_join, _lose, _leave, _hush)):
             event(world, draw)
     world.settle()
     return world
@@ -54,7 +59,10 @@ def stories(num_seeds: int, num_events: int, first: int = 0) -> Iterator[Witness
 def _join(world: Witness, draw: random.Random) -> None:
     if len(world.runners) < 3:
         size = draw.choice([1, 2, 4, 4, 8])
+        gone = [name for _, name in world.dead]
         world.join(
+            name=draw.choice(gone) if gone and draw.random() < 0.3 else None,
+            next_token=world.glitch if draw.random() < 0.2 else None,
             block_size=size,
             num_blocks=draw.choice([16, 24, 40, 64, 80]) // size + 1,
             max_sequences=draw.choice([1, 2, 4, 8]),
@@ -65,7 +73,19 @@ def _join(world: Witness, draw: random.Random) -> None:
 
 def _lose(world: Witness, draw: random.Random) -> None:
     if world.runners:
-        world.lose(draw.choice(list(world.runners)))
+        ends = [End.LOST, End.LOST, End.LOST, End.SILENT, End.STUCK, End.FAILED, End.WRONG, End.CLEAN]
+        world.lose(draw.choice(list(world.runners)), draw.choice(ends))
+        if world.dead and draw.random() < 0.2:
+            world.acquit()
+
+
+def _hush(world: Witness, draw: random.Random) -> None:
+    """An executor falls silent, or the silent ones speak again."""
+    if world.runners and draw.random() < 0.3:
+        world.scheduler.fell_silent(draw.choice(list(world.runners)))
+    else:
+        for session in world.runners:
+            world.scheduler.spoke(session)
 
 
 def _leave(world: Witness, draw: random.Random) -> None:
@@ -131,12 +151,11 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=200)
     parser.add_argument("--first", type=int, default=0)
     options = parser.parse_args()
-    preemptions = moved = tokens = 0
+    totals: Counter[str] = Counter()
     for world in stories(options.seeds, options.events, options.first):
-        preemptions += world.scheduler.counters.preemptions
-        moved += world.scheduler.counters.moved
-        tokens += world.scheduler.counters.output_tokens
-    print(f"{options.seeds} stories: {tokens} tokens, {preemptions} preemptions, {moved} moves, nothing broke")
+        counted = dataclasses.asdict(world.scheduler.counters)
+        totals.update({name: count for name, count in counted.items() if isinstance(count, int)})
+    print(f"{options.seeds} stories, nothing broke: {dict(totals)}")
 
 
 if __name__ == "__main__":

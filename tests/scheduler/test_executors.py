@@ -137,10 +137,21 @@ def test_executors_of_different_block_sizes_serve_together() -> None:
         lambda r: replace(r, indices=[5]),
         lambda r: replace(r, tokens=[10**6]),
         lambda r: replace(r, refs=[r.refs[0] + 1]),
+        lambda r: replace(r, failed=[r.refs[0] + 1]),
+        lambda r: replace(r, failed=r.refs),
         lambda r: replace(r, refs=[], tokens=[], indices=[]),
         lambda r: replace(r, refs=[*r.refs, *r.refs], tokens=[*r.tokens] * 2, indices=[*r.indices] * 2),
     ],
-    ids=["another step", "a gap", "no such token", "a foreign row", "a row left out", "a row twice"],
+    ids=[
+        "another step",
+        "a gap",
+        "no such token",
+        "a foreign row",
+        "a foreign failure",
+        "token and failure",
+        "a row left out",
+        "a row twice",
+    ],
 )
 def test_an_answer_to_another_question_is_refused_and_commits_nothing(
     wrong: Callable[[StepResult], StepResult],
@@ -155,6 +166,17 @@ def test_an_answer_to_another_question_is_refused_and_commits_nothing(
     with pytest.raises(ProtocolError) as refused:
         world.scheduler.update(0, bad, 1)
     assert str(10**6) not in str(refused.value), "a token is what a tenant is told, and goes into no log"
+    assert world.scheduler.sequence(id).num_output == 0
+
+
+def test_a_token_for_a_row_that_has_not_reached_its_end_is_refused() -> None:
+    world = World(token_budget=4)
+    (id,) = world.add("a", prompt=9)
+    plan = world.send()
+    assert plan is not None
+
+    with pytest.raises(ProtocolError, match="was not asked for a token"):
+        world.scheduler.update(0, StepResult(step=0, refs=plan.refs, tokens=[1], indices=[0]), 1)
     assert world.scheduler.sequence(id).num_output == 0
 
 

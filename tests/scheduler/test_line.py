@@ -14,7 +14,7 @@ from common.types import FinishReason, Priority, SequenceId
 from scheduler.account import W_IN, W_OUT
 from scheduler.line import AGING_NS, Line
 from scheduler.prefix_cache import BlockKey
-from scheduler.sequence import Sequence
+from scheduler.sequence import Request, Sequence
 from tests.scheduler.world import World
 
 HIGH, NORMAL, LOW = Priority
@@ -30,9 +30,11 @@ class Queue:
 
     def add(self, name: str, *, prompt: int = 10, n: int = 1, priority: Priority = NORMAL) -> list[Sequence]:
         """A request; its tenant is the first letter of its name."""
+        request = Request(id=SequenceId(len(self.names)), num_choices=n)
         made = [
             Sequence(
                 id=SequenceId(len(self.names) + choice),
+                request=request,
                 order=len(self.names) + choice,
                 tokens=array("I", [1] * prompt),
                 num_prompt=prompt,

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from common.sampling import SamplingParams, StopConditions
 from common.types import Priority
+from scheduler.suspicion import End
 from tests.scheduler.crowd import prompt_of, stories
 from tests.scheduler.witness import VOCAB_SIZE, Witness
 
@@ -73,9 +74,19 @@ class Machine(RuleBasedStateMachine):
         credit=st.integers(1, 3),
         max_sequences=st.sampled_from([1, 2, 4, 8]),
         max_step_tokens=st.sampled_from([8, 256]),
+        glitches=st.booleans(),
     )
-    def join(self, block_size: int, num_tokens: int, credit: int, max_sequences: int, max_step_tokens: int) -> None:
+    def join(
+        self,
+        block_size: int,
+        num_tokens: int,
+        credit: int,
+        max_sequences: int,
+        max_step_tokens: int,
+        glitches: bool,
+    ) -> None:
         self.world.join(
+            next_token=self.world.glitch if glitches else None,
             block_size=block_size,
             num_blocks=num_tokens // block_size,
             credit=credit,
@@ -84,10 +95,32 @@ class Machine(RuleBasedStateMachine):
         )
 
     @precondition(lambda self: self.world.runners)
-    @rule(draw=st.data(), gently=st.booleans())
-    def lose(self, draw: st.DataObject, gently: bool) -> None:
+    @rule(draw=st.data(), end=st.sampled_from([None, *End]))
+    def lose(self, draw: st.DataObject, end: End | None) -> None:
         session = draw.draw(st.sampled_from(list(self.world.runners)))
-        (self.world.leave if gently else self.world.lose)(session)
+        if end is None:
+            self.world.leave(session)
+        else:
+            self.world.lose(session, end)
+
+    @precondition(lambda self: any(self.world.sent.values()) and len(self.world.runners) == 1)
+    @rule(ends=st.lists(st.sampled_from([End.LOST, End.FAILED]), min_size=1, max_size=3))
+    def crash(self, ends: list[End]) -> None:
+        """The only executor dies in its first step, again and again."""
+        for end in ends:
+            self.world.lose(next(iter(self.world.runners)), end)
+            self.world.send(self.world.join(num_blocks=20, block_size=4, max_sequences=6, credit=2))
+
+    @precondition(lambda self: self.world.dead)
+    @rule()
+    def acquit(self) -> None:
+        self.world.acquit()
+
+    @precondition(lambda self: self.world.runners)
+    @rule(draw=st.data(), silent=st.booleans())
+    def hush(self, draw: st.DataObject, silent: bool) -> None:
+        session = draw.draw(st.sampled_from(list(self.world.runners)))
+        (self.world.scheduler.fell_silent if silent else self.world.scheduler.spoke)(session)
 
     @precondition(lambda self: self.world.runners)
     @rule(draw=st.data())
@@ -142,3 +175,6 @@ def test_a_crowd_on_tiny_executors_ends_with_the_tokens_each_would_have_had_alon
     assert sum(w.scheduler.counters.preemptions for w in worlds) > 300, "memory was never short"
     assert sum(w.scheduler.counters.moved for w in worlds) > 150, "no executor was ever lost"
     assert sum(w.scheduler.counters.cached_prompt_tokens for w in worlds) > 5000, "no prefix was ever found"
+    assert sum(w.scheduler.counters.trials for w in worlds) > 10, "no request ever had to run alone"
+    assert sum(w.scheduler.counters.given_up for w in worlds) > 1, "no request was ever given up"
+    assert sum(w.scheduler.counters.quarantines for w in worlds) > 20, "no executor was ever quarantined"

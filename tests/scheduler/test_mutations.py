@@ -5,20 +5,26 @@ A checker that never complains proves nothing. Every mutation is a mistake that 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
+from common.step import StepPlan
 from common.types import BlockId, SlotRef
 from executor.fake_runner import SlabMismatch
 from executor.resident import PlanError
+from scheduler import scheduler as scheduler_module
 from scheduler import session as session_module
+from scheduler import suspicion
 from scheduler.block_pool import BlockPool
 from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
-from scheduler.scheduler import ProtocolError, Scheduler
+from scheduler.scheduler import ProtocolError, Scheduler, TokenOutput
+from scheduler.sequence import Request
 from scheduler.sequence import Sequence as Running
-from scheduler.session import Draft, Match, Row, Session
+from scheduler.session import Draft, Match, Outstanding, Row, Session
+from scheduler.suspicion import End, Suspects
 from tests.scheduler.crowd import stories
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -141,6 +147,108 @@ def a_moved_sequence_loses_its_last_token(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Scheduler, "_wait_again", shorter)
 
 
+def a_suspect_is_never_trusted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Suspects, "answered", lambda self, flight: None)
+
+
+def a_chunk_before_the_place_clears_a_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_any_row(self: Suspects, flight: Outstanding) -> None:
+        for row in flight.rows.values():
+            self.forget(row.sequence)
+
+    monkeypatch.setattr(Suspects, "answered", by_any_row)
+
+
+def only_the_oldest_step_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    blamed = suspicion.blamed
+    monkeypatch.setattr(scheduler_module, "blamed", lambda end, flights, step: blamed(end, flights, step)[:1])
+
+
+def every_step_in_flight_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "blamed", lambda end, flights, step: flights if end is End.LOST else [])
+
+
+def wrong_answers_accuse_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    blamed = suspicion.blamed
+    monkeypatch.setattr(
+        scheduler_module,
+        "blamed",
+        lambda end, flights, step: flights[:1] if end is End.WRONG else blamed(end, flights, step),
+    )
+
+
+def a_request_is_given_up_at_its_second_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suspicion, "GIVEN_UP_AT", 2)
+
+
+def nobody_is_ever_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suspicion, "GIVEN_UP_AT", 10**6)
+
+
+def a_request_that_must_run_alone_is_admitted_like_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "runs_alone", lambda request: False)
+
+
+def a_trial_does_not_wait_for_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule_trial = Scheduler._schedule_trial
+
+    def at_once(self: Scheduler, session: Session, trial: Request, now_ns: int) -> StepPlan | None:
+        outstanding, session.outstanding = session.outstanding, deque()
+        try:
+            plan = schedule_trial(self, session, trial, now_ns)
+        finally:
+            outstanding.extend(session.outstanding)
+            session.outstanding = outstanding
+        return plan
+
+    monkeypatch.setattr(Scheduler, "_schedule_trial", at_once)
+
+
+def others_do_not_pause_during_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    grant = Scheduler._grant_running
+    monkeypatch.setattr(
+        Scheduler, "_grant_running", lambda self, session, draft, trial=None: grant(self, session, draft)
+    )
+
+
+def a_row_without_a_token_ends_its_choice_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    unusable = Scheduler._unusable
+
+    def at_once(self: Scheduler, session: Session, sequence: Running, now_ns: int) -> list[TokenOutput]:
+        sequence.unusable_at = len(sequence.tokens)
+        return unusable(self, session, sequence, now_ns)
+
+    monkeypatch.setattr(Scheduler, "_unusable", at_once)
+
+
+def what_is_in_flight_of_a_row_without_a_token_still_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    unusable = Scheduler._unusable
+
+    def as_before(self: Scheduler, session: Session, sequence: Running, now_ns: int) -> list[TokenOutput]:
+        attempt = sequence.attempt
+        outputs = unusable(self, session, sequence, now_ns)
+        sequence.attempt = attempt
+        return outputs
+
+    monkeypatch.setattr(Scheduler, "_unusable", as_before)
+
+
+def an_acquittal_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Suspects, "acquit", lambda self, session_id: None)
+
+
+def a_row_is_topped_up_from_the_wrong_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    extend = Session.extend_row
+
+    def from_its_start(self: Session, sequence: Running, num_tokens: int, num_known: int, draft: Draft) -> int:
+        row = draft.rows.get(sequence.ref)
+        if row is not None:
+            draft.rows[sequence.ref] = row._replace(stop=row.stop - 1)
+        return extend(self, sequence, num_tokens, num_known, draft)
+
+    monkeypatch.setattr(Session, "extend_row", from_its_start)
+
+
 MUTATIONS: list[Plant] = [
     a_block_is_freed_although_a_step_in_flight_writes_it,
     a_fork_shares_its_last_block_without_a_copy,
@@ -157,6 +265,20 @@ MUTATIONS: list[Plant] = [
     a_token_of_an_earlier_placement_is_committed,
     a_plan_forgets_what_is_in_flight,
     a_moved_sequence_loses_its_last_token,
+    a_suspect_is_never_trusted_again,
+    a_chunk_before_the_place_clears_a_suspect,
+    only_the_oldest_step_is_blamed,
+    every_step_in_flight_is_blamed,
+    wrong_answers_accuse_requests,
+    a_request_is_given_up_at_its_second_death,
+    nobody_is_ever_given_up,
+    a_request_that_must_run_alone_is_admitted_like_all_others,
+    a_trial_does_not_wait_for_what_is_in_flight,
+    others_do_not_pause_during_a_trial,
+    a_row_without_a_token_ends_its_choice_at_once,
+    what_is_in_flight_of_a_row_without_a_token_still_counts,
+    an_acquittal_is_forgotten,
+    a_row_is_topped_up_from_the_wrong_place,
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from scheduler.policy import Decision, Place, Running, decide, place
 
 
@@ -10,12 +12,28 @@ def row(num_uncomputed: int, num_planned: int = 0, num_blocks: int = 0) -> Runni
 
 
 def share(
-    rows: list[Running], *, budget: int = 64, free: int = 64, returning: int = 0, in_flight: tuple[int, ...] = ()
+    rows: list[Running],
+    *,
+    budget: int = 64,
+    free: int = 64,
+    returning: int = 0,
+    in_flight: tuple[int, ...] = (),
+    replays: Collection[int] = (),
+    replays_waiting: int = 0,
 ) -> Decision:
     def yield_of(i: int) -> tuple[int, int]:
         return (0, rows[i].num_blocks) if i in in_flight else (rows[i].num_blocks, 0)
 
-    return decide(rows, token_budget=budget, num_free=free, num_returning=returning, block_size=4, yield_of=yield_of)
+    return decide(
+        rows,
+        token_budget=budget,
+        num_free=free,
+        num_returning=returning,
+        block_size=4,
+        yield_of=yield_of,
+        replays=replays,
+        replays_waiting=replays_waiting,
+    )
 
 
 def test_a_decoding_sequence_is_never_delayed_by_an_older_long_prompt() -> None:
@@ -72,3 +90,27 @@ def test_a_sequence_goes_to_the_longest_cached_prefix_then_to_the_least_load() -
 
 def test_a_cached_prefix_does_not_outweigh_a_crowd() -> None:
     assert place([Place(0, 0), Place(512, 9)]) == 0
+
+
+def test_replays_and_the_others_share_what_rows_of_one_token_leave() -> None:
+    rows = [row(30), row(30), row(1, 9, 3)]
+    decision = share(rows, budget=10, replays={0})
+    assert decision.grants == [5, 4, 1]
+    assert (decision.budget_left, decision.replay_budget_left) == (0, 0)
+
+
+def test_replays_that_wait_are_left_their_share() -> None:
+    decision = share([row(30)], budget=10, replays_waiting=100)
+    assert decision.grants == [5]
+    assert (decision.budget_left, decision.replay_budget_left) == (5, 5)
+
+
+def test_replays_that_wait_are_left_no_more_than_they_want() -> None:
+    assert share([row(30)], budget=10, replays_waiting=2).grants == [8]
+
+
+def test_replays_take_no_more_than_their_share_although_nobody_else_runs() -> None:
+    """Who waits comes before: what is left after that is theirs."""
+    decision = share([row(30)], budget=10, replays={0})
+    assert decision.grants == [5]
+    assert (decision.budget_left, decision.replay_budget_left) == (5, 0)

@@ -1,23 +1,25 @@
 """A world that doubts everything: each plan is checked against its own book of blocks, each token against an oracle.
 
 The book is kept from the plans alone, so it knows nothing of how the scheduler counts. The oracle is the fake model run
-alone on the whole prompt. Neither may ever disagree with the scheduler, whatever happens and in whichever order.
+alone on the whole prompt. The docket knows which requests executors died with. None of them may ever disagree with the
+scheduler, whatever happens and in whichever order.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
-from typing import Final
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
 from common.blocks import blocks_for
 from common.errors import InvalidRequest
 from common.sampling import SamplingParams, StopConditions
 from common.step import StepPlan, StepResult
 from common.types import BlockId, FinishReason, Priority, SequenceId, SlotRef, slot_of
-from executor.fake_runner import Prefix, digests_of, prefix_hash_token
-from scheduler.scheduler import ProtocolError
+from executor.fake_runner import NextToken, Prefix, digests_of, prefix_hash_token
+from scheduler.scheduler import Losses, ProtocolError
 from scheduler.session import Session
+from scheduler.suspicion import End
 from tests.scheduler.world import GREEDY, World
 
 VOCAB_SIZE: Final = 32
@@ -68,6 +70,7 @@ def alone(prompt: list[int], sampling: SamplingParams, choice: int, stop: StopCo
 class Seat:
     """What the plans have told of one resident sequence."""
 
+    name: str
     tenant: str
     table: list[BlockId]
     position: int  # tokens that the plans so far compute
@@ -80,6 +83,63 @@ class Book:
     seats: dict[SlotRef, Seat]
     writes: deque[dict[BlockId, SlotRef]]  # for each unanswered step, who writes which block
     tenants: dict[BlockId, str]  # whose content the block holds
+    rows: deque[dict[str, Witnessed]]  # for each unanswered step, by name
+
+
+class Witnessed(NamedTuple):
+    """One row of a plan."""
+
+    ref: SlotRef
+    stop: int  # one past its positions
+    placement: int
+
+
+@dataclass(slots=True)
+class Docket:
+    """Which requests executors died with, by the plans alone."""
+
+    deaths: dict[str, set[int]] = field(default_factory=dict[str, set[int]])  # request -> sessions
+    until: dict[str, int] = field(default_factory=dict[str, int])  # sequence -> positions to be computed again
+    placement: Counter[str] = field(default_factory=Counter[str])  # times a sequence was placed, or its row was void
+    given_up: set[str] = field(default_factory=set[str])
+
+    def died(self, session: int, steps: list[dict[str, Witnessed]], ended: set[str]) -> set[str]:
+        """An executor died in one of these steps. Returns the requests that are to be given up."""
+        everybody = {request_of(name) for step in steps for name in step}
+        accused: set[str] = set()
+        for step in steps:
+            for name, row in step.items():
+                if name not in ended:
+                    self.until[name] = max(self.until.get(name, 0), row.stop)
+                    self.deaths.setdefault(request_of(name), set()).add(session)
+                    accused.add(request_of(name))
+        found = {r for r in accused if len(self.deaths[r]) >= 3 and len(everybody) == 1}
+        self.given_up |= found
+        return found
+
+    def passed(self, name: str) -> None:
+        """Nothing is left to doubt of this sequence."""
+        self.until.pop(name, None)
+        request = request_of(name)
+        if not any(request_of(other) == request for other in self.until):
+            self.deaths.pop(request, None)
+
+    def acquit(self, session: int) -> None:
+        """It was the link."""
+        for request, deaths in list(self.deaths.items()):
+            deaths.discard(session)
+            if not deaths:
+                for name in [name for name in self.until if request_of(name) == request]:
+                    self.passed(name)
+
+    def is_alone(self, request: str) -> bool:
+        """Nobody may be in a step with it."""
+        return len(self.deaths.get(request, ())) >= 2
+
+
+def request_of(name: str) -> str:
+    """The request that a sequence belongs to."""
+    return name.partition(":")[0]
 
 
 class Witness(World):
@@ -92,6 +152,9 @@ class Witness(World):
         self.prompts: dict[str, list[int]] = {}
         self.aborted: set[str] = set()
         self.last_result: dict[int, StepResult] = {}
+        self.docket = Docket()
+        self.dead: list[tuple[int, str]] = []  # sessions whose link broke, and the executor's name
+        self._glitches: set[tuple[int, int, int]] = set()
         super().__init__(
             executors=0,
             token_budget=token_budget,
@@ -105,17 +168,44 @@ class Witness(World):
 
     # ---- events
 
-    def join(self, **changes: int) -> int:
-        session = super().join(**changes)
-        self.books[session] = Book({}, deque(), {})
+    def join(self, *, name: str | None = None, next_token: NextToken | None = None, **changes: int) -> int:
+        session = super().join(name=name, next_token=next_token, **changes)
+        self.books[session] = Book({}, deque(), {}, deque())
         return session
 
-    def lose(self, session: int) -> None:
+    def glitch(self, prefix: Prefix) -> int | None:
+        """A model whose logits are sometimes not finite, and are when they are computed again."""
+        key = (prefix.digest, prefix.seed, prefix.choice)
+        if prefix.digest % 8 == 3 and key not in self._glitches:
+            self._glitches.add(key)
+            return None
+        return next_token(prefix)
+
+    def lose(self, session: int, end: End = End.LOST, *, step: int = 0) -> Losses:
+        steps = [] if end in (End.CLEAN, End.WRONG) else list(self.books[session].rows)
+        steps = steps[:1] if end in (End.STUCK, End.FAILED) else steps[:2]
+        oldest = self.sent[session][0].step if self.sent[session] else 0
+        found = self.docket.died(session, steps, self.ended)
+        if end is End.LOST:
+            self.dead.append((session, self.session(session).facts.name))
         late = [self.runners[session].execute(plan) for plan in self.sent[session]]
-        super().lose(session)
+        losses = super().lose(session, end, step=oldest if end in (End.STUCK, End.FAILED) else step)
         del self.books[session]
+        assert {request_of(self.names[request.id]) for request in losses.given_up} == found
+        ended = self.ended
+        for name in list(self.docket.until):
+            if name in ended:
+                self.docket.passed(name)
         for result in late:  # a zombie: its answers come after its end
             assert self.scheduler.update(session, result, self.now_ns) == []
+        self.check()
+        return losses
+
+    def acquit(self) -> None:
+        """The last executor whose link broke dials again: the process had not died."""
+        session, name = self.dead.pop()
+        self.scheduler.acquit(session, name)
+        self.docket.acquit(session)
         self.check()
 
     def request(
@@ -146,6 +236,7 @@ class Witness(World):
     def abort(self, name: str) -> None:
         super().abort(name)
         self.aborted.add(name)
+        self.docket.passed(name)
         self.check()
 
     def leave(self, session: int) -> None:
@@ -161,8 +252,16 @@ class Witness(World):
         return plan
 
     def answer(self, session: int = 0) -> StepResult:
+        book = self.books[session]
         result = super().answer(session)
-        self.books[session].writes.popleft()
+        book.writes.popleft()
+        ended = self.ended
+        for name, row in book.rows.popleft().items():
+            current = row.placement == self.docket.placement[name]
+            if name in ended or (current and row.stop >= self.docket.until.get(name, row.stop + 1)):
+                self.docket.passed(name)
+            if current and row.ref in result.failed:
+                self.docket.placement[name] += 1
         self.last_result[session] = result
         self.check()
         return result
@@ -195,6 +294,12 @@ class Witness(World):
     # ---- looking
 
     @property
+    def ended(self) -> set[str]:
+        """Names of sequences that have ended."""
+        alive = set(self.alive)
+        return {name for id, name in self.names.items() if id not in alive}
+
+    @property
     def alive(self) -> list[SequenceId]:
         """Sequences that have not ended."""
         return [sequence.id for sequence in self.scheduler]
@@ -202,7 +307,7 @@ class Witness(World):
     @property
     def takers(self) -> list[int]:
         """Executors that take new sequences."""
-        return [s.id for s in self.scheduler.sessions if not s.leaving]
+        return [s.id for s in self.scheduler.sessions if not s.leaving and not s.silent]
 
     def session(self, id: int) -> Session:
         """The scheduler's half of the link."""
@@ -213,6 +318,9 @@ class Witness(World):
     def check(self) -> None:
         """Blocks conserved, reference counts exact, every stream the start of what its sequence generates alone."""
         self.scheduler.check()
+        for sequence in self.scheduler:
+            known = self.docket.deaths.get(request_of(self.names[sequence.id]), set())
+            assert sequence.request.deaths == known, "executors died with other requests than are suspected"
         for name, tokens in self.tokens.items():
             assert tokens == self.oracles[name].tokens[: len(tokens)], f"{name} generated other tokens than alone"
 
@@ -221,7 +329,9 @@ class Witness(World):
         self.check()
         assert self.scheduler.num_sequences == 0 and not self.scheduler.waiting
         for name, oracle in self.oracles.items():
-            if name not in self.aborted:
+            if request_of(name) in self.docket.given_up:
+                assert self.reasons[name] in (FinishReason.ERROR, FinishReason.ABORTED, oracle.reason)
+            elif name not in self.aborted:
                 assert Alone(self.tokens[name], self.reasons[name]) == oracle
         for session in self.scheduler.sessions:
             if not session.outstanding:
@@ -230,6 +340,8 @@ class Witness(World):
 
     def settle(self) -> None:
         """Everything admitted ends, given one healthy executor."""
+        for session in self.scheduler.sessions:
+            self.scheduler.spoke(session.id)
         if not any(self.session(id).max_length >= 64 for id in self.takers):
             self.join(num_blocks=20, block_size=4, max_sequences=6, credit=2)
         self.run(max_steps=3000)
@@ -240,6 +352,7 @@ class Witness(World):
         book = self.books[session.id]
         self._enter_changes(book, session, plan)
         writers = self._enter_rows(book, session, plan)
+        self._enter_suspects(book, plan)
         for source, destination in plan.copies:
             assert destination in writers, f"block {destination} is copied to for nobody"
             assert book.tenants.get(source) == book.seats[writers[destination]].tenant, (
@@ -261,17 +374,33 @@ class Witness(World):
         for ref in plan.released:
             assert book.seats.pop(ref, None) is not None, f"{ref:#x} is released but was not there"
         taken = {slot_of(ref) for ref in book.seats}
-        tenants = {sequence.ref: self.tenants[sequence.id] for sequence in session.running}
+        ids = {sequence.ref: sequence.id for sequence in session.running}
         for new in plan.new:
             assert slot_of(new.ref) not in taken, f"slot {slot_of(new.ref)} has two owners"
             assert slot_of(new.ref) < session.facts.max_sequences
             taken.add(slot_of(new.ref))
-            book.seats[new.ref] = Seat(tenants[new.ref], list(new.block_table), new.num_computed)
+            id = ids[new.ref]
+            self.docket.placement[self.names[id]] += 1
+            book.seats[new.ref] = Seat(self.names[id], self.tenants[id], list(new.block_table), new.num_computed)
         for ref, block in zip(plan.append_refs, plan.append_blocks, strict=True):
             book.seats[ref].table.append(block)
         for ref, index, block in zip(plan.replace_refs, plan.replace_indices, plan.replace_blocks, strict=True):
             assert book.seats[ref].table[index] != block
             book.seats[ref].table[index] = block
+
+    def _enter_suspects(self, book: Book, plan: StepPlan) -> None:
+        """Who may have killed an executor is in no step with others, nor in flight beside theirs."""
+        seats = [book.seats[ref] for ref in plan.refs]
+        book.rows.append(
+            {
+                seat.name: Witnessed(ref, seat.position, self.docket.placement[seat.name])
+                for ref, seat in zip(plan.refs, seats, strict=True)
+            }
+        )
+        together = {request_of(name) for step in book.rows for name in step}
+        assert len(together) == 1 or not any(map(self.docket.is_alone, {request_of(s.name) for s in seats})), (
+            "a request that must run alone has company"
+        )
 
     def _enter_rows(self, book: Book, session: Session, plan: StepPlan) -> dict[BlockId, SlotRef]:
         """The blocks that the rows write, and which row does."""

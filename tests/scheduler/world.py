@@ -9,7 +9,9 @@ from common.sampling import SamplingParams, StopConditions
 from common.step import StepPlan, StepResult
 from common.types import FinishReason, Priority, SequenceId, slot_of
 from executor.fake_runner import FakeRunner, NextToken, position_token
-from scheduler.scheduler import Scheduler, SchedulerLimits
+from scheduler.reputation import Patience
+from scheduler.scheduler import Losses, Scheduler, SchedulerLimits
+from scheduler.suspicion import End
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -32,9 +34,15 @@ class World:
         vocab_size: int = 1000,
         eos: frozenset[int] = frozenset(),
         next_token: NextToken = position_token,
+        patience: Patience | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        limits = SchedulerLimits(token_budget=token_budget, watermark=watermark, prefix_caching=prefix_caching)
+        limits = SchedulerLimits(
+            token_budget=token_budget,
+            watermark=watermark,
+            prefix_caching=prefix_caching,
+            patience=patience or Patience(),
+        )
         self.scheduler = Scheduler(limits, model="fake", eos=eos, secret=b"test", weights=weights)
         self._shape = {
             "num_blocks": num_blocks,
@@ -57,20 +65,28 @@ class World:
 
     # ---- events
 
-    def join(self, **changes: int) -> int:
-        """Another executor."""
-        runner = FakeRunner(**{**self._shape, **changes}, next_token=self._next_token)  # type: ignore[arg-type]
-        facts = runner.load(lambda stage, done, total: None)
+    def join(self, *, name: str | None = None, next_token: NextToken | None = None, **changes: int) -> int:
+        """Another executor; of a name of its own, unless told."""
         session = self._next_session
         self._next_session += 1
-        self.scheduler.join(session, facts)
+        runner = FakeRunner(
+            name=name or f"fake-{session}",
+            next_token=next_token or self._next_token,
+            **{**self._shape, **changes},  # type: ignore[arg-type]
+        )
+        facts = runner.load(lambda stage, done, total: None)
+        self.scheduler.join(session, facts, self.now_ns)
         self.runners[session], self.sent[session] = runner, deque()
         return session
 
-    def lose(self, session: int) -> None:
+    def lose(self, session: int, end: End = End.LOST, *, step: int = 0) -> Losses:
         """Kill an executor: whatever it was sent is never answered."""
-        self.scheduler.lose(session)
+        losses = self.scheduler.lose(session, self.now_ns, end, step=step)
         del self.runners[session], self.sent[session]
+        for request in losses.given_up:
+            for id in range(request.id, request.id + request.num_choices):
+                self.reasons.setdefault(self.names[SequenceId(id)], FinishReason.ERROR)
+        return losses
 
     def add(
         self,
@@ -144,14 +160,17 @@ class World:
         return rows
 
     def run(self, max_steps: int = 10_000) -> None:
-        """Fill every pipeline and answer in turn until nothing is left to do."""
+        """Fill every pipeline and answer in turn until nothing is left to do. Who is held back is waited for."""
         for _ in range(max_steps):
             for session in list(self.runners):
                 while self.send(session) is not None:
                     pass
             busy = [s for s in self.runners if self.sent[s]]
             if not busy:
-                break
+                held_ns = self.scheduler.held_back_ns(self.now_ns)
+                if not held_ns or not self.scheduler.num_sequences:
+                    break
+                self.now_ns += held_ns
             for session in busy:
                 self.answer(session)
             self.scheduler.check()
@@ -165,7 +184,7 @@ class World:
 
     def name_at(self, session: int, ref: int) -> str:
         """Who has the slot."""
-        for sequence in self.scheduler.sessions[session].running:
+        for sequence in self.scheduler.session(session).running:
             if sequence.ref == ref:
                 return self.names[sequence.id]
         raise AssertionError(f"nobody runs in slot {slot_of(ref)}")  # type: ignore[arg-type]

@@ -19,9 +19,10 @@ class InstantLink:
         *,
         steps: int | None = None,
         num_blocks: int = 32,
+        name: str = "fake",
         runner: FakeRunner | None = None,
     ) -> None:
-        self.runner = runner or FakeRunner(num_blocks=num_blocks)
+        self.runner = runner or FakeRunner(num_blocks=num_blocks, name=name)
         self.facts: ExecutorFacts = self.runner.load(lambda stage, done, total: None)
         self.closed = ""
         self._engine, self._session, self._steps = engine, session, steps

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from common.errors import DeadlineExceeded, Overloaded, Unavailable
+from common.errors import DeadlineExceeded, Overloaded, RequestFailed, Unavailable
 from common.sampling import SamplingParams, StopConditions
 from common.step import StepPlan
 from common.tenant import TenantLimits
@@ -38,8 +39,10 @@ def run(test: Callable[[Engine], Awaitable[None]], **settings: Any) -> None:
     asyncio.run(main())
 
 
-def join(engine: Engine, session: int = 1, *, steps: int | None = None, num_blocks: int = 32) -> InstantLink:
-    link = InstantLink(engine, session, steps=steps, num_blocks=num_blocks)
+def join(
+    engine: Engine, session: int = 1, *, steps: int | None = None, num_blocks: int = 32, name: str = "fake"
+) -> InstantLink:
+    link = InstantLink(engine, session, steps=steps, num_blocks=num_blocks, name=name)
     engine.join(session, link.facts, link)
     return link
 
@@ -205,6 +208,54 @@ def test_an_executor_that_breaks_the_protocol_loses_its_link_not_its_requests() 
         join(engine, 2)
         assert await reading == {0: [3, 4, 5]}
         assert "step" in first.closed
+
+    run(test)
+
+
+def test_a_request_that_three_executors_died_with_fails_alone_after_the_tokens_it_has() -> None:
+    async def test(engine: Engine) -> None:
+        join(engine, 1, steps=2)
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=8), choices=2)
+        while any(s.num_output < 1 for s in stream.sequences.values()):
+            await asyncio.sleep(0)
+        for session in (1, 2, 3):
+            while not engine.scheduler.session(session).outstanding:
+                await asyncio.sleep(0)
+            engine.lose(session)
+            link = join(engine, session + 1, steps=0, name=f"fake-{session}")
+        other = engine.submit([1, 2, 3, 4], GREEDY, StopConditions(max_tokens=2))
+
+        assert {event.choice for event in await stream.take()} == {0, 1}
+        with pytest.raises(RequestFailed, match="3 executors died") as failure:
+            await stream.take()
+        assert failure.value.error_id in str(failure.value)
+        link.allow(100)
+        assert await read(other) == {0: [4, 5]}
+        assert engine.num_requests == 0
+
+    run(test)
+
+
+def test_an_executor_that_is_held_back_is_asked_again_when_its_time_is_over() -> None:
+    async def test(engine: Engine) -> None:
+        for session in (1, 2):
+            join(engine, session)
+            engine.lose(session)
+        join(engine, 3)
+        assert engine.scheduler.held_back_ns(time.monotonic_ns()) > 0
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=2))
+        assert await read(stream) == {0: [3, 4]}
+
+    run(test)
+
+
+def test_a_choice_whose_rows_cannot_be_used_ends_alone() -> None:
+    async def test(engine: Engine) -> None:
+        link = join(engine)
+        link.runner = FakeRunner(num_blocks=32, next_token=lambda p: None if p.choice == 1 else p.num_tokens)
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=2), choices=2)
+        assert await read(stream) == {0: [3, 4], 1: []}
+        assert [s.reason for s in stream.sequences.values()] == [FinishReason.LENGTH, FinishReason.ERROR]
 
     run(test)
 

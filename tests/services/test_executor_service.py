@@ -16,7 +16,7 @@ from common.step import NewSequence, StepPlan, StepResult
 from common.types import BlockId, SlotRef
 from executor.fake_runner import FakeRunner, Prefix, position_token
 from protos import executor_pb2 as pb
-from services import codec_link
+from services import codec_link, watchdog
 from services.executor_service import ExecutorService
 from services.grpc_options import link_options
 from services.handlers import Context
@@ -43,10 +43,14 @@ def first_step(prompt: list[int]) -> StepPlan:
     return StepPlan(step=0, refs=[REF], num_scheduled=[len(prompt)], new=[new])
 
 
-async def welcome(context: Context, *, session: int = 1, heartbeat_ms: int = 1000) -> None:
-    await context.read()
-    message = pb.LinkResponse(welcome=pb.Welcome(epoch=1, session=session, heartbeat_ms=heartbeat_ms))
-    await context.write(message.SerializeToString())
+async def welcome(
+    context: Context, *, session: int = 1, heartbeat_ms: int = 1000, epoch: int = 1, lease_ms: int = 0
+) -> pb.Hello:
+    data = await context.read()
+    assert isinstance(data, bytes), "the executor left"
+    word = pb.Welcome(epoch=epoch, session=session, heartbeat_ms=heartbeat_ms, lease_ms=lease_ms)
+    await context.write(pb.LinkResponse(welcome=word).SerializeToString())
+    return pb.LinkRequest.FromString(data).hello
 
 
 async def send(context: Context, plan: StepPlan, *, session: int = 1) -> None:
@@ -54,13 +58,18 @@ async def send(context: Context, plan: StepPlan, *, session: int = 1) -> None:
     await context.write(message.SerializeToString())
 
 
-async def next_result(context: Context) -> StepResult:
+async def next_message(context: Context, kind: str) -> pb.LinkRequest:
+    """The next of a kind; others are passed over."""
     while True:
         data = await context.read()
         assert isinstance(data, bytes), "the executor left"
         message = pb.LinkRequest.FromString(data)
-        if message.WhichOneof("message") == "result":
-            return codec_link.result_from_pb(message.result)
+        if message.WhichOneof("message") == kind:
+            return message
+
+
+async def next_result(context: Context) -> StepResult:
+    return codec_link.result_from_pb((await next_message(context, "result")).result)
 
 
 def run(
@@ -69,6 +78,7 @@ def run(
     *,
     next_token: Callable[[Prefix], int | None] = position_token,
     max_backoff_s: float = 0.001,
+    watchdog_s: float = 0.0,
 ) -> None:
     """Serve a fake model to the played scheduler until `until` returns. What ends the executor early fails the test."""
 
@@ -88,7 +98,11 @@ def run(
         await server.start()
         stop = asyncio.Event()
         service = ExecutorService(
-            lambda: FakeRunner(next_token=next_token), address, drain_s=0, max_backoff_s=max_backoff_s
+            lambda: FakeRunner(next_token=next_token),
+            address,
+            drain_s=0,
+            max_backoff_s=max_backoff_s,
+            watchdog_s=watchdog_s,
         )
         serving = asyncio.create_task(service.run(stop))
         waiting = asyncio.ensure_future(until())
@@ -104,10 +118,11 @@ def run(
     asyncio.run(main())
 
 
-def test_a_step_of_a_scheduler_that_is_gone_does_not_answer_for_the_one_that_came() -> None:
-    """Both call their session 1, and the step that hangs ends when the second session has begun."""
+def test_an_executor_dials_again_when_the_last_links_step_has_ended_and_answers_for_the_new_one_alone() -> None:
+    """Both schedulers call their session 1, and the first one is gone while a step of it hangs."""
     computing, go_on = threading.Event(), threading.Event()
     answered: asyncio.Queue[StepResult] = asyncio.Queue()
+    gone = asyncio.Event()
 
     def next_token(prefix: Prefix) -> int:
         if prefix.num_tokens == 3:  # the first scheduler's prompt
@@ -117,16 +132,19 @@ def test_a_step_of_a_scheduler_that_is_gone_does_not_answer_for_the_one_that_cam
         return position_token(prefix)
 
     async def played(link: int, context: Context) -> None:
+        assert link == 0 or go_on.is_set(), "it is not ready for work"
         await welcome(context)
         await send(context, first_step([7, 8, 9] if link == 0 else [1, 2, 3, 4, 5]))
         if link == 0:
             await asyncio.to_thread(computing.wait, 30)
+            gone.set()
         else:
-            await context.read()  # a heartbeat: the second session has begun
-            go_on.set()
             answered.put_nowait(await next_result(context))
 
     async def check() -> None:
+        await gone.wait()
+        await asyncio.sleep(0.2)  # it could dial now
+        go_on.set()
         assert list((await answered.get()).tokens) == [5]
 
     run(played, check, next_token=next_token)
@@ -165,3 +183,112 @@ def test_an_executor_dials_for_as_long_as_it_takes(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ExecutorService, "_link", link)
     monkeypatch.setattr(random, "uniform", lambda low, high: 0.0)
     run(played, found.wait)
+
+
+def test_an_executor_keeps_to_the_later_of_two_schedulers() -> None:
+    hellos: list[pb.Hello] = []
+    refused, found = asyncio.Event(), asyncio.Event()
+
+    async def played(link: int, context: Context) -> None:
+        hellos.append(await welcome(context, epoch=(7, 6, 8)[min(link, 2)]))
+        if link == 1:
+            assert not isinstance(await context.read(), bytes), "it has nothing to say to the earlier one"
+            refused.set()
+        elif link == 2:
+            await next_message(context, "heartbeat")
+            found.set()
+
+    run(played, found.wait)
+    assert refused.is_set()
+    assert [hello.last_epoch for hello in hellos[:3]] == [0, 7, 7]
+    assert len({hello.incarnation for hello in hellos}) == 1
+
+
+def test_an_executor_gives_up_a_scheduler_that_says_nothing_and_dials_again() -> None:
+    again = asyncio.Event()
+
+    async def played(link: int, context: Context) -> None:
+        await welcome(context, lease_ms=100, heartbeat_ms=10)
+        if link == 1:
+            again.set()
+        while isinstance(await context.read(), bytes):
+            pass
+
+    run(played, again.wait)
+
+
+def test_a_ping_is_a_word() -> None:
+    enough = asyncio.Event()
+
+    async def played(link: int, context: Context) -> None:
+        assert link == 0, "it was given up"
+        await welcome(context, lease_ms=2000, heartbeat_ms=10)
+        for _ in range(60):
+            await context.write(pb.LinkResponse(ping=pb.Ping()).SerializeToString())
+            await asyncio.sleep(0.05)
+        enough.set()
+
+    run(played, enough.wait)
+
+
+def test_a_step_that_fails_is_reported_by_its_number_and_kind_and_the_executor_lives() -> None:
+    faults: asyncio.Queue[pb.Fault] = asyncio.Queue()
+
+    def next_token(prefix: Prefix) -> int:
+        raise RuntimeError("a secret prompt")
+
+    async def played(link: int, context: Context) -> None:
+        await welcome(context)
+        await send(context, first_step([1, 2, 3]))
+        faults.put_nowait((await next_message(context, "fault")).fault)
+
+    async def check() -> None:
+        for _ in range(2):
+            assert await faults.get() == pb.Fault(session=1, step=0, what="RuntimeError")
+
+    run(played, check, next_token=next_token)
+
+
+def test_a_heartbeat_says_how_long_the_step_has_taken() -> None:
+    go_on, seen = threading.Event(), asyncio.Event()
+
+    def next_token(prefix: Prefix) -> int:
+        go_on.wait(30)
+        return 7
+
+    async def played(link: int, context: Context) -> None:
+        await welcome(context, heartbeat_ms=10)
+        await send(context, first_step([1, 2, 3]))
+        while (beat := (await next_message(context, "heartbeat")).heartbeat).step_ms < 50:
+            assert not beat.step_ms or beat.computing
+        assert (beat.computing, beat.step) == (True, 0)
+        go_on.set()
+        while (await next_message(context, "heartbeat")).heartbeat.computing:
+            pass
+        seen.set()
+
+    run(played, seen.wait, next_token=next_token)
+
+
+def test_a_process_whose_step_never_ends_ends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, go_on = threading.Event(), threading.Event()
+
+    def end_process() -> None:
+        ended.set()
+        go_on.set()
+
+    def next_token(prefix: Prefix) -> int:
+        go_on.wait(30)
+        return 7
+
+    async def played(link: int, context: Context) -> None:
+        await welcome(context)
+        await send(context, first_step([1, 2, 3]))
+        while isinstance(await context.read(), bytes):
+            pass
+
+    async def check() -> None:
+        assert await asyncio.to_thread(ended.wait, 30)
+
+    monkeypatch.setattr(watchdog, "end_process", end_process)
+    run(played, check, next_token=next_token, watchdog_s=0.5)

@@ -1,0 +1,54 @@
+"""What an operator is told of executors that were lost, and of those that get less than others."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from protos import monitoring_pb2 as pb
+from services.engine import Engine
+from services.monitoring import Monitoring, lines
+from tests.scheduler.world import World
+
+
+def status_of(world: World) -> pb.GetStatusResponse:
+    no_context: Any = None
+
+    async def ask() -> pb.GetStatusResponse:
+        return await Monitoring(Engine(world.scheduler)).GetStatus(pb.GetStatusRequest(), no_context)
+
+    return asyncio.run(ask())
+
+
+def test_losses_are_counted_and_said() -> None:
+    world = World(executors=1)
+    world.add("a", prompt=4, n=2)
+    for session in range(3):
+        plan = world.send(session)
+        assert plan is not None
+        world.lose(session)
+        world.join()
+        told = status_of(world).scheduler.executor_losses
+        assert told.unclean_ends == session + 1
+        assert told.num_suspects == (session < 2)
+
+    losses = status_of(world).scheduler.executor_losses
+    assert (losses.suspected_requests, losses.trials, losses.given_up_requests) == (3, 1, 1)
+    assert lines(status_of(world))[1].startswith("executors lost: 3; requests given up for that: 1, under suspicion: 0")
+
+
+def test_where_nothing_was_lost_nothing_is_said_of_it() -> None:
+    assert not any("lost" in line for line in lines(status_of(World())))
+
+
+def test_an_executor_that_gets_less_than_others_is_marked() -> None:
+    world = World(executors=2)
+    world.scheduler.fell_silent(0)
+    world.scheduler.leave(1)
+    response = status_of(world)
+
+    assert [(e.silent, e.leaving, e.quarantined, e.held_back) for e in response.executors] == [
+        (True, False, False, False),
+        (False, True, False, False),
+    ]
+    assert [line.rpartition(", ")[2] for line in lines(response)[1:]] == ["silent", "leaving"]
