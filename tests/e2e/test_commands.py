@@ -147,7 +147,9 @@ def test_status_says_what_was_done_and_how_busy_the_executors_are(shared: Cluste
     scheduler, executor = ended.out.splitlines()
     assert ended.code == 0
     assert re.fullmatch(
-        r"scheduler: up \d+ s, 0 sequences run, 0 wait, \d+ tokens made at \d+ µs of CPU each", scheduler
+        r"scheduler: up \d+ s, 0 sequences run, 0 wait \(0 tokens\), 0 requests refused, "
+        r"\d+ tokens made at \d+ µs of CPU each",
+        scheduler,
     )
     assert re.fullmatch(
         r"executor-0: none on none, 0 sequences run, 4096 of 4096 blocks free, idle for \d+\.\d% of its working time",

@@ -129,8 +129,9 @@ def test_the_server_counts_what_waits_and_what_it_refused(fake_folder: Path, tmp
         next(waits)
         with pytest.raises(grpc.RpcError) as failure:
             running.tokens([2] * 30, 60)
-        monitoring = monitoring_pb2_grpc.MonitoringServiceStub(running.channel)
-        status = monitoring.GetStatus(monitoring_pb2.GetStatusRequest()).scheduler
+        with grpc.insecure_channel(running.admin) as channel:
+            monitoring = monitoring_pb2_grpc.MonitoringServiceStub(channel)
+            status = monitoring.GetStatus(monitoring_pb2.GetStatusRequest()).scheduler
         runs.cancel()
         waits.cancel()
 
@@ -196,9 +197,10 @@ def test_a_frozen_executor_is_a_pause_and_what_it_says_when_it_thaws_is_not_hear
                 running.start_executor()
         assert tokens == list(range(20, 80))
         frozen.signal(signal.SIGCONT)
-        monitoring = monitoring_pb2_grpc.MonitoringServiceStub(running.channel)
-        while len((status := monitoring.GetStatus(monitoring_pb2.GetStatusRequest())).executors) < 2:
-            pass
+        with grpc.insecure_channel(running.admin) as operator:
+            monitoring = monitoring_pb2_grpc.MonitoringServiceStub(operator)
+            while len((status := monitoring.GetStatus(monitoring_pb2.GetStatusRequest())).executors) < 2:
+                pass
         assert status.scheduler.executor_losses.unclean_ends == 1
         assert running.tokens([1, 2, 3], 4) == [3, 4, 5, 6]
 
