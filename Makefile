@@ -34,7 +34,7 @@ setup: .venv/.kernels ## make .venv with everything at its pinned version, and t
 
 # Without a compiler it says so, and torch does the work, slower.
 .venv/.kernels: .venv/.ok executor/native/build.py $(wildcard executor/native/csrc/*)
-	@echo "Compiling the C++ kernels: half a minute."
+	@echo "Compiling the C++ kernels: about a minute."
 	@$(BIN)/python -m executor.native.build
 	@touch $@
 

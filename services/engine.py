@@ -276,7 +276,7 @@ class Engine:
 
     def fail_all(self, error: PagewireError) -> None:
         """End every request that still runs."""
-        for stream in set(self._streams.values()):
+        for stream in dict.fromkeys(self._streams.values()):
             stream.fail(error)
             stream.close()
 
@@ -306,7 +306,7 @@ class Engine:
         """An executor is ready for plans."""
         self.scheduler.join(session, facts, self._clock_ns())
         self._links[session] = link
-        for stream in set(self._streams.values()):
+        for stream in dict.fromkeys(self._streams.values()):
             if stream.giving_up is not None and not stream.is_stuck(self.scheduler):
                 stream.giving_up.cancel()
                 stream.giving_up = None
@@ -358,7 +358,7 @@ class Engine:
         self._hand_out(losses.ended)
         for request in losses.given_up:
             self._give_up_request(request)
-        for stream in set(self._streams.values()):
+        for stream in dict.fromkeys(self._streams.values()):
             if stream.is_stuck(self.scheduler):
                 self._give_up_later(stream)
         self._executors_changed.set()
