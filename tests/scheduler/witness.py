@@ -7,6 +7,7 @@ alone on the whole prompt. Neither may ever disagree with the scheduler, whateve
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +16,7 @@ from common.errors import InvalidRequest
 from common.sampling import SamplingParams, StopConditions
 from common.step import StepPlan, StepResult
 from common.types import BlockId, FinishReason, SequenceId, SlotRef, slot_of
-from executor.fake_runner import Prefix, digests_of, prefix_hash_token
+from executor.fake_runner import NextToken, Prefix, digests_of, prefix_hash_token
 from scheduler.scheduler import ProtocolError
 from scheduler.session import Session
 from tests.scheduler.world import GREEDY, World
@@ -38,7 +39,16 @@ class Alone:
     reason: FinishReason
 
 
-def alone(prompt: list[int], sampling: SamplingParams, choice: int, stop: StopConditions) -> Alone:
+def alone(
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    choice: int,
+    stop: StopConditions,
+    *,
+    model: NextToken = next_token,
+    vocab_size: int = VOCAB_SIZE,
+    eos: Set[int] = EOS,
+) -> Alone:
     """Run the fake model on one sequence, without blocks, steps or scheduler."""
     digest = digests_of(prompt)[-1]
     tokens: list[int] = []
@@ -50,13 +60,13 @@ def alone(prompt: list[int], sampling: SamplingParams, choice: int, stop: StopCo
             seed=sampling.seed,
             choice=choice,
         )
-        token = next_token(prefix)
+        token = model(prefix)
         if token is None:
             return Alone(tokens, FinishReason.ERROR)
-        token %= VOCAB_SIZE
+        token %= vocab_size
         tokens.append(token)
         digest = digests_of([token], digest)[-1]
-        if token in EOS and not stop.ignore_eos:
+        if token in eos and not stop.ignore_eos:
             return Alone(tokens, FinishReason.EOS)
         if token in stop.stop_token_ids:
             return Alone(tokens, FinishReason.STOP_TOKEN)
