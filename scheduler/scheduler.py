@@ -17,6 +17,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from common import failpoints
 from common.blocks import blocks_for
 from common.errors import InvalidRequest
 from common.sampling import SamplingParams, StopConditions
@@ -311,6 +312,7 @@ class Scheduler:
         bisect.insort(self._waiting, sequence, key=_order)
 
     def _preempt(self, session: Session, sequence: Sequence) -> None:
+        failpoints.hit("on_preempt")
         session.release(sequence)
         sequence.preemptions += 1
         self.counters.preemptions += 1
@@ -387,6 +389,8 @@ class Scheduler:
             sequence.admitted_ns = now_ns
             sequence.num_cached_prompt = match.num_tokens
             self.counters.cached_prompt_tokens += match.num_tokens
+        if match.num_tokens:
+            failpoints.hit("on_prefix_hit")
         bisect.insort(session.running, sequence, key=_order)
         tokens = min(len(sequence.tokens) - match.num_tokens, draft.budget)
         session.admit(sequence, match, draft, tokens, stop_tokens(sequence.stop, self._eos))

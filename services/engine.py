@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Final, NamedTuple, Protocol
 
+from common import failpoints
 from common.errors import Overloaded, PagewireError, Unavailable
 from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, StepPlan, StepResult
@@ -155,11 +156,13 @@ class Engine:
         waiting = len(self.scheduler.waiting)
         if waiting + choices > self._max_waiting:
             raise Overloaded(f"{waiting} sequences wait already, at most {self._max_waiting} may")
+        failpoints.hit("before_admit")
         now = self._clock_ns()
         made = self.scheduler.add(prompt, sampling, stop, now, choices=choices, tenant=tenant)
         stream = RequestStream(self, made)
         for sequence in made:
             self._streams[sequence.id] = stream
+        failpoints.hit("after_admit")
         if not self.scheduler.fits_somewhere(made[0]):
             self._give_up_later(stream)
         self._work.set()
@@ -258,12 +261,14 @@ class Engine:
         if link is None:  # lost
             return
         while (plan := self.scheduler.schedule(session, self._clock_ns())) is not None:
-            link.send(plan)
+            if failpoints.hit("before_plan_send") != "drop":
+                link.send(plan)
         state = self.scheduler.session(session)
         if state.leaving and not state.running and not state.outstanding:
             link.close("nothing left to run")
 
     def _fold(self, session: int, result: StepResult) -> None:
+        failpoints.hit("before_commit")
         self.last_result_ns = self._clock_ns()
         try:
             outputs = self.scheduler.update(session, result, self.last_result_ns)
@@ -273,6 +278,7 @@ class Engine:
             self.lose(session)
             link.close(str(error))
             return
+        failpoints.hit("after_commit_before_outbox")
         for id, token, reason in outputs:
             ended = reason is not FinishReason.NONE
             stream = self._streams.pop(id) if ended else self._streams[id]

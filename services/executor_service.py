@@ -18,6 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
+from common import failpoints
 from common.errors import ExecutorRejected
 from common.step import ExecutorFacts, StepResult
 from executor.runner import Runner
@@ -108,6 +109,7 @@ class ExecutorService:
     async def _leave(self, link: asyncio.Task[Any]) -> None:
         """Ask the scheduler for no more, and let what runs here finish."""
         if self._session is not None and not link.done():
+            failpoints.hit("on_drain")
             log.info("leaving; what runs here may finish within %g s", self._drain_s)
             self._outbox.put_nowait(pb.LinkRequest(leave=pb.Leave(reason="the executor is shutting down")))
             await asyncio.wait({link}, timeout=self._drain_s)
@@ -120,6 +122,7 @@ class ExecutorService:
         async with aio.insecure_channel(self._scheduler, options=link_options()) as channel:
             call: Call = channel.stream_stream(_METHOD)()
             try:
+                failpoints.hit("before_hello")
                 await call.write(
                     pb.LinkRequest(hello=codec_link.hello_to_pb(facts, self._incarnation)).SerializeToString()
                 )
@@ -167,6 +170,7 @@ class ExecutorService:
             message = await _read(call)
             if message.WhichOneof("message") != "plan" or message.plan.session != session:
                 raise LinkLost(f"expected a plan of session {session}")
+            failpoints.hit("after_plan_recv")
             self._compute.execute(self._number, codec_link.plan_from_pb(message.plan))
 
     async def _send(self, call: Call) -> Never:
@@ -174,6 +178,8 @@ class ExecutorService:
             message = await self._outbox.get()
             if isinstance(message, LinkLost):
                 raise message
+            if message.HasField("result") and failpoints.hit("mid_result_write") == "drop":
+                continue
             try:
                 await call.write(message.SerializeToString())
             except asyncio.InvalidStateError:  # the call is over, and this is heard before the receiver hears it
@@ -182,6 +188,7 @@ class ExecutorService:
     async def _beat(self, session: int, heartbeat_s: float) -> Never:
         while True:
             compute = self._compute
+            failpoints.hit("in_heartbeat")
             beat = pb.Heartbeat(session=session, tick=compute.tick, step=compute.next_step, computing=compute.computing)
             self._outbox.put_nowait(pb.LinkRequest(heartbeat=beat))
             await asyncio.sleep(heartbeat_s)
@@ -194,6 +201,7 @@ class ExecutorService:
         if isinstance(facts, BaseException):
             self._loaded.set_exception(facts)
         else:
+            failpoints.hit("before_ready")
             self._loaded.set_result(facts)
 
     def _note_result(self, number: int, result: StepResult) -> None:
@@ -214,6 +222,7 @@ class ProgressLog:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Report `done` of `total` of a stage; total 0 is unknown."""
+        failpoints.hit("mid_load")
         tenth = 10 * done // total if total else 0
         if (stage, tenth) != self._last:
             self._last = (stage, tenth)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import grpc
 
+from common import failpoints
 from common.errors import ExecutorRejected, InvalidRequest, PagewireError, Unavailable
 from common.model_folder import ModelFolder
 from common.step import ExecutorFacts, StepPlan
@@ -102,6 +103,7 @@ class ExecutorLinkService:
         return facts
 
     async def _run(self, session: int, facts: ExecutorFacts, context: Context) -> None:
+        failpoints.hit("before_welcome")
         welcome = pb.Welcome(epoch=self._epoch, session=session, heartbeat_ms=self._heartbeat_ms)
         await context.write(pb.LinkResponse(welcome=welcome).SerializeToString())
         link = _Link(session, context)
@@ -199,6 +201,7 @@ class _Link:
             while isinstance(plan := await self._queue.get(), StepPlan):
                 message = pb.LinkResponse(plan=codec_link.plan_to_pb(plan, self._session))
                 await self._context.write(message.SerializeToString())
+                failpoints.hit("after_plan_send")
 
 
 async def _read(context: Context) -> pb.LinkRequest | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import closing, contextmanager
 
+from common import failpoints
 from common.errors import Overloaded
 from common.sampling import RequestLimits
 from protos import inference_pb2 as pb
@@ -53,8 +54,10 @@ class SchedulerService:
             while answer.is_open:
                 for event in await answer.next():
                     if isinstance(event, Delta):
+                        failpoints.hit("after_outbox_before_write")
                         yield pb.GenerateStreamResponse(delta=codec_public.delta_pb(event))
                     else:
+                        failpoints.hit("before_end_chunk")
                         yield pb.GenerateStreamResponse(finish=codec_public.finish_pb(event))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
