@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _METHOD = "/" + pb.DESCRIPTOR.services_by_name["ExecutorLink"].full_name + "/Link"
 _WELCOME_TIMEOUT_S = 10.0
 _LEAST_HEARTBEAT_S = 0.01
+_BUSY_S = 0.05
 
 Call = aio.StreamStreamCall[bytes, bytes]
 
@@ -94,6 +95,9 @@ class ExecutorService:
     async def _serve(self, facts: ExecutorFacts, stopping: asyncio.Task[Any]) -> None:
         failures = 0
         while not stopping.done():
+            if self._compute.computing:  # a step hangs: who cannot begin must not ask for work that others could do
+                await asyncio.wait({stopping}, timeout=_BUSY_S)
+                continue
             link = asyncio.create_task(self._link(facts))
             await asyncio.wait({link, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if stopping.done():

@@ -132,6 +132,33 @@ def test_a_step_of_a_scheduler_that_is_gone_does_not_answer_for_the_one_that_cam
     run(played, check, next_token=next_token)
 
 
+def test_an_executor_whose_step_hangs_does_not_ask_for_more_work() -> None:
+    """Whoever dialled again at once, empty, would be given the very sequences that it had just let down."""
+    computing, go_on = threading.Event(), threading.Event()
+    came_back: asyncio.Queue[bool] = asyncio.Queue()
+
+    def next_token(prefix: Prefix) -> int:
+        computing.set()
+        go_on.wait(30)
+        return position_token(prefix)
+
+    async def played(link: int, context: Context) -> None:
+        if link == 0:
+            await welcome(context)
+            await send(context, first_step([7, 8, 9]))
+            await asyncio.to_thread(computing.wait, 30)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the compute thread has been in step 0 for too long")
+        came_back.put_nowait(go_on.is_set())
+
+    async def check() -> None:
+        await asyncio.to_thread(computing.wait, 30)
+        await asyncio.sleep(0.2)  # time enough to dial a hundred times
+        go_on.set()
+        assert await came_back.get()
+
+    run(played, check, next_token=next_token)
+
+
 @pytest.mark.parametrize("aborts", [False, True])
 def test_an_executor_outlives_links_that_end_while_it_sends(aborts: bool) -> None:
     enough = asyncio.Event()
