@@ -1,8 +1,8 @@
 """Places in the code where a test may break the process. For tests alone: unarmed, each is a call that does nothing.
 
-`hit(NAME)` stands where a crash would hurt most. services/failpoints.py arms it from PAGEWIRE_FAILPOINTS, read once when
-a process starts; the simulation in tests/faults/ arms it in its own way. Whoever arms it replaces `hit`, so callers name
-it through the module: `failpoints.hit("before_commit")`.
+`hit(NAME)` stands where a crash would hurt most. services/failpoints.py arms it from PAGEWIRE_FAILPOINTS, read once as
+a process starts; the simulation in tests/faults/ arms it in its own way. Whoever arms it replaces `hit`, so it is
+always called through the module: `failpoints.hit("before_commit")`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ EFFECTS: Final[dict[str, frozenset[str]]] = {
 """Effects that a place knows: a message that is not sent; logits that are not finite."""
 
 
-def unarmed(name: str) -> Effect:
+def unarmed(_name: str) -> Effect:
     """What `hit` is in every process that nobody wants to break."""
     return ""
 

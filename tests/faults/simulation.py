@@ -25,7 +25,9 @@ from unittest import mock
 import grpc
 from grpc import aio
 
+from common import failpoints
 from common.errors import Overloaded, Unavailable
+from common.failpoints import EXECUTOR, SCHEDULER, Effect
 from common.model_folder import ModelFolder, read_model_folder
 from common.sampling import RequestLimits, SamplingParams, StopConditions
 from common.step import StepPlan
@@ -51,11 +53,13 @@ from tests.faults.virtual_wire import Channel, Connection, Network
 LONGEST: Final = 80  # tokens of the longest sequence; every executor can hold it
 CLIENTS_DIAL: Final = "scheduler"
 EXECUTORS_DIAL: Final = "scheduler-link"
-PATIENCE_S: Final = 240.0  # virtual seconds in which every story must have ended
+PATIENCE_S: Final = 90.0  # virtual seconds in which every story must have ended
+FOR_GOOD_S: Final = 1000.0
 SILENCE_S: Final = 2.0
 STEP_TIMEOUT_S: Final = 6.0
 
 _LOOK_EACH_S: Final = 0.1
+_AT_ONCE_S: Final = 0.12  # the way to the scheduler, at its slowest
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _GENERATE: Final = f"/{_SERVICE}/GenerateStream"
@@ -150,8 +154,9 @@ class SimulatedExecutor:
         self.process.dead = True
         self._stop = asyncio.Event()
         self._service: ExecutorService
-        self._sessions: dict[int, tuple[int, int | None]] = {}  # own number → (scheduler's epoch, session there)
-        self._excused: set[int] = set()  # sessions whose messages were tampered with
+        # own number → (scheduler's epoch, session there, link)
+        self._sessions: dict[int, tuple[int, int | None, Connection | None]] = {}
+        self._excused: list[Connection] = []  # links whose messages were tampered with
         self._lies = False
         self.start()
 
@@ -173,7 +178,7 @@ class SimulatedExecutor:
         self._step_s = draw.choice([0.002, 0.005, 0.02])
         self.process = self._cluster.world.process(f"executor-{self.number}.{self.lives}")
         self.process.host = self
-        self._sessions, self._excused, self._lies = {}, set(), False
+        self._sessions, self._excused, self._lies = {}, [], False
         self.process.spawn(self._run())
 
     def kill(self, restart_after_s: float) -> None:
@@ -192,10 +197,9 @@ class SimulatedExecutor:
         """Its live connection."""
         return next(iter(self._cluster.network.of(self.process)), None)
 
-    def excuse(self) -> None:
-        """What was said in the present session was changed on the way: its runner may rightly refuse it."""
-        if self._sessions:
-            self._excused.add(max(self._sessions))
+    def excuse(self, link: Connection) -> None:
+        """What is said on the link is changed on the way: the runner may rightly refuse it."""
+        self._excused.append(link)
 
     async def _run(self) -> None:
         self._stop = asyncio.Event()
@@ -232,17 +236,25 @@ class SimulatedExecutor:
         return max(seconds, self.hangs_until_s - self._cluster.world.now_s)
 
     def session_begins(self, number: int) -> None:
-        self._sessions[number] = (self._cluster.scheduler.epoch, self._service._session)
+        self._sessions[number] = (self._cluster.scheduler.epoch, self._service._session, self.link())
 
     def before_step(self, number: int) -> None:
         """Who computes for a session that is over answers wrongly: nobody may believe it."""
-        epoch, session = self._sessions[number]
+        epoch, session, _ = self._sessions[number]
         scheduler = self._cluster.scheduler
         self._lies = epoch != scheduler.epoch or all(s.id != session for s in scheduler.core.sessions)
 
+    def too_many_plans(self, number: int, num_plans: int) -> None:
+        """The scheduler was to keep to the credit."""
+        if not self._is_excused(number):
+            self._cluster.broken.append(Violation(f"I10: {num_plans} plans are queued on executor {self.number}"))
+
     def step_failed(self, number: int, error: Exception) -> None:
-        if number not in self._excused and not self._lies:
+        if not self._is_excused(number) and not self._lies:
             self._cluster.broken.append(error)
+
+    def _is_excused(self, number: int) -> bool:
+        return self._sessions[number][2] in self._excused if number in self._sessions else bool(self._excused)
 
 
 @dataclass(kw_only=True)
@@ -256,6 +268,7 @@ class Caller:
     leaves_after: int | None  # tokens, then the caller is gone
     reads_slowly_s: float
     done: bool = False
+    done_s: float = 0.0
     left: bool = False
     attempts: int = 0
     excuse: str = ""  # a fault that may end its stream, since the present attempt began
@@ -273,6 +286,8 @@ class Cluster:
         self.broken: list[Exception] = []
         self.faults: Counter[str] = Counter()
         self.refusals = 0
+        self.calls_are_cut = False
+        self.gone_for_good = False  # an executor that hangs and is not helped
         draw = self.world.draw
         self.limits = SchedulerLimits(
             token_budget=draw.choice([8, 24, 64]),
@@ -293,7 +308,9 @@ class Cluster:
     def _draw_caller(self, number: int) -> Caller:
         draw = self.world.draw
         own = [draw.randrange(300) for _ in range(draw.choice([1, 2, 5]))]
-        prompt = [*_FAMILIES[draw.randrange(2)][: draw.randrange(0, 34)], *own]
+        shared = _FAMILIES[draw.randrange(2)][: draw.randrange(0, 34)]
+        before = [draw.randrange(300)] * 8 if draw.random() < 0.2 else []  # equal blocks after other ones
+        prompt = [*before, *shared, *own]
         sampling = SamplingParams(temperature=float(draw.random() < 0.7), seed=draw.randrange(3))
         n = draw.choice([1, 1, 1, 2, 3])
         stop = StopConditions(
@@ -327,7 +344,7 @@ class Cluster:
             expected=[self._alone(prompt, sampling, choice, stop) for choice in range(n)],
             starts_s=draw.uniform(0.0, 1.2),
             leaves_after=draw.randrange(8) if draw.random() < 0.12 else None,
-            reads_slowly_s=draw.choice([0.0] * 7 + [0.3]),
+            reads_slowly_s=draw.choice([0.0] * 5 + [0.1]),
         )
 
     def _alone(self, prompt: list[int], sampling: SamplingParams, choice: int, stop: StopConditions) -> Expected:
@@ -343,7 +360,7 @@ class Cluster:
         self.network.jitter_s = draw.choice([0.0, 0.0, 0.005, 0.05])
         for _ in range(draw.choice([0, 1, 2, 3, 4, 6]) if kinds else 0):
             fault = draw.choice(kinds)
-            self.world.at(draw.uniform(0.02, 2.0), lambda fault=fault: self._strike(fault))  # type: ignore[misc]
+            self.world.at(draw.uniform(0.02, 1.6), lambda fault=fault: self._strike(fault))  # type: ignore[misc]
 
     def _strike(self, fault: Fault) -> None:
         self.faults[fault.__name__] += 1
@@ -372,18 +389,21 @@ class Cluster:
 
     async def _read(self, caller: Caller, checker: StreamChecker) -> None:
         channel = Channel(self.network, self.clients, CLIENTS_DIAL)
-        call = channel.unary_stream(_GENERATE)(caller.request.SerializeToString())
+        call = channel.unary_stream(_GENERATE, window=2 if caller.reads_slowly_s else 50)(
+            caller.request.SerializeToString()
+        )
         async for data in call:
             checker.hear(pb.GenerateStreamResponse.FromString(data))
             caller.seen = checker.num_tokens
             if caller.leaves_after is not None and checker.num_tokens >= caller.leaves_after:
                 call.cancel()
-                caller.done = caller.left = True
-                return
+                caller.left = True
+                break
             if caller.reads_slowly_s:
                 await asyncio.sleep(caller.reads_slowly_s)
-        checker.end()
-        caller.done = True
+        else:
+            checker.end()
+        caller.done, caller.done_s = True, self.world.now_s
 
     def _judge(self, caller: Caller, error: grpc.RpcError) -> float:
         """Whether the stream was allowed to fail, and in how many seconds the caller comes again."""
@@ -402,8 +422,27 @@ class Cluster:
 
     def excuse_all(self, why: str) -> None:
         """Streams that are open now may end by this fault."""
+        self.calls_are_cut = True
         for caller in self.callers:
             caller.excuse = caller.excuse or why
+
+    def seconds(self, choices: list[float]) -> float:
+        """How long an executor is away; for good, once in a story where there are others."""
+        if len(self.executors) > 1 and not self.gone_for_good and self.world.draw.random() < 0.3:
+            self.gone_for_good = True
+            return FOR_GOOD_S
+        return self.world.draw.choice(choices)
+
+    def arm(self, process: Process, names: list[str], strike: Callable[[], None]) -> None:
+        """Break the process when it passes one of the failpoints for the n-th time."""
+
+        def struck(name: str) -> None:
+            process.armed.clear()
+            self.faults[f"at {name}"] += 1
+            strike()
+
+        for name in names:
+            process.armed[name] = (self.world.draw.choice([1, 1, 2, 5, 12]), functools.partial(struck, name))
 
     # ---- the story
 
@@ -426,9 +465,18 @@ class Cluster:
         """Now and then, whatever happens."""
         try:
             self.scheduler.check()
+            self._check_nobody_is_served_in_vain()
         except AssertionError as error:
             self.broken.append(error)
         self.world.after(_LOOK_EACH_S, self._look)
+
+    def _check_nobody_is_served_in_vain(self) -> None:
+        """I8: a caller that leaves gives its memory back at once. Where calls are cut, nobody can say when that is."""
+        if self.calls_are_cut:
+            return
+        asked = sum(len(c.expected) for c in self.callers if not c.done or self.world.now_s - c.done_s < _AT_ONCE_S)
+        if self.scheduler.core.num_sequences > asked:
+            raise Violation(f"I8: {self.scheduler.core.num_sequences} sequences, {asked} are waited for")
 
     def _raise_what_broke(self) -> None:
         if self.broken:
@@ -474,7 +522,7 @@ def an_executor_is_frozen(cluster: Cluster) -> None:
 
 
 def an_executor_stalls(cluster: Cluster) -> None:
-    cluster.network.stall(_any_executor(cluster).process, cluster.world.draw.choice([0.2, 1.5, 2.5, 5.0]))
+    cluster.network.stall(_any_executor(cluster).process, cluster.seconds([0.2, 1.5, 2.5, 5.0]))
 
 
 def an_executor_leaves(cluster: Cluster) -> None:
@@ -487,7 +535,7 @@ def an_executor_is_slow(cluster: Cluster) -> None:
 
 def a_step_hangs(cluster: Cluster) -> None:
     executor = _any_executor(cluster)
-    executor.hangs_until_s = cluster.world.now_s + cluster.world.draw.choice([1.0, 8.0, 15.0])
+    executor.hangs_until_s = cluster.world.now_s + cluster.seconds([1.0, 8.0, 15.0])
 
 
 def a_link_is_cut(cluster: Cluster) -> None:
@@ -513,7 +561,7 @@ def a_result_is_changed(cluster: Cluster) -> None:
     executor = _any_executor(cluster)
     link = executor.link()
     if link is not None:
-        executor.excuse()
+        executor.excuse(link)
         tampering.with_next_result(link, cluster.world.draw)
 
 
@@ -521,7 +569,7 @@ def a_plan_is_changed(cluster: Cluster) -> None:
     executor = _any_executor(cluster)
     link = executor.link()
     if link is not None:
-        executor.excuse()
+        executor.excuse(link)
         tampering.with_next_plan(link, cluster.world.draw)
 
 
@@ -550,26 +598,58 @@ def the_scheduler_is_frozen(cluster: Cluster) -> None:
 
 
 def the_scheduler_stalls(cluster: Cluster) -> None:
+    cluster.calls_are_cut = True
     cluster.network.stall(cluster.scheduler.process, cluster.world.draw.choice([0.3, 1.5, 3.0]))
+
+
+def the_scheduler_breaks_at_a_failpoint(cluster: Cluster) -> None:
+    draw, process = cluster.world.draw, cluster.scheduler.process
+    kills, seconds = draw.random() < 0.7, draw.choice([0.2, 1.5, 3.5])
+
+    def strike() -> None:
+        cluster.excuse_all("the scheduler broke at a failpoint")
+        if kills:
+            cluster.scheduler.kill(seconds)
+            raise KilledHere
+        cluster.network.freeze(process, seconds)
+
+    cluster.arm(process, draw.sample(SCHEDULER, 4), strike)
+
+
+def an_executor_breaks_at_a_failpoint(cluster: Cluster) -> None:
+    draw, executor = cluster.world.draw, _any_executor(cluster)
+    process = executor.process
+    kills, seconds = draw.random() < 0.7, draw.choice([0.2, 1.5, 3.5])
+
+    def strike() -> None:
+        if kills:
+            executor.kill(seconds)
+            raise KilledHere
+        cluster.network.freeze(process, seconds)
+
+    cluster.arm(process, draw.sample(EXECUTOR, 4), strike)
 
 
 _CRASHES: Final[list[Fault]] = [an_executor_is_killed, an_executor_is_killed, an_executor_leaves]
 _PAUSES: Final[list[Fault]] = [an_executor_is_frozen, an_executor_stalls, a_step_hangs, an_executor_is_slow]
 _NETWORK: Final[list[Fault]] = [a_link_is_cut, a_link_goes_dark, a_link_is_slow]
+_FAILPOINTS: Final[list[Fault]] = [the_scheduler_breaks_at_a_failpoint, an_executor_breaks_at_a_failpoint]
 _LIES: Final[list[Fault]] = [a_result_is_changed, a_plan_is_changed]
 _CALLERS: Final[list[Fault]] = [a_caller_is_cut_off, a_caller_goes_dark]
 _SCHEDULER: Final[list[Fault]] = [the_scheduler_is_killed, the_scheduler_is_frozen, the_scheduler_stalls]
-FAULTS: Final[list[Fault]] = [*_CRASHES, *_PAUSES, *_NETWORK, *_LIES, *_CALLERS, *_SCHEDULER]
+FAULTS: Final[list[Fault]] = [*_CRASHES, *_PAUSES, *_NETWORK, *_LIES, *_CALLERS, *_SCHEDULER, *_FAILPOINTS]
 _PROFILES: Final[list[list[Fault]]] = [
     [],
     _CRASHES,
     _PAUSES,
     _NETWORK,
     _LIES,
+    _LIES,
     [*_CRASHES, *_NETWORK],
     [*_CRASHES, *_PAUSES],
     [*_CALLERS, an_executor_is_killed],
     _SCHEDULER,
+    _FAILPOINTS,
     FAULTS,
     FAULTS,
     FAULTS,
@@ -613,11 +693,14 @@ def simulated() -> Iterator[None]:
         return _here().world.draw.randbytes(size)
 
     chance, lottery = types.SimpleNamespace(uniform=uniform), types.SimpleNamespace(token_bytes=token_bytes)
+    pulse: Any = link_service.ComputePulse.__init__
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with (
+            mock.patch.object(failpoints, "hit", _hit),
             mock.patch.object(link_service, "time", clock),
+            mock.patch.dict(pulse.__kwdefaults__, clock=clock.monotonic),
             mock.patch.object(executor_service, "aio", wire),
             mock.patch.object(executor_service, "ComputeThread", VirtualCompute),
             mock.patch.object(executor_service, "random", chance),
@@ -626,6 +709,22 @@ def simulated() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+class KilledHere(BaseException):
+    """Unwinds what the killed process was doing. Nothing of it is seen any more."""
+
+
+def _hit(name: str) -> Effect:
+    """A failpoint in a simulated process."""
+    loop = asyncio._get_running_loop()
+    if isinstance(loop, Process) and name in loop.armed and not loop.dead:
+        left, strike = loop.armed[name]
+        if left > 1:
+            loop.armed[name] = (left - 1, strike)
+        else:
+            strike()
+    return ""
 
 
 def _here() -> Process:

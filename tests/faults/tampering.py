@@ -55,7 +55,10 @@ def _torn(data: bytes) -> list[bytes]:
 
 
 def _result(data: bytes, change: Callable[[pb.StepResult], None]) -> list[bytes]:
+    """A result that does not fit; its tokens are wrong too, so that who believes it shows it."""
     message = pb.LinkRequest.FromString(data)
+    if message.result.tokens:
+        message.result.tokens = _column(message.result.tokens, lambda token: token ^ 1)
     change(message.result)
     return [message.SerializeToString()]
 

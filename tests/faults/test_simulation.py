@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from common.failpoints import EXECUTOR, SCHEDULER
 from tests.faults.simulation import FAULTS, Story, run
 
 NUM_SEEDS = 2000
@@ -37,6 +38,7 @@ def test_the_stories_are_not_quiet_ones(stories: list[Story]) -> None:
     faults = sum((story.faults for story in stories), Counter[str]())
 
     assert min(faults[fault.__name__] for fault in FAULTS) > 100
+    assert sum(faults[f"at {name}"] > 0 for name in SCHEDULER + EXECUTOR) >= 20, "failpoints that were reached in time"
     assert sum(story.tokens for story in stories) > 100_000
     assert sum(story.moved for story in stories) > 800, "sequences that lost their executor"
     assert sum(story.preemptions for story in stories) > 200, "memory was never short"

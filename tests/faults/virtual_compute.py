@@ -28,6 +28,10 @@ class Host(Protocol):
         """A step of the session is about to be computed."""
         ...
 
+    def too_many_plans(self, number: int, num_plans: int) -> None:
+        """More plans wait here than there was credit for."""
+        ...
+
     def step_failed(self, number: int, error: Exception) -> None:
         """The runner raised: the two sides have drifted apart."""
         ...
@@ -60,6 +64,7 @@ class VirtualCompute:
         self._since_s = 0.0  # since when it waits
         self._runner: Runner | None = None
         self._stopped = False
+        self._credit = 0
         self.computing = False
         self.next_step = 0
 
@@ -78,6 +83,9 @@ class VirtualCompute:
 
     def execute(self, session: int, plan: StepPlan) -> None:
         self._inbox.append((session, plan))
+        num_plans = self.computing + sum(plan is not None and number == session for number, plan in self._inbox)
+        if num_plans > self._credit:
+            self._host.too_many_plans(session, num_plans)
         self._loop.call_soon(self._next)
 
     def stop(self, timeout_s: float = 10.0) -> None:
@@ -86,7 +94,9 @@ class VirtualCompute:
     def _load(self) -> None:
         self._runner = self._make_runner()
         self._since_s = self._loop.time()
-        self._on_loaded(self._runner.load(self._report))
+        facts = self._runner.load(self._report)
+        self._credit = facts.credit
+        self._on_loaded(facts)
 
     def _next(self) -> None:
         assert self._runner is not None

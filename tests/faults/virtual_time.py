@@ -125,6 +125,7 @@ class Process(asyncio.AbstractEventLoop):
         self.frozen = False
         self.dead = False
         self.host: Any = None  # who plays on this loop
+        self.armed: dict[str, tuple[int, Callable[[], None]]] = {}  # failpoint → passages left, what happens then
         self.errors: list[dict[str, Any]] = []  # what asyncio would have logged
         self.clock_offset_s = 1000.0 * world.draw.random()  # no two machines count from the same moment
         self._ready: deque[asyncio.Handle] = deque()
@@ -181,6 +182,7 @@ class Process(asyncio.AbstractEventLoop):
     def close_quietly(self) -> None:
         """Cancel what is left and let it run to its end; whatever it still says goes nowhere."""
         self.dead = self.frozen = False
+        self.armed.clear()
         for _ in range(10):  # what lies ready may start more
             for task in self._tasks:
                 task.cancel()

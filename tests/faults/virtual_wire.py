@@ -104,6 +104,7 @@ class Connection:
         self._gave_up = False  # one end, in the dark
         self.base_s = self.world.draw.uniform(0.00005, 0.002)
         self.jitter_s = 0.0
+        self.window = 1000  # messages that may be on their way down
         self.call = ClientCall(self)
         self.context = ServerContext(self)
         self.up = Pipe(self, self._arrive_up)
@@ -211,6 +212,8 @@ class ServerContext:
         self._task: asyncio.Task[Any] | None = None
         self._trailers: Metadata = ()
         self._client_gone = False
+        self._unread = 0  # messages that the client has not read yet
+        self._room: asyncio.Future[None] | None = None
 
     # ---- for handlers
 
@@ -219,9 +222,13 @@ class ServerContext:
         return aio.EOF if data is None else data
 
     async def write(self, data: bytes) -> None:
+        while self._unread >= self._connection.window and not self.is_over:  # HTTP/2's flow control
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
         if self.is_over:
             raise asyncio.CancelledError if self._client_gone else aio.UsageError("the call is over")
         assert isinstance(data, bytes)
+        self._unread += 1
         self._connection.down.send(Item("message", data))
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> Never:
@@ -251,6 +258,15 @@ class ServerContext:
 
     # ---- for the connection
 
+    def was_read(self) -> None:
+        """The client took one message."""
+        self._unread -= 1
+        self._wake_writer()
+
+    def _wake_writer(self) -> None:
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+
     def hear(self, item: Item) -> None:
         if self.is_over:
             return
@@ -271,6 +287,7 @@ class ServerContext:
         if self.is_over:
             return
         self._client_gone = self.is_over = True
+        self._wake_writer()
         if self._connection.world.draw.random() < 0.5:
             self._inbox.end()
             self._connection.server.call_soon(self._cancel)
@@ -308,6 +325,9 @@ class ServerContext:
             self._connection.network.broken_rules.append(f"{self._connection.details.method}: {error!r} escaped")
             self._finish(grpc.StatusCode.UNKNOWN, "an exception escaped", ())
         else:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # gRPC leaks memory for every call where that is done
+                self._connection.network.broken_rules.append(f"{self._connection.details.method} swallowed its cancel")
             self._finish(grpc.StatusCode.OK, "", self._trailers)
 
 
@@ -337,6 +357,8 @@ class ClientCall:
         if data is None:
             self._raise_for_status()
             return aio.EOF
+        connection = self._connection
+        connection.world.after(connection.base_s, lambda: connection.server.call(connection.context.was_read))
         return data
 
     async def done_writing(self) -> None:
@@ -420,7 +442,7 @@ class Network:
                 return found
         return None
 
-    def open(self, client: Process, address: str, method: str, request: bytes = b"") -> ClientCall:
+    def open(self, client: Process, address: str, method: str, request: bytes = b"", window: int = 1000) -> ClientCall:
         """Dial and call. Nobody there is told as gRPC tells it."""
         server = self._listeners.get(address)
         if server is None or server.dead:
@@ -429,6 +451,7 @@ class Network:
             return connection.call
         connection = Connection(self, client, server, CallDetails(method))
         connection.jitter_s = self.jitter_s
+        connection.window = window
         self.connections.append(connection)
         connection.up.send(Item("open", request))
         if server in self.stopped:  # the kernel answers the dial; nobody answers a ping
@@ -485,5 +508,5 @@ class Channel:
     def stream_stream(self, method: str, **_: Any) -> Callable[..., ClientCall]:
         return lambda **__: self._network.open(self._client, self._address, method)
 
-    def unary_stream(self, method: str, **_: Any) -> Callable[..., ClientCall]:
-        return lambda request, **__: self._network.open(self._client, self._address, method, request)
+    def unary_stream(self, method: str, *, window: int = 1000, **_: Any) -> Callable[..., ClientCall]:
+        return lambda request, **__: self._network.open(self._client, self._address, method, request, window)
