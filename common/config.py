@@ -86,3 +86,6 @@ class ExecutorConfig:
     drain_s: float = option(30.0, "seconds that running sequences get after SIGTERM")
     fake: bool = option(False, "no model: tokens that can be computed by hand, for tests and demonstrations")
     fake_step_s: float = option(0.0, "seconds that a step of the fake model takes")
+    fake_tokens: Literal["position", "hash"] = option(
+        "position", "what the fake model says: how many tokens stand before, or a hash of them"
+    )

@@ -43,7 +43,7 @@ async def run(config: ExecutorConfig, model_path: Path, ready_fd: int | None = N
 def make_runner(config: ExecutorConfig, model: ModelFolder, name: str) -> Runner:
     """The runner that the configuration asks for. Called on the compute thread."""
     if config.fake:
-        from executor.fake_runner import FakeRunner
+        from executor.fake_runner import FakeRunner, position_token, prefix_hash_token
 
         return FakeRunner(
             name=name,
@@ -55,6 +55,7 @@ def make_runner(config: ExecutorConfig, model: ModelFolder, name: str) -> Runner
             block_size=config.block_size,
             max_sequences=config.max_sequences,
             max_step_tokens=config.max_step_tokens or 8192,
+            next_token=prefix_hash_token if config.fake_tokens == "hash" else position_token,
             step_time_s=config.fake_step_s,
         )
     # Read when torch is loaded. Threads that wait spin for a third of a millisecond, not for five: the scheduler and
