@@ -381,6 +381,8 @@ MUTATIONS: list[Mutation] = [
             of_the_core.a_token_of_an_earlier_placement_is_committed,
             of_the_core.a_plan_forgets_what_is_in_flight,
             of_the_core.a_moved_sequence_loses_its_last_token,
+            of_the_core.a_request_is_given_up_at_its_second_death,
+            of_the_core.nobody_is_ever_given_up,
         ],
     ),
 ]

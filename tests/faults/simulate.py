@@ -25,17 +25,20 @@ def main() -> None:
         return
     began = time.monotonic()
     faults: Counter[str] = Counter()
-    played = tokens = moved = preemptions = refusals = 0
+    played = tokens = moved = preemptions = refusals = given_up = 0
     seed = options.first
     while (time.monotonic() - began < 60 * options.minutes) if options.minutes else (played < options.seeds):
         story = run(seed)
         faults += story.faults
         tokens, moved, preemptions = tokens + story.tokens, moved + story.moved, preemptions + story.preemptions
-        refusals += story.refusals
+        refusals, given_up = refusals + story.refusals, given_up + story.given_up
         played, seed = played + 1, seed + 1
     seconds = time.monotonic() - began
     print(f"seeds {options.first} to {seed - 1}: {played} stories in {seconds:.0f} s, {played / seconds:.0f} a second;")
-    print(f"{tokens} tokens, {moved} moves, {preemptions} preemptions, {refusals} refusals; nothing broke.")
+    print(
+        f"{tokens} tokens, {moved} moves, {preemptions} preemptions, {refusals} refusals, {given_up} given up; "
+        "nothing broke."
+    )
     for fault, count in sorted(faults.items()):
         print(f"  {count:>6} times {fault.replace('_', ' ')}")
 

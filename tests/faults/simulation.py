@@ -30,7 +30,7 @@ from common.failpoints import EXECUTOR, SCHEDULER, Effect
 from common.model_folder import ModelFolder, read_model_folder
 from common.sampling import RequestLimits, SamplingParams, StopConditions
 from common.step import StepPlan
-from executor.fake_runner import FakeRunner, Prefix, prefix_hash_token
+from executor.fake_runner import FakeRunner, Prefix, digests_of, prefix_hash_token
 from protos import inference_pb2 as pb
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from scheduler.suspicion import GIVEN_UP_AT
@@ -249,6 +249,10 @@ class SimulatedExecutor:
         )
 
     def _next_token(self, prefix: Prefix) -> int | None:
+        if prefix == self._cluster.poison:
+            self._cluster.faults[POISON] += 1
+            self.kill(self._draw.choice([0.05, 0.5]))
+            raise KilledHere
         token = true_token(prefix)
         return token + 1 if self._lies and token is not None else token
 
@@ -327,6 +331,7 @@ class Cluster:
         self.callers = [self._draw_caller(i) for i in range(draw.randint(3, 7))]
         for caller in self.callers:
             self.clients.spawn(self._call(caller))
+        self.poison = self._draw_poison()
         self._draw_faults()
 
     # ---- what is drawn
@@ -379,6 +384,16 @@ class Cluster:
             model=true_token, tokenizer=self.tokenizer, vocab_size=self.model.vocab_size,
             eos=frozenset(self.model.eos_token_ids),
         )  # fmt: skip
+
+    def _draw_poison(self) -> Prefix | None:
+        """A place in some answer that no executor survives, in a few stories."""
+        draw = self.world.draw
+        if draw.random() >= 0.08:
+            return None
+        caller = draw.choice(self.callers)
+        choice = draw.randrange(len(caller.expected))
+        places = list(_places(caller, choice))
+        return draw.choice(places) if places else None
 
     def _draw_faults(self) -> None:
         draw = self.world.draw
@@ -436,6 +451,8 @@ class Cluster:
                 await asyncio.sleep(caller.reads_slowly_s)
         else:
             checker.end()
+            if self._holds_poison(caller):
+                raise Violation(f"P1: {caller.name}: was answered, although nobody can")
         caller.done, caller.done_s = True, self.world.now_s
 
     def _judge(self, caller: Caller, error: grpc.RpcError) -> float:
@@ -449,7 +466,7 @@ class Cluster:
             return means.retry_after_s
         if isinstance(means, Unavailable) and caller.excuse:
             return 0.2
-        if isinstance(means, RequestFailed) and self._died_with(caller) >= GIVEN_UP_AT:
+        if isinstance(means, RequestFailed) and self._may_be_given_up(caller):
             self.given_up += 1
             caller.done, caller.done_s = True, self.world.now_s
             return 0.0
@@ -457,10 +474,16 @@ class Cluster:
             f"P1: {caller.name}: lost with {code.name}: {error.details()}; excuse: {caller.excuse or 'none'}"
         )
 
-    def _died_with(self, caller: Caller) -> int:
-        """How many executors may have died while they computed for the caller's present attempt."""
+    def _may_be_given_up(self, caller: Caller) -> bool:
+        """So many executors died since the present attempt began; where nothing else kills them, of this request."""
         epoch, before = caller.since
-        return self.scheduler.core.counters.unclean_ends - before if epoch == self.scheduler.epoch else 0
+        deaths = self.scheduler.core.counters.unclean_ends - before if epoch == self.scheduler.epoch else 0
+        if set(self.faults) == {POISON}:
+            return deaths == GIVEN_UP_AT and self._holds_poison(caller)
+        return deaths >= GIVEN_UP_AT
+
+    def _holds_poison(self, caller: Caller) -> bool:
+        return any(self.poison in _places(caller, choice) for choice in range(len(caller.expected)))
 
     def _may_find_rows_unusable(self) -> bool:
         """A choice ends with an error after two unusable rows in one place. Liars make some that nobody computed."""
@@ -552,7 +575,23 @@ class Cluster:
             raise Violation(f"I8: {len(left)} calls are left open")
 
 
+def _places(caller: Caller, choice: int) -> Iterator[Prefix]:
+    """What the model is asked for one choice, token by token."""
+    prompt, tokens, sampling = caller.request.token_ids.ids, caller.expected[choice].tokens, caller.request.sampling
+    digests = digests_of([*prompt, *tokens])
+    for num_tokens in range(len(prompt), len(prompt) + len(tokens)):
+        yield Prefix(
+            num_tokens=num_tokens,
+            digest=digests[num_tokens - 1],
+            greedy=sampling.temperature == 0,
+            seed=sampling.seed,
+            choice=choice,
+        )
+
+
 # ---- faults
+
+POISON: Final = "a request kills its executor"
 
 Fault = Callable[[Cluster], None]
 

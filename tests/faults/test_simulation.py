@@ -42,6 +42,7 @@ def test_the_stories_are_not_quiet_ones(stories: list[Story]) -> None:
     assert sum(story.tokens for story in stories) > 100_000
     assert sum(story.moved for story in stories) > 800, "sequences that lost their executor"
     assert sum(story.preemptions for story in stories) > 200, "memory was never short"
+    assert sum(story.given_up for story in stories) > 50, "requests that no executor survives"
     assert sum(story.refusals for story in stories) > 200, "no queue was ever full"
 
 

@@ -20,6 +20,7 @@ from typing import Any, Final, TypeVar, TypeVarTuple
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
+_CLOCK_RESOLUTION_S: Final = 1e-9
 _MAX_TURNS: Final = 50_000  # of all loops together, without the clock moving
 
 
@@ -231,7 +232,8 @@ class Process(asyncio.AbstractEventLoop):
         self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
         handle = asyncio.TimerHandle(when, callback, args, self, context)
-        self.world.add_timer(when - self.clock_offset_s, handle, self)
+        # never now: a real clock moves between two looks at it, so that who waits for a rounding error does not spin
+        self.world.add_timer(max(when - self.clock_offset_s, self.world.now_s + _CLOCK_RESOLUTION_S), handle, self)
         return handle
 
     def create_future(self) -> asyncio.Future[Any]:
