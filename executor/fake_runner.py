@@ -15,6 +15,7 @@ from typing import Final
 
 import numpy as np
 
+from common import failpoints
 from common.determinism import determinism_class
 from common.step import ExecutorFacts, StepPlan, StepResult
 from common.types import BlockId, slot_of
@@ -130,11 +131,16 @@ class FakeRunner:
         for sequence in plan.new:
             digests = digests_of(int(token) for token in sequence.token_ids)
             self._digests[slot_of(sequence.ref), : len(digests)] = np.array(digests, np.uint64)
+        if plan.copies:
+            failpoints.hit("before_block_copy")
         for source, destination in plan.copies:
             self._cells[self._block(destination)] = self._cells[self._block(source)]
         self._store(rows)
         self._read_back(rows)
-        tokens = [self._choose(slot) for slot in rows.slots[rows.samples].tolist()]
+        if failpoints.hit("after_forward_before_sample") == "nan":
+            tokens: list[int | None] = [None] * int(rows.samples.sum())
+        else:
+            tokens = [self._choose(slot) for slot in rows.slots[rows.samples].tolist()]
         failed = [n for n, token in enumerate(tokens) if token is None]
         sampled = self._resident.advance(rows, [token or 0 for token in tokens], failed)
         if self._step_time_s:

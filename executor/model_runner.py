@@ -13,6 +13,7 @@ from typing import Final
 
 import torch
 
+from common import failpoints
 from common.errors import ModelFolderError
 from common.model_folder import read_model_folder
 from common.step import ExecutorFacts, StepPlan, StepResult
@@ -176,11 +177,15 @@ class ModelRunner:
         started_ns = time.perf_counter_ns()
         rows = self._resident.apply(plan)
         self._pool.admit(slot_of(sequence.ref) for sequence in plan.new)
+        if plan.copies:
+            failpoints.hit("before_block_copy")
         self._cache.copy_blocks(plan.copies)
         chosen = Choice(tokens=[], failed=[])
         if len(rows.slots):
             batch = build_batch(self._resident, rows)
             logits = self._model.forward(batch, self._pool.take(batch.token_places))
+            if failpoints.hit("after_forward_before_sample") == "nan":
+                logits = torch.full_like(logits, torch.nan)
             chosen = sample(logits.float().cpu().numpy(), self._how(batch))
             self._pool.put(batch.sampled_places, chosen.tokens)
         sampled = self._resident.advance(rows, chosen.tokens, chosen.failed)

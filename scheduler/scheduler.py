@@ -17,6 +17,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from common import failpoints
 from common.blocks import blocks_for
 from common.errors import InvalidRequest
 from common.sampling import SamplingParams, StopConditions
@@ -501,6 +502,7 @@ class Scheduler:
         self._line.add_again(sequence)
 
     def _preempt(self, session: Session, sequence: Sequence) -> None:
+        failpoints.hit("on_preempt")
         session.release(sequence)
         sequence.preemptions += 1
         self.counters.preemptions += 1
@@ -701,6 +703,8 @@ class Scheduler:
             self.counters.cached_prompt_tokens += sequence.num_cached_prompt
         bisect.insort(session.running, sequence, key=_rank)
         sequence.avoid = ""
+        if match.num_tokens:
+            failpoints.hit("on_prefix_hit")
         tokens = min(len(sequence.tokens) - match.num_tokens, draft.budget)
         if self._replays and sequence in self._replays:
             tokens = min(tokens, draft.replay_budget)

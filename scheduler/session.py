@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from common import failpoints
 from common.blocks import blocks_for
 from common.step import ExecutorFacts, NewSequence, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_of, slot_ref
@@ -309,6 +310,7 @@ class Session:
 
     def take_block(self) -> BlockId:
         """A free block; what was remembered of it is forgotten."""
+        failpoints.hit("before_block_alloc")
         block = self.pool.take()
         self.cache.forget(block)
         return block
@@ -448,6 +450,7 @@ class Session:
 
         With `forget`, nothing it held is found again: its content is not to be trusted.
         """
+        failpoints.hit("before_block_free")
         if forget:
             for block in sequence.block_table:
                 self.cache.forget(block)

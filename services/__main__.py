@@ -15,6 +15,7 @@ from typing import Any
 from common import log
 from common.config import DEFAULT_MODEL, ClientConfig, ExecutorConfig, LogConfig, SchedulerConfig
 from common.errors import ExecutorRejected, ModelFolderError, PagewireError
+from services import failpoints
 from services.children import ChildFailed
 from services.flags import add_flags, from_flags
 
@@ -398,6 +399,7 @@ def _text(text: str, typed_as: str) -> str:
 def _configure_log(process: str, parsed: argparse.Namespace) -> LogConfig:
     logs = from_flags(LogConfig, parsed)
     log.configure(process, level=logs.log_level, fmt=logs.log_format)
+    failpoints.arm()
     return logs
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from common import failpoints
 from common.log import without_texts
 from common.step import ExecutorFacts, StepPlan, StepResult
 from executor.runner import Report, Runner
@@ -109,6 +110,7 @@ class ComputeThread:
                     runner.begin_session()
                     finished_ns = self._clock_ns()
                     continue
+                failpoints.hit("before_forward")
                 result = runner.execute(plan)
             except Exception as error:  # noqa: BLE001 - one link ends by it, and the next begins from nothing
                 log.error("step %d of session %d failed\n%s", self.next_step, owner, "".join(without_texts(error)))
@@ -119,4 +121,5 @@ class ComputeThread:
                 self.computing = False
             idle_ns, finished_ns = started_ns - finished_ns, self._clock_ns()
             self.next_step = plan.step + 1
+            failpoints.hit("after_sample_before_send")
             self._on_result(owner, replace(result, compute_ns=finished_ns - started_ns, idle_ns=idle_ns))

@@ -19,6 +19,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Final, NamedTuple, Protocol
 
+from common import failpoints
 from common.errors import DeadlineExceeded, PagewireError, RequestFailed, Superseded, Unavailable
 from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, StepPlan, StepResult
@@ -231,6 +232,7 @@ class Engine:
             deadline_ns=deadline_ns,
         )
         self._check_room(ask, now)
+        failpoints.hit("before_admit")
         self.scheduler.weigh(tenant, weight)
         made = self.scheduler.add(
             prompt,
@@ -249,6 +251,7 @@ class Engine:
         for sequence in made:
             self._streams[sequence.id] = stream
         self._expire_at(stream, deadline_ns)
+        failpoints.hit("after_admit")
         if not self.scheduler.fits_somewhere(made[0]):
             self._give_up_later(stream)
         self._work.set()
@@ -425,7 +428,8 @@ class Engine:
         if link is None:  # lost
             return
         while (plan := self.scheduler.schedule(session, self._clock_ns())) is not None:
-            link.send(plan)
+            if failpoints.hit("before_plan_send") != "drop":
+                link.send(plan)
         state = self.scheduler.session(session)
         if state.leaving and not state.running and not state.outstanding:
             link.close("nothing left to run")
@@ -438,6 +442,7 @@ class Engine:
                 self._fold(session, result)
 
     def _fold(self, session: int, result: StepResult) -> None:
+        failpoints.hit("before_commit")
         self.last_result_ns = self._clock_ns()
         try:
             outputs = self.scheduler.update(session, result, self.last_result_ns)
@@ -450,6 +455,7 @@ class Engine:
         self._hand_out(outputs)
 
     def _hand_out(self, outputs: Sequence[TokenOutput]) -> None:
+        failpoints.hit("after_commit_before_outbox")
         for id, _, reason in outputs:
             ended = reason is not FinishReason.NONE
             stream = self._streams.pop(id) if ended else self._streams[id]

@@ -20,6 +20,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
+from common import failpoints
 from common.errors import ExecutorRejected
 from common.step import ExecutorFacts, StepResult
 from executor.runner import Runner
@@ -142,6 +143,7 @@ class ExecutorService:
     async def _leave(self, link: asyncio.Task[Any]) -> None:
         """Ask the scheduler for no more, and let what runs here finish."""
         if self._session is not None and not link.done():
+            failpoints.hit("on_drain")
             log.info("leaving; what runs here may finish within %g s", self._drain_s)
             self._outbox.put_nowait(pb.LinkRequest(leave=pb.Leave(reason="the executor is shutting down")))
             await asyncio.wait({link}, timeout=self._drain_s)
@@ -154,6 +156,7 @@ class ExecutorService:
         async with self._dial() as channel:
             call: Call = channel.stream_stream(_METHOD)()
             try:
+                failpoints.hit("before_hello")
                 await call.write(
                     pb.LinkRequest(
                         hello=codec_link.hello_to_pb(facts, self._incarnation, self._epoch)
@@ -212,11 +215,14 @@ class ExecutorService:
                 continue
             if message.WhichOneof("message") != "plan" or message.plan.session != session:
                 raise LinkLost(f"expected a plan of session {session}")
+            failpoints.hit("after_plan_recv")
             self._compute.execute(self._number, codec_link.plan_from_pb(message.plan))
 
     async def _send(self, call: Call) -> Never:
         while True:
             message = await self._outbox.get()
+            if message.HasField("result") and failpoints.hit("mid_result_write") == "drop":
+                continue
             try:
                 await call.write(message.SerializeToString())
             except asyncio.InvalidStateError:  # the call is over, and this is heard before the receiver hears it
@@ -230,6 +236,7 @@ class ExecutorService:
         heartbeat_s, lease_s = max(_LEAST_HEARTBEAT_S, welcome.heartbeat_ms / 1000), welcome.lease_ms / 1000
         planned_s = time.monotonic()
         while True:
+            failpoints.hit("in_heartbeat")
             now_s = time.monotonic()
             if now_s - planned_s > _LATE_S:
                 self._heard_s += now_s - planned_s
@@ -259,6 +266,7 @@ class ExecutorService:
         if isinstance(facts, BaseException):
             self._loaded.set_exception(facts)
         else:
+            failpoints.hit("before_ready")
             self._loaded.set_result(facts)
 
     def _note_result(self, number: int, result: StepResult) -> None:
@@ -281,6 +289,7 @@ class ProgressLog:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Report `done` of `total` of a stage; total 0 is unknown."""
+        failpoints.hit("mid_load")
         tenth = 10 * done // total if total else 0
         if (stage, tenth) != self._last:
             self._last = (stage, tenth)

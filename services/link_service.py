@@ -15,6 +15,7 @@ from typing import Final
 
 import grpc
 
+from common import failpoints
 from common.errors import ExecutorRejected, InvalidRequest, NameTaken, PagewireError, StaleEpoch, Unavailable
 from common.model_folder import ModelFolder
 from common.step import ExecutorFacts, StepPlan
@@ -193,6 +194,7 @@ class ExecutorLinkService:
             self._engine.lose(link.session, end, step=step)
 
     async def _run(self, link: _Link, facts: ExecutorFacts, context: Context) -> None:
+        failpoints.hit("before_welcome")
         welcome = pb.Welcome(
             epoch=self._epoch,
             session=link.session,
@@ -350,6 +352,7 @@ class _Link:
                 if isinstance(item, StepPlan):
                     message = pb.LinkResponse(plan=codec_link.plan_to_pb(item, self.session))
                     await self._context.write(message.SerializeToString())
+                    failpoints.hit("after_plan_send")
                 else:
                     await self._context.write(_PING)
 

@@ -22,6 +22,7 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from common import failpoints
 from common.config import SchedulerConfig
 from common.errors import Unavailable
 from common.log import without_texts
@@ -149,6 +150,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
             _die_of(loop_task.exception())
         log.info("draining %d sequences, at most %g s", engine.num_requests, config.drain_s)
         engine.draining = True
+        failpoints.hit("mid_drain")
         await health_servicer.enter_graceful_shutdown()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(config.drain_s):

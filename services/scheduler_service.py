@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, closing
 
+from common import failpoints
 from common.sampling import RequestLimits
 from protos import inference_pb2 as pb
 from services import codec_public
@@ -106,8 +107,10 @@ class SchedulerService:
             while answer.is_open:
                 for event in await answer.next():
                     if isinstance(event, Delta):
+                        failpoints.hit("after_outbox_before_write")
                         yield pb.GenerateStreamResponse(delta=codec_public.delta_pb(event))
                     else:
+                        failpoints.hit("before_end_chunk")
                         yield pb.GenerateStreamResponse(finish=codec_public.finish_pb(event))
         except (asyncio.CancelledError, GeneratorExit):
             if (

@@ -25,7 +25,7 @@ START_TIMEOUT_S = 120.0
 class Process:
     """One `python -m services …`, ready once it has announced itself."""
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    def __init__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         read_fd, write_fd = os.pipe()
         self.log = log
         with log.open("ab") as stderr:
@@ -44,7 +44,7 @@ class Process:
                 stdout=stderr,
                 stderr=stderr,
                 # threads that wait sleep: where there is other work, spinning ones would keep it from its core
-                env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+                env={**os.environ, "OMP_WAIT_POLICY": "passive", **(environment or {})},
             )
         os.close(write_fd)
         self._ready = os.fdopen(read_fd, "rb", buffering=0)

@@ -8,6 +8,7 @@ scheduler, whatever happens and in whichever order.
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -40,7 +41,16 @@ class Alone:
     reason: FinishReason
 
 
-def alone(prompt: list[int], sampling: SamplingParams, choice: int, stop: StopConditions) -> Alone:
+def alone(
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    choice: int,
+    stop: StopConditions,
+    *,
+    model: NextToken = next_token,
+    vocab_size: int = VOCAB_SIZE,
+    eos: Set[int] = EOS,
+) -> Alone:
     """Run the fake model on one sequence, without blocks, steps or scheduler."""
     digest = digests_of(prompt)[-1]
     tokens: list[int] = []
@@ -52,13 +62,13 @@ def alone(prompt: list[int], sampling: SamplingParams, choice: int, stop: StopCo
             seed=sampling.seed,
             choice=choice,
         )
-        token = next_token(prefix)
+        token = model(prefix)
         if token is None:
             return Alone(tokens, FinishReason.ERROR)
-        token %= VOCAB_SIZE
+        token %= vocab_size
         tokens.append(token)
         digest = digests_of([token], digest)[-1]
-        if token in EOS and not stop.ignore_eos:
+        if token in eos and not stop.ignore_eos:
             return Alone(tokens, FinishReason.EOS)
         if token in stop.stop_token_ids:
             return Alone(tokens, FinishReason.STOP_TOKEN)

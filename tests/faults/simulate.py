@@ -1,0 +1,47 @@
+"""Play stories by hand: `python -m tests.faults.simulate 4711` replays one, `--seeds 10000 --first 0` searches.
+
+With `--minutes`, seeds go on from --first until the time is over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+
+from tests.faults.simulation import run
+
+
+def main() -> None:
+    """Play until something breaks, or the seeds or the minutes are used up."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("seed", type=int, nargs="?", help="play this one story")
+    parser.add_argument("--seeds", type=int, default=2000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="go on until then, instead of --seeds")
+    options = parser.parse_args()
+    if options.seed is not None:
+        print(run(options.seed))
+        return
+    began = time.monotonic()
+    faults: Counter[str] = Counter()
+    played = tokens = moved = preemptions = refusals = given_up = 0
+    seed = options.first
+    while (time.monotonic() - began < 60 * options.minutes) if options.minutes else (played < options.seeds):
+        story = run(seed)
+        faults += story.faults
+        tokens, moved, preemptions = tokens + story.tokens, moved + story.moved, preemptions + story.preemptions
+        refusals, given_up = refusals + story.refusals, given_up + story.given_up
+        played, seed = played + 1, seed + 1
+    seconds = time.monotonic() - began
+    print(f"seeds {options.first} to {seed - 1}: {played} stories in {seconds:.0f} s, {played / seconds:.0f} a second;")
+    print(
+        f"{tokens} tokens, {moved} moves, {preemptions} preemptions, {refusals} refusals, {given_up} given up; "
+        "nothing broke."
+    )
+    for fault, count in sorted(faults.items()):
+        print(f"  {count:>6} times {fault.replace('_', ' ')}")
+
+
+if __name__ == "__main__":
+    main()

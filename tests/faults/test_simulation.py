@@ -1,0 +1,52 @@
+"""Two thousand clusters that never were: every fault there is, drawn from a seed, and no stream that shows it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from common.failpoints import EXECUTOR, SCHEDULER
+from tests.faults.simulation import FAULTS, Story, run
+
+NUM_SEEDS = 2000
+_CHUNK = 50
+
+
+def play(first: int) -> list[Story]:
+    """One chunk of seeds; what breaks carries the command that replays it."""
+    return [run(seed) for seed in range(first, first + _CHUNK)]
+
+
+@pytest.fixture(scope="module")
+def stories() -> list[Story]:
+    """All of them, on every core there is."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return [story for chunk in pool.map(play, range(0, NUM_SEEDS, _CHUNK)) for story in chunk]
+
+
+def test_no_fault_loses_changes_repeats_or_strands_a_stream(stories: list[Story]) -> None:
+    assert [story.seed for story in stories] == list(range(NUM_SEEDS))
+
+
+def test_the_stories_are_not_quiet_ones(stories: list[Story]) -> None:
+    """A proof in which nothing happens proves nothing."""
+    faults = sum((story.faults for story in stories), Counter[str]())
+
+    assert min(faults[fault.__name__] for fault in FAULTS) > 100
+    assert sum(faults[f"at {name}"] > 0 for name in SCHEDULER + EXECUTOR) >= 20, "failpoints that were reached in time"
+    assert sum(story.tokens for story in stories) > 100_000
+    assert sum(story.moved for story in stories) > 800, "sequences that lost their executor"
+    assert sum(story.preemptions for story in stories) > 200, "memory was never short"
+    assert sum(story.given_up for story in stories) > 50, "requests that no executor survives"
+    assert sum(story.refusals for story in stories) > 200, "no queue was ever full"
+
+
+@pytest.mark.parametrize("seed", [3, 85, 107, 228])
+def test_one_seed_is_one_story(seed: int, stories: list[Story]) -> None:
+    """The same in another process and after other stories, down to each byte on each link and its moment."""
+    assert run(seed) == stories[seed]
