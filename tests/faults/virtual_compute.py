@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
+from common import failpoints
 from common.step import ExecutorFacts, StepPlan, StepResult
 from executor.runner import Report, Runner
 from tests.faults.virtual_time import Process
@@ -132,6 +133,7 @@ class VirtualCompute:
         self._turn()
         try:
             self._host.before_step(number)
+            failpoints.hit("before_forward")
             result = self._runner.execute(plan)
         except Exception as error:  # noqa: BLE001 - as the thread does: one link ends by it
             self.session = -1
@@ -141,6 +143,7 @@ class VirtualCompute:
             idle_s, self._finished_s = self._started_s - self._finished_s, self._loop.time()
             compute_ns = round(1e9 * (self._finished_s - self._started_s))
             self.next_step = plan.step + 1
+            failpoints.hit("after_sample_before_send")
             self._on_result(number, replace(result, compute_ns=compute_ns, idle_ns=round(1e9 * idle_s)))
         self._next()
 
