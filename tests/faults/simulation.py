@@ -483,7 +483,8 @@ class Cluster:
         return deaths >= GIVEN_UP_AT
 
     def _holds_poison(self, caller: Caller) -> bool:
-        return any(self.poison in _places(caller, choice) for choice in range(len(caller.expected)))
+        poison = self.poison
+        return poison is not None and any(poison in _places(caller, choice) for choice in range(len(caller.expected)))
 
     def _may_find_rows_unusable(self) -> bool:
         """A choice ends with an error after two unusable rows in one place. Liars make some that nobody computed."""
