@@ -16,7 +16,7 @@ import logging
 import tempfile
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -177,6 +177,7 @@ class SimulatedExecutor:
         self._sessions: dict[int, tuple[int, int | None, Connection | None]] = {}
         self._excused: list[Connection] = []  # links whose messages were tampered with
         self._lies = False
+        self.arm_next_life: Callable[[Process], None] | None = None
         self.start()
 
     def start(self) -> None:
@@ -198,6 +199,9 @@ class SimulatedExecutor:
         self.process = self._cluster.world.process(f"executor-{self.number}.{self.lives}")
         self.process.host = self
         self._sessions, self._excused, self._lies = {}, [], False
+        if self.arm_next_life is not None:
+            self.arm_next_life(self.process)
+            self.arm_next_life = None
         self.process.spawn(self._run())
 
     def kill(self, restart_after_s: float) -> None:
@@ -503,7 +507,9 @@ class Cluster:
             return FOR_GOOD_S
         return self.world.draw.choice(choices)
 
-    def arm(self, process: Process, names: list[str], strike: Callable[[], None]) -> None:
+    def arm(
+        self, process: Process, names: Sequence[str], strike: Callable[[], None], *, passage: int | None = None
+    ) -> None:
         """Break the process when it passes one of the failpoints for the n-th time."""
 
         def struck(name: str) -> None:
@@ -512,7 +518,8 @@ class Cluster:
             strike()
 
         for name in names:
-            process.armed[name] = (self.world.draw.choice([1, 1, 2, 5, 12]), functools.partial(struck, name))
+            left = self.world.draw.choice([1, 1, 2, 5, 12]) if passage is None else passage
+            process.armed[name] = (left, functools.partial(struck, name))
 
     # ---- the story
 
@@ -705,23 +712,39 @@ def the_scheduler_breaks_at_a_failpoint(cluster: Cluster) -> None:
 
 
 def an_executor_breaks_at_a_failpoint(cluster: Cluster) -> None:
-    draw, executor = cluster.world.draw, _any_executor(cluster)
-    process = executor.process
+    executor = _any_executor(cluster)
+    cluster.arm(executor.process, cluster.world.draw.sample(EXECUTOR, 4), _breaking(cluster, executor))
+
+
+def an_executor_breaks_as_it_starts(cluster: Cluster) -> None:
+    executor, place = _any_executor(cluster), cluster.world.draw.choice(["mid_load", "before_ready", "before_hello"])
+    strike = _breaking(cluster, executor)
+    executor.arm_next_life = lambda process: cluster.arm(process, [place], strike, passage=1)
+    executor.kill(cluster.world.draw.choice([0.05, 0.5]))
+
+
+def _breaking(cluster: Cluster, executor: SimulatedExecutor) -> Callable[[], None]:
+    """Kills or freezes it where it stands."""
+    draw = cluster.world.draw
     kills, seconds = draw.random() < 0.7, draw.choice([0.2, 1.5, 3.5])
 
     def strike() -> None:
         if kills:
             executor.kill(seconds)
             raise KilledHere
-        cluster.network.freeze(process, seconds)
+        cluster.network.freeze(executor.process, seconds)
 
-    cluster.arm(process, draw.sample(EXECUTOR, 4), strike)
+    return strike
 
 
 _CRASHES: Final[list[Fault]] = [an_executor_is_killed, an_executor_is_killed, an_executor_leaves]
 _PAUSES: Final[list[Fault]] = [an_executor_is_frozen, an_executor_stalls, a_step_hangs, an_executor_is_slow]
 _NETWORK: Final[list[Fault]] = [a_link_is_cut, a_link_goes_dark, a_link_is_slow]
-_FAILPOINTS: Final[list[Fault]] = [the_scheduler_breaks_at_a_failpoint, an_executor_breaks_at_a_failpoint]
+_FAILPOINTS: Final[list[Fault]] = [
+    the_scheduler_breaks_at_a_failpoint,
+    an_executor_breaks_at_a_failpoint,
+    an_executor_breaks_as_it_starts,
+]
 _LIES: Final[list[Fault]] = [a_result_is_changed, a_plan_is_changed]
 _CALLERS: Final[list[Fault]] = [a_caller_is_cut_off, a_caller_goes_dark]
 _SCHEDULER: Final[list[Fault]] = [the_scheduler_is_killed, the_scheduler_is_frozen, the_scheduler_stalls]
