@@ -10,39 +10,28 @@ prefix hits, preemption and the move to another executor are all that one rule.
 
 from __future__ import annotations
 
-import bisect
 from array import array
 from collections.abc import Iterator, Mapping, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from common import failpoints
-from common.blocks import blocks_for
 from common.errors import InvalidRequest
 from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, StepPlan, StepResult
 from common.types import FinishReason, Priority, SequenceId
-from scheduler import policy
-from scheduler.block_pool import Reclaim
+from scheduler.counters import Counters
 from scheduler.line import Line
+from scheduler.moves import Moves
+from scheduler.planning import Planner
 from scheduler.prefix_cache import KeyChain
+from scheduler.replays import Replays
 from scheduler.reputation import Patience, Reputations
+from scheduler.results import ProtocolError, read_result
 from scheduler.sequence import Begun, Request, Sequence, Status
-from scheduler.session import Draft, Match, Outstanding, Session
-from scheduler.stopping import finish_reason, stop_tokens
+from scheduler.session import Session
+from scheduler.stopping import finish_reason
 from scheduler.suspicion import End, Suspects, blamed, runs_alone
-
-
-class ProtocolError(Exception):
-    """An executor answered what it was not asked. Its session cannot go on; its sequences can.
-
-    `culprit` is the sequence whose row was wrong, where it was one row's token or index.
-    """
-
-    def __init__(self, message: str, culprit: Sequence | None = None) -> None:
-        super().__init__(message)
-        self.culprit = culprit
 
 
 class TokenOutput(NamedTuple):
@@ -73,27 +62,6 @@ class SchedulerLimits:
     patience: Patience = field(default_factory=Patience)  # with executors that die young or send what cannot be used
 
 
-@dataclass(slots=True)
-class Counters:
-    """What happened so far. Only ever counted up."""
-
-    steps: int = 0
-    preemptions: int = 0
-    moved: int = 0  # sequences that lost their executor
-    rows_dropped: int = 0  # result rows of another attempt or index
-    results_fenced: int = 0  # results of a session that is over, dropped whole
-    unclean_ends: int = 0  # sessions that ended otherwise than by leaving
-    suspected: int = 0  # requests that were in a step that an executor may have died of, each time
-    trials: int = 0  # requests that had an executor to themselves for that
-    given_up: int = 0  # requests that ended because executors died with them
-    rows_unusable: int = 0  # result rows that had no token, or one that cannot be
-    quarantines: int = 0  # of executors that sent too many of those
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    output_tokens: int = 0
-    finished: dict[FinishReason, int] = field(default_factory=dict[FinishReason, int])
-
-
 class Scheduler:
     """Queues, sequences and sessions. Every method is quick and never waits.
 
@@ -118,9 +86,20 @@ class Scheduler:
         self._sessions: dict[int, Session] = {}
         self._suspects = Suspects()
         self._reputations = Reputations()
-        self._replays: dict[Sequence, None] = {}  # those that compute again what a lost executor had
+        self._replays = Replays()
         self._next_id = 0
         self.counters = Counters()
+        self._moves = Moves(self._line, self._suspects, self._replays, self.counters, eos=self._eos)
+        self._planner = Planner(
+            self._sessions,
+            self._line,
+            self._moves,
+            self._suspects,
+            self._replays,
+            self.counters,
+            token_budget=limits.token_budget,
+            patience_ns=limits.patience_ns,
+        )
 
     # ---- what there is
 
@@ -292,9 +271,7 @@ class Scheduler:
         flights = list(session.outstanding)
         session.outstanding.clear()  # nothing in flight will ever be answered
         for sequence in list(session.running):
-            session.release(sequence)
-            self._wait_again(sequence)
-            self._replay(sequence)
+            self._moves.displace(session, sequence)
             self.counters.moved += 1
         if end is End.CLEAN:
             session.reputation.young_deaths = 0
@@ -336,26 +313,7 @@ class Scheduler:
         session = self._sessions[session_id]
         if session.silent or not session.has_credit:
             return None
-        if self._suspects or session.trial:
-            trial = session.trial = self._trial_here(session, now_ns)
-            if trial is not None:
-                return self._schedule_trial(session, trial, now_ns)
-        draft = session.draft(self._limits.token_budget)
-        self._grant_running(session, draft)
-        if session.takes_work(now_ns):
-            self._admit_waiting(session, draft, now_ns)
-        if self._replays and draft.budget:  # nobody else wanted it
-            self._top_up(session, draft)
-            if session.takes_work(now_ns) and not session.full:
-                draft.replay_budget = draft.budget
-                self._admit_waiting(session, draft, now_ns)
-        if not draft.rows:
-            assert session.outstanding or not session.running or self._suspects, (
-                "sequences run, and nothing will ever wake them"
-            )
-            return None
-        self.counters.steps += 1
-        return session.send(draft, now_ns)
+        return self._planner.plan(session, now_ns)
 
     def update(self, session_id: int, result: StepResult, now_ns: int) -> list[TokenOutput]:
         """Fold the answer of the oldest outstanding step back in, and say what was committed.
@@ -371,7 +329,7 @@ class Scheduler:
         if not session.outstanding or session.outstanding[0].step != result.step:
             raise ProtocolError(f"result of step {result.step}, expected {[f.step for f in session.outstanding][:1]}")
         flight = session.outstanding[0]
-        tokens, failed = self._read_result(session, flight, result)
+        tokens, failed = read_result(flight, result, session.facts.vocab_size)
         session.outstanding.popleft()
         for ref, (sequence, _, num_scheduled, _, _) in flight.rows.items():
             if sequence.ref == ref and sequence.session is session:
@@ -394,37 +352,6 @@ class Scheduler:
 
     # ---- inside
 
-    def _read_result(
-        self, session: Session, flight: Outstanding, result: StepResult
-    ) -> tuple[list[tuple[Sequence, int]], list[Sequence]]:
-        """Tokens to commit and sequences that failed. All is checked before any is committed, so none is half taken."""
-        rows, vocab_size = flight.rows, session.facts.vocab_size
-        answered = {*result.refs, *result.failed}
-        if len(answered) != len(result.refs) + len(result.failed):
-            raise ProtocolError(f"step {result.step}: a row is answered twice")
-        tokens: list[tuple[Sequence, int]] = []
-        for ref, token, index in zip(result.refs, result.tokens, result.indices, strict=True):
-            row = rows.get(ref)
-            if row is None or not row.samples:
-                raise ProtocolError(f"step {result.step}: row {ref:#x} was not asked for a token")
-            if not 0 <= token < vocab_size:
-                problem = f"step {result.step}: row {ref:#x} has a token that is none of {vocab_size}"
-                raise ProtocolError(problem, row.sequence if row.is_current else None)
-            if row.is_current:
-                expected = row.sequence.num_output
-                if index != expected:
-                    problem = f"step {result.step}: output {index} of row {ref:#x}, not {expected}"
-                    raise ProtocolError(problem, row.sequence)
-                tokens.append((row.sequence, token))
-        for ref in result.failed:
-            if ref not in rows:
-                raise ProtocolError(f"step {result.step}: row {ref:#x} failed but was not asked for")
-        if len(answered) < len(rows):
-            for ref, row in rows.items():
-                if row.samples and ref not in answered and row.is_current:
-                    raise ProtocolError(f"step {result.step}: no token for row {ref:#x}")
-        return tokens, [rows[ref].sequence for ref in result.failed if rows[ref].is_current]
-
     def _commit(self, sequence: Sequence, token: int, now_ns: int) -> TokenOutput:
         sequence.tokens.append(token)
         account = sequence.account
@@ -442,19 +369,8 @@ class Scheduler:
         return TokenOutput(sequence.id, token, reason)
 
     def _end(self, sequence: Sequence, reason: FinishReason, *, forget: bool = False) -> None:
-        assert reason, f"sequence {sequence.id} ends without a reason"
-        if sequence.session is not None:
-            sequence.session.release(sequence, forget=forget)
-        else:
-            self._line.remove(sequence)
-        sequence.become(Status.FINISHED)
-        sequence.reason = reason
+        self._moves.end(sequence, reason, forget=forget)
         del self._sequences[sequence.id]
-        if self._suspects:
-            self._suspects.forget(sequence)
-        if self._replays:
-            self._replays.pop(sequence, None)
-        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
 
     def _unusable(self, session: Session, sequence: Sequence, now_ns: int) -> list[TokenOutput]:
         """No token can be had of the sequence's row. It is tried once more, elsewhere if it can be; then it ends alone.
@@ -472,17 +388,10 @@ class Scheduler:
         sequence.avoid = name
         sequence.attempt += 1
         if sequence.session is not None:
-            sequence.session.release(sequence, forget=True)
-            self._wait_again(sequence)
-            self._replay(sequence)
+            self._moves.displace(sequence.session, sequence, forget=True)
         self.counters.quarantines += session.reputation.sent_unusable(request, now_ns, patience)
         self._reputations.keep(name, session.reputation)
         return []
-
-    def _replay(self, sequence: Sequence) -> None:
-        """What it had is lost: it computes again all that is known of it."""
-        sequence.replay_until = len(sequence.tokens)
-        self._replays[sequence] = None
 
     def _sequences_of(self, request: Request) -> list[Sequence]:
         """Its choices that have not ended."""
@@ -494,275 +403,7 @@ class Scheduler:
         for sequence in self._sequences_of(request):
             if sequence.session is not None:
                 sequence.session.release(sequence)
-                self._wait_again(sequence)
-
-    def _wait_again(self, sequence: Sequence) -> None:
-        sequence.become(Status.WAITING)
-        sequence.fork_of = None
-        self._line.add_again(sequence)
-
-    def _preempt(self, session: Session, sequence: Sequence) -> None:
-        failpoints.hit("on_preempt")
-        session.release(sequence)
-        sequence.preemptions += 1
-        self.counters.preemptions += 1
-        self._wait_again(sequence)
-
-    def _trial_here(self, session: Session, now_ns: int) -> Request | None:
-        """The request that has this executor to itself now, if one must run alone and this is the place for it."""
-        trial = session.trial
-        if trial is not None and runs_alone(trial) and not (session.leaving and self._has_left(session, trial)):
-            return trial
-        session.trial = None
-        if not session.takes_work(now_ns) or session.is_quarantined(now_ns):
-            return None
-        on_trial = {s.trial for s in self._sessions.values()}
-        for request in self._suspects:
-            if not runs_alone(request) or request in on_trial:
-                continue
-            longest = max(sequence.max_length for sequence in request.doubts)
-            able = [
-                s
-                for s in self._sessions.values()
-                if s.takes_work(now_ns)
-                and not s.is_quarantined(now_ns)
-                and s.max_length >= longest
-                and (s is session or not s.silent_since(now_ns - self._limits.patience_ns))
-            ]
-            if able and min(able, key=lambda s: (len(s.running), s.id)) is session:
-                self.counters.trials += 1
-                return request
-        return None
-
-    @staticmethod
-    def _has_left(session: Session, trial: Request) -> bool:
-        """Nothing of the trial is on this executor, nor in flight there."""
-        return not session.outstanding and all(sequence.session is not session for sequence in trial.doubts)
-
-    def _schedule_trial(self, session: Session, trial: Request, now_ns: int) -> StepPlan | None:
-        """The next step of an executor that one request has to itself.
-
-        Who else is resident pauses, and keeps what it has while there is room. What others have in flight is answered
-        before anything of the trial is sent.
-        """
-        if any(row.sequence not in trial.doubts for flight in session.outstanding for row in flight.rows.values()):
-            return None
-        draft = session.draft(self._limits.token_budget)
-        self._grant_running(session, draft, trial)
-        draft.replay_budget = draft.budget
-        for sequence in sorted(trial.doubts, key=_rank):
-            if sequence.session is None and draft.budget and not session.leaving:
-                match = self._make_way(session, sequence, trial)
-                if match is not None:
-                    self._admit(sequence, session, match, draft, now_ns)
-        if not draft.rows:
-            return None
-        self.counters.steps += 1
-        return session.send(draft, now_ns)
-
-    def _make_way(self, session: Session, sequence: Sequence, trial: Request) -> Match | None:
-        """Preempt who pauses, the youngest first, until the sequence fits. None while its siblings fill the room."""
-        while True:
-            match = session.match(sequence)
-            if session.has_slot and session.can_admit(sequence, match):
-                return match
-            paused = [other for other in session.running if other not in trial.doubts]
-            if not paused:
-                return None
-            self._preempt(session, paused[-1])
-
-    def _grant_running(self, session: Session, draft: Draft, trial: Request | None = None) -> None:
-        """Rows for the running sequences; with a trial, for those on trial alone."""
-        running = list(session.running)
-        if trial is not None:
-            running.sort(key=lambda sequence: sequence not in trial.doubts)  # those that pause count as younger
-        block_size, ref_count = session.block_size, session.pool.ref_count
-        rows: list[policy.Running] = []
-        known: list[int] = []
-        for sequence in running:
-            computed, sampled = session.in_flight(sequence)
-            planned = sequence.num_computed + computed
-            num_known = len(sequence.tokens) + sampled
-            table = sequence.block_table
-            # nothing follows the last token it may have, nor is that token's K and V ever needed
-            num_uncomputed = num_known - planned if num_known < sequence.max_length else 0
-            index = planned // block_size
-            shared = index < len(table) and ref_count(table[index]) > 1
-            rows.append(policy.Running(num_uncomputed, planned, len(table), shared))
-            known.append(num_known)
-        if self._suspects:
-            for i, sequence in enumerate(running):
-                if sequence not in trial.doubts if trial else runs_alone(sequence.request):
-                    rows[i] = rows[i]._replace(num_uncomputed=0)  # pauses
-        replays = self._replays_among(running, rows) if self._replays else ()
-        reclaim = Reclaim(session.pool)
-        decision = policy.decide(
-            rows,
-            token_budget=draft.budget,
-            num_free=session.pool.num_free,
-            num_returning=sum(reclaim.add(table, late=True)[1] for table in session.returning()),
-            block_size=block_size,
-            yield_of=lambda i: reclaim.add(running[i].block_table, late=rows[i].num_planned > running[i].num_computed),
-            replays=replays,
-            replays_waiting=self._replays_waiting(draft.budget) if self._replays and session.has_slot else 0,
-        )
-        for i in decision.preempted:
-            self._preempt(session, running[i])
-        num_promised = 0
-        for sequence, row, num_known, tokens, blocks in zip(
-            running, rows, known, decision.grants, decision.blocks, strict=True
-        ):
-            if blocks:
-                session.make_room(sequence, row.num_planned, tokens, draft)
-            if tokens:
-                session.add_row(sequence, row.num_planned, tokens, num_known, draft)
-            if tokens < row.num_uncomputed and sequence.session is session:
-                num_promised += blocks_for(num_known, block_size) - len(sequence.block_table)
-        session.num_promised = num_promised  # blocks that what is known of them will still need
-        draft.replay_budget = decision.replay_budget_left
-
-    def _replays_among(self, running: list[Sequence], rows: list[policy.Running]) -> set[int]:
-        """Which of the rows compute again what a lost executor had."""
-        found: set[int] = set()
-        for i, (sequence, row) in enumerate(zip(running, rows, strict=True)):
-            if sequence in self._replays:
-                if row.num_planned < sequence.replay_until:
-                    found.add(i)
-                else:
-                    del self._replays[sequence]
-        return found
-
-    def _replays_waiting(self, at_most: int) -> int:
-        """Tokens of replays that no executor holds yet; `at_most` is as good as more."""
-        tokens = 0
-        for sequence in self._replays:
-            if sequence.session is None and not runs_alone(sequence.request):
-                tokens += len(sequence.tokens)
-                if tokens >= at_most:
-                    break
-        return tokens
-
-    def _top_up(self, session: Session, draft: Draft) -> None:
-        """What of the budget was kept for others, and not wanted, goes to the rows that could use more."""
-        for sequence in session.running:
-            if not draft.budget:
-                return
-            if runs_alone(sequence.request):
-                continue
-            row = draft.rows.get(sequence.ref)
-            sampled = session.in_flight(sequence)[1]
-            planned = row.stop if row else session.num_planned(sequence)
-            num_known = len(sequence.tokens) + sampled
-            if planned < num_known < sequence.max_length:
-                session.extend_row(sequence, min(num_known - planned, draft.budget), num_known, draft)
-
-    def _admit_waiting(self, session: Session, draft: Draft, now_ns: int) -> None:
-        session.full = False
-        if draft.budget == 0 or not session.has_slot:
-            return  # before anybody is looked at
-        quarantined = session.is_quarantined(now_ns)
-        passed_over: set[str] = set()
-        for sequence in self._line.walk(now_ns, passed_over):
-            if draft.budget == 0 or not session.has_slot:
-                return
-            if 0 < sequence.deadline_ns <= now_ns:
-                continue  # nobody waits for its answer
-            if (quarantined or sequence.avoid) and not self._may_come(sequence, session, now_ns, quarantined):
-                continue
-            if self._suspects and runs_alone(sequence.request):
-                continue  # it is tried when an executor can be its own
-            if self._replays and not draft.replay_budget and sequence in self._replays:
-                continue  # the replays before it have their share
-            parent = self._fork_parent(sequence, now_ns)
-            if parent is not None:
-                match = self._fork_match(session, parent)
-                if match is None:
-                    continue  # its turn comes when the prompt is computed
-            elif sequence.max_length > session.max_length:
-                continue
-            else:
-                match = session.match(sequence)
-                if not self._belongs_here(sequence, session, match, now_ns):
-                    continue
-            if not session.leaves_reserve(sequence, match):
-                passed_over.update(session.tenants_of_much())  # what is left is for the others
-                continue
-            if not session.can_admit(sequence, match):
-                session.full = True
-                return  # nobody overtakes: small requests must not starve a large one
-            self._admit(sequence, session, match, draft, now_ns)
-
-    def _admit(self, sequence: Sequence, session: Session, match: Match, draft: Draft, now_ns: int) -> None:
-        self._line.admit(sequence, len(sequence.tokens) - match.num_tokens, now_ns)
-        sequence.become(Status.RUNNING)
-        sequence.attempt += 1
-        sequence.placed(session.facts.determinism)
-        if not sequence.admitted_ns:
-            sequence.admitted_ns = now_ns
-            sequence.num_cached_prompt = min(match.num_tokens, sequence.num_prompt)
-            self.counters.cached_prompt_tokens += sequence.num_cached_prompt
-        bisect.insort(session.running, sequence, key=_rank)
-        sequence.avoid = ""
-        if match.num_tokens:
-            failpoints.hit("on_prefix_hit")
-        tokens = min(len(sequence.tokens) - match.num_tokens, draft.budget)
-        if self._replays and sequence in self._replays:
-            tokens = min(tokens, draft.replay_budget)
-            draft.replay_budget -= tokens
-        session.admit(sequence, match, draft, tokens, stop_tokens(sequence.stop, self._eos))
-        session.add_row(sequence, match.num_tokens, tokens, len(sequence.tokens), draft)
-
-    def _may_come(self, sequence: Sequence, session: Session, now_ns: int, quarantined: bool) -> bool:
-        """Whether it may run here although this executor is in quarantine, or sent an unusable row for it before.
-
-        Where there is no other executor, the second try is here, too: it shows whose fault the first was.
-        """
-        if sequence.avoid != session.facts.name:
-            return not quarantined
-        return not any(
-            other is not session
-            and other.takes_work(now_ns)
-            and not other.is_quarantined(now_ns)
-            and sequence.max_length <= other.max_length
-            for other in self._sessions.values()
-        )
-
-    def _fork_parent(self, sequence: Sequence, now_ns: int) -> Sequence | None:
-        """The first choice of the request, while its prompt's blocks are there or will be."""
-        parent = sequence.fork_of
-        if parent is None:
-            return None
-        if parent.status is Status.FINISHED or parent.attempt > 1 or (parent.attempt and parent.session is None):
-            sequence.fork_of = None
-            return None
-        there = parent.session
-        if there is not None and (not there.takes_work(now_ns) or there.is_quarantined(now_ns) or not there.has_slot):
-            return None  # another executor, or a prefix hit, may serve it sooner
-        return parent
-
-    def _fork_match(self, session: Session, parent: Sequence) -> Match | None:
-        """All of the prompt but its last token, which makes the logits; None until that is computed or sent."""
-        shared = parent.num_prompt - 1
-        if parent.session is not session or session.num_planned(parent) < shared:
-            return None
-        return Match(parent.block_table[: blocks_for(shared, session.block_size)], None, shared)
-
-    def _belongs_here(self, sequence: Sequence, session: Session, match: Match, now_ns: int) -> bool:
-        """Whether this executor is the best of those that could take the sequence now."""
-        if len(self._sessions) == 1:
-            return True
-        places = [policy.Place(match.num_tokens, len(session.running))]
-        for other in self._sessions.values():
-            if other is session or other.full or not other.has_slot:
-                continue
-            if not other.takes_work(now_ns) or other.is_quarantined(now_ns) or other.facts.name == sequence.avoid:
-                continue
-            if sequence.max_length > other.max_length or other.silent_since(now_ns - self._limits.patience_ns):
-                continue
-            there = other.match(sequence)
-            if other.can_admit(sequence, there) and other.leaves_reserve(sequence, there):
-                places.append(policy.Place(there.num_tokens, len(other.running)))
-        return policy.place(places) == 0
+                self._moves.wait_again(sequence)
 
     def check(self) -> None:
         """Assert what must always hold. For tests: walks everything."""
@@ -777,8 +418,3 @@ class Scheduler:
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(list(self._sequences.values()))
-
-
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    """Who keeps its blocks when they run out: the better band, then who came first."""
-    return sequence.band, sequence.order

@@ -24,7 +24,8 @@ from common.errors import DeadlineExceeded, PagewireError, RequestFailed, Supers
 from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, StepPlan, StepResult
 from common.types import FinishReason, Priority, SequenceId
-from scheduler.scheduler import ProtocolError, Scheduler, TokenOutput
+from scheduler.results import ProtocolError
+from scheduler.scheduler import Scheduler, TokenOutput
 from scheduler.sequence import Begun, Request, Status
 from scheduler.sequence import Sequence as CoreSequence
 from scheduler.suspicion import GIVEN_UP_AT, End

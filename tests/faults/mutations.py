@@ -20,7 +20,10 @@ from common.step import NewSequence, StepResult
 from common.types import BlockId, SequenceId
 from executor.fake_runner import FakeRunner, Prefix, prefix_hash_token
 from executor.resident import Resident, Rows, Sampled
+from scheduler import scheduler as core_module
+from scheduler.moves import Moves
 from scheduler.prefix_cache import BlockKey, KeyChain
+from scheduler.results import read_result
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import Sequence as Running
 from scheduler.sequence import Status
@@ -72,9 +75,9 @@ def core(plant: of_the_core.Plant) -> Mutation:
 
 
 def an_index_that_is_not_the_next_is_taken(patch: Patch) -> None:
-    read = Scheduler._read_result
+    read = read_result
 
-    def any_index(self: Scheduler, session: Session, flight: Any, result: StepResult) -> Any:
+    def any_index(flight: Any, result: StepResult, vocab_size: int) -> Any:
         rows = [flight.rows.get(ref) for ref in result.refs]
         indices = [
             row.sequence.num_output if row is not None else index
@@ -83,9 +86,9 @@ def an_index_that_is_not_the_next_is_taken(patch: Patch) -> None:
         changed = StepResult(
             step=result.step, refs=result.refs, tokens=result.tokens, indices=indices, failed=result.failed
         )
-        return read(self, session, flight, changed)
+        return read(flight, changed, vocab_size)
 
-    patch(Scheduler, "_read_result", any_index)
+    patch(core_module, "read_result", any_index)
 
 
 def a_result_of_another_step_answers_the_oldest(patch: Patch) -> None:
@@ -107,7 +110,7 @@ def a_result_of_another_step_answers_the_oldest(patch: Patch) -> None:
 
 
 def the_sequences_of_a_lost_executor_are_forgotten(patch: Patch) -> None:
-    patch(Scheduler, "_wait_again", lambda self, sequence: sequence.become(Status.WAITING))
+    patch(Moves, "wait_again", lambda self, sequence: sequence.become(Status.WAITING))
 
 
 def a_moved_sequence_counts_its_output_as_prompt(patch: Patch) -> None:

@@ -10,7 +10,7 @@ import pytest
 from common.sampling import SamplingParams
 from common.step import StepResult
 from executor.fake_runner import prefix_hash_token
-from scheduler.scheduler import ProtocolError
+from scheduler.results import ProtocolError
 from tests.scheduler.world import World
 
 

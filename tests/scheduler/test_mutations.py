@@ -19,8 +19,11 @@ from scheduler import scheduler as scheduler_module
 from scheduler import session as session_module
 from scheduler import suspicion
 from scheduler.block_pool import BlockPool
+from scheduler.moves import Moves
+from scheduler.planning import Planner
 from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
-from scheduler.scheduler import ProtocolError, Scheduler, TokenOutput
+from scheduler.results import ProtocolError
+from scheduler.scheduler import Scheduler, TokenOutput
 from scheduler.sequence import Request
 from scheduler.sequence import Sequence as Running
 from scheduler.session import Draft, Match, Outstanding, Row, Session
@@ -137,14 +140,14 @@ def a_plan_forgets_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_moved_sequence_loses_its_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    wait_again = Scheduler._wait_again
+    wait_again = Moves.wait_again
 
-    def shorter(self: Scheduler, sequence: Running) -> None:
+    def shorter(self: Moves, sequence: Running) -> None:
         if sequence.num_output:
             sequence.tokens.pop()
         wait_again(self, sequence)
 
-    monkeypatch.setattr(Scheduler, "_wait_again", shorter)
+    monkeypatch.setattr(Moves, "wait_again", shorter)
 
 
 def a_suspect_is_never_trusted_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,29 +189,27 @@ def nobody_is_ever_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_request_that_must_run_alone_is_admitted_like_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_module, "runs_alone", lambda request: False)
+    monkeypatch.setattr(suspicion, "ALONE_AT", 10**6)
 
 
 def a_trial_does_not_wait_for_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
-    schedule_trial = Scheduler._schedule_trial
+    plan_trial = Planner._plan_trial
 
-    def at_once(self: Scheduler, session: Session, trial: Request, now_ns: int) -> StepPlan | None:
+    def at_once(self: Planner, session: Session, trial: Request, now_ns: int) -> StepPlan | None:
         outstanding, session.outstanding = session.outstanding, deque()
         try:
-            plan = schedule_trial(self, session, trial, now_ns)
+            plan = plan_trial(self, session, trial, now_ns)
         finally:
             outstanding.extend(session.outstanding)
             session.outstanding = outstanding
         return plan
 
-    monkeypatch.setattr(Scheduler, "_schedule_trial", at_once)
+    monkeypatch.setattr(Planner, "_plan_trial", at_once)
 
 
 def others_do_not_pause_during_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    grant = Scheduler._grant_running
-    monkeypatch.setattr(
-        Scheduler, "_grant_running", lambda self, session, draft, trial=None: grant(self, session, draft)
-    )
+    grant = Planner._grant_running
+    monkeypatch.setattr(Planner, "_grant_running", lambda self, session, draft, trial=None: grant(self, session, draft))
 
 
 def a_row_without_a_token_ends_its_choice_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

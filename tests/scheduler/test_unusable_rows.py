@@ -11,7 +11,7 @@ from common.step import StepResult
 from common.types import FinishReason
 from executor.fake_runner import Prefix, position_token
 from scheduler.reputation import Patience
-from scheduler.scheduler import ProtocolError
+from scheduler.results import ProtocolError
 from scheduler.suspicion import End
 from tests.scheduler.world import World
 

@@ -18,7 +18,8 @@ from common.sampling import SamplingParams, StopConditions
 from common.step import StepPlan, StepResult
 from common.types import BlockId, FinishReason, Priority, SequenceId, SlotRef, slot_of
 from executor.fake_runner import NextToken, Prefix, digests_of, prefix_hash_token
-from scheduler.scheduler import Losses, ProtocolError
+from scheduler.results import ProtocolError
+from scheduler.scheduler import Losses
 from scheduler.session import Session
 from scheduler.suspicion import End
 from tests.scheduler.world import GREEDY, World

@@ -1,0 +1,208 @@
+"""The next step of one executor: rows for those that run there, then for those that are admitted.
+
+`scheduler/policy.py` decides over numbers; here the numbers are read off, and the decision becomes moves and blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from common.blocks import blocks_for
+from common.step import StepPlan
+from scheduler import policy
+from scheduler.block_pool import Reclaim
+from scheduler.counters import Counters
+from scheduler.line import Line
+from scheduler.moves import Moves, rank
+from scheduler.placement import Placement, fork_match, fork_parent
+from scheduler.replays import Replays
+from scheduler.sequence import Request, Sequence
+from scheduler.session import Draft, Match, Session
+from scheduler.suspicion import Suspects, runs_alone
+from scheduler.trials import Trials
+
+
+class Planner:
+    """Makes step plans, and the moves that they take.
+
+    `token_budget`: of a step, over all its sequences. `patience_ns`: nobody is kept waiting for an executor that left a
+    step unanswered for so long.
+    """
+
+    def __init__(
+        self,
+        sessions: Mapping[int, Session],
+        line: Line,
+        moves: Moves,
+        suspects: Suspects,
+        replays: Replays,
+        counters: Counters,
+        *,
+        token_budget: int,
+        patience_ns: int,
+    ) -> None:
+        self._line = line
+        self._moves = moves
+        self._placement = Placement(sessions, patience_ns=patience_ns)
+        self._trials = Trials(sessions, suspects, counters, patience_ns=patience_ns)
+        self._suspects = suspects
+        self._replays = replays
+        self._counters = counters
+        self._token_budget = token_budget
+
+    def plan(self, session: Session, now_ns: int) -> StepPlan | None:
+        """The executor's next step, which has credit for it; None when there is nothing to do."""
+        if self._suspects or session.trial:
+            trial = session.trial = self._trials.here(session, now_ns)
+            if trial is not None:
+                return self._plan_trial(session, trial, now_ns)
+        draft = session.draft(self._token_budget)
+        self._grant_running(session, draft)
+        if session.takes_work(now_ns):
+            self._admit_waiting(session, draft, now_ns)
+        if self._replays and draft.budget:  # nobody else wanted it
+            self._top_up(session, draft)
+            if session.takes_work(now_ns) and not session.full:
+                draft.replay_budget = draft.budget
+                self._admit_waiting(session, draft, now_ns)
+        if not draft.rows:
+            assert session.outstanding or not session.running or self._suspects, (
+                "sequences run, and nothing will ever wake them"
+            )
+            return None
+        self._counters.steps += 1
+        return session.send(draft, now_ns)
+
+    def _plan_trial(self, session: Session, trial: Request, now_ns: int) -> StepPlan | None:
+        """The next step of an executor that one request has to itself.
+
+        Who else is resident pauses, and keeps what it has while there is room. What others have in flight is answered
+        before anything of the trial is sent.
+        """
+        if any(row.sequence not in trial.doubts for flight in session.outstanding for row in flight.rows.values()):
+            return None
+        draft = session.draft(self._token_budget)
+        self._grant_running(session, draft, trial)
+        draft.replay_budget = draft.budget
+        for sequence in sorted(trial.doubts, key=rank):
+            if sequence.session is None and draft.budget and not session.leaving:
+                match = self._make_way(session, sequence, trial)
+                if match is not None:
+                    self._moves.admit(sequence, session, match, draft, now_ns)
+        if not draft.rows:
+            return None
+        self._counters.steps += 1
+        return session.send(draft, now_ns)
+
+    def _make_way(self, session: Session, sequence: Sequence, trial: Request) -> Match | None:
+        """Preempt who pauses, the youngest first, until the sequence fits. None while its siblings fill the room."""
+        while True:
+            match = session.match(sequence)
+            if session.has_slot and session.can_admit(sequence, match):
+                return match
+            paused = [other for other in session.running if other not in trial.doubts]
+            if not paused:
+                return None
+            self._moves.preempt(session, paused[-1])
+
+    def _grant_running(self, session: Session, draft: Draft, trial: Request | None = None) -> None:
+        """Rows for the running sequences; with a trial, for those on trial alone."""
+        running = list(session.running)
+        if trial is not None:
+            running.sort(key=lambda sequence: sequence not in trial.doubts)  # those that pause count as younger
+        block_size, ref_count = session.block_size, session.pool.ref_count
+        rows: list[policy.Running] = []
+        known: list[int] = []
+        for sequence in running:
+            computed, sampled = session.in_flight(sequence)
+            planned = sequence.num_computed + computed
+            num_known = len(sequence.tokens) + sampled
+            table = sequence.block_table
+            # nothing follows the last token it may have, nor is that token's K and V ever needed
+            num_uncomputed = num_known - planned if num_known < sequence.max_length else 0
+            index = planned // block_size
+            shared = index < len(table) and ref_count(table[index]) > 1
+            rows.append(policy.Running(num_uncomputed, planned, len(table), shared))
+            known.append(num_known)
+        if self._suspects:
+            for i, sequence in enumerate(running):
+                if sequence not in trial.doubts if trial else runs_alone(sequence.request):
+                    rows[i] = rows[i]._replace(num_uncomputed=0)  # pauses
+        replays = self._replays.among(running, rows) if self._replays else ()
+        reclaim = Reclaim(session.pool)
+        decision = policy.decide(
+            rows,
+            token_budget=draft.budget,
+            num_free=session.pool.num_free,
+            num_returning=sum(reclaim.add(table, late=True)[1] for table in session.returning()),
+            block_size=block_size,
+            yield_of=lambda i: reclaim.add(running[i].block_table, late=rows[i].num_planned > running[i].num_computed),
+            replays=replays,
+            replays_waiting=self._replays.num_tokens_waiting(draft.budget) if self._replays and session.has_slot else 0,
+        )
+        for i in decision.preempted:
+            self._moves.preempt(session, running[i])
+        num_promised = 0
+        for sequence, row, num_known, tokens, blocks in zip(
+            running, rows, known, decision.grants, decision.blocks, strict=True
+        ):
+            if blocks:
+                session.make_room(sequence, row.num_planned, tokens, draft)
+            if tokens:
+                session.add_row(sequence, row.num_planned, tokens, num_known, draft)
+            if tokens < row.num_uncomputed and sequence.session is session:
+                num_promised += blocks_for(num_known, block_size) - len(sequence.block_table)
+        session.num_promised = num_promised  # blocks that what is known of them will still need
+        draft.replay_budget = decision.replay_budget_left
+
+    def _top_up(self, session: Session, draft: Draft) -> None:
+        """What of the budget was kept for others, and not wanted, goes to the rows that could use more."""
+        for sequence in session.running:
+            if not draft.budget:
+                return
+            if runs_alone(sequence.request):
+                continue
+            row = draft.rows.get(sequence.ref)
+            sampled = session.in_flight(sequence)[1]
+            planned = row.stop if row else session.num_planned(sequence)
+            num_known = len(sequence.tokens) + sampled
+            if planned < num_known < sequence.max_length:
+                session.extend_row(sequence, min(num_known - planned, draft.budget), num_known, draft)
+
+    def _admit_waiting(self, session: Session, draft: Draft, now_ns: int) -> None:
+        session.full = False
+        if draft.budget == 0 or not session.has_slot:
+            return  # before anybody is looked at
+        quarantined = session.is_quarantined(now_ns)
+        passed_over: set[str] = set()
+        for sequence in self._line.walk(now_ns, passed_over):
+            if draft.budget == 0 or not session.has_slot:
+                return
+            if 0 < sequence.deadline_ns <= now_ns:
+                continue  # nobody waits for its answer
+            if (quarantined or sequence.avoid) and not self._placement.may_come(
+                sequence, session, now_ns, quarantined=quarantined
+            ):
+                continue
+            if self._suspects and runs_alone(sequence.request):
+                continue  # it is tried when an executor can be its own
+            if self._replays and not draft.replay_budget and sequence in self._replays:
+                continue  # the replays before it have their share
+            parent = fork_parent(sequence, now_ns)
+            if parent is not None:
+                match = fork_match(session, parent)
+                if match is None:
+                    continue  # its turn comes when the prompt is computed
+            elif sequence.max_length > session.max_length:
+                continue
+            else:
+                match = session.match(sequence)
+                if not self._placement.belongs_here(sequence, session, match, now_ns):
+                    continue
+            if not session.leaves_reserve(sequence, match):
+                passed_over.update(session.tenants_of_much())  # what is left is for the others
+                continue
+            if not session.can_admit(sequence, match):
+                session.full = True
+                return  # nobody overtakes: small requests must not starve a large one
+            self._moves.admit(sequence, session, match, draft, now_ns)

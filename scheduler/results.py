@@ -1,0 +1,50 @@
+"""What an executor answered, against what it was asked. All of it is checked before any of it counts."""
+
+from __future__ import annotations
+
+from common.step import StepResult
+from scheduler.sequence import Sequence
+from scheduler.session import Outstanding
+
+
+class ProtocolError(Exception):
+    """An executor answered what it was not asked. Its session cannot go on; its sequences can.
+
+    `culprit` is the sequence whose row was wrong, where it was one row's token or index.
+    """
+
+    def __init__(self, message: str, culprit: Sequence | None = None) -> None:
+        super().__init__(message)
+        self.culprit = culprit
+
+
+def read_result(
+    flight: Outstanding, result: StepResult, vocab_size: int
+) -> tuple[list[tuple[Sequence, int]], list[Sequence]]:
+    """Tokens to commit, and sequences whose row failed. Raises ProtocolError when any row is not as it must be."""
+    rows = flight.rows
+    answered = {*result.refs, *result.failed}
+    if len(answered) != len(result.refs) + len(result.failed):
+        raise ProtocolError(f"step {result.step}: a row is answered twice")
+    tokens: list[tuple[Sequence, int]] = []
+    for ref, token, index in zip(result.refs, result.tokens, result.indices, strict=True):
+        row = rows.get(ref)
+        if row is None or not row.samples:
+            raise ProtocolError(f"step {result.step}: row {ref:#x} was not asked for a token")
+        if not 0 <= token < vocab_size:
+            problem = f"step {result.step}: row {ref:#x} has a token that is none of {vocab_size}"
+            raise ProtocolError(problem, row.sequence if row.is_current else None)
+        if row.is_current:
+            expected = row.sequence.num_output
+            if index != expected:
+                problem = f"step {result.step}: output {index} of row {ref:#x}, not {expected}"
+                raise ProtocolError(problem, row.sequence)
+            tokens.append((row.sequence, token))
+    for ref in result.failed:
+        if ref not in rows:
+            raise ProtocolError(f"step {result.step}: row {ref:#x} failed but was not asked for")
+    if len(answered) < len(rows):
+        for ref, row in rows.items():
+            if row.samples and ref not in answered and row.is_current:
+                raise ProtocolError(f"step {result.step}: no token for row {ref:#x}")
+    return tokens, [rows[ref].sequence for ref in result.failed if rows[ref].is_current]
