@@ -75,19 +75,19 @@ class TokenBucket:
 
     def __init__(self, *, tokens_per_s: float, burst_tokens: float, now_ns: int) -> None:
         assert tokens_per_s > 0 and burst_tokens > 0, f"a bucket of {burst_tokens} tokens at {tokens_per_s} a second"
-        self._tokens_per_s = tokens_per_s
-        self._burst = burst_tokens
+        self.tokens_per_s = tokens_per_s
+        self.burst_tokens = burst_tokens
         self._level = burst_tokens
         self._at_ns = now_ns
 
     def wait_s(self, tokens: int, now_ns: int) -> float:
         """Seconds until so many may be taken; 0 when they may be now."""
-        return max(0.0, (min(tokens, self._burst) - self._level_at(now_ns)) / self._tokens_per_s)
+        return max(0.0, (min(tokens, self.burst_tokens) - self._level_at(now_ns)) / self.tokens_per_s)
 
     def take(self, tokens: int, now_ns: int) -> None:
         """They are spent, whether or not they were there; a negative number gives some back."""
-        self._level = min(self._burst, self._level_at(now_ns) - tokens)
+        self._level = min(self.burst_tokens, self._level_at(now_ns) - tokens)
         self._at_ns = max(self._at_ns, now_ns)
 
     def _level_at(self, now_ns: int) -> float:
-        return min(self._burst, self._level + max(0, now_ns - self._at_ns) / 1e9 * self._tokens_per_s)
+        return min(self.burst_tokens, self._level + max(0, now_ns - self._at_ns) / 1e9 * self.tokens_per_s)
