@@ -68,7 +68,7 @@ class SchedulerLimits:
     max_running: int = 256  # sequences resident on one executor
     patience_ns: int = 1_000_000_000  # nobody is kept waiting for an executor that answered nothing for so long
     watermark: float = 0.01  # share of the blocks that admissions leave to running sequences
-    reserve: float = 1 / 16  # share of an executor that is kept for tenants that run no more than that there
+    reserve: float = 1 / 16  # of an executor: kept for tenants that run less than it there, or were served too little
     prefix_caching: bool = True
     patience: Patience = field(default_factory=Patience)  # with executors that die young or send what cannot be used
 
@@ -120,6 +120,7 @@ class Scheduler:
         self._reputations = Reputations()
         self._replays: dict[Sequence, None] = {}  # those that compute again what a lost executor had
         self._next_id = 0
+        self._next_resumed = -(1 << 62)  # their order: before all that is new here, and among themselves as they come
         self.counters = Counters()
 
     # ---- what there is
@@ -184,8 +185,9 @@ class Scheduler:
     ) -> list[Sequence]:
         """Queue one request: `choices` sequences that share the prompt.
 
-        Or with `begun`, by choice, those that go on behind what another scheduler made of them, and only those. None of
-        them may have ended: what they begin with is not looked at again.
+        Or with `begun`, by choice, those that go on behind what another scheduler made of them, and only those: if that
+        was a token at least, before what their tenant asks anew. None of them may have ended: what they begin with is
+        not looked at again.
 
         `expected_output`: tokens that each is expected to generate; max_tokens unless told. From `deadline_ns` on, if
         that is not 0, it is not begun: whoever set the deadline then finishes it.
@@ -202,7 +204,9 @@ class Scheduler:
                 problem = f"at most {room} after a prompt of {len(prompt)} tokens, got {stop.max_tokens}"
                 raise InvalidRequest("max_tokens", problem)
         root = self._keys.root(self._model, tenant, salt)
-        request = Request(id=SequenceId(self._next_id), num_choices=choices if begun is None else len(begun))
+        resumed = any(before.tokens for before in begun.values()) if begun is not None else False
+        num_choices = choices if begun is None else len(begun)
+        request = Request(id=SequenceId(self._next_id), num_choices=num_choices, resumed=resumed)
         made: list[Sequence] = []
         output = stop.max_tokens if expected_output is None else min(expected_output, stop.max_tokens)
         for choice in range(choices) if begun is None else begun:
@@ -210,12 +214,17 @@ class Scheduler:
             before = begun[choice] if begun else Begun((), "")
             tokens = array("I", prompt)
             tokens.extend(before.tokens)
+            order = self._next_id
+            if resumed:
+                order = self._next_resumed
+                self._next_resumed += 1
             sequence = Sequence(
                 id=id,
                 request=request,
-                order=self._next_id,
+                order=order,
                 tokens=tokens,
                 num_prompt=len(prompt),
+                num_begun=len(before.tokens),
                 root=root,
                 sampling=sampling,
                 stop=stop,
@@ -684,9 +693,9 @@ class Scheduler:
                 match = session.match(sequence)
                 if not self._belongs_here(sequence, session, match, now_ns):
                     continue
-            if not session.leaves_reserve(sequence, match):
-                passed_over.update(session.tenants_of_much())  # what is left is for the others
-                continue
+            if not (session.leaves_reserve(sequence, match) or self._line.owes(sequence.tenant)):
+                passed_over.update(t for t in session.tenants_of_much() if not self._line.owes(t))
+                continue  # what is left is for the others
             if not session.can_admit(sequence, match):
                 session.full = True
                 return  # nobody overtakes: small requests must not starve a large one
@@ -760,7 +769,8 @@ class Scheduler:
             if sequence.max_length > other.max_length or other.silent_since(now_ns - self._limits.patience_ns):
                 continue
             there = other.match(sequence)
-            if other.can_admit(sequence, there) and other.leaves_reserve(sequence, there):
+            reserved = not (other.leaves_reserve(sequence, there) or self._line.owes(sequence.tenant))
+            if other.can_admit(sequence, there) and not reserved:
                 places.append(policy.Place(there.num_tokens, len(other.running)))
         return policy.place(places) == 0
 

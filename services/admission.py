@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal, NoReturn
@@ -57,23 +57,28 @@ class Ask:
     max_tokens: int
     choices: int
     deadline_ns: int  # 0: none
+    resumed: bool = False  # another scheduler made its first tokens
 
 
 class Admission:
-    """Takes requests or refuses them, and remembers what it takes to decide. `jitter` spreads those that come back."""
+    """Takes requests or refuses them, and remembers what it takes to decide.
+
+    `tenants` says what one may have, `default` what those may whom it does not know. `jitter` spreads those that come
+    back.
+    """
 
     def __init__(
         self,
         limits: AdmissionLimits | None = None,
         *,
-        tenants: Mapping[str, TenantLimits] | None = None,
+        tenants: Callable[[str], TenantLimits | None] | None = None,
         default: TenantLimits | None = None,
         jitter: Callable[[], float] = _spread,
     ) -> None:
         self.rate = DrainRate()
         self.refusals: Counter[Refusal] = Counter()
         self._limits = limits or AdmissionLimits()
-        self._tenants = dict(tenants or {})
+        self._tenants = tenants
         self._default = default or TenantLimits()
         self._jitter = jitter
         self._num_calls = 0
@@ -99,8 +104,15 @@ class Admission:
         return lengths.expect(ask.max_tokens) if lengths else ask.max_tokens
 
     def check(self, ask: Ask, line: Standing, now_ns: int) -> None:
-        """Raise Overloaded when the request must not be queued now, InvalidRequest for a priority it may never have."""
-        tenant = self._tenants.get(ask.tenant, self._default)
+        """Raise Overloaded when the request must not be queued now, InvalidRequest for a priority it may never have.
+
+        What is resumed was taken once, and half of it is with its reader: it is not refused because others wait, nor
+        for what its tenant has asked for since. Only of those there may not wait more than may wait at all.
+        """
+        if ask.resumed:
+            self._check_resumed(ask, line)
+            return
+        tenant = self._limits_of(ask.tenant)
         if ask.priority < tenant.max_priority:
             best = tenant.max_priority.name.lower()
             raise InvalidRequest("priority", f"{best} is the best that may be asked for here")
@@ -113,9 +125,9 @@ class Admission:
         self._check_wait(ask, line, now_ns)
 
     def take(self, ask: Ask, now_ns: int) -> None:
-        """The request was queued: its tenant pays what is expected."""
+        """The request was queued: its tenant pays what is expected, or for what is resumed later, as it is made."""
         bucket = self._bucket(ask.tenant, now_ns)
-        if bucket is not None:
+        if bucket is not None and not ask.resumed:
             bucket.take(self._cost(ask), now_ns)
 
     def settle(self, tenant: str, *, expected: int, used: int, num_output: int, now_ns: int) -> None:
@@ -131,16 +143,27 @@ class Admission:
     def _cost(self, ask: Ask) -> int:
         return ask.prompt_tokens + ask.choices * self.expected_output(ask)
 
+    def _limits_of(self, tenant: str) -> TenantLimits:
+        known = self._tenants(tenant) if self._tenants is not None else None
+        return known or self._default
+
     def _bucket(self, tenant: str, now_ns: int) -> TokenBucket | None:
+        limits = self._limits_of(tenant)
+        if not limits.tokens_per_s:
+            self._buckets.pop(tenant, None)
+            return None
+        burst = limits.burst_tokens or _BURST_S * limits.tokens_per_s
         bucket = self._buckets.get(tenant)
-        if bucket is None:
-            limits = self._tenants.get(tenant, self._default)
-            if not limits.tokens_per_s:
-                return None
-            burst = limits.burst_tokens or _BURST_S * limits.tokens_per_s
+        if bucket is None or (bucket.tokens_per_s, bucket.burst_tokens) != (limits.tokens_per_s, burst):
             bucket = TokenBucket(tokens_per_s=limits.tokens_per_s, burst_tokens=burst, now_ns=now_ns)
             self._buckets[tenant] = bucket
         return bucket
+
+    def _check_resumed(self, ask: Ask, line: Standing) -> None:
+        most = self._limits.max_waiting
+        if line.own_resumed + ask.choices > most:
+            problem = f"{line.own_resumed} of the tenant's sequences wait to go on, at most {most} may"
+            self._refuse("waiting_sequences", problem, _UNKNOWN_S)
 
     def _check_sequences(self, ask: Ask, line: Standing) -> None:
         most = self._limits.max_waiting
