@@ -1,8 +1,9 @@
 """Whether a request is taken, before anything is done for it: what does not fit is refused now and told when to return.
 
 A request is measured in tokens: its prompt, and the answer that is to be expected. It is refused while its tenant's
-rate is used up, while too much waits already, and when it would wait longer than its caller will. Nothing here knows a
-clock, a socket or a message.
+rate is used up, while too much waits already, and when its answer would not be complete by the time that its caller
+has: whoever is let in then would only keep others from being served in time. Nothing here knows a clock, a socket or a
+message.
 
 *Nobody fills the line for the others.* A tenant with a name may have as much waiting as is still free: alone it gets
 half of the line, and there is always room for whoever comes next. As the line moves, k tenants that send without end
@@ -22,7 +23,7 @@ from common.errors import InvalidRequest, Overloaded
 from common.tenant import TenantLimits
 from common.types import Priority
 from scheduler.line import Standing
-from services.estimates import AnswerLengths, DrainRate, TokenBucket
+from services.estimates import AnswerLengths, AnswerPace, DrainRate, TokenBucket
 
 Refusal = Literal["calls", "waiting_sequences", "waiting_tokens", "tenant_share", "tenant_rate", "predicted_wait"]
 """The limit that a refused request met."""
@@ -31,6 +32,9 @@ _UNKNOWN_S: Final = 1.0  # when to come back, while it is unknown how fast the l
 _SOONEST_S: Final = 0.05
 _LATEST_S: Final = 60.0
 _BURST_S: Final = 10.0  # of a tenant's rate, where no burst is set
+_WAIT_MARGIN: Final = (
+    1.5  # a wait may turn out so many times as long: an answer that comes too late was computed for nobody
+)
 
 
 def _spread() -> float:
@@ -76,6 +80,7 @@ class Admission:
         jitter: Callable[[], float] = _spread,
     ) -> None:
         self.rate = DrainRate()
+        self.pace = AnswerPace()
         self.refusals: Counter[Refusal] = Counter()
         self._limits = limits or AdmissionLimits()
         self._tenants = tenants
@@ -190,14 +195,22 @@ class Admission:
 
     def _check_wait(self, ask: Ask, line: Standing, now_ns: int) -> None:
         rate = self.rate.tokens_per_s
-        if rate is None:
+        if rate is None or not line.tokens_before:
             return
         wait_s = line.tokens_before / rate
-        limits_s = [(ask.deadline_ns - now_ns) / 1e9] if ask.deadline_ns else []
-        limits_s += [self._limits.max_ttft_s] if self._limits.max_ttft_s else []
-        if limits_s and wait_s > min(limits_s):
-            problem = f"it would wait for about {wait_s:.1f} s, and has {max(0.0, min(limits_s)):.1f} s"
-            self._refuse("predicted_wait", problem, wait_s - min(limits_s))
+        longest_s = self._limits.max_ttft_s
+        if longest_s and wait_s > longest_s:
+            problem = f"it would wait for about {wait_s:.1f} s, and {longest_s:g} s is the longest"
+            self._refuse("predicted_wait", problem, wait_s - longest_s)
+        if ask.deadline_ns:
+            left_s = max(0.0, (ask.deadline_ns - now_ns) / 1e9)
+            answer_s = self.pace.seconds_for(self.expected_output(ask))
+            over_s = wait_s + (answer_s - left_s) / _WAIT_MARGIN
+            if over_s > 0:
+                problem = (
+                    f"it would wait for about {wait_s:.1f} s and then take {answer_s:.1f} s, and has {left_s:.1f} s"
+                )
+                self._refuse("predicted_wait", problem, over_s)
 
     def _drained_in_s(self, tokens: float) -> float:
         rate = self.rate.tokens_per_s

@@ -33,7 +33,9 @@ from services.admission import Admission, Ask
 log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S: Final = 1.0
-_READERS_AT_ONCE: Final = 16  # each makes a message and writes it: together about a millisecond
+_READERS_AT_ONCE: Final = (
+    4  # each makes a message and writes it; gRPC hands over one new call a turn, so turns are short
+)
 
 
 class Link(Protocol):
@@ -482,8 +484,11 @@ class Engine:
     def _settle(self, sequence: CoreSequence) -> None:
         """What the sequence cost in the end; one that was never admitted cost nothing."""
         prompt = 0 if sequence.choice else sequence.num_prompt
+        made = sequence.num_output - sequence.num_begun
+        if made:
+            self.admission.pace.add(made, sequence.last_token_ns - sequence.admitted_ns)
         if sequence.request.resumed:  # the rest was paid where it began
-            expected, used = 0, sequence.num_output - sequence.num_begun
+            expected, used = 0, made
         else:
             expected, used = sequence.cost, prompt + sequence.num_output if sequence.admitted_ns else 0
         self.admission.settle(

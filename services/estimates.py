@@ -9,6 +9,7 @@ from typing import Final
 
 _ENOUGH_ANSWERS: Final = 20  # before that, an answer is expected to be as long as it may be
 _FORGET_AT: Final = 1000  # answers; then all of them count half
+_KEEP_OF_PACE: Final = 63 / 64  # with each answer
 
 
 class DrainRate:
@@ -68,6 +69,23 @@ class AnswerLengths:
             if longer < 0:
                 return min(max_tokens, (1 << bits) - 1)
         return min(max_tokens, 1)
+
+
+class AnswerPace:
+    """Seconds that a token of an answer takes once it runs, its prompt's share included, as it was lately."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._tokens = 0.0
+
+    def add(self, num_tokens: int, run_ns: int) -> None:
+        """So many tokens were made in this time."""
+        self._seconds = self._seconds * _KEEP_OF_PACE + run_ns / 1e9
+        self._tokens = self._tokens * _KEEP_OF_PACE + num_tokens
+
+    def seconds_for(self, num_tokens: int) -> float:
+        """What an answer of that length takes; 0 while that is unknown."""
+        return num_tokens * self._seconds / self._tokens if self._tokens else 0.0
 
 
 class TokenBucket:

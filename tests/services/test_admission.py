@@ -155,12 +155,20 @@ def test_an_answer_is_expected_by_those_that_the_tenant_had() -> None:
     assert doorman.expected_output(ask(output=500, tenant="b")) == 500
 
 
-def test_who_would_wait_longer_than_its_caller_is_refused_now() -> None:
+def test_who_would_not_have_its_answer_in_time_is_refused_now() -> None:
     doorman = moving(admission(), 100)
-    line = replace(EMPTY, num_waiting=5, num_tokens=9000, tokens_before=1000)
-    doorman.check(ask(deadline_s=21), line, 10 * S)
-    assert refused(doorman, ask(deadline_s=16), line, now_s=10) == ("predicted_wait", 4.0)
+    doorman.pace.add(100, 20 * S)  # so 10 tokens take 2 s
+    line = replace(EMPTY, num_waiting=5, num_tokens=9000, tokens_before=900)
+    doorman.check(ask(deadline_s=26), line, 10 * S)  # half as long again as it would wait, and the answer
+    assert refused(doorman, ask(deadline_s=24.5), line, now_s=10) == ("predicted_wait", 0.666667)
+    assert refused(doorman, ask(deadline_s=15), line, now_s=10) == ("predicted_wait", 7.0)
     doorman.check(ask(), line, 10 * S)
+
+
+def test_nobody_is_refused_for_an_answer_that_takes_long_while_nobody_waits() -> None:
+    doorman = moving(admission(), 100)
+    doorman.pace.add(1, 3600 * S)
+    doorman.check(ask(deadline_s=11), EMPTY, 10 * S)
 
 
 def test_nobody_is_taken_on_who_would_wait_longer_than_the_server_promises() -> None:
