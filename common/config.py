@@ -59,7 +59,9 @@ class SchedulerConfig:
     max_running: int = option(256, "sequences resident on one executor", least=1)
     watermark: float = option(0.01, "share of the KV blocks that admissions leave to running sequences", most=1)
     reserve: float = option(
-        0.0625, "share of an executor that is kept for tenants that run less than that there", most=0.5
+        0.0625,
+        "share of an executor that is kept for tenants that run less there, or were served less than their share",
+        most=0.5,
     )
     prefix_caching: bool = option(True, "share the blocks of equal prefixes")
     max_waiting: int = option(2048, "sequences that may wait; one more is refused with RESOURCE_EXHAUSTED", least=1)
@@ -90,6 +92,10 @@ class SchedulerConfig:
     )
     quarantine_s: float = option(60.0, "seconds without new sequences for executors that send unusable rows")
     max_executor_hold_s: float = option(10.0, "seconds at most without work for executors that die young")
+    reader_timeout_s: float = option(
+        60.0,
+        "seconds that a message may wait for its reader before the call ends with a ticket; 0: as long as it likes",
+    )
     drain_s: float = option(30.0, "seconds that running requests get after SIGTERM")
     ticket_keys: str = option(
         "", "file of the keys that sign tickets, made where it is missing; PAGEWIRE_HOME/ticket-keys when empty"

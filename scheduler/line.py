@@ -12,14 +12,15 @@ Three rules, in this order:
    for each output token as it is made, over the tenant's weight. A tenant that comes back is lifted to the least
    counter of those that wait, so being away saves nothing up. Between two tenants that both wait all the time, service
    over weight differs by at most 2 · max(W_IN · longest prompt, W_OUT · tokens that fit into the executors), over the
-   smaller weight, whatever they send. Within a tenant, who came first goes first, and the choices of a request stay
-   together.
+   smaller weight, whatever they send. Within a tenant, what another scheduler began goes first, then who came first;
+   the choices of a request stay together.
 
 *Nobody overtakes.* The scheduler stops at the first sequence for which an executor has no room, so a large request is
 not starved by small ones behind it: neither its tenant's own, nor those of others. A tenant passes it only while it has
 been served less, and each admission charges it; a better band passes it until it has aged into the best. There is one
-exception: the last part of an executor is kept for tenants that run less than it there (`Session.leaves_reserve`), who
-then pass one that runs more. So a tenant that runs nothing is never passed by one that was served more.
+exception: the last part of an executor is kept for tenants that run less than it there (`Session.leaves_reserve`), and
+for those that were served less than their share lately (scheduler/shares.py); they then pass the others. So a tenant
+that asks for no more than its share hardly ever waits, whatever the others send.
 
 The head is found in the logarithm of the number of tenants, and who takes it out moves nothing but its tenant. Counters
 only grow, so a tenant's place in its band is mended when somebody looks at it and not with every token.
@@ -38,6 +39,7 @@ from typing import Final
 from common.types import Priority, SequenceId
 from scheduler.account import Account
 from scheduler.sequence import Sequence
+from scheduler.shares import Shares
 
 AGING_NS: Final = 10_000_000_000
 """Waiting time after which a request counts as one band better."""
@@ -51,36 +53,68 @@ _Passed = tuple[float, int, deque[list[Sequence]], "_Queue"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """The line as a tenant's next request would find it. Tokens are expected costs: `Sequence.cost`."""
+    """The line as a tenant's next request would find it. Tokens are expected costs: `Sequence.cost`.
+
+    What other schedulers began is counted apart: it was taken long ago, and takes nobody's room.
+    """
 
     num_waiting: int
     num_tokens: int
     own_waiting: int  # of these, the tenant's own
     own_tokens: int
+    own_resumed: int  # sequences of the tenant that another scheduler began, which is none of the above
     tokens_before: int  # of all, those that would go before the request
 
 
 class _Queue:
-    """What waits of one tenant in one priority, first come first."""
+    """What waits of one tenant in one priority: what others began, then the rest; first come first in each."""
 
-    __slots__ = ("account", "aging", "band", "entry", "num_tokens", "num_waiting", "priority", "requests", "tenant")
+    __slots__ = (
+        "account",
+        "aging",
+        "band",
+        "entry",
+        "num_resumed",
+        "num_tokens",
+        "num_waiting",
+        "priority",
+        "requests",
+        "resumed",
+        "resumed_tokens",
+        "tenant",
+    )
 
     def __init__(self, tenant: str, priority: Priority) -> None:
         self.tenant = tenant
         self.priority = priority
-        self.requests: OrderedDict[SequenceId, list[Sequence]] = OrderedDict()  # by id of the request's first choice
-        self.num_waiting = 0
-        self.num_tokens = 0
+        # both by id of the request's first choice
+        self.resumed: OrderedDict[SequenceId, list[Sequence]] = OrderedDict()
+        self.requests: OrderedDict[SequenceId, list[Sequence]] = OrderedDict()
+        self.num_waiting = self.num_resumed = 0
+        self.num_tokens = self.resumed_tokens = 0
         # while it is listed, which is while it is not empty
         self.band: _Band | None = None
         self.entry: _Entry | None = None
         self.account: Account | None = None
         self.aging: _Entry | None = None  # when its head counts as a band better
 
+    def __iter__(self) -> Iterator[list[Sequence]]:
+        """Its requests in order: of each, the choices that wait."""
+        yield from self.resumed.values()
+        yield from self.requests.values()
+
     @property
     def head(self) -> list[Sequence] | None:
-        """The choices of its first request that wait."""
-        return next(iter(self.requests.values()), None)
+        """Its first request."""
+        return next(iter(self), None)
+
+    def find(self, id: SequenceId) -> list[Sequence] | None:
+        """The request of that id, if it waits."""
+        return self.requests.get(id) or self.resumed.get(id)
+
+    def drop(self, id: SequenceId) -> None:
+        """The request waits no more."""
+        del (self.requests if id in self.requests else self.resumed)[id]
 
 
 class _Band:
@@ -99,13 +133,18 @@ class _Band:
         if account is not None:
             account.weigh(weight)
 
+    def served(self, tenant: str) -> float:
+        """What the tenant was served in this band, over its weight."""
+        account = self._accounts.get(tenant)
+        return account.served if account is not None else 0.0
+
     def list(self, queue: _Queue, order: int) -> None:
         """Enter a queue whose head arrived at `order`. A tenant that was away is lifted to the least served one."""
         account = self._accounts.get(queue.tenant)
         if account is None:
             account = self._accounts[queue.tenant] = Account(self._weights.get(queue.tenant, 1.0))
         if not account.num_listed:
-            account.counter = max(account.counter, self._floor())
+            account.lift(self._floor())
         account.num_listed += 1
         queue.band, queue.account, queue.entry = self, account, (account.counter, order, queue)
         bisect.insort(self.listed, queue.entry)
@@ -162,9 +201,11 @@ class Line:
         self._queues: dict[tuple[str, Priority], _Queue] = {}  # those that are not empty
         self._aging: list[_Entry] = []  # (when its head ages, arrival of its head, queue)
         self._num_waiting = self._num_tokens = 0
+        self._num_resumed = self._resumed_tokens = 0
         self._begun_tokens = 0
         self._tokens_of = dict.fromkeys(Priority, 0)
         self._weight_of = dict.fromkeys(Priority, 0.0)  # of the tenants that wait
+        self._shares = Shares(lambda tenant: sum(band.served(tenant) for band in self._bands.values()))
         self._now_ns = 0
         self.tokens_admitted = 0  # only ever counted up
 
@@ -177,7 +218,7 @@ class Line:
         """All that wait, in no order that means anything."""
         yield from self._begun
         for queue in self._queues.values():
-            for request in queue.requests.values():
+            for request in queue:
                 yield from request
 
     @property
@@ -203,12 +244,17 @@ class Line:
             share = self._weight_of[priority] / self._weights.get(tenant, 1.0)
             before += min(self._tokens_of[priority], int(own.num_tokens * share))
         return Standing(
-            num_waiting=self._num_waiting,
-            num_tokens=self._num_tokens,
-            own_waiting=sum(queue.num_waiting for queue in queues),
-            own_tokens=sum(queue.num_tokens for queue in queues),
+            num_waiting=self._num_waiting - self._num_resumed,
+            num_tokens=self._num_tokens - self._resumed_tokens,
+            own_waiting=sum(queue.num_waiting - queue.num_resumed for queue in queues),
+            own_tokens=sum(queue.num_tokens - queue.resumed_tokens for queue in queues),
+            own_resumed=sum(queue.num_resumed for queue in queues),
             tokens_before=before,
         )
+
+    def owes(self, tenant: str) -> bool:
+        """Whether the tenant was served less than its share lately: an executor's reserve is for it."""
+        return self._shares.owes(tenant)
 
     # ---- who comes and goes
 
@@ -222,7 +268,7 @@ class Line:
             band.weigh(tenant, weight)
 
     def add(self, request: list[Sequence]) -> None:
-        """A request, new: all its choices."""
+        """A request, new here: all its choices. The `order` of one that is resumed is before that of others."""
         first = request[0]
         self._now_ns = max(self._now_ns, first.arrived_ns)
         key = (first.tenant, first.priority)
@@ -230,10 +276,11 @@ class Line:
         if queue is None:
             queue = self._queues[key] = _Queue(*key)
             self._weight_of[first.priority] += self._weights.get(first.tenant, 1.0)
-        queue.requests[first.id] = list(request)
+            self._shares.wait(first.tenant)
+        (queue.resumed if first.request.resumed else queue.requests)[first.id] = list(request)
         for sequence in request:
             self._count(sequence, 1, queue)
-        if queue.band is None:
+        if queue.band is None or queue.head == request:
             self._place(queue)
 
     def add_again(self, sequence: Sequence) -> None:
@@ -251,7 +298,7 @@ class Line:
         request.remove(sequence)
         if not request:
             was_head = queue.head is request
-            del queue.requests[sequence.request.id]
+            queue.drop(sequence.request.id)
             if was_head:
                 self._place(queue)
 
@@ -312,7 +359,7 @@ class Line:
                 yield from list(request)  # all choices: the first one taken leaves the others among what has begun
                 if queue.band is band and queue.head is request:
                     place += 1
-                    self._pass(passed, queue, deque(islice(queue.requests.values(), 1, None)))
+                    self._pass(passed, queue, deque(islice(queue, 1, None)))
 
     def _pass(self, passed: list[_Passed], queue: _Queue, requests: deque[list[Sequence]]) -> None:
         if requests and queue.account is not None:
@@ -321,7 +368,7 @@ class Line:
     def _begin(self, queue: _Queue, request: list[Sequence], sequence: Sequence) -> None:
         """One choice runs: the others wait among what has begun, in the same account."""
         was_head = queue.head is request
-        del queue.requests[sequence.request.id]
+        queue.drop(sequence.request.id)
         for other in request:
             other.account = queue.account
             if other is not sequence:
@@ -340,6 +387,7 @@ class Line:
             if queue.band is not None:
                 queue.band.unlist(queue)
             del self._queues[queue.tenant, queue.priority]
+            self._shares.leave(queue.tenant)
             self._weight_of[queue.priority] -= self._weights.get(queue.tenant, 1.0)
             return
         head = request[0]
@@ -359,6 +407,7 @@ class Line:
     def _age(self, now_ns: int) -> None:
         """Only heads count: whoever stands behind one is younger, so its turn to age comes later."""
         self._now_ns = max(self._now_ns, now_ns)
+        self._shares.look(self._now_ns)
         while self._aging and self._aging[0][0] <= self._now_ns:
             self._place(self._aging[0][2])
 
@@ -368,7 +417,7 @@ class Line:
     def _find(self, sequence: Sequence) -> tuple[_Queue, list[Sequence]] | tuple[None, None]:
         """The queue and the request that it waits in; none where it has begun."""
         queue = self._queues.get((sequence.tenant, sequence.priority))
-        request = queue.requests.get(sequence.request.id) if queue is not None else None
+        request = queue.find(sequence.request.id) if queue is not None else None
         return (queue, request) if queue is not None and request is not None else (None, None)
 
     def _index(self, sequence: Sequence) -> int:
@@ -385,6 +434,11 @@ class Line:
         else:
             queue.num_waiting += change
             queue.num_tokens += cost
+            if sequence.request.resumed:
+                queue.num_resumed += change
+                queue.resumed_tokens += cost
+                self._num_resumed += change
+                self._resumed_tokens += cost
             self._tokens_of[queue.priority] += cost
 
     def check(self) -> None:
@@ -401,7 +455,7 @@ class Line:
             for counter, order, queue in band.listed:
                 assert queue.account is not None and queue.head, "a queue is listed and empty"
                 assert counter <= queue.account.counter and order <= queue.head[0].order
-                orders = [s.order for request in queue.requests.values() for s in request]
+                orders = [s.order for request in queue for s in request]
                 assert orders == sorted(orders), "a tenant's requests are out of order"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from common.blocks import blocks_for
 from scheduler import policy
+from scheduler.line import Line
 from scheduler.sequence import Sequence, Status
 from scheduler.session import Match, Session
 
@@ -16,8 +17,9 @@ class Placement:
     `patience_ns`: nobody is kept waiting for an executor that left a step unanswered for so long.
     """
 
-    def __init__(self, sessions: Mapping[int, Session], *, patience_ns: int) -> None:
+    def __init__(self, sessions: Mapping[int, Session], line: Line, *, patience_ns: int) -> None:
         self._sessions = sessions
+        self._line = line
         self._patience_ns = patience_ns
 
     def may_come(self, sequence: Sequence, session: Session, now_ns: int, *, quarantined: bool) -> bool:
@@ -48,7 +50,8 @@ class Placement:
             if sequence.max_length > other.max_length or other.silent_since(now_ns - self._patience_ns):
                 continue
             there = other.match(sequence)
-            if other.can_admit(sequence, there) and other.leaves_reserve(sequence, there):
+            reserved = not (other.leaves_reserve(sequence, there) or self._line.owes(sequence.tenant))
+            if other.can_admit(sequence, there) and not reserved:
                 places.append(policy.Place(there.num_tokens, len(other.running)))
         return policy.place(places) == 0
 

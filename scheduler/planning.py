@@ -43,7 +43,7 @@ class Planner:
     ) -> None:
         self._line = line
         self._moves = moves
-        self._placement = Placement(sessions, patience_ns=patience_ns)
+        self._placement = Placement(sessions, line, patience_ns=patience_ns)
         self._trials = Trials(sessions, suspects, counters, patience_ns=patience_ns)
         self._suspects = suspects
         self._replays = replays
@@ -199,9 +199,9 @@ class Planner:
                 match = session.match(sequence)
                 if not self._placement.belongs_here(sequence, session, match, now_ns):
                     continue
-            if not session.leaves_reserve(sequence, match):
-                passed_over.update(session.tenants_of_much())  # what is left is for the others
-                continue
+            if not (session.leaves_reserve(sequence, match) or self._line.owes(sequence.tenant)):
+                passed_over.update(t for t in session.tenants_of_much() if not self._line.owes(t))
+                continue  # what is left is for the others
             if not session.can_admit(sequence, match):
                 session.full = True
                 return  # nobody overtakes: small requests must not starve a large one

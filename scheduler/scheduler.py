@@ -57,7 +57,7 @@ class SchedulerLimits:
     max_running: int = 256  # sequences resident on one executor
     patience_ns: int = 1_000_000_000  # nobody is kept waiting for an executor that answered nothing for so long
     watermark: float = 0.01  # share of the blocks that admissions leave to running sequences
-    reserve: float = 1 / 16  # share of an executor that is kept for tenants that run no more than that there
+    reserve: float = 1 / 16  # of an executor: kept for tenants that run less than it there, or were served too little
     prefix_caching: bool = True
     patience: Patience = field(default_factory=Patience)  # with executors that die young or send what cannot be used
 
@@ -88,6 +88,7 @@ class Scheduler:
         self._reputations = Reputations()
         self._replays = Replays()
         self._next_id = 0
+        self._next_resumed = -(1 << 62)  # their order: before all that is new here, and among themselves as they come
         self.counters = Counters()
         self._moves = Moves(self._line, self._suspects, self._replays, self.counters, eos=self._eos)
         self._planner = Planner(
@@ -163,8 +164,9 @@ class Scheduler:
     ) -> list[Sequence]:
         """Queue one request: `choices` sequences that share the prompt.
 
-        Or with `begun`, by choice, those that go on behind what another scheduler made of them, and only those. None of
-        them may have ended: what they begin with is not looked at again.
+        Or with `begun`, by choice, those that go on behind what another scheduler made of them, and only those: if that
+        was a token at least, before what their tenant asks anew. None of them may have ended: what they begin with is
+        not looked at again.
 
         `expected_output`: tokens that each is expected to generate; max_tokens unless told. From `deadline_ns` on, if
         that is not 0, it is not begun: whoever set the deadline then finishes it.
@@ -181,7 +183,9 @@ class Scheduler:
                 problem = f"at most {room} after a prompt of {len(prompt)} tokens, got {stop.max_tokens}"
                 raise InvalidRequest("max_tokens", problem)
         root = self._keys.root(self._model, tenant, salt)
-        request = Request(id=SequenceId(self._next_id), num_choices=choices if begun is None else len(begun))
+        resumed = any(before.tokens for before in begun.values()) if begun is not None else False
+        num_choices = choices if begun is None else len(begun)
+        request = Request(id=SequenceId(self._next_id), num_choices=num_choices, resumed=resumed)
         made: list[Sequence] = []
         output = stop.max_tokens if expected_output is None else min(expected_output, stop.max_tokens)
         for choice in range(choices) if begun is None else begun:
@@ -189,12 +193,17 @@ class Scheduler:
             before = begun[choice] if begun else Begun((), "")
             tokens = array("I", prompt)
             tokens.extend(before.tokens)
+            order = self._next_id
+            if resumed:
+                order = self._next_resumed
+                self._next_resumed += 1
             sequence = Sequence(
                 id=id,
                 request=request,
-                order=self._next_id,
+                order=order,
                 tokens=tokens,
                 num_prompt=len(prompt),
+                num_begun=len(before.tokens),
                 root=root,
                 sampling=sampling,
                 stop=stop,

@@ -41,10 +41,12 @@ class Begun(NamedTuple):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request:
-    """What the choices of one request share: whether it may have killed executors (scheduler/suspicion.py)."""
+    """What the choices of one request share: where it began, and whether it may have killed executors."""
 
     id: SequenceId  # of its first choice; the others' follow it
     num_choices: int = 1
+    resumed: bool = False  # another scheduler made the first tokens of it
+    # scheduler/suspicion.py
     deaths: set[int] = field(default_factory=set[int])  # sessions that died with it since it was last trusted
     # those of its sequences that were there -> tokens that must be computed before that one is trusted again
     doubts: dict[Sequence, int] = field(default_factory=dict["Sequence", int])
@@ -59,6 +61,7 @@ class Sequence:
     order: int  # arrival; within a band who came first goes first, and who came last is preempted first
     tokens: array[int]  # prompt, then committed output: the only truth. No list: the garbage collector would walk it
     num_prompt: int
+    num_begun: int = 0  # tokens after that which another scheduler made
     root: BlockKey  # parent of its first block's key
     sampling: SamplingParams
     stop: StopConditions

@@ -1,8 +1,9 @@
 """Whether a request is taken, before anything is done for it: what does not fit is refused now and told when to return.
 
 A request is measured in tokens: its prompt, and the answer that is to be expected. It is refused while its tenant's
-rate is used up, while too much waits already, and when it would wait longer than its caller will. Nothing here knows a
-clock, a socket or a message.
+rate is used up, while too much waits already, and when its answer would not be complete by the time that its caller
+has: whoever is let in then would only keep others from being served in time. Nothing here knows a clock, a socket or a
+message.
 
 *Nobody fills the line for the others.* A tenant with a name may have as much waiting as is still free: alone it gets
 half of the line, and there is always room for whoever comes next. As the line moves, k tenants that send without end
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal, NoReturn
@@ -22,7 +23,7 @@ from common.errors import InvalidRequest, Overloaded
 from common.tenant import TenantLimits
 from common.types import Priority
 from scheduler.line import Standing
-from services.estimates import AnswerLengths, DrainRate, TokenBucket
+from services.estimates import AnswerLengths, AnswerPace, DrainRate, TokenBucket
 
 Refusal = Literal["calls", "waiting_sequences", "waiting_tokens", "tenant_share", "tenant_rate", "predicted_wait"]
 """The limit that a refused request met."""
@@ -31,6 +32,9 @@ _UNKNOWN_S: Final = 1.0  # when to come back, while it is unknown how fast the l
 _SOONEST_S: Final = 0.05
 _LATEST_S: Final = 60.0
 _BURST_S: Final = 10.0  # of a tenant's rate, where no burst is set
+_WAIT_MARGIN: Final = (
+    1.5  # a wait may turn out so many times as long: an answer that comes too late was computed for nobody
+)
 
 
 def _spread() -> float:
@@ -57,23 +61,29 @@ class Ask:
     max_tokens: int
     choices: int
     deadline_ns: int  # 0: none
+    resumed: bool = False  # another scheduler made its first tokens
 
 
 class Admission:
-    """Takes requests or refuses them, and remembers what it takes to decide. `jitter` spreads those that come back."""
+    """Takes requests or refuses them, and remembers what it takes to decide.
+
+    `tenants` says what one may have, `default` what those may whom it does not know. `jitter` spreads those that come
+    back.
+    """
 
     def __init__(
         self,
         limits: AdmissionLimits | None = None,
         *,
-        tenants: Mapping[str, TenantLimits] | None = None,
+        tenants: Callable[[str], TenantLimits | None] | None = None,
         default: TenantLimits | None = None,
         jitter: Callable[[], float] = _spread,
     ) -> None:
         self.rate = DrainRate()
+        self.pace = AnswerPace()
         self.refusals: Counter[Refusal] = Counter()
         self._limits = limits or AdmissionLimits()
-        self._tenants = dict(tenants or {})
+        self._tenants = tenants
         self._default = default or TenantLimits()
         self._jitter = jitter
         self._num_calls = 0
@@ -99,8 +109,15 @@ class Admission:
         return lengths.expect(ask.max_tokens) if lengths else ask.max_tokens
 
     def check(self, ask: Ask, line: Standing, now_ns: int) -> None:
-        """Raise Overloaded when the request must not be queued now, InvalidRequest for a priority it may never have."""
-        tenant = self._tenants.get(ask.tenant, self._default)
+        """Raise Overloaded when the request must not be queued now, InvalidRequest for a priority it may never have.
+
+        What is resumed was taken once, and half of it is with its reader: it is not refused because others wait, nor
+        for what its tenant has asked for since. Only of those there may not wait more than may wait at all.
+        """
+        if ask.resumed:
+            self._check_resumed(ask, line)
+            return
+        tenant = self._limits_of(ask.tenant)
         if ask.priority < tenant.max_priority:
             best = tenant.max_priority.name.lower()
             raise InvalidRequest("priority", f"{best} is the best that may be asked for here")
@@ -113,9 +130,9 @@ class Admission:
         self._check_wait(ask, line, now_ns)
 
     def take(self, ask: Ask, now_ns: int) -> None:
-        """The request was queued: its tenant pays what is expected."""
+        """The request was queued: its tenant pays what is expected, or for what is resumed later, as it is made."""
         bucket = self._bucket(ask.tenant, now_ns)
-        if bucket is not None:
+        if bucket is not None and not ask.resumed:
             bucket.take(self._cost(ask), now_ns)
 
     def settle(self, tenant: str, *, expected: int, used: int, num_output: int, now_ns: int) -> None:
@@ -131,16 +148,27 @@ class Admission:
     def _cost(self, ask: Ask) -> int:
         return ask.prompt_tokens + ask.choices * self.expected_output(ask)
 
+    def _limits_of(self, tenant: str) -> TenantLimits:
+        known = self._tenants(tenant) if self._tenants is not None else None
+        return known or self._default
+
     def _bucket(self, tenant: str, now_ns: int) -> TokenBucket | None:
+        limits = self._limits_of(tenant)
+        if not limits.tokens_per_s:
+            self._buckets.pop(tenant, None)
+            return None
+        burst = limits.burst_tokens or _BURST_S * limits.tokens_per_s
         bucket = self._buckets.get(tenant)
-        if bucket is None:
-            limits = self._tenants.get(tenant, self._default)
-            if not limits.tokens_per_s:
-                return None
-            burst = limits.burst_tokens or _BURST_S * limits.tokens_per_s
+        if bucket is None or (bucket.tokens_per_s, bucket.burst_tokens) != (limits.tokens_per_s, burst):
             bucket = TokenBucket(tokens_per_s=limits.tokens_per_s, burst_tokens=burst, now_ns=now_ns)
             self._buckets[tenant] = bucket
         return bucket
+
+    def _check_resumed(self, ask: Ask, line: Standing) -> None:
+        most = self._limits.max_waiting
+        if line.own_resumed + ask.choices > most:
+            problem = f"{line.own_resumed} of the tenant's sequences wait to go on, at most {most} may"
+            self._refuse("waiting_sequences", problem, _UNKNOWN_S)
 
     def _check_sequences(self, ask: Ask, line: Standing) -> None:
         most = self._limits.max_waiting
@@ -167,14 +195,22 @@ class Admission:
 
     def _check_wait(self, ask: Ask, line: Standing, now_ns: int) -> None:
         rate = self.rate.tokens_per_s
-        if rate is None:
+        if rate is None or not line.tokens_before:
             return
         wait_s = line.tokens_before / rate
-        limits_s = [(ask.deadline_ns - now_ns) / 1e9] if ask.deadline_ns else []
-        limits_s += [self._limits.max_ttft_s] if self._limits.max_ttft_s else []
-        if limits_s and wait_s > min(limits_s):
-            problem = f"it would wait for about {wait_s:.1f} s, and has {max(0.0, min(limits_s)):.1f} s"
-            self._refuse("predicted_wait", problem, wait_s - min(limits_s))
+        longest_s = self._limits.max_ttft_s
+        if longest_s and wait_s > longest_s:
+            problem = f"it would wait for about {wait_s:.1f} s, and {longest_s:g} s is the longest"
+            self._refuse("predicted_wait", problem, wait_s - longest_s)
+        if ask.deadline_ns:
+            left_s = max(0.0, (ask.deadline_ns - now_ns) / 1e9)
+            answer_s = self.pace.seconds_for(self.expected_output(ask))
+            over_s = wait_s + (answer_s - left_s) / _WAIT_MARGIN
+            if over_s > 0:
+                problem = (
+                    f"it would wait for about {wait_s:.1f} s and then take {answer_s:.1f} s, and has {left_s:.1f} s"
+                )
+                self._refuse("predicted_wait", problem, over_s)
 
     def _drained_in_s(self, tokens: float) -> float:
         rate = self.rate.tokens_per_s

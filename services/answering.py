@@ -147,7 +147,7 @@ class Answerer:
         """
         tenant, deadline_ns = caller.tenant, self._engine.deadline_after(time_left_s)
         if self._live.get(tenant, spec.request_id) is None:
-            self._check_room(spec, tenant, deadline_ns)
+            self._check_room(spec, tenant, deadline_ns, resumed=any(point.token_ids for point in points))
         spec, prompt, scope = await self._understand(spec, tenant)
         choices: dict[int, Choice] = {}
         begun: dict[int, Begun] = {}
@@ -176,7 +176,7 @@ class Answerer:
             self._live.end(live)
         return live is not None
 
-    def _check_room(self, spec: GenerateSpec, tenant: str, deadline_ns: int) -> None:
+    def _check_room(self, spec: GenerateSpec, tenant: str, deadline_ns: int, *, resumed: bool = False) -> None:
         ask = Ask(
             tenant=tenant,
             priority=spec.priority,
@@ -184,6 +184,7 @@ class Answerer:
             max_tokens=spec.max_tokens or 1,
             choices=spec.n,
             deadline_ns=deadline_ns,
+            resumed=resumed,
         )
         self._engine.check_room(ask)
 

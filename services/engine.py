@@ -34,7 +34,9 @@ from services.admission import Admission, Ask
 log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S: Final = 1.0
-_READERS_AT_ONCE: Final = 16  # each makes a message and writes it: together about a millisecond
+_READERS_AT_ONCE: Final = (
+    4  # each makes a message and writes it; gRPC hands over one new call a turn, so turns are short
+)
 
 
 class Link(Protocol):
@@ -70,6 +72,7 @@ class RequestStream:
         self.sequences = {s.choice: s for s in sequences}
         self.giving_up: asyncio.TimerHandle | None = None  # runs while no executor could hold the request
         self.deadline: asyncio.TimerHandle | None = None
+        self.is_waited_for = False  # its reader has taken all there was
         self._engine = engine
         self._choice_of = {s.id: s.choice for s in sequences}
         self._taken = {choice: taken.get(choice, 0) for choice in self.sequences}
@@ -128,7 +131,11 @@ class RequestStream:
         while not self._news:
             if self._error is not None:
                 raise self._error
-            await self._wake.wait()
+            self.is_waited_for = True
+            try:
+                await self._wake.wait()
+            finally:
+                self.is_waited_for = False
             self._wake.clear()
         events: list[ChoiceEvent] = []
         for choice in self._news:
@@ -231,6 +238,7 @@ class Engine:
             max_tokens=stop.max_tokens,
             choices=choices if begun is None else len(begun),
             deadline_ns=deadline_ns,
+            resumed=begun is not None and any(before.tokens for before in begun.values()),
         )
         self._check_room(ask, now)
         failpoints.hit("before_admit")
@@ -461,7 +469,8 @@ class Engine:
             ended = reason is not FinishReason.NONE
             stream = self._streams.pop(id) if ended else self._streams[id]
             stream.note(id)
-            self._due[stream] = None
+            if stream.is_waited_for:  # another one takes what there is when it comes back
+                self._due[stream] = None
             if ended:
                 self._settle(stream.sequence(id))
                 self._changed.set()
@@ -476,10 +485,17 @@ class Engine:
     def _settle(self, sequence: CoreSequence) -> None:
         """What the sequence cost in the end; one that was never admitted cost nothing."""
         prompt = 0 if sequence.choice else sequence.num_prompt
+        made = sequence.num_output - sequence.num_begun
+        if made:
+            self.admission.pace.add(made, sequence.last_token_ns - sequence.admitted_ns)
+        if sequence.request.resumed:  # the rest was paid where it began
+            expected, used = 0, made
+        else:
+            expected, used = sequence.cost, prompt + sequence.num_output if sequence.admitted_ns else 0
         self.admission.settle(
             sequence.tenant,
-            expected=sequence.cost,
-            used=prompt + sequence.num_output if sequence.admitted_ns else 0,
+            expected=expected,
+            used=used,
             num_output=sequence.num_output,
             now_ns=self._clock_ns(),
         )

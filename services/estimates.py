@@ -9,6 +9,7 @@ from typing import Final
 
 _ENOUGH_ANSWERS: Final = 20  # before that, an answer is expected to be as long as it may be
 _FORGET_AT: Final = 1000  # answers; then all of them count half
+_KEEP_OF_PACE: Final = 63 / 64  # with each answer
 
 
 class DrainRate:
@@ -70,24 +71,41 @@ class AnswerLengths:
         return min(max_tokens, 1)
 
 
+class AnswerPace:
+    """Seconds that a token of an answer takes once it runs, its prompt's share included, as it was lately."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._tokens = 0.0
+
+    def add(self, num_tokens: int, run_ns: int) -> None:
+        """So many tokens were made in this time."""
+        self._seconds = self._seconds * _KEEP_OF_PACE + run_ns / 1e9
+        self._tokens = self._tokens * _KEEP_OF_PACE + num_tokens
+
+    def seconds_for(self, num_tokens: int) -> float:
+        """What an answer of that length takes; 0 while that is unknown."""
+        return num_tokens * self._seconds / self._tokens if self._tokens else 0.0
+
+
 class TokenBucket:
     """A rate with a burst. What costs more than the burst may go when it is full, and is paid for afterwards."""
 
     def __init__(self, *, tokens_per_s: float, burst_tokens: float, now_ns: int) -> None:
         assert tokens_per_s > 0 and burst_tokens > 0, f"a bucket of {burst_tokens} tokens at {tokens_per_s} a second"
-        self._tokens_per_s = tokens_per_s
-        self._burst = burst_tokens
+        self.tokens_per_s = tokens_per_s
+        self.burst_tokens = burst_tokens
         self._level = burst_tokens
         self._at_ns = now_ns
 
     def wait_s(self, tokens: int, now_ns: int) -> float:
         """Seconds until so many may be taken; 0 when they may be now."""
-        return max(0.0, (min(tokens, self._burst) - self._level_at(now_ns)) / self._tokens_per_s)
+        return max(0.0, (min(tokens, self.burst_tokens) - self._level_at(now_ns)) / self.tokens_per_s)
 
     def take(self, tokens: int, now_ns: int) -> None:
         """They are spent, whether or not they were there; a negative number gives some back."""
-        self._level = min(self._burst, self._level_at(now_ns) - tokens)
+        self._level = min(self.burst_tokens, self._level_at(now_ns) - tokens)
         self._at_ns = max(self._at_ns, now_ns)
 
     def _level_at(self, now_ns: int) -> float:
-        return min(self._burst, self._level + max(0, now_ns - self._at_ns) / 1e9 * self._tokens_per_s)
+        return min(self.burst_tokens, self._level + max(0, now_ns - self._at_ns) / 1e9 * self.tokens_per_s)

@@ -17,6 +17,7 @@ from grpc_health.v1 import health
 
 from common.errors import Unauthenticated
 from common.log import without_texts
+from common.tenant import TenantLimits
 from services.api_keys import ApiKeys
 from services.caller import ANONYMOUS, Caller, let_in
 from services.handlers import Context
@@ -65,6 +66,10 @@ class Gate(aio.ServerInterceptor):
                 return self._refuse
             let_in(caller)
         return await continuation(handler_call_details)
+
+    def limits_of(self, tenant: str) -> TenantLimits | None:
+        """What the tenant may have by the file of keys; None where it says nothing."""
+        return self._keys().limits_of(tenant) if self._keys is not None else None
 
     def _caller(self, metadata: Metadata) -> Caller | None:
         if self._keys is None:

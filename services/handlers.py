@@ -34,12 +34,18 @@ Context = aio.ServicerContext[bytes, bytes]
 UnaryMethod = Callable[[Any, Context], Awaitable[Message]]
 StreamMethod = Callable[[Any, Context], AsyncGenerator[Message, None]]
 Frame = Callable[[], AbstractContextManager[None]]
+Write = Callable[[Context, bytes], Awaitable[None]]
 
 _STOPPED: Final = Unavailable("the server stopped this call")
 
 
 def service_handler(
-    service: str, file: FileDescriptor, implementation: object, *, open_call: Frame = nullcontext
+    service: str,
+    file: FileDescriptor,
+    implementation: object,
+    *,
+    open_call: Frame = nullcontext,
+    write: Write | None = None,
 ) -> grpc.GenericRpcHandler:
     """All methods of `service`, which `file` describes, served by the methods of `implementation` with their names.
 
@@ -47,22 +53,27 @@ def service_handler(
     responses. Either may raise a PagewireError; services/status.py says what the client sees. A method that streams
     requests is not for this frame: build its handler with `answer`. Raises AttributeError for a method that
     `implementation` lacks. `open_call` is entered for as long as a call is open, before its message is parsed: a call
-    that it refuses costs no more than that.
+    that it refuses costs no more than that. `write` sends a message of a stream, and waits while its reader is slow.
     """
+    write = write or _write
     package, _, name = service.rpartition(".")
     assert file.package == package, f"{service} is not in package {file.package}"
     methods = file.services_by_name[name].methods
     return grpc.method_handlers_generic_handler(
         service,
-        {method.name: _method_handler(method, getattr(implementation, method.name), open_call) for method in methods},
+        {
+            method.name: _method_handler(method, getattr(implementation, method.name), open_call, write)
+            for method in methods
+        },
     )
 
 
 async def answer(call: str, context: Context, work: Awaitable[_T]) -> _T:
     """Await `work`, the whole of one call, and end the call with a status whatever it raises.
 
-    `call` names the method in the log. Who cancels the task of a call on the server's side gives a message
-    (`task.cancel("draining")`), because gRPC, which speaks for the client, gives none.
+    `call` names the method in the log. Who cancels the task of a call on the server's side says why: with a
+    PagewireError, which the client gets, or any message (`task.cancel("draining")`). gRPC, which speaks for the client,
+    gives none.
     """
     try:
         return await work
@@ -71,6 +82,9 @@ async def answer(call: str, context: Context, work: Awaitable[_T]) -> _T:
     except asyncio.CancelledError as error:
         if _client_left(error):
             raise  # gRPC leaks memory for every call where this is swallowed
+        why = error.args[0] if error.args else None
+        if isinstance(why, PagewireError):
+            await _abort(context, to_rpc_status(why))
         _log.warning("%s was cancelled on the server's side", call)
         await _abort(context, to_rpc_status(_STOPPED))
     except PagewireError as error:
@@ -96,12 +110,13 @@ def parse(message_class: type[_M], data: bytes) -> _M:
 
 
 def _method_handler(
-    method: MethodDescriptor, function: Callable[..., Any], open_call: Frame
+    method: MethodDescriptor, function: Callable[..., Any], open_call: Frame, write: Write
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
     assert not method.client_streaming, f"{method.full_name} streams requests"
     request_class = GetMessageClass(method.input_type)
     if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(_streaming(method.full_name, request_class, function, open_call))
+        handle = _streaming(method.full_name, request_class, function, open_call, write)
+        return grpc.unary_stream_rpc_method_handler(handle)
     return grpc.unary_unary_rpc_method_handler(_unary(method.full_name, request_class, function, open_call))
 
 
@@ -120,19 +135,23 @@ def _unary(
 
 
 def _streaming(
-    call: str, request_class: type[Message], function: StreamMethod, open_call: Frame
+    call: str, request_class: type[Message], function: StreamMethod, open_call: Frame, write: Write
 ) -> Callable[..., Awaitable[None]]:
     async def respond(data: bytes, context: Context) -> None:
         with open_call():
             # Closed here, so that a method's `finally` runs at once and not when the garbage collector finds it.
             async with aclosing(function(parse(request_class, data), context)) as responses:
                 async for response in responses:
-                    await context.write(response.SerializeToString())
+                    await write(context, response.SerializeToString())
 
     async def handle(data: bytes, context: Context) -> None:
         await answer(call, context, respond(data, context))
 
     return handle
+
+
+async def _write(context: Context, message: bytes) -> None:
+    await context.write(message)
 
 
 def _client_left(error: asyncio.CancelledError) -> bool:

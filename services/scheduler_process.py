@@ -48,6 +48,7 @@ from services.live_requests import LiveRequests
 from services.model_store import home
 from services.monitoring import Monitoring
 from services.scheduler_service import SchedulerService
+from services.slow_readers import SlowReaders
 from services.text import Tokenizer
 from services.tickets import TicketKey, Tickets
 from services.watched_files import WatchedFiles
@@ -87,7 +88,8 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
             max_waiting_tokens=config.max_waiting_tokens,
             max_ttft_s=config.max_ttft_s,
         ),
-        default=TenantLimits(tokens_per_s=config.tenant_tokens_per_s, burst_tokens=config.tenant_burst_tokens),
+        tenants=gate.limits_of,
+        default=_tenant_limits(config),
     )
     engine = Engine(
         core,
@@ -105,6 +107,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         live=LiveRequests(linger_s=config.linger_s, max_lingering=config.max_lingering),
     )
     service = SchedulerService(answerer, RequestLimits(max_choices=config.max_choices), lambda: len(core.sessions))
+    readers = SlowReaders(config.reader_timeout_s)
     links = ExecutorLinkService(
         engine,
         model,
@@ -120,7 +123,11 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         options=server_options(max_streams=config.max_streams, max_message_bytes=config.max_message_bytes),
     )
     clients.add_generic_rpc_handlers(
-        (service_handler(SERVICE, inference_pb2.DESCRIPTOR, service, open_call=admission.open_call),)
+        (
+            service_handler(
+                SERVICE, inference_pb2.DESCRIPTOR, service, open_call=admission.open_call, write=readers.write
+            ),
+        )
     )
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, clients)
@@ -198,7 +205,7 @@ def _security(config: SchedulerConfig) -> tuple[Gate, grpc.ServerCredentials | N
     keys = None
     if config.api_keys:
         path = Path(config.api_keys)
-        watched = WatchedFiles([path], lambda: read_api_keys(path))
+        watched = WatchedFiles([path], lambda: read_api_keys(path, _tenant_limits(config)))
         keys = watched.current
         if not len(keys()):
             log.warning("%s holds no key: every call is refused. Make one: pagewire api-key TENANT >> %s", path, path)
@@ -209,6 +216,11 @@ def _security(config: SchedulerConfig) -> tuple[Gate, grpc.ServerCredentials | N
         tls.server_credentials(clients) if clients is not None else None,
         tls.server_credentials(link) if link is not None else None,
     )
+
+
+def _tenant_limits(config: SchedulerConfig) -> TenantLimits:
+    """What a tenant may have of whom nothing else is said."""
+    return TenantLimits(tokens_per_s=config.tenant_tokens_per_s, burst_tokens=config.tenant_burst_tokens)
 
 
 def _bind(server: aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, cast
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from common.errors import (
@@ -78,38 +79,26 @@ def to_rpc_status(error: PagewireError) -> RpcStatus:
     """The status that tells a client of `error`. A subclass that is not in the table goes out as its parent."""
     code, reason = next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
     message = _cut(str(error))
-    details = status_pb2.Status(code=code.value[0], message=message)
-    metadata = {"error_id": error.error_id} if isinstance(error, RequestFailed) else {}
-    details.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata))
+    # messages in bytes, one after the other, are one message with the fields of all
+    details = status_pb2.Status(code=code.value[0], message=message).SerializeToString()
+    details += _info(reason, error.error_id if isinstance(error, RequestFailed) else "")
     pushback: tuple[tuple[str, str | bytes], ...] = ()
     if isinstance(error, InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=_cut(error.problem))
-        details.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+        details += _detail(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, Overloaded | Unavailable):
         retry_after_ms = max(0, round(error.retry_after_s * 1000))
-        delay = Duration()
-        delay.FromMilliseconds(retry_after_ms)
-        details.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+        details += _retry(retry_after_ms)
         pushback = ((PUSHBACK_KEY, str(retry_after_ms)),)
-    return RpcStatus(
-        code=code,
-        message=message,
-        trailing_metadata=((DETAILS_KEY, details.SerializeToString()), *pushback),
-    )
+    return RpcStatus(code=code, message=message, trailing_metadata=((DETAILS_KEY, details), *pushback))
 
 
 def internal_status(error_id: str) -> RpcStatus:
     """The status of a bug: a fixed text, and the id under which the log has the rest."""
     message = f"internal error {error_id}; the server's log says more under this id"
-    details = status_pb2.Status(code=grpc.StatusCode.INTERNAL.value[0], message=message)
-    details.details.add().Pack(
-        error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata={"error_id": error_id})
-    )
-    return RpcStatus(
-        code=grpc.StatusCode.INTERNAL,
-        message=message,
-        trailing_metadata=((DETAILS_KEY, details.SerializeToString()),),
-    )
+    details = status_pb2.Status(code=grpc.StatusCode.INTERNAL.value[0], message=message).SerializeToString()
+    details += _info("INTERNAL", error_id)
+    return RpcStatus(code=grpc.StatusCode.INTERNAL, message=message, trailing_metadata=((DETAILS_KEY, details),))
 
 
 def from_rpc_error(error: grpc.RpcError) -> PagewireError | grpc.RpcError:
@@ -151,6 +140,26 @@ def _details_of(
             except DecodeError:
                 break
     return known
+
+
+@lru_cache(maxsize=256)
+def _info(reason: str, error_id: str) -> bytes:
+    metadata = {"error_id": error_id} if error_id else {}
+    return _detail(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata))
+
+
+@lru_cache(maxsize=4096)
+def _retry(after_ms: int) -> bytes:
+    delay = Duration()
+    delay.FromMilliseconds(after_ms)
+    return _detail(error_details_pb2.RetryInfo(retry_delay=delay))
+
+
+def _detail(detail: Message) -> bytes:
+    """A Status in bytes that has the detail and nothing else."""
+    status = status_pb2.Status()
+    status.details.add().Pack(detail)
+    return status.SerializeToString()
 
 
 def _cut(text: str) -> str:

@@ -5,7 +5,8 @@
     python -m tests.faults.load fairness   [--factor 100]                  one tenant against another, in virtual time
 
 Scheduler and executor are processes on loopback; the executor's model is the fake one, whose steps take as long as they
-are told. This process is all the clients, and shares the machine with both. Each command prints a Markdown table.
+are told, or with `overload --model smollm2` a real one. This process is all the clients, and shares the machine with
+both. Each command prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
+import os
 import random
 import tempfile
 import time
@@ -35,14 +37,17 @@ from protos import inference_pb2 as pb
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from scheduler.sequence import Sequence as CoreSequence
 from services.admission import Admission, AdmissionLimits, Ask
-from services.status import PUSHBACK_KEY, from_rpc_error
+from services.status import DETAILS_KEY, PUSHBACK_KEY, from_rpc_error
 from tests.benchmarks.bench_scheduler import Answerer
 from tests.benchmarks.bench_streaming import resident_mib
 from tests.e2e import fake_model
 from tests.e2e.cluster import Cluster, cluster
+from tests.faults.raw_client import DEADLINE_EXCEEDED, OK, RESOURCE_EXHAUSTED, Call, Connections, messages_of
 
 METHOD: Final = "/pagewire.v1.InferenceService/GenerateStream"
 _S: Final = 1_000_000_000
+
+_BELOW_128: Final = bytes(i % 128 for i in range(256))
 
 SERVED, REFUSED, EXPIRED = "served", "refused", "expired"
 
@@ -118,12 +123,16 @@ async def connections(running: Cluster, count: int) -> AsyncIterator[list[aio.Ch
 
 
 @contextmanager
-def servers(*flags: str, step_s: float, max_running: int = 256) -> Iterator[Cluster]:
-    """A scheduler and a fake executor."""
+def servers(*flags: str, step_s: float, max_running: int = 256, model: str = "") -> Iterator[Cluster]:
+    """A scheduler and an executor, with the fake model or `model`."""
     with tempfile.TemporaryDirectory() as folder:
-        model = fake_model.write(Path(folder) / "fake")
-        with cluster(model, Path(folder), executors=0, flags=flags) as running:
-            running.start_executor(f"--fake-step-s={step_s}", "--num-blocks=16384", f"--max-sequences={max_running}")
+        path = Path(model) if model else fake_model.write(Path(folder) / "fake")
+        with cluster(path, Path(folder), executors=0, flags=flags) as running:
+            size = f"--max-sequences={max_running}"
+            if model:
+                running.start_executor(size, fake=False)
+            else:
+                running.start_executor(f"--fake-step-s={step_s}", "--num-blocks=16384", size)
             yield running
 
 
@@ -194,9 +203,11 @@ class Overload:
     offered_per_s: float  # requests
     tally: Tally
     rss_mib: list[float]  # over time, evenly spaced
+    late_s: list[float]  # how late each request was sent
+    cores: dict[str, float]  # of each process, the share of a core that it took
 
 
-async def overload(
+def overload(
     running: Cluster,
     *,
     seconds: float,
@@ -206,53 +217,123 @@ async def overload(
     deadline_s: float = 5.0,
     prompt: int = 32,
     output: int = 32,
+    check: bool = True,
 ) -> Overload:
-    """Measure the peak with `streams` that ask again and again; then send `factor` times as many requests a second."""
-    async with connections(running, 4) as channels:
-        peak = await _peak(channels, seconds=peak_s, streams=streams, prompt=prompt, output=output)
-        rate = factor * peak / output
-        tally, draw = Tally(), random.Random(0)
-        rss: list[float] = []
-        tasks: set[asyncio.Task[None]] = set()
-        began = time.monotonic()
-        due, warm_s = began, min(deadline_s, seconds / 4)
+    """Measure the peak with `streams` that ask again and again; then send `factor` times as many requests a second.
+
+    Whatever comes back, the next request is sent when it is due. With `check` the tokens of some answers are looked at,
+    which must be the fake model's.
+    """
+    request = Request(prompt, output)
+    with Connections(running.address, METHOD, 4) as connections:
+        peak = _peak(connections, request, seconds=peak_s, streams=streams, output=output)
+    tally, draw, rate = Tally(), random.Random(0), factor * peak / output
+    late_s: list[float] = []
+    rss: list[float] = []
+    pids = {
+        "clients": os.getpid(),
+        "scheduler": running.scheduler.popen.pid,
+        "executor": running.executors[0].popen.pid,
+    }
+    with Connections(running.address, METHOD, 4, timeout_s=deadline_s) as connections:
+
+        def ended(call: Call) -> None:
+            _count(tally, call, prompt, output)
+
+        began = due = time.monotonic()
+        before = {name: _cpu_s(pid) for name, pid in pids.items()}
+        warm_s = min(deadline_s, seconds / 4)
         tokens, warm_at = 0, 0.0  # after the line has filled
+        sent = 0
         while (now := time.monotonic()) < began + seconds:
             if not warm_at and now >= began + warm_s:
                 tokens, warm_at = tally.tokens, now
             if now - began >= len(rss) * seconds / 20:
                 rss.append(resident_mib(running.scheduler.popen.pid))
             while due <= now:
+                late_s.append(now - due)
+                keep = check and sent % 20 == 0
+                connections.all[sent % 4].start(request.draw(), keep=keep)
+                sent += 1
                 due += draw.expovariate(rate)
-                one = ask(channels[len(tasks) % 4], tally, prompt=prompt, output=output, timeout_s=deadline_s)
-                task = asyncio.create_task(one)
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-            await asyncio.sleep(0.002)
+            connections.poll(ended, min(due - time.monotonic(), 0.1))
         goodput = (tally.tokens - tokens) / (time.monotonic() - warm_at)
+        took = time.monotonic() - began
+        cores = {name: (_cpu_s(pid) - before[name]) / took for name, pid in pids.items()}
         rss.append(resident_mib(running.scheduler.popen.pid))
-        await asyncio.gather(*tasks)
-    return Overload(peak=peak, goodput=goodput, offered_per_s=rate, tally=tally, rss_mib=rss)
+        while connections.num_open:
+            connections.poll(ended, 0.1)
+    return Overload(
+        peak=peak, goodput=goodput, offered_per_s=rate, tally=tally, rss_mib=rss, late_s=late_s, cores=cores
+    )
 
 
-async def _peak(channels: list[aio.Channel], *, seconds: float, streams: int, prompt: int, output: int) -> float:
+class Request:
+    """A request, serialised once; its prompt is drawn anew each time, so that no answer is cached."""
+
+    def __init__(self, prompt: int, output: int) -> None:
+        message = pb.GenerateStreamRequest(
+            token_ids=pb.TokenIds(ids=[1] * prompt),
+            sampling=pb.SamplingParams(temperature=0.0),
+            stopping=pb.StopConditions(max_tokens=output, ignore_eos=True),
+        )
+        self._before, self._ids, self._after = message.SerializeToString().partition(b"\1" * prompt)
+        assert self._ids, "each token below 128 is a byte of its own"
+
+    def draw(self) -> bytes:
+        """It, with another prompt."""
+        return self._before + random.randbytes(len(self._ids)).translate(_BELOW_128) + self._after
+
+
+def _count(tally: Tally, call: Call, prompt: int, output: int) -> None:
+    """What became of the call. A refusal says when to come back, in its trailers; anything less is something else."""
+    seconds = call.ended_s - call.began_s
+    if call.status == OK:
+        tally.ends[SERVED] += 1
+        tally.tokens += output  # which is what it asked for: nothing else ends an answer
+        tally.first_tokens_s.append(call.second_s - call.began_s)  # after the first message, which has no token
+        if call.messages is not None:
+            messages = [pb.GenerateStreamResponse.FromString(message) for message in messages_of(call)]
+            ids = [id for message in messages for id in message.delta.token_ids]
+            assert ids == list(range(prompt, prompt + output)), "an answer is not what it must be"
+    elif call.status == RESOURCE_EXHAUSTED:
+        tally.refusals_s.append(seconds)
+        pushback = call.trailers.get(PUSHBACK_KEY.encode(), b"0")
+        told = DETAILS_KEY.encode() in call.trailers and int(pushback) > 0
+        tally.ends[REFUSED if told else "refused without a time to come back"] += 1
+    elif call.status == DEADLINE_EXCEEDED:
+        tally.ends[EXPIRED] += 1
+    else:
+        tally.ends[f"status {call.status}"] += 1
+
+
+def _cpu_s(pid: int) -> float:
+    """Time that a process had a core, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _peak(connections: Connections, request: Request, *, seconds: float, streams: int, output: int) -> float:
     """Tokens a second of complete answers, as many streams ask as run at once and as many again wait."""
-    tally = Tally()
+    served = 0
 
-    async def again_and_again(channel: aio.Channel) -> None:
-        while True:
-            await ask(channel, tally, prompt=prompt, output=output, timeout_s=None)
+    def ended(call: Call) -> None:
+        nonlocal served
+        assert call.status == OK, f"status {call.status} at the peak"
+        served += 1
 
-    tasks = [asyncio.create_task(again_and_again(channels[i % len(channels)])) for i in range(streams)]
-    await asyncio.sleep(seconds / 4)
-    tokens, began = tally.tokens, time.monotonic()
-    await asyncio.sleep(seconds)
-    peak = (tally.tokens - tokens) / (time.monotonic() - began)
-    for task in tasks:
-        task.cancel()
-    for result in await asyncio.gather(*tasks, return_exceptions=True):
-        assert isinstance(result, asyncio.CancelledError), result
-    assert peak > 0 and not tally.others, tally.ends
+    def run(until: float) -> None:
+        while (now := time.monotonic()) < until:
+            for connection in connections.all:
+                while len(connection.calls) < streams // len(connections.all):
+                    connection.start(request.draw())
+            connections.poll(ended, min(until - now, 0.1))
+
+    run(time.monotonic() + seconds / 4)
+    served, began = 0, time.monotonic()
+    run(began + seconds)
+    peak = served * output / (time.monotonic() - began)
+    assert peak > 0, "nothing was served"
     return peak
 
 
@@ -270,7 +351,10 @@ def overload_table(result: Overload) -> str:
             ("refused, with push-back", f"{tally.ends[REFUSED]}"),
             ("taken, and expired", f"{tally.ends[EXPIRED]}"),
             ("anything else", f"{sum(tally.others.values())} {dict(tally.others) or ''}"),
-            ("refusal p50 / p99", f"{_ms(tally.refusals_s, 0.5)} / {_ms(tally.refusals_s, 0.99)} ms"),
+            ("refusal p50 / p99", _both(tally.refusals_s)),
+            ("first token of those served p50 / p99", _both(tally.first_tokens_s)),
+            ("sent late by p50 / p99", _both(result.late_s)),
+            ("cores taken", ", ".join(f"{name} {share:.2f}" for name, share in result.cores.items())),
             ("scheduler's memory", " → ".join(f"{mib:.0f}" for mib in rss[:: max(1, len(rss) // 5)]) + " MiB"),
         ],
     )
@@ -421,6 +505,10 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
 
 
+def _both(values: Sequence[float]) -> str:
+    return f"{_ms(values, 0.5)} / {_ms(values, 0.99)} ms"
+
+
 def _ms(values: Sequence[float], share: float) -> str:
     return f"{1000 * quantile(values, share):.1f}"
 
@@ -443,6 +531,8 @@ def main() -> None:
     one.add_argument("--factor", type=float, default=10)
     one.add_argument("--step-ms", type=float, default=20)
     one.add_argument("--running", type=int, default=32, help="sequences that run at once")
+    one.add_argument("--deadline-s", type=float, default=5)
+    one.add_argument("--model", default="", help="smollm2, or whatever --model of the server takes; the fake one")
     one = commands.add_parser("fairness", help="one tenant against another, in virtual time")
     one.add_argument("--factor", type=float, default=100)
     one.add_argument("--light", type=float, default=2, help="requests a second of the other; all are about 52")
@@ -452,9 +542,16 @@ def main() -> None:
         with servers(step_s=options.step_ms / 1000) as running:
             print(burst_table(options.streams, uvloop.run(burst(running, streams=options.streams))))
     elif options.command == "overload":
-        with servers(step_s=options.step_ms / 1000, max_running=options.running) as running:
-            test = overload(running, seconds=60 * options.minutes, factor=options.factor, streams=2 * options.running)
-            print(overload_table(uvloop.run(test)))
+        with servers(step_s=options.step_ms / 1000, max_running=options.running, model=options.model) as running:
+            result = overload(
+                running,
+                seconds=60 * options.minutes,
+                factor=options.factor,
+                streams=2 * options.running,
+                deadline_s=options.deadline_s,
+                check=not options.model,
+            )
+            print(overload_table(result))
     else:
         print(fairness_table(fairness(options.factor, light_per_s=options.light, seconds=options.seconds)))
 

@@ -29,9 +29,7 @@ def test_of_many_streams_at_once_each_is_served_or_refused_with_a_time_to_come_b
 
 def test_more_than_can_be_served_is_refused_and_the_rest_is_served() -> None:
     with servers(step_s=0.02, max_running=4) as running:
-        result = asyncio.run(
-            overload(running, seconds=3.0, peak_s=1.0, factor=10, streams=8, deadline_s=2.0, prompt=8, output=8)
-        )
+        result = overload(running, seconds=3.0, peak_s=1.0, factor=10, streams=8, deadline_s=2.0, prompt=8, output=8)
 
     assert not result.tally.others
     assert result.tally.ends[SERVED] > 0 and result.tally.ends[REFUSED] > 0

@@ -597,3 +597,19 @@ def test_everything_ends_with_the_reason_it_would_have_alone() -> None:
         world.add(f"r{i}", prompt=3 + i % 7, max_tokens=5, tenant="abc"[i % 3], priority=[*Priority][i % 2])
     world.run()
     assert set(world.reasons.values()) == {FinishReason.LENGTH}
+
+
+def test_a_tenant_within_its_share_is_let_in_although_it_runs_much() -> None:
+    world = World(num_blocks=1024, max_sequences=16, token_budget=256, prefix_caching=False)
+    light: list[Sequence] = []
+    for i in range(200):  # the light tenant takes six slots of sixteen, the heavy one would take all
+        world.now_ns = i * 100_000_000
+        for j in range(4):
+            world.add(f"heavy{i}.{j}", prompt=16, max_tokens=8 + (7 * i + 5 * j) % 17, tenant="heavy")
+        if i >= 50 and i % 3 == 0:
+            ids = world.add(f"light{i}", prompt=16, max_tokens=16, tenant="light")
+            light += [world.scheduler.sequence(id) for id in ids]
+        world.step()
+        assert all(s.admitted_ns for s in light), "it waits for nobody, from the first to the last"
+    assert world.scheduler.waiting.standing("heavy", NORMAL).own_waiting > 100
+    assert world.scheduler.sessions[0].tenants["light"] > 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.sampling import SamplingParams, StopConditions
-from common.types import FinishReason
+from common.types import FinishReason, Priority
 from executor.fake_runner import prefix_hash_token
 from scheduler.sequence import Begun
 from tests.scheduler.world import GREEDY, World
@@ -115,3 +115,55 @@ def test_a_request_that_begins_has_no_such_thing() -> None:
 
     assert [s.num_output for s in made] == [0, 0]
     assert made[1].fork_of is made[0]
+
+
+def test_what_was_begun_goes_before_what_its_tenant_asks_anew() -> None:
+    world = World(max_sequences=1)
+    world.add("running", 4, max_tokens=2)
+    world.step()
+    for name in ("new", "newer"):
+        world.add(name, 4, max_tokens=1)
+    begin(world, {0: [10, 11]}, max_tokens=3)
+    begin(world, {1: [10, 11]}, max_tokens=3)
+    seen: list[str] = []
+    while world.scheduler.num_sequences:
+        seen += [name for name in world.step() if name not in seen]
+
+    assert seen == ["running", "0", "1", "new", "newer"]
+
+
+def test_what_was_begun_passes_no_other_tenant_that_was_served_less() -> None:
+    world = World(max_sequences=1, prefix_caching=False)
+    world.add("running", 7, max_tokens=1, tenant="other")
+    for i in range(3):
+        world.add(f"other{i}", 7, max_tokens=1, tenant="other")
+    world.step()
+    for choice in range(3):
+        begin(world, {choice: [10, 11]}, max_tokens=3)
+    seen: list[str] = []
+    while world.scheduler.num_sequences:
+        seen += [name for name in world.step() if name not in seen]
+
+    assert seen == ["0", "other0", "1", "other1", "2", "other2"]
+
+
+def test_what_was_begun_takes_nobodys_room_in_the_line() -> None:
+    world = World(executors=0)
+    world.add("new", 4, max_tokens=6)
+    begin(world, {0: [10, 11], 1: []})
+    standing = world.scheduler.waiting.standing("", Priority.NORMAL)
+
+    assert (standing.num_waiting, standing.num_tokens, standing.own_waiting, standing.own_tokens) == (1, 10, 1, 10)
+    assert standing.own_resumed == 2
+    assert standing.tokens_before == 10 + len(PROMPT) + 20 + 20
+    for sequence in list(world.scheduler):
+        world.scheduler.finish(sequence.id)
+    world.scheduler.check()
+    assert world.scheduler.waiting.standing("", Priority.NORMAL).own_resumed == 0
+
+
+def test_what_was_begun_without_a_token_is_new() -> None:
+    world = World(executors=0)
+    begin(world, {0: [], 1: []})
+
+    assert world.scheduler.waiting.standing("", Priority.NORMAL).own_waiting == 2

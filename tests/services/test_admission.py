@@ -16,7 +16,7 @@ from scheduler.line import Standing
 from services.admission import Admission, AdmissionLimits, Ask
 
 S = 1_000_000_000
-EMPTY = Standing(num_waiting=0, num_tokens=0, own_waiting=0, own_tokens=0, tokens_before=0)
+EMPTY = Standing(num_waiting=0, num_tokens=0, own_waiting=0, own_tokens=0, own_resumed=0, tokens_before=0)
 
 
 def ask(
@@ -37,7 +37,7 @@ def admission(
     tenants: dict[str, TenantLimits] | None = None, *, default: TenantLimits | None = None, **limits: float
 ) -> Admission:
     """One that does not spread its refusals."""
-    return Admission(AdmissionLimits(**limits), tenants=tenants, default=default, jitter=lambda: 1.0)  # type: ignore[arg-type]
+    return Admission(AdmissionLimits(**limits), tenants=(tenants or {}).get, default=default, jitter=lambda: 1.0)  # type: ignore[arg-type]
 
 
 def refused(doorman: Admission, request: Ask, line: Standing = EMPTY, now_s: float = 0) -> tuple[str, float]:
@@ -155,12 +155,20 @@ def test_an_answer_is_expected_by_those_that_the_tenant_had() -> None:
     assert doorman.expected_output(ask(output=500, tenant="b")) == 500
 
 
-def test_who_would_wait_longer_than_its_caller_is_refused_now() -> None:
+def test_who_would_not_have_its_answer_in_time_is_refused_now() -> None:
     doorman = moving(admission(), 100)
-    line = replace(EMPTY, num_waiting=5, num_tokens=9000, tokens_before=1000)
-    doorman.check(ask(deadline_s=21), line, 10 * S)
-    assert refused(doorman, ask(deadline_s=16), line, now_s=10) == ("predicted_wait", 4.0)
+    doorman.pace.add(100, 20 * S)  # so 10 tokens take 2 s
+    line = replace(EMPTY, num_waiting=5, num_tokens=9000, tokens_before=900)
+    doorman.check(ask(deadline_s=26), line, 10 * S)  # half as long again as it would wait, and the answer
+    assert refused(doorman, ask(deadline_s=24.5), line, now_s=10) == ("predicted_wait", 0.666667)
+    assert refused(doorman, ask(deadline_s=15), line, now_s=10) == ("predicted_wait", 7.0)
     doorman.check(ask(), line, 10 * S)
+
+
+def test_nobody_is_refused_for_an_answer_that_takes_long_while_nobody_waits() -> None:
+    doorman = moving(admission(), 100)
+    doorman.pace.add(1, 3600 * S)
+    doorman.check(ask(deadline_s=11), EMPTY, 10 * S)
 
 
 def test_nobody_is_taken_on_who_would_wait_longer_than_the_server_promises() -> None:
@@ -203,3 +211,34 @@ def test_nobody_is_sent_away_for_nothing_or_for_ever(rate: int, waiting: int) ->
     doorman = moving(admission(max_waiting_tokens=1), rate)
     wait = refused(doorman, ask(), replace(EMPTY, num_waiting=1, num_tokens=waiting))[1]
     assert 0.05 <= wait <= 60
+
+
+def test_what_is_resumed_is_not_refused_for_what_others_wait_for_nor_for_what_its_tenant_asked_since() -> None:
+    doorman = moving(admission(default=TenantLimits(tokens_per_s=1, max_priority=Priority.NORMAL), max_waiting=2), 1)
+    doorman.take(ask(500, 500, tenant="a"), 0)
+    line = Standing(
+        num_waiting=2, num_tokens=10_000, own_waiting=2, own_tokens=10_000, own_resumed=1, tokens_before=10_000
+    )
+    resumed = replace(ask(tenant="a", deadline_s=1), resumed=True)
+    doorman.check(resumed, line, 0)
+    assert refused(doorman, resumed, replace(line, own_resumed=2)) == ("waiting_sequences", 1.0)
+
+
+def test_what_is_resumed_is_paid_for_as_it_is_made() -> None:
+    doorman = admission({"a": TenantLimits(tokens_per_s=1, burst_tokens=10)})
+    doorman.take(replace(ask(500, 500, tenant="a"), resumed=True), 0)
+    doorman.check(ask(5, 5, tenant="a"), EMPTY, 0)
+    doorman.settle("a", expected=0, used=4, num_output=400, now_ns=0)
+    assert refused(doorman, ask(5, 5, tenant="a")) == ("tenant_rate", 4.0)
+
+
+def test_a_limit_that_changes_counts_from_then_on() -> None:
+    limits = {"a": TenantLimits(tokens_per_s=10, burst_tokens=40)}
+    doorman = admission(limits)
+    doorman.take(ask(20, 20, tenant="a"), 0)
+    assert refused(doorman, ask(tenant="a")) == ("tenant_rate", 2.0)
+    del limits["a"]
+    doorman.check(ask(tenant="a"), EMPTY, 0)
+    limits["a"] = TenantLimits(tokens_per_s=5, burst_tokens=20)
+    doorman.take(ask(tenant="a"), 0)
+    assert refused(doorman, ask(tenant="a")) == ("tenant_rate", 4.0)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from common.tenant import TenantLimits
+from common.types import Priority
 from services.api_keys import KeyFileError, line_of, new_key, read_api_keys
 from services.caller import Caller
 
@@ -24,6 +26,20 @@ def test_a_key_is_found_with_its_tenant_and_weight(tmp_path: Path) -> None:
     assert len(keys) == 3
     assert keys.find(acme) == keys.find(second) == Caller(tenant="acme", weight=2.5)
     assert keys.find(other) == Caller(tenant="other")
+
+
+def test_a_line_says_what_its_tenant_may_have_and_what_it_does_not_say_is_as_for_all(tmp_path: Path) -> None:
+    defaults = TenantLimits(tokens_per_s=100, burst_tokens=500)
+    acme = line_of("acme", new_key(), weight=2) + " tokens_per_s=2.5e3 max_priority=normal"
+    free = line_of("free", new_key()) + " tokens_per_s=0 burst_tokens=7"
+    keys = read_api_keys(written(tmp_path / "keys", acme, free, line_of("other", new_key())), defaults)
+
+    assert keys.limits_of("acme") == TenantLimits(
+        weight=2, tokens_per_s=2500, burst_tokens=500, max_priority=Priority.NORMAL
+    )
+    assert keys.limits_of("free") == TenantLimits(burst_tokens=7)
+    assert keys.limits_of("other") == defaults
+    assert keys.limits_of("nobody") is None
 
 
 def test_no_other_text_is_a_key(tmp_path: Path) -> None:
@@ -62,13 +78,22 @@ HASH = "blake2b:" + "0" * 64
         (["acme sha256:abc"], "line 1: after acme a hash is needed"),
         (["", "a/b " + HASH], "line 2: a tenant is 1 to 64 letters"),
         ([".a " + HASH], "line 1: a tenant is 1 to 64 letters"),
-        ([f"acme {HASH} weight=0"], "line 1: after the hash only weight=NUMBER may stand, over 0"),
-        ([f"acme {HASH} weight=nan"], "line 1: after the hash only weight=NUMBER may stand, over 0"),
-        ([f"acme {HASH} heavy"], "line 1: after the hash only weight=NUMBER may stand, over 0"),
+        *(
+            ([f"acme {HASH} {option}"], "line 1: after the hash only weight=NUMBER (over 0), tokens_per_s=NUMBER")
+            for option in (
+                "weight=0",
+                "weight=nan",
+                "heavy",
+                "tokens_per_s=-1",
+                "max_priority=best",
+                "max_priority",
+                "=1",
+            )
+        ),
         ([f"acme {HASH}", f"other {HASH}"], "line 2: the key of other is there already"),
         (
             [line_of("acme", new_key(), weight=2), line_of("acme", new_key())],
-            "line 2: acme has weight 2 in a line above",
+            "line 2: acme has other options in a line above",
         ),
     ],
 )

@@ -17,6 +17,7 @@ from common.tenant import TenantLimits
 from common.types import FinishReason
 from executor.fake_runner import FakeRunner
 from scheduler.scheduler import Scheduler, SchedulerLimits
+from scheduler.sequence import Begun
 from services.admission import Admission, AdmissionLimits
 from services.engine import Engine, RequestStream
 from tests.services.instant_link import InstantLink
@@ -24,11 +25,11 @@ from tests.services.instant_link import InstantLink
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def run(test: Callable[[Engine], Awaitable[None]], **settings: Any) -> None:
+def run(test: Callable[[Engine], Awaitable[None]], *, limits: SchedulerLimits | None = None, **settings: Any) -> None:
     """Run a test beside the engine's loop."""
 
     async def main() -> None:
-        core = Scheduler(SchedulerLimits(), model="fake", eos=set(), secret=b"test")
+        core = Scheduler(limits or SchedulerLimits(), model="fake", eos=set(), secret=b"test")
         engine = Engine(core, **settings)
         loop = asyncio.create_task(engine.run())
         async with asyncio.timeout(20):
@@ -347,7 +348,7 @@ def test_what_a_tenant_used_is_known_when_its_request_ends() -> None:
         assert engine.admission.refusals == {"tenant_rate": 1}
 
     tenants = {"a": TenantLimits(tokens_per_s=0.001, burst_tokens=20)}
-    run(test, admission=Admission(tenants=tenants))
+    run(test, admission=Admission(tenants=tenants.get))
 
 
 def test_the_rate_of_the_line_is_seen_while_more_waits_than_runs() -> None:
@@ -400,3 +401,51 @@ def test_an_executor_that_comes_back_ends_the_wait_and_its_clock() -> None:
         assert await read(stream) == {0: [3, 4]}
 
     run(test)
+
+
+@pytest.mark.parametrize("num_silent", [0, 1000])
+def test_a_thousand_silent_readers_cost_another_ones_stream_no_step(num_silent: int) -> None:
+    async def test(engine: Engine) -> None:
+        runner = FakeRunner(num_blocks=20_000, max_sequences=1024, max_step_tokens=4096)
+        link = InstantLink(engine, 1, runner=runner)
+        engine.join(1, link.facts, link)
+        silent = [engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=60)) for _ in range(num_silent)]
+        while any(not stream.sequences[0].num_output for stream in silent):
+            await asyncio.sleep(0)
+        before = engine.scheduler.counters.steps
+        assert await read(engine.submit([1, 2], GREEDY, StopConditions(max_tokens=8))) == {0: [*range(2, 10)]}
+        in_flight = engine.scheduler.sessions[0].facts.credit
+        assert 8 <= engine.scheduler.counters.steps - before <= 8 + 2 * in_flight
+        assert all(not stream.sequences[0].reason for stream in silent), "all of them ran beside it"
+
+    run(test, limits=SchedulerLimits(max_running=1024, token_budget=4096))
+
+
+def test_a_stream_that_is_resumed_is_taken_although_the_line_is_full() -> None:
+    async def test(engine: Engine) -> None:
+        engine.submit([1], GREEDY, StopConditions(max_tokens=5))
+        with pytest.raises(Overloaded):
+            engine.submit([1], GREEDY, StopConditions(max_tokens=5))
+        with pytest.raises(Overloaded):
+            engine.submit([1], GREEDY, StopConditions(max_tokens=5), begun={0: Begun((), "")})
+        begun = {0: Begun((1, 2), "")}
+        stream = engine.submit([1], GREEDY, StopConditions(max_tokens=5), begun=begun)
+        with pytest.raises(Overloaded, match="wait to go on"):
+            engine.submit([1], GREEDY, StopConditions(max_tokens=5), begun=begun)
+        join(engine)
+        assert await read(stream) == {0: [3, 4, 5]}
+
+    run(test, admission=Admission(AdmissionLimits(max_waiting=1)))
+
+
+def test_what_a_resumed_stream_had_before_is_not_paid_for_again() -> None:
+    async def test(engine: Engine) -> None:
+        join(engine)
+        ask: dict[str, Any] = {"prompt": [1, 2, 3], "sampling": GREEDY, "stop": StopConditions(max_tokens=7)}
+        await read(engine.submit(**ask, begun={0: Begun((3, 4, 5, 6), "")}))  # 3 of 13
+        await read(engine.submit(**ask))  # the other 10
+        with pytest.raises(Overloaded, match="used up"):
+            engine.submit([1], GREEDY, StopConditions(max_tokens=1))
+        await read(engine.submit(**ask, begun={0: Begun((3, 4, 5, 6), "")}))  # which stops no stream
+
+    run(test, admission=Admission(default=TenantLimits(tokens_per_s=0.001, burst_tokens=13)))

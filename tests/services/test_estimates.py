@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.estimates import AnswerLengths, DrainRate, TokenBucket
+from services.estimates import AnswerLengths, AnswerPace, DrainRate, TokenBucket
 
 S = 1_000_000_000
 
@@ -125,3 +125,13 @@ def test_nobody_is_ever_given_more_than_burst_and_rate_and_one_request(events: l
             bucket.take(tokens, now)
             taken += tokens
         assert taken <= 200 + 100 * now / S + 300
+
+
+def test_the_pace_of_answers_is_that_of_the_last_ones() -> None:
+    pace = AnswerPace()
+    assert pace.seconds_for(100) == 0.0
+    pace.add(100, 2 * S)
+    assert pace.seconds_for(50) == 1.0
+    for _ in range(1000):
+        pace.add(10, S)
+    assert pace.seconds_for(50) == pytest.approx(5.0, rel=1e-3)

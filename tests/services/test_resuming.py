@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc import aio
 
-from common.errors import PagewireError, Superseded, Unavailable
+from common.errors import PagewireError, SlowReader, Superseded, Unavailable
 from common.model_folder import ModelFolder, read_model_folder
 from common.sampling import RequestLimits
 from common.types import FinishReason
@@ -22,9 +22,10 @@ from protos import inference_pb2_grpc
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from services.answering import Answerer
 from services.engine import Engine
-from services.handlers import service_handler
+from services.handlers import Context, Write, service_handler
 from services.live_requests import LiveRequests
 from services.scheduler_service import SchedulerService
+from services.slow_readers import SlowReaders
 from services.status import from_rpc_error
 from services.text import Tokenizer
 from services.ticket_keys import new_key
@@ -137,7 +138,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 @asynccontextmanager
 async def serving(
-    model: ModelFolder, *, key: TicketKey = KEY, linger_s: float = 30.0, now_s: float = 0.0
+    model: ModelFolder,
+    *,
+    key: TicketKey = KEY,
+    linger_s: float = 30.0,
+    now_s: float = 0.0,
+    write: Write | None = None,
 ) -> AsyncIterator[Server]:
     core = Scheduler(SchedulerLimits(), model=model.digest, eos=set(model.eos_token_ids), secret=b"test")
     engine, live = Engine(core), LiveRequests(linger_s=linger_s, max_lingering=2)
@@ -152,7 +158,7 @@ async def serving(
     )
     server = aio.server()
     service = SchedulerService(answerer, RequestLimits(), lambda: len(core.sessions))
-    server.add_generic_rpc_handlers((service_handler(SERVICE, pb.DESCRIPTOR, service),))
+    server.add_generic_rpc_handlers((service_handler(SERVICE, pb.DESCRIPTOR, service, write=write),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     loop = asyncio.create_task(engine.run())
@@ -563,3 +569,44 @@ def test_a_stream_that_fails_with_the_server_keeps_what_was_told_and_can_be_resu
         assert heard.tokens == (await undisturbed(model, heard.first, heard.request)).tokens
 
     run(test())
+
+
+class Full:
+    """The call of a reader who reads nothing: what is written to it stays."""
+
+    async def write(self, message: bytes, /) -> None:
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_a_reader_who_took_nothing_for_too_long_comes_back_with_its_last_ticket(
+    model: ModelFolder, resumable: bool
+) -> None:
+    async def test() -> None:
+        heard, readers = Heard(request(20, resumable=resumable)), SlowReaders(0.05)
+        num_written = 0
+
+        async def write(context: Context, message: bytes) -> None:
+            nonlocal num_written
+            num_written += 1
+            await readers.write(Full() if num_written == 4 else context, message)
+
+        async with serving(model, write=write) as server:
+            link = server.join(steps=6)
+            assert isinstance(await refused_after(heard, server.generate(heard.request)), SlowReader)
+            await until(lambda: server.engine.num_requests == resumable)
+            link.allow(100)
+            await heard.rest(server.resume(heard.to_resume()))
+            assert len(server.live) == 0
+        assert heard.tokens == (await undisturbed(model, heard.first, heard.request)).tokens
+
+    run(test())
+
+
+async def refused_after(heard: Heard, call: Call) -> PagewireError:
+    """What the call failed with, once all of it was heard."""
+    with pytest.raises(aio.AioRpcError) as failure:
+        await heard.rest(call)
+    error = from_rpc_error(failure.value)
+    assert isinstance(error, PagewireError)
+    return error
