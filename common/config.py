@@ -90,6 +90,7 @@ class SchedulerConfig:
     )
     quarantine_s: float = option(60.0, "seconds without new sequences for executors that send unusable rows")
     max_executor_hold_s: float = option(10.0, "seconds at most without work for executors that die young")
+    max_health_watches: int = option(256, "Watch calls for health that may be open at once; Check is always answered")
     drain_s: float = option(30.0, "seconds that running requests get after SIGTERM")
     ticket_keys: str = option(
         "", "file of the keys that sign tickets, made where it is missing; PAGEWIRE_HOME/ticket-keys when empty"
@@ -140,7 +141,9 @@ class ExecutorConfig:
 class ClientConfig:
     """How the command line's own clients reach a scheduler."""
 
-    api_key_file: str = option("", "file that holds the API key and nothing else")
+    api_key_file: str = option(
+        "", "file that holds the API key and nothing else; empty: PAGEWIRE_API_KEY is the key, if it is set"
+    )
     tls_ca: str = option("", "authorities, PEM, for the server's certificate, or `system`; empty: no TLS")
     client_cert: str = option("", "certificate that the server is shown, PEM")
     client_key: str = option("", "its private key, PEM")
