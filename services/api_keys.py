@@ -47,6 +47,11 @@ class ApiKeys:
         digest, caller = self._callers.get(self._blind(presented), (b"", None))
         return caller if hmac.compare_digest(digest, presented) else None
 
+    def holds(self, caller: Caller) -> bool:
+        """Whether the key that `caller` was found by is still there, and its tenant's."""
+        _, found = self._callers.get(self._blind(caller.digest), (b"", None))
+        return found is not None and found.tenant == caller.tenant
+
     def _blind(self, digest: bytes) -> bytes:
         return hashlib.blake2b(digest, key=self._secret, digest_size=32).digest()
 
@@ -108,7 +113,8 @@ def _parse_line(where: str, line: str) -> tuple[bytes, Caller]:
             name = ""
         if name != "weight" or not 0 < weight <= _MAX_WEIGHT:
             raise KeyFileError(f"{where}: after the hash only weight=NUMBER may stand, over 0, at most {_MAX_WEIGHT:g}")
-    return bytes.fromhex(rest[0].partition(":")[2]), Caller(tenant=tenant, weight=weight)
+    digest = bytes.fromhex(rest[0].partition(":")[2])
+    return digest, Caller(tenant=tenant, weight=weight, digest=digest)
 
 
 def _digest(key: str) -> bytes:

@@ -61,8 +61,8 @@ def service_handler(
 async def answer(call: str, context: Context, work: Awaitable[_T]) -> _T:
     """Await `work`, the whole of one call, and end the call with a status whatever it raises.
 
-    `call` names the method in the log. Who cancels the task of a call on the server's side gives a message
-    (`task.cancel("draining")`), because gRPC, which speaks for the client, gives none.
+    `call` names the method in the log. Who cancels a call's task on the server's side says why: by a PagewireError,
+    which the client gets, or any message (`task.cancel("draining")`). gRPC, which speaks for the client, gives none.
     """
     try:
         return await work
@@ -71,6 +71,9 @@ async def answer(call: str, context: Context, work: Awaitable[_T]) -> _T:
     except asyncio.CancelledError as error:
         if _client_left(error):
             raise  # gRPC leaks memory for every call where this is swallowed
+        why = error.args[0] if error.args else None
+        if isinstance(why, PagewireError):
+            await _abort(context, to_rpc_status(why))
         _log.warning("%s was cancelled on the server's side", call)
         await _abort(context, to_rpc_status(_STOPPED))
     except PagewireError as error:

@@ -143,6 +143,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
     loop_task = asyncio.create_task(engine.run(), name="engine")
     others = [
         asyncio.create_task(_tell_health(engine, health_service), name="health"),
+        asyncio.create_task(gate.watch(), name="gate"),
     ]
     log.info("serving %s on %s; executors dial %s", model.name, listen, link)
     lifecycle.announce(ready_fd, json.dumps({"listen": listen, "link": link, "admin": admin}))
