@@ -113,6 +113,7 @@ class Asked:
 
     def hear(self, data: bytes) -> Delta | Finish | None:
         """What is new in a message. Raises OutOfStep."""
+        self._attempts.taken()
         new = self.continuation.hear(pb.GenerateStreamResponse.FromString(data))
         if new is not None:
             self._attempts.heard()
