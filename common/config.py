@@ -96,6 +96,7 @@ class SchedulerConfig:
         60.0,
         "seconds that a message may wait for its reader before the call ends with a ticket; 0: as long as it likes",
     )
+    max_health_watches: int = option(256, "Watch calls for health that may be open at once; Check is always answered")
     drain_s: float = option(30.0, "seconds that running requests get after SIGTERM")
     ticket_keys: str = option(
         "", "file of the keys that sign tickets, made where it is missing; PAGEWIRE_HOME/ticket-keys when empty"
@@ -146,7 +147,9 @@ class ExecutorConfig:
 class ClientConfig:
     """How the command line's own clients reach a scheduler."""
 
-    api_key_file: str = option("", "file that holds the API key and nothing else")
+    api_key_file: str = option(
+        "", "file that holds the API key and nothing else; empty: PAGEWIRE_API_KEY is the key, if it is set"
+    )
     tls_ca: str = option("", "authorities, PEM, for the server's certificate, or `system`; empty: no TLS")
     client_cert: str = option("", "certificate that the server is shown, PEM")
     client_key: str = option("", "its private key, PEM")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         PagewireError,
         TicketRefused,
         TicketStale,
+        Unauthenticated,
         Unavailable,
         UnknownModel,
     )
@@ -49,6 +50,7 @@ _ERRORS = frozenset({
     "PagewireError",
     "TicketRefused",
     "TicketStale",
+    "Unauthenticated",
     "Unavailable",
     "UnknownModel",
 })  # fmt: skip
@@ -69,6 +71,7 @@ __all__ = [
     "Stream",
     "TicketRefused",
     "TicketStale",
+    "Unauthenticated",
     "Unavailable",
     "UnknownModel",
     "Usage",

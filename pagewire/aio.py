@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 
 import grpc
 from grpc import aio
 
+from pagewire.access import Metadata, access
 from pagewire.answers import Answer, Delta, Finish
 from pagewire.asking import Settings, request_of
 from pagewire.calls import (
@@ -20,7 +22,6 @@ from pagewire.calls import (
     DEFAULT_TIMEOUT_S,
     Asked,
     Manner,
-    Metadata,
     addresses_of,
 )
 from pagewire.continuation import OutOfStep
@@ -45,7 +46,7 @@ class _Connections:
         """Begin the next call of a request."""
         call = asked.next_call()
         method: aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel(call.address).unary_stream(call.method)
-        return method(call.request, timeout=call.timeout_s, metadata=tuple(self._manner.metadata))
+        return method(call.request, timeout=call.timeout_s, metadata=tuple(self._manner.access.metadata))
 
     async def cancel(self, asked: Asked) -> None:
         """End a request on its server. Where that fails it ends a little later by itself."""
@@ -54,7 +55,7 @@ class _Connections:
             return
         method: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(CANCEL)
         with contextlib.suppress(aio.AioRpcError, aio.UsageError):  # no connection | the client was closed
-            await method(asked.cancellation(), timeout=CANCEL_TIMEOUT_S, metadata=tuple(self._manner.metadata))
+            await method(asked.cancellation(), timeout=CANCEL_TIMEOUT_S, metadata=tuple(self._manner.access.metadata))
 
     async def close(self) -> None:
         """End all calls."""
@@ -65,7 +66,7 @@ class _Connections:
     def _channel(self, address: str) -> aio.Channel:
         channel = self._channels.get(address)
         if channel is None:
-            options, credentials = self._manner.options, self._manner.credentials
+            options, credentials = self._manner.options, self._manner.access.credentials
             if credentials is None:
                 channel = aio.insecure_channel(address, options=options)
             else:
@@ -85,19 +86,29 @@ class AsyncClient:
         self,
         address: str | Sequence[str],
         *,
+        api_key: str | None = None,
+        tls_ca: str | Path | None = None,
+        tls_cert: str | Path | None = None,
+        tls_key: str | Path | None = None,
+        insecure: bool = False,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         patience_s: float = DEFAULT_PATIENCE_S,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Metadata = (),
     ) -> None:
         """As Client's."""
-        self._manner = Manner(
-            addresses=addresses_of(address),
-            timeout_s=timeout_s,
-            patience_s=patience_s,
-            metadata=metadata,
+        addresses = addresses_of(address)
+        shown = access(
+            addresses,
+            api_key=api_key,
+            tls_ca=tls_ca,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            insecure=insecure,
             credentials=credentials,
+            metadata=metadata,
         )
+        self._manner = Manner(addresses=addresses, timeout_s=timeout_s, patience_s=patience_s, access=shown)
         self._budget = RetryBudget()
         self._connections = _Connections(self._manner)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import grpc
 
+from pagewire.access import Access
 from pagewire.answers import Delta, Finish
 from pagewire.borrowed import borrow
 from pagewire.continuation import Continuation, OutOfStep
@@ -32,8 +33,6 @@ CANCEL_TIMEOUT_S: Final = 1.0
 DEFAULT_TIMEOUT_S: Final = 600.0
 DEFAULT_PATIENCE_S: Final = 30.0
 
-Metadata = Sequence[tuple[str, str]]
-
 
 class Call(NamedTuple):
     """What to call next."""
@@ -51,8 +50,7 @@ class Manner:
     addresses: tuple[str, ...]
     timeout_s: float  # for a whole answer
     patience_s: float  # while calls fail
-    metadata: Metadata
-    credentials: grpc.ChannelCredentials | None
+    access: Access
 
     @property
     def options(self) -> tuple[tuple[str, int], ...]:
@@ -113,6 +111,7 @@ class Asked:
 
     def hear(self, data: bytes) -> Delta | Finish | None:
         """What is new in a message. Raises OutOfStep."""
+        self._attempts.taken()
         new = self.continuation.hear(pb.GenerateStreamResponse.FromString(data))
         if new is not None:
             self._attempts.heard()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, Unpack, cast
 
 import grpc
 
+from pagewire.access import Metadata, access
 from pagewire.answers import Answer, Delta, Finish
 from pagewire.asking import Settings, request_of
 from pagewire.calls import (
@@ -19,7 +21,6 @@ from pagewire.calls import (
     DEFAULT_TIMEOUT_S,
     Asked,
     Manner,
-    Metadata,
     addresses_of,
 )
 from pagewire.continuation import OutOfStep
@@ -54,7 +55,7 @@ class _Connections:
         """Begin the next call of a request."""
         call = asked.next_call()
         method: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel(call.address).unary_stream(call.method)
-        return cast("Call", method(call.request, timeout=call.timeout_s, metadata=tuple(self._manner.metadata)))
+        return cast("Call", method(call.request, timeout=call.timeout_s, metadata=tuple(self._manner.access.metadata)))
 
     def cancel(self, asked: Asked) -> None:
         """End a request on its server. Where that fails it ends a little later by itself."""
@@ -63,7 +64,7 @@ class _Connections:
             return
         method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(CANCEL)
         with contextlib.suppress(grpc.RpcError, ValueError):
-            method(asked.cancellation(), timeout=CANCEL_TIMEOUT_S, metadata=tuple(self._manner.metadata))
+            method(asked.cancellation(), timeout=CANCEL_TIMEOUT_S, metadata=tuple(self._manner.access.metadata))
 
     def close(self) -> None:
         """End all calls."""
@@ -74,7 +75,7 @@ class _Connections:
     def _channel(self, address: str) -> grpc.Channel:
         channel = self._channels.get(address)
         if channel is None:
-            options, credentials = self._manner.options, self._manner.credentials
+            options, credentials = self._manner.options, self._manner.access.credentials
             if credentials is None:
                 channel = grpc.insecure_channel(address, options=options)
             else:
@@ -98,19 +99,37 @@ class Client:
         self,
         address: str | Sequence[str],
         *,
+        api_key: str | None = None,
+        tls_ca: str | Path | None = None,
+        tls_cert: str | Path | None = None,
+        tls_key: str | Path | None = None,
+        insecure: bool = False,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         patience_s: float = DEFAULT_PATIENCE_S,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Metadata = (),
     ) -> None:
-        """`address` is HOST:PORT, or several with commas between them. `metadata` goes with every call."""
-        self._manner = Manner(
-            addresses=addresses_of(address),
-            timeout_s=timeout_s,
-            patience_s=patience_s,
-            metadata=metadata,
+        """`address` is HOST:PORT, or several with commas between them.
+
+        `api_key`: the environment's PAGEWIRE_API_KEY where none is given. `tls_ca`: a file of authorities (PEM) for the
+        servers' certificates, or "system" for the public ones; without it nothing is encrypted, and then a key is shown
+        to this machine alone, unless `insecure`. `tls_cert` and `tls_key`: for servers that ask for a certificate. In
+        place of these three, `credentials` are gRPC's own. `metadata` goes with every call.
+
+        Raises ValueError for what does not fit together, OSError for a file that cannot be read.
+        """
+        addresses = addresses_of(address)
+        shown = access(
+            addresses,
+            api_key=api_key,
+            tls_ca=tls_ca,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            insecure=insecure,
             credentials=credentials,
+            metadata=metadata,
         )
+        self._manner = Manner(addresses=addresses, timeout_s=timeout_s, patience_s=patience_s, access=shown)
         self._budget = RetryBudget()
         self._connections = _Connections(self._manner)
 

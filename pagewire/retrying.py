@@ -64,6 +64,7 @@ class Attempts:
         self._patience_s = patience_s
         self._jitter = jitter
         self._failing_since_s: float | None = None  # None: the last call told something new
+        self._was_taken = False  # the call that runs now was taken: its failure is no refusal
         self._delay_s = FIRST_DELAY_S
         self.address = first
         budget.call()
@@ -71,6 +72,10 @@ class Attempts:
     def remaining_s(self, now_s: float) -> float:
         """Time to the deadline."""
         return max(0.001, self._deadline_s - now_s)
+
+    def taken(self) -> None:
+        """The server has begun with the call. When it ends it, to send the request elsewhere, that is no refusal."""
+        self._was_taken = True
 
     def heard(self) -> None:
         """Something new came: what was before is forgotten."""
@@ -93,7 +98,8 @@ class Attempts:
         self._not_before[self.address] = now_s + delay_s
         self.address = min(self._not_before, key=self._not_before.__getitem__)
         wait_s = max(0.0, self._not_before[self.address] - now_s)
-        if failure.answered:
+        was_taken, self._was_taken = self._was_taken, False
+        if failure.answered and not was_taken:
             wait_s = max(wait_s, self._budget.retry(now_s))
         if now_s + wait_s >= self._deadline_s:
             raise errors.DeadlineExceeded(f"no time is left to try again: {failure.error}") from failure.error

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ def _health(parsed: argparse.Namespace) -> int:
     from services.client import connect
 
     async def run() -> bool:
-        async with connect(_server(parsed)) as client:
+        # everybody may ask for health: no key is shown
+        async with connect(replace(_server(parsed), api_key="")) as client:
             return await client.is_serving()
 
     serving = _run(run())
@@ -243,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
 
     health = _add(commands, "health", _health, "exit 0 when the server can answer requests")
     health.add_argument("address", nargs="?", default=DEFAULT_ADDRESS, metavar="HOST:PORT")
-    add_flags(health, ClientConfig)
+    _add_access_flags(health)
 
     status = _add(commands, "status", _status, "what the server did, and how busy its executors are")
     status.add_argument(
@@ -296,7 +298,7 @@ def _add_child_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_client_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="the scheduler")
-    add_flags(parser, ClientConfig)
+    _add_access_flags(parser)
     parser.add_argument("--max-tokens", type=_at_least_one, default=None, help="longest answer")
     parser.add_argument("--temperature", type=float, default=None, help="0 is greedy (default: 1)")
     parser.add_argument("--top-k", type=int, default=None)
@@ -304,6 +306,12 @@ def _add_client_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-p", type=float, default=None)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--stop", action="append", default=[], help="end the answer before this text; repeatable")
+
+
+def _add_access_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, ClientConfig)
+    # typed each time: the variable that its name would make is the scheduler's, and means other addresses
+    parser.add_argument("--insecure", action="store_true", help="send the API key to another machine without TLS")
 
 
 def _at_least_one(text: str) -> int:
@@ -322,11 +330,12 @@ def _executor_config(parsed: argparse.Namespace) -> ExecutorConfig:
 
 
 def _server(parsed: argparse.Namespace) -> Any:
+    from pagewire.access import API_KEY
     from services.client import Server
     from services.tls import channel_files
 
     config = from_flags(ClientConfig, parsed)
-    key = ""
+    key = os.environ.get(API_KEY, "").strip()
     if config.api_key_file:
         try:
             key = Path(config.api_key_file).read_text("utf-8").strip()
@@ -334,7 +343,7 @@ def _server(parsed: argparse.Namespace) -> Any:
             why = error.strerror if isinstance(error, OSError) else "not a text file"
             raise PagewireError(f"--api-key-file {config.api_key_file}: {why}") from error
     files = channel_files(config.client_cert, config.client_key, config.tls_ca, flags="--client", ca_flag="--tls-ca")
-    return Server(address=parsed.address, api_key=key, tls=files)
+    return Server(address=parsed.address, api_key=key, tls=files, insecure=parsed.insecure)
 
 
 def _request(parsed: argparse.Namespace) -> Any:

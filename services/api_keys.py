@@ -60,6 +60,11 @@ class ApiKeys:
         """What the tenant may have; None where nothing is known of it."""
         return self._limits.get(tenant)
 
+    def holds(self, caller: Caller) -> bool:
+        """Whether the key that `caller` was found by is still there, and its tenant's."""
+        _, found = self._callers.get(self._blind(caller.digest), (b"", None))
+        return found is not None and found.tenant == caller.tenant
+
     def _blind(self, digest: bytes) -> bytes:
         return hashlib.blake2b(digest, key=self._secret, digest_size=32).digest()
 
@@ -116,7 +121,8 @@ def _parse_line(where: str, line: str, defaults: TenantLimits) -> tuple[bytes, C
             f"{where}: after {tenant} a hash is needed, blake2b: and 64 digits. Make a line: pagewire api-key {tenant}"
         )
     limits = _limits(where, rest[1:], defaults)
-    return bytes.fromhex(rest[0].partition(":")[2]), Caller(tenant=tenant, weight=limits.weight), limits
+    digest = bytes.fromhex(rest[0].partition(":")[2])
+    return digest, Caller(tenant=tenant, weight=limits.weight, digest=digest), limits
 
 
 def _limits(where: str, options: Sequence[str], defaults: TenantLimits) -> TenantLimits:

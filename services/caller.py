@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 
@@ -13,6 +13,7 @@ class Caller:
 
     tenant: str  # part of every key of the prefix cache; empty where no keys are asked for
     weight: float = 1.0  # its share among tenants
+    digest: bytes = field(default=b"", repr=False, compare=False)  # of the key that was shown; empty without keys
 
 
 ANONYMOUS: Final = Caller(tenant="")

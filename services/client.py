@@ -30,6 +30,7 @@ class Server:
     address: str
     api_key: str = field(default="", repr=False)
     tls: PemFiles | None = None
+    insecure: bool = False  # the key may go over the network without TLS
 
 
 _NO_HURRY_S = 86_400.0  # whoever reads the answer ends it
@@ -73,15 +74,19 @@ class Client:
 async def connect(server: Server) -> AsyncIterator[Client]:
     """A client of the server. Raises PagewireError where its key would go over a network that anybody can listen to."""
     key = server.api_key
-    if key and server.tls is None and not is_local(server.address):
-        raise PagewireError(f"the API key is not sent to {server.address} without TLS: give --tls-ca")
-    if not (key.isascii() and key.isprintable()):  # gRPC would repeat it in its complaint
+    if key and server.tls is None and not server.insecure and not is_local(server.address):
+        raise PagewireError(f"the API key is not sent to {server.address} without TLS: give --tls-ca, or --insecure")
+    if not (key.isascii() and key.isprintable()) or " " in key:  # gRPC would repeat it in its complaint
         raise PagewireError("the API key is not printable ASCII: the file must hold the key and nothing else")
     dial = Dialer(server.address, client_options(), server.tls)
     async with (
         dial() as channel,
         AsyncClient(
-            server.address, timeout_s=_NO_HURRY_S, credentials=dial.credentials(), metadata=bearer(key)
+            server.address,
+            api_key=key,
+            insecure=server.insecure,
+            timeout_s=_NO_HURRY_S,
+            credentials=dial.credentials(),
         ) as asking,
     ):
         yield Client(channel, asking, server.address, key)

@@ -76,10 +76,11 @@ class ComputeThread:
         started_ns = self._started_ns
         return (self._clock_ns() - started_ns) / 1e9 if self.computing else 0.0
 
-    def stop(self, timeout_s: float = 10.0) -> None:
-        """End after the step that runs."""
+    def stop(self, timeout_s: float = 10.0) -> bool:
+        """End after the step that runs. Returns whether it has ended within the time."""
         self._inbox.put(None)
         self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:

@@ -34,9 +34,8 @@ from services.admission import Admission, Ask
 log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S: Final = 1.0
-_READERS_AT_ONCE: Final = (
-    4  # each makes a message and writes it; gRPC hands over one new call a turn, so turns are short
-)
+_DRAINING_WAIT_S: Final = 2.0  # a link that broke is back by then
+_READERS_AT_ONCE: Final = 4  # each makes a message and writes it; gRPC hands over one new call a turn, so turns are short
 
 
 class Link(Protocol):
@@ -188,7 +187,7 @@ class Engine:
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.scheduler = scheduler
-        self.draining = False
+        self._is_draining = False
         self.last_result_ns = 0
         self.admission = admission or Admission()
         self._executor_wait_s = executor_wait_s
@@ -286,6 +285,15 @@ class Engine:
         stream.supersede(Superseded("another call has taken over this request"))
         return taker
 
+    def drain(self) -> None:
+        """Take nothing new. What is there may finish; what no executor could run waits for a moment only."""
+        self._is_draining = True
+        for stream in dict.fromkeys(self._streams.values()):
+            if stream.giving_up is not None:
+                stream.giving_up.cancel()
+                stream.giving_up = None
+        self._give_up_stuck_later()
+
     def fail_all(self, error: PagewireError) -> None:
         """End every request that still runs."""
         for stream in dict.fromkeys(self._streams.values()):
@@ -314,6 +322,11 @@ class Engine:
 
     # ---- executors
 
+    @property
+    def can_serve(self) -> bool:
+        """An executor is there that takes new work."""
+        return any(not session.leaving for session in self.scheduler.sessions)
+
     def join(self, session: int, facts: ExecutorFacts, link: Link) -> None:
         """An executor is ready for plans."""
         self.scheduler.join(session, facts, self._clock_ns())
@@ -328,6 +341,9 @@ class Engine:
     def leave(self, session: int) -> None:
         """The executor wants no new sequences."""
         self.scheduler.leave(session)
+        if self._is_draining:
+            self._give_up_stuck_later()
+        self._executors_changed.set()
         self._work.set()
 
     def fell_silent(self, session: int) -> None:
@@ -370,9 +386,7 @@ class Engine:
         self._hand_out(losses.ended)
         for request in losses.given_up:
             self._give_up_request(request)
-        for stream in dict.fromkeys(self._streams.values()):
-            if stream.is_stuck(self.scheduler):
-                self._give_up_later(stream)
+        self._give_up_stuck_later()
         self._executors_changed.set()
         self._work.set()
 
@@ -476,7 +490,7 @@ class Engine:
                 self._changed.set()
 
     def _check_room(self, ask: Ask, now: int) -> None:
-        if self.draining:
+        if self._is_draining:
             raise Unavailable("the scheduler is shutting down")
         if 0 < ask.deadline_ns <= now:
             raise DeadlineExceeded("the deadline passed before the request was queued")
@@ -522,15 +536,20 @@ class Engine:
                 stream.fail(RequestFailed(f"the request is given up: {problem}", error_id))
                 stream.close()
 
+    def _give_up_stuck_later(self) -> None:
+        for stream in dict.fromkeys(self._streams.values()):
+            if stream.is_stuck(self.scheduler):
+                self._give_up_later(stream)
+
     def _give_up_later(self, stream: RequestStream) -> None:
         if stream.giving_up is None:
-            loop = asyncio.get_running_loop()
-            stream.giving_up = loop.call_later(self._executor_wait_s, self._give_up, stream)
+            wait_s = min(self._executor_wait_s, _DRAINING_WAIT_S) if self._is_draining else self._executor_wait_s
+            stream.giving_up = asyncio.get_running_loop().call_later(wait_s, self._give_up, stream, wait_s)
 
-    def _give_up(self, stream: RequestStream) -> None:
+    def _give_up(self, stream: RequestStream, waited_s: float) -> None:
         stream.giving_up = None
         if not stream.is_stuck(self.scheduler):
             return
         what = "no executor is connected" if not self._links else "no connected executor can hold the request"
-        stream.fail(Unavailable(f"{what}; waited {self._executor_wait_s:g} s"))
+        stream.fail(Unavailable(f"{what}; waited {waited_s:g} s"))
         stream.close()

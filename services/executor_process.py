@@ -47,8 +47,11 @@ async def run(config: ExecutorConfig, model_path: Path, ready_fd: int | None = N
         drain_s=config.drain_s,
         watchdog_s=config.watchdog_s,
     )
-    await service.run(stop)
+    has_ended = await service.run(stop)
     log.info("stopped")
+    if not has_ended:  # no interpreter ends well under a thread that is inside of torch
+        logging.shutdown()
+        os._exit(0)
 
 
 def make_runner(config: ExecutorConfig, model: ModelFolder, name: str) -> Runner:

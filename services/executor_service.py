@@ -39,6 +39,7 @@ _WELCOME_TIMEOUT_S = 10.0
 _LEAST_HEARTBEAT_S = 0.01
 _LATE_S = 0.25  # a timer that fires later than this: this process stood still, and has not read what was sent
 _LOOK_S = 0.02  # how often to look whether a step of a link that is gone has ended
+_LAST_STEP_S = 5.0  # for the step that runs when this process ends
 
 Call = aio.StreamStreamCall[bytes, bytes]
 
@@ -90,8 +91,10 @@ class ExecutorService:
             on_failure=lambda number, error: _call_soon(loop, self._note_failure, number, error),
         )
 
-    async def run(self, stop: asyncio.Event) -> None:
+    async def run(self, stop: asyncio.Event) -> bool:
         """Serve until `stop` is set and what runs here has finished, or the grace is over.
+
+        Returns whether the compute thread has ended, too: one that loads a model does not hear that it should.
 
         Raises ModelFolderError when the model cannot be loaded, and ExecutorRejected when the scheduler serves
         something else: an operator must act.
@@ -110,7 +113,8 @@ class ExecutorService:
         finally:
             stopping.cancel()
             watchdog.stop()
-            self._compute.stop()
+            has_ended = self._compute.stop(_LAST_STEP_S if self._loaded.done() else 0.0)
+        return has_ended
 
     async def _serve(self, facts: ExecutorFacts, stopping: asyncio.Task[Any]) -> None:
         failures = 0

@@ -1,11 +1,12 @@
 """The gate of the clients' server: no call passes without an API key, whatever service it is for.
 
 It stands before all services and not inside them, so one that is added later is guarded too. Only health can be asked
-by anybody: who watches a server must not need a key.
+by anybody: who watches a server must not need a key. A call whose key is taken out of the file ends.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -13,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from grpc import aio
-from grpc_health.v1 import health
 
 from common.errors import Unauthenticated
 from common.log import without_texts
 from common.tenant import TenantLimits
+from services import health
 from services.api_keys import ApiKeys
 from services.caller import ANONYMOUS, Caller, let_in
 from services.handlers import Context
@@ -25,12 +26,15 @@ from services.status import to_rpc_status
 
 _log = logging.getLogger(__name__)
 
-_OPEN: Final = f"/{health.SERVICE_NAME}/"
+_OPEN: Final = f"/{health.SERVICE}/"
+_REFLECTION: Final = "/grpc.reflection."
 _MAX_HEADER: Final = 128  # characters: a key and its scheme, twice over
 _TELL_EVERY_S: Final = 60.0
+_LOOK_EVERY_S: Final = 0.5
 
 # The same words for no key, a wrong one and one that was withdrawn.
-_REFUSAL: Final = to_rpc_status(Unauthenticated("an API key is needed: send it as metadata, authorization: Bearer KEY"))
+_UNKNOWN: Final = Unauthenticated("an API key is needed: send it as metadata, authorization: Bearer KEY")
+_REFUSAL: Final = to_rpc_status(_UNKNOWN)
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
@@ -46,9 +50,16 @@ class Gate(aio.ServerInterceptor):
         self._clock = clock
         self._num_refused = 0
         self._told_s = -_TELL_EVERY_S
+        self._calls: dict[asyncio.Task[Any], Caller] = {}  # that are open, where there are keys
+        self._missing: set[asyncio.Task[Any]] = set()  # of these, those whose key was not there at the last look
         self._refuse: Handler = grpc.stream_stream_rpc_method_handler(
             self._end
         )  # reads no message, whatever the method takes
+
+    @property
+    def num_calls(self) -> int:
+        """Calls that are open under a key."""
+        return len(self._calls)
 
     async def intercept_service(
         self,
@@ -65,11 +76,47 @@ class Gate(aio.ServerInterceptor):
             if caller is None:
                 return self._refuse
             let_in(caller)
+            if self._keys is not None and not handler_call_details.method.startswith(_REFLECTION):
+                self._remember(caller)
         return await continuation(handler_call_details)
 
     def limits_of(self, tenant: str) -> TenantLimits | None:
         """What the tenant may have by the file of keys; None where it says nothing."""
         return self._keys().limits_of(tenant) if self._keys is not None else None
+
+    async def watch(self) -> None:
+        """End calls whose keys are gone, until cancelled. Without keys there is nothing to do."""
+        while self._keys is not None:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            self.look()
+
+    def look(self) -> None:
+        """End the calls whose keys are gone, and were at the last look: a file is empty while it is written anew."""
+        if self._keys is None or not self._calls:
+            return
+        try:
+            keys = self._keys()
+        except Exception as error:  # noqa: BLE001  a bug there must not end the watch: the next look may be better
+            _log.error("the gate failed\n%s", "".join(without_texts(error)))
+            return
+        missing = {task for task, caller in self._calls.items() if not keys.holds(caller)}
+        gone, self._missing = missing & self._missing, missing - self._missing
+        if gone:
+            _log.info("%d calls end: their API keys were withdrawn", len(gone))
+        for task in gone:
+            del self._calls[task]
+            task.cancel(_UNKNOWN)
+
+    def _remember(self, caller: Caller) -> None:
+        """This task is the call, from here to its end."""
+        task = asyncio.current_task()
+        assert task is not None, "gRPC asks interceptors in the call's own task"
+        self._calls[task] = caller
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._calls.pop(task, None)
+        self._missing.discard(task)
 
     def _caller(self, metadata: Metadata) -> Caller | None:
         if self._keys is None:

@@ -71,9 +71,8 @@ def service_handler(
 async def answer(call: str, context: Context, work: Awaitable[_T]) -> _T:
     """Await `work`, the whole of one call, and end the call with a status whatever it raises.
 
-    `call` names the method in the log. Who cancels the task of a call on the server's side says why: with a
-    PagewireError, which the client gets, or any message (`task.cancel("draining")`). gRPC, which speaks for the client,
-    gives none.
+    `call` names the method in the log. Who cancels a call's task on the server's side says why: by a PagewireError,
+    which the client gets, or any message (`task.cancel("draining")`). gRPC, which speaks for the client, gives none.
     """
     try:
         return await work

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import ipaddress
 import logging
 import os
 import resource
@@ -14,12 +13,16 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
+from common import addresses
 from common.config import SchedulerConfig
 from common.errors import PagewireError
 from common.log import without_texts
 
 log = logging.getLogger(__name__)
+
+_ECHO_S: Final = 3.0
 
 
 class StartupError(PagewireError):
@@ -50,22 +53,18 @@ def check_bind(address: str, *, insecure: bool, missing: Sequence[str]) -> None:
 
 def is_local(address: str) -> bool:
     """Whether only this machine can reach the address, a Unix socket or loopback. Raises StartupError if it is none."""
-    if address.startswith(("unix:", "unix-abstract:")):
-        return True
-    host = split_address(address)[0]
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
+        return addresses.is_local(address)
+    except ValueError as error:
+        raise StartupError(str(error)) from None
 
 
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of `host:port` or `[v6]:port`. Raises StartupError."""
-    host, colon, port = address.rpartition(":")
-    bare_v6 = ":" in host and not (host.startswith("[") and host.endswith("]"))
-    if not colon or not host or bare_v6 or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise StartupError(f"{address!r} is not HOST:PORT, for example 127.0.0.1:50051 or [::1]:50051")
-    return host.strip("[]"), int(port)
+    try:
+        return addresses.split_address(address)
+    except ValueError as error:
+        raise StartupError(str(error)) from None
 
 
 def keep_secrets() -> None:
@@ -117,15 +116,24 @@ def die_with_parent(parent: int) -> None:
 
 
 def stop_event() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set. A second signal ends the process at once."""
+    """An event that SIGTERM and SIGINT set. A second signal ends the process at once, with 128 and its number.
+
+    A second SIGTERM soon after the first is its echo: an init system sends it to every process of a service, and
+    `serve` passes its own on.
+    """
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
+    first_s = 0.0
 
-    def on_signal() -> None:
-        if event.is_set():
-            os._exit(130)
-        event.set()
+    def on_signal(number: signal.Signals) -> None:
+        nonlocal first_s
+        if not event.is_set():
+            first_s = loop.time()
+            event.set()
+        elif number is not signal.SIGTERM or loop.time() - first_s >= _ECHO_S:
+            log.warning("a second %s: ending at once", number.name)
+            os._exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, on_signal, number)
     return event

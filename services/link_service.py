@@ -133,6 +133,8 @@ class ExecutorLinkService:
             if link is None:
                 log.info("executor %s was turned away: %s", name, why)
             else:
+                if end is End.LOST and link.leaving:  # its grace was over before what ran there
+                    end = End.CLEAN
                 if end is End.LOST:
                     step = link.passed
                 self._exit(link, End.CLEAN if self._stopping else end, step)

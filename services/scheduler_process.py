@@ -7,7 +7,6 @@ has the gRPC options and the protection it needs.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import gc
 import json
@@ -15,11 +14,10 @@ import logging
 import os
 import secrets
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import grpc
 from grpc import aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common import failpoints
@@ -32,7 +30,7 @@ from common.tenant import TenantLimits
 from protos import inference_pb2, monitoring_pb2
 from scheduler.reputation import Patience
 from scheduler.scheduler import Scheduler, SchedulerLimits
-from services import lifecycle, ticket_keys, tls
+from services import health, lifecycle, ticket_keys, tls
 from services.admin import admin_address, bind_admin
 from services.admission import Admission, AdmissionLimits
 from services.answering import Answerer
@@ -42,6 +40,7 @@ from services.engine import Engine
 from services.gate import Gate
 from services.grpc_options import link_options, server_options
 from services.handlers import service_handler
+from services.health import Health
 from services.lifecycle import StartupError
 from services.link_service import ExecutorLinkService
 from services.live_requests import LiveRequests
@@ -57,6 +56,8 @@ log = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 MONITORING = monitoring_pb2.DESCRIPTOR.services_by_name["MonitoringService"].full_name
+
+_LAST_WORDS_S: Final = 5.0  # for the ends of calls, which are many at once when a drain is over
 
 
 async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = None) -> None:
@@ -129,9 +130,9 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
             ),
         )
     )
-    health_servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, clients)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), clients)
+    health_service = Health([SERVICE], max_watches=config.max_health_watches)
+    clients.add_generic_rpc_handlers((health_service.handler(),))
+    reflection.enable_server_reflection((SERVICE, health.SERVICE, reflection.SERVICE_NAME), clients)
     executors = aio.server(options=link_options())
     executors.add_generic_rpc_handlers((links.handler(),))
     admins = aio.server(options=server_options(max_streams=64))
@@ -147,7 +148,10 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
     await executors.start()
     _spare_the_collector()
     loop_task = asyncio.create_task(engine.run(), name="engine")
-    health_task = asyncio.create_task(_tell_health(engine, health_servicer), name="health")
+    others = [
+        asyncio.create_task(_tell_health(engine, health_service), name="health"),
+        asyncio.create_task(gate.watch(), name="gate"),
+    ]
     log.info("serving %s on %s; executors dial %s", model.name, listen, link)
     lifecycle.announce(ready_fd, json.dumps({"listen": listen, "link": link, "admin": admin}))
     try:
@@ -156,21 +160,26 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         if loop_task.done():
             _die_of(loop_task.exception())
         log.info("draining %d sequences, at most %g s", engine.num_requests, config.drain_s)
-        engine.draining = True
+        engine.drain()
+        health_service.shut_down()
         failpoints.hit("mid_drain")
-        await health_servicer.enter_graceful_shutdown()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(config.drain_s):
-                await engine.idle()
+        idle = asyncio.create_task(engine.idle())
+        await asyncio.wait({idle, loop_task}, timeout=config.drain_s, return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        if loop_task.done():
+            _die_of(loop_task.exception())
+        if engine.num_requests:
+            log.info("%d sequences go on elsewhere: their callers have tickets", engine.num_requests)
         links.stopping()
         engine.fail_all(Unavailable("the scheduler is shutting down; the rest of the answer is to be had elsewhere"))
-        await clients.stop(grace=1.0)
+        health_service.close()
+        await clients.stop(grace=_LAST_WORDS_S)
         await executors.stop(grace=0.5)
         await admins.stop(grace=0.5)
     finally:
-        for task in (loop_task, health_task):
+        for task in (loop_task, *others):
             task.cancel()
-        await asyncio.gather(loop_task, health_task, return_exceptions=True)
+        await asyncio.gather(loop_task, *others, return_exceptions=True)
     log.info("stopped: %s", core.counters, extra={"fields": dataclasses.asdict(core.counters)})
 
 
@@ -237,11 +246,8 @@ def _bind(server: aio.Server, address: str, credentials: grpc.ServerCredentials 
     return f"{address.rpartition(':')[0]}:{port}"
 
 
-async def _tell_health(engine: Engine, servicer: health.aio.HealthServicer) -> None:
-    """SERVING while an executor is connected. Pushed, never computed by a probe."""
+async def _tell_health(engine: Engine, service: Health) -> None:
+    """SERVING while an executor is there that stays. Pushed, never computed by a probe."""
     while True:
-        serving = bool(engine.scheduler.sessions)
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE):
-            await servicer.set(name, status)
+        service.set_serving(engine.can_serve)
         await engine.executors_changed()

@@ -84,8 +84,8 @@ async def cluster(
             for task in (*starting, *keepers):
                 task.cancel()
             await asyncio.gather(*starting, *keepers, return_exceptions=True)
-            await first.stop(scheduler.drain_s + 5)  # it lets requests finish on the executors, so it goes first
-            await asyncio.gather(*(child.stop(5) for child in others))
+            await first.stop(scheduler.drain_s + 10)  # it lets requests finish on the executors, so it goes first
+            await asyncio.gather(*(child.stop(10) for child in others))
 
 
 async def serve(

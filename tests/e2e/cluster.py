@@ -9,7 +9,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,16 @@ START_TIMEOUT_S = 120.0
 
 
 class Process:
-    """One `python -m services …`, ready once it has announced itself."""
+    """One `python -m services …`, or another module that is one, ready once it has announced itself."""
 
-    def __init__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        *,
+        module: str = "services",
+    ) -> None:
         read_fd, write_fd = os.pipe()
         self.log = log
         with log.open("ab") as stderr:
@@ -33,7 +40,7 @@ class Process:
                 [
                     sys.executable,
                     "-m",
-                    "services",
+                    module,
                     *arguments,
                     f"--ready-fd={write_fd}",
                     f"--die-with-parent={os.getpid()}",
@@ -83,7 +90,16 @@ class Process:
 class Cluster:
     """A scheduler, its executors, and a client of the public API."""
 
-    def __init__(self, model: Path, folder: Path, *, flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        *,
+        flags: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        module: str = "services",
+    ) -> None:
+        self._module = module
         self.model = model
         self.folder = folder
         self.executors: list[Process] = []
@@ -96,6 +112,8 @@ class Cluster:
                 *("--ticket-keys", str(folder / "ticket-keys"), *flags),
             ],
             folder / "scheduler.log",
+            environment,
+            module=module,
         )
         announced: Mapping[str, str] = json.loads(self.scheduler.wait_ready())
         self.address = announced["listen"]
@@ -113,6 +131,7 @@ class Cluster:
                 *flags,
             ],
             self.folder / f"executor-{number}.log",
+            module=self._module,
         )
         self.executors.append(process)
         process.wait_ready()
@@ -140,6 +159,19 @@ class Cluster:
         self.channel.close()
         for process in (self.scheduler, *self.executors):
             process.close()
+
+
+def until_error(
+    messages: Iterable[pb.GenerateStreamResponse],
+) -> tuple[list[pb.GenerateStreamResponse], grpc.RpcError]:
+    """What a stream still says, and how it ends badly, which it must."""
+    heard: list[pb.GenerateStreamResponse] = []
+    try:
+        for message in messages:
+            heard.append(message)  # noqa: PERF402  what came before an error is wanted, too
+    except grpc.RpcError as error:
+        return heard, error
+    raise AssertionError("it ended well")
 
 
 @contextlib.contextmanager

@@ -16,11 +16,12 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from common.config import ExecutorConfig, SchedulerConfig
+from pagewire import Client, Unauthenticated
 from protos import executor_pb2, inference_pb2, monitoring_pb2
 from protos import inference_pb2 as pb
 from services.api_keys import new_key
 from tests.certificates import Authority
-from tests.e2e.cluster import Cluster, cluster
+from tests.e2e.cluster import Cluster, cluster, until_error
 from tests.e2e.programs import PAGEWIRE, run
 from tests.e2e.sockets import listening
 
@@ -141,6 +142,37 @@ def test_a_tenant_finds_its_own_prompts_in_the_cache_and_no_other_tenants(keyed:
     assert [cached(keyed.acme), cached(keyed.other)] == [99, 99]
 
 
+def test_a_key_that_is_withdrawn_ends_its_open_streams_and_no_others(fake_folder: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    acme = add_key(keys, "acme")
+    without_other = keys.read_text()
+    other = add_key(keys, "other")
+
+    def stream(key: str) -> Iterator[pb.GenerateStreamResponse]:
+        request = pb.GenerateStreamRequest(
+            token_ids=pb.TokenIds(ids=[1, 2, 3]),
+            sampling=pb.SamplingParams(temperature=0),
+            stopping=pb.StopConditions(max_tokens=400, ignore_eos=True),
+        )
+        return iter(running.stub.GenerateStream(request, metadata=bearer(key), timeout=120))
+
+    with cluster(fake_folder, tmp_path, executors=0, flags=["--api-keys", str(keys)]) as running:
+        running.start_executor("--fake-step-s=0.02")
+        kept, withdrawn = stream(acme), stream(other)
+        tokens = [token for _ in range(3) for token in next(kept).delta.token_ids]
+        for _ in range(3):
+            next(withdrawn)
+        keys.write_text(without_other)
+        heard, error = until_error(withdrawn)
+        assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert len(heard) < 390, "it ended for its key, and not by itself"
+        with Client(running.address, api_key=other) as client, pytest.raises(Unauthenticated):
+            client.generate("hi")
+        for message in kept:
+            tokens += message.delta.token_ids
+        assert tokens == [n % 320 for n in range(3, 403)]
+
+
 def test_a_file_of_keys_that_cannot_be_used_is_one_line(fake_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("acme pw-not-a-hash\n")
     ended = run(*PAGEWIRE, "scheduler", "--model", str(fake_folder), "--api-keys", str(tmp_path / "keys"))
@@ -176,6 +208,8 @@ def test_everything_works_over_tls_and_nothing_without_it(
 
         ended = run(*PAGEWIRE, "generate", *flags, "--tls-ca", str(authority.ca), "hi")
         assert (ended.code, ended.out, ended.err) == (0, "9:;\n", "")
+        with Client(flags[1], tls_ca=authority.ca) as client:
+            assert client.generate(messages=[{"role": "user", "content": "hi"}], max_tokens=3).text == "9:;"
         for wrong in ([], ["--tls-ca", str(stranger.ca)], ["--tls-ca", "system"]):
             ended = run(*PAGEWIRE, "generate", *flags, *wrong, "hi")
             assert (ended.code, ended.out) == (1, ""), wrong
@@ -207,12 +241,28 @@ def test_an_expired_certificate_stops_the_start_with_its_date(
     assert ended.err.startswith(f"error: {pair.cert}: expired on ")
 
 
-def test_a_key_is_not_sent_in_the_clear_to_another_machine(tmp_path: Path) -> None:
+def test_a_key_is_not_sent_in_the_clear_to_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "key").write_text(new_key())
-    ended = run(*PAGEWIRE, "generate", "--address", "192.0.2.1:1", "--api-key-file", str(tmp_path / "key"), "hi")
-
-    problem = "error: the API key is not sent to 192.0.2.1:1 without TLS: give --tls-ca\n"
+    flags = ["--address", "192.0.2.1:1"]
+    ended = run(*PAGEWIRE, "generate", *flags, "--api-key-file", str(tmp_path / "key"), "hi")
+    problem = "error: the API key is not sent to 192.0.2.1:1 without TLS: give --tls-ca, or --insecure\n"
     assert (ended.code, ended.err) == (1, problem)
+
+    monkeypatch.setenv("PAGEWIRE_API_KEY", new_key())
+    ended = run(*PAGEWIRE, "generate", *flags, "hi")
+    assert (ended.code, ended.err) == (1, problem)
+
+
+def test_the_command_line_and_the_client_take_the_key_of_the_environment(
+    keyed: Keyed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAGEWIRE_API_KEY", keyed.acme)
+    ended = run(*PAGEWIRE, "generate", "--address", keyed.cluster.address, "--max-tokens=3", "--no-stats", "hi")
+    assert (ended.code, ended.out) == (0, "9:;\n")
+    with Client(keyed.cluster.address) as client:
+        assert client.generate(messages=[{"role": "user", "content": "hi"}], max_tokens=3).text == "9:;"
+    with Client(keyed.cluster.address, api_key=new_key()) as client, pytest.raises(Unauthenticated):
+        client.generate("hi")
 
 
 def test_a_file_that_holds_more_than_a_key_is_not_repeated(shared: Cluster, tmp_path: Path) -> None:
@@ -273,79 +323,68 @@ def test_no_process_leaves_its_memory_in_a_core_file(shared: Cluster) -> None:
         assert int((proc / "coredump_filter").read_text(), 16) == 0
 
 
-# ---- what is never told
+# ---- what starts, and what does not
 
 
-CANARY = "Canary7Q"
+@pytest.mark.parametrize(
+    ("command", "flags", "needed"),
+    [
+        ("scheduler", ["--listen=0.0.0.0:0"], "--tls-cert --tls-key --api-keys"),
+        ("scheduler", ["--listen=[::]:0", "TLS"], "--api-keys"),
+        ("scheduler", ["--listen=0.0.0.0:0", "KEYS"], "--tls-cert --tls-key"),
+        ("scheduler", ["--link-listen=0.0.0.0:0"], "--link-tls-cert --link-tls-key --link-tls-ca"),
+        ("scheduler", ["--link-listen=0.0.0.0:0", "TLS", "KEYS"], "--link-tls-cert --link-tls-key --link-tls-ca"),
+        ("serve", ["--listen=0.0.0.0:0", "--fake"], "--tls-cert --tls-key --api-keys"),
+    ],
+)
+def test_what_others_could_reach_does_not_start_unprotected(
+    command: str, flags: list[str], needed: str, protected: dict[str, list[str]], fake_folder: Path
+) -> None:
+    spelled = [flag for word in flags for flag in protected.get(word, [word])]
+    ended = run(*PAGEWIRE, command, "--model", str(fake_folder), *spelled)
+
+    assert ended.code == 1
+    (line,) = ended.err.splitlines()[-1:]
+    assert line.startswith("error: ") and f"can be reached from other machines. Protect it with {needed}, bind" in line
 
 
-def test_no_prompt_and_no_key_is_ever_logged_or_sent_back(fake_folder: Path, tmp_path: Path) -> None:
-    """Whatever happens to a request, at the loudest: its words are in no log, no status and no counter."""
-    keys = tmp_path / "keys"
-    key = add_key(keys, "acme")
-    flags = ["--api-keys", str(keys), "--log-level=debug"]
-    told: list[str] = []
-    with cluster(fake_folder, tmp_path, executors=0, flags=flags) as running:
-        dying = running.start_executor("--log-level=debug", "--fake-step-s=0.02")
-        channel, metadata = running.channel, bearer(key)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--listen=0.0.0.0:0", "TLS", "KEYS"],
+        ["--link-listen=0.0.0.0:0", "LINK"],
+        ["--listen=0.0.0.0:0", "--link-listen=0.0.0.0:0", "--insecure"],
+        ["--listen=127.0.0.1:0", "--link-listen=127.0.0.1:0", "TLS", "KEYS", "LINK"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_protected_or_typed_starts_and_opens_just_that(
+    flags: list[str], protected: dict[str, list[str]], fake_folder: Path, tmp_path: Path
+) -> None:
+    spelled = [flag for word in flags for flag in protected.get(word, [word])]
+    with cluster(fake_folder, tmp_path, executors=0, flags=spelled) as running:
+        hosts = {address.rpartition(":")[0] for address in listening(running.scheduler.popen.pid)}
+        is_open = any(flag.endswith("listen=0.0.0.0:0") for flag in flags)
+        assert bool(hosts & {"0.0.0.0", "::"}) is is_open
+        assert stat.S_ISSOCK(Path(running.admin.removeprefix("unix:")).stat().st_mode)
 
-        def call(method: str, data: bytes, metadata: Metadata = metadata) -> bool:
-            stream: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(
-                f"/pagewire.v1.InferenceService/{method}"
-            )
-            try:
-                list(stream(data, metadata=metadata, timeout=30))
-            except grpc.RpcError as error:
-                told.append(f"{error.code()} {error.details()} {error.trailing_metadata()}")
-                return False
-            return True
 
-        def ask(**fields: object) -> bool:
-            stopping = pb.StopConditions(max_tokens=3, stop=[CANARY])
-            request = pb.GenerateStreamRequest(**{"stopping": stopping, "text": CANARY, **fields})  # type: ignore[arg-type]
-            return call("GenerateStream", request.SerializeToString())
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0"])
+def test_the_operators_socket_is_on_no_network_whatever_is_typed(address: str, fake_folder: Path) -> None:
+    flags = ["--listen=127.0.0.1:0", "--insecure", f"--admin-listen={address}"]
+    ended = run(*PAGEWIRE, "scheduler", "--model", str(fake_folder), *flags)
 
-        chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=CANARY)])
-        assert ask() and ask(chat=chat)
-        assert call("Tokenize", pb.TokenizeRequest(text=CANARY).SerializeToString())
-        refused = [
-            ask(sampling=pb.SamplingParams(temperature=-1)),
-            ask(text=CANARY * 1000),
-            ask(stopping=pb.StopConditions(max_tokens=3, stop=[CANARY * 100])),
-            ask(stopping=pb.StopConditions(max_tokens=100_000, stop=[CANARY])),
-            ask(chat=pb.ChatMessages(messages=[pb.ChatMessage(content=CANARY)])),
-            ask(token_ids=pb.TokenIds(ids=[9999])),
-            ask(request_id=f"{CANARY} with spaces"),
-            call("GenerateStream", b"\x0a\x7f" + CANARY.encode()),
-            call("Generate", b"\xff" * 9 + CANARY.encode()),
-            call("NoSuchMethod", CANARY.encode()),
-            call("GenerateStream", CANARY.encode() * (5 << 17)),
-            call("Generate", b"", bearer(f"pw-{CANARY}{'x' * 35}")),
-            call("Generate", b"", (("authorization", f"{key} {CANARY}"),)),
-        ]
-        assert not any(refused) and len(told) == len(refused)
-        model = pb.GenerateRequest(model=CANARY, text=CANARY).SerializeToString()
-        assert not call("Generate", model) and CANARY in told.pop(), (
-            "a caller's own model is named, to the caller alone"
-        )
+    assert ended.code == 1
+    assert ended.err.splitlines()[-1] == f"error: --admin-listen {address}: give unix:PATH, or none"
 
-        # an executor that is lost in the middle, and a caller who leaves
-        long = pb.GenerateStreamRequest(text=CANARY, stopping=pb.StopConditions(max_tokens=200, ignore_eos=True))
-        streams = [running.stub.GenerateStream(long, metadata=metadata, timeout=60) for _ in range(2)]
-        for stream in streams:
-            next(stream)
-            next(stream)
-        dying.popen.kill()
-        running.start_executor("--log-level=debug")
-        streams[0].cancel()
-        assert [m for m in streams[1] if m.HasField("finish")]
-        told.append(run(*PAGEWIRE, "status", running.admin).out)
-        running.scheduler.popen.terminate()
-        assert running.scheduler.wait() == 0
-        logs = {process.log.name: process.log.read_text() for process in (running.scheduler, *running.executors)}
 
-    for name, text in {**logs, **{f"status {i}": text for i, text in enumerate(told)}}.items():
-        assert CANARY not in text, name
-        assert key[3:] not in text, name
-    assert " D " in logs["scheduler.log"], "it was at its loudest"
-    assert "joined" in logs["scheduler.log"] and "is gone" in logs["scheduler.log"]
+@pytest.fixture(scope="module")
+def protected(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Flags by a word: what protects clients, and what protects the link."""
+    pair, keys = authority.issue("protected"), tmp_path_factory.mktemp("protected") / "keys"
+    add_key(keys, "acme")
+    return {
+        "TLS": [f"--tls-cert={pair.cert}", f"--tls-key={pair.key}"],
+        "KEYS": [f"--api-keys={keys}"],
+        "LINK": [f"--link-tls-cert={pair.cert}", f"--link-tls-key={pair.key}", f"--link-tls-ca={authority.ca}"],
+    }

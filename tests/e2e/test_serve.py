@@ -18,6 +18,7 @@ import pytest
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from tests.e2e.cluster import ROOT
+from tests.e2e.sockets import listening
 
 
 class Served:
@@ -114,6 +115,41 @@ def test_sigterm_ends_every_process_and_exits_with_zero(served: Served) -> None:
 
     assert served.popen.wait(30) == 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in children.values())
+
+
+def begun(served: Served, max_tokens: int) -> Iterator[pb.GenerateStreamResponse]:
+    """A stream that has its first token."""
+    request = pb.GenerateStreamRequest(
+        token_ids=pb.TokenIds(ids=[1, 2, 3]),
+        sampling=pb.SamplingParams(temperature=0),
+        stopping=pb.StopConditions(max_tokens=max_tokens, ignore_eos=True),
+    )
+    stream = iter(served.stub.GenerateStream(request, timeout=60))
+    next(stream)
+    assert next(stream).delta.token_ids
+    return stream
+
+
+@pytest.mark.parametrize("everybody", [False, True], ids=["serve alone", "every process, as an init system does"])
+def test_a_signal_lets_the_answers_that_run_finish(served: Served, *, everybody: bool) -> None:
+    children = served.children()
+    stream = begun(served, 60)
+    if everybody:
+        for pid in children.values():
+            os.kill(pid, signal.SIGTERM)
+    served.popen.terminate()
+    *_, last = stream
+
+    assert last.finish.usage.completion_tokens == 60
+    assert served.popen.wait(30) == 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children.values())
+
+
+def test_by_default_only_this_machine_can_reach_any_of_it(served: Served) -> None:
+    found = {name: listening(pid) for name, pid in {"serve": served.popen.pid, **served.children()}.items()}
+
+    assert found.pop("scheduler") == {served.address} and served.address.startswith("127.0.0.1:")
+    assert not any(found.values())
 
 
 def test_no_process_outlives_a_parent_that_is_killed(served: Served) -> None:

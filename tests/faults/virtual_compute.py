@@ -100,8 +100,9 @@ class VirtualCompute:
     def end_session(self, session: int) -> None:
         self._over = session
 
-    def stop(self, timeout_s: float = 10.0) -> None:
+    def stop(self, timeout_s: float = 10.0) -> bool:
         self._stopped = True
+        return True
 
     def _load(self) -> None:
         self._runner = self._make_runner()

@@ -69,3 +69,22 @@ def test_what_other_machines_can_reach_has_tls_and_keys() -> None:
             f"PAGEWIRE_{field.name.upper()}" for field in fields(ExecutorConfig)
         }
     assert set(file["services"]) <= set(services())
+
+
+def test_a_container_is_killed_only_after_its_drain_and_hears_its_signal_at_once() -> None:
+    last_words_s = 10  # after the drain: ends of calls, the step that runs
+    drain_s = max(SchedulerConfig().drain_s, ExecutorConfig().drain_s)
+    for name, service in services().items():
+        assert service["init"], f"{name}: as process 1 it would not hear SIGTERM before it listens for it"
+        if name != "model":
+            assert int(service["stop_grace_period"].removesuffix("s")) >= drain_s + last_words_s
+            assert "--drain-s" not in " ".join(service["command"])
+    assert re.findall(r"^STOPSIGNAL (\S+)$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE) == ["SIGTERM"]
+
+
+def test_the_scheduler_stops_before_its_executors() -> None:
+    """Compose stops in the reverse of the order in which it starts, and a drain needs executors."""
+    found = services()
+
+    assert "executor" in found["scheduler"]["depends_on"]
+    assert not any("scheduler" in found[name]["depends_on"] for name in ("executor", "executor-gpu"))

@@ -44,14 +44,16 @@ def test_the_limits_are_the_defaults() -> None:
     assert limit["tokens that wait, prompts and expected answers"] == f"{scheduler.max_waiting_tokens}"
     assert limit["one request, from arrival to end"] == f"{scheduler.max_request_s:g} s"
     assert limit["wait while no executor is there"] == f"{scheduler.executor_wait_s:g} s"
-    assert f"{scheduler.drain_s:g} s (`--drain-s`)" in section("Limits")
+    watches = "Watch` calls for health; of one host, as many as are still free"
+    assert limit[watches] == f"{scheduler.max_health_watches}"
+    assert f"{scheduler.drain_s:g} s (`--drain-s`)" in section("Restarts that nobody notices")
 
 
 def test_every_flag_and_target_that_is_named_exists() -> None:
     settings = {field.name for config in (SchedulerConfig, ExecutorConfig, ClientConfig) for field in fields(config)}
     flags = {
         flag.replace("-", "_")
-        for part in ("Limits", "Keys, TLS and tenants", "Not there yet")
+        for part in ("Limits", "Keys, TLS and tenants", "Restarts that nobody notices", "Not there yet")
         for flag in re.findall(r"--([a-z]+[a-z-]*)", section(part))
         if flag != "address"
     }

@@ -327,6 +327,17 @@ def test_the_deadline_is_the_end_and_says_what_was_in_the_way() -> None:
         attempts(deadline_s=10.0).failed(lost("what was in the way"), 9.99)
 
 
+def test_streams_that_a_server_took_and_sends_elsewhere_are_no_refusals() -> None:
+    """A scheduler that drains hands over all that it has at once: none of it may wait for the budget."""
+    budget = RetryBudget()
+    many = [attempts("a", "b", budget=budget) for _ in range(1000)]
+    for one in many:
+        one.taken()
+        assert one.failed(UNAVAILABLE, 1.0) == 0.0
+    refused = [one.failed(UNAVAILABLE, 1.0) for one in many[:20]]
+    assert (refused[0], refused[-1]) == pytest.approx((1.0, 10.0)), "of those who refuse them there, the budget is kept"
+
+
 def test_retries_over_the_budget_are_put_off_and_not_given_up() -> None:
     budget = RetryBudget(ratio=0.1, per_s=2.0, reserve=3.0)
     assert [budget.retry(0.0) for _ in range(5)] == [0.0, 0.0, 0.0, 0.5, 1.0]

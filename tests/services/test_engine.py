@@ -18,6 +18,7 @@ from common.types import FinishReason
 from executor.fake_runner import FakeRunner
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from scheduler.sequence import Begun
+from services import engine as engine_module
 from services.admission import Admission, AdmissionLimits
 from services.engine import Engine, RequestStream
 from tests.services.instant_link import InstantLink
@@ -366,10 +367,61 @@ def test_a_draining_engine_finishes_what_it_has_and_takes_nothing_new() -> None:
     async def test(engine: Engine) -> None:
         join(engine)
         stream = engine.submit([1, 2], GREEDY, StopConditions(max_tokens=3))
-        engine.draining = True
+        engine.drain()
         with pytest.raises(Unavailable):
             engine.submit([1], GREEDY, StopConditions(max_tokens=1))
         assert await read(stream) == {0: [2, 3, 4]}
+
+    run(test)
+
+
+def test_a_draining_engine_gives_up_at_once_what_no_executor_could_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_DRAINING_WAIT_S", 0.01)
+
+    async def test(engine: Engine) -> None:
+        waiting = engine.submit([1, 2], GREEDY, StopConditions(max_tokens=3))
+        engine.drain()
+        with pytest.raises(Unavailable, match=r"no executor is connected; waited 0\.01 s"):
+            await read(waiting)
+        await engine.idle()
+
+    run(test, executor_wait_s=3600)
+
+
+def test_what_waits_for_an_executor_that_leaves_does_not_hold_up_the_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_DRAINING_WAIT_S", 0.01)
+
+    async def test(engine: Engine) -> None:
+        link = InstantLink(engine, 1, steps=1, runner=FakeRunner(max_sequences=1))
+        engine.join(1, link.facts, link)
+        running = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=12))
+        waiting = engine.submit([4, 5, 6], GREEDY, StopConditions(max_tokens=12))
+        while not engine.scheduler.session(1).outstanding:
+            await asyncio.sleep(0)
+        engine.drain()
+        engine.leave(1)
+        with pytest.raises(Unavailable):
+            await read(waiting)
+        link.allow(30)
+        assert await read(running) == {0: list(range(3, 15))}
+        await engine.idle()
+
+    run(test, executor_wait_s=3600)
+
+
+def test_an_engine_can_serve_while_an_executor_is_there_that_stays() -> None:
+    async def test(engine: Engine) -> None:
+        assert not engine.can_serve
+        join(engine)
+        await engine.executors_changed()
+        assert engine.can_serve
+        stream = engine.submit([1, 2], GREEDY, StopConditions(max_tokens=30))
+        while not engine.scheduler.session(1).running:
+            await asyncio.sleep(0)
+        engine.leave(1)
+        await engine.executors_changed()
+        assert not engine.can_serve and engine.scheduler.sessions
+        assert len((await read(stream))[0]) == 30
 
     run(test)
 

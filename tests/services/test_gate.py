@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from common.errors import Unauthenticated
+from protos import inference_pb2 as pb
 from services.api_keys import ApiKeys, line_of, new_key, read_api_keys
 from services.caller import ANONYMOUS, Caller, current_caller
 from services.gate import Gate
+from services.handlers import Context, service_handler
 from services.status import from_rpc_error
 from services.watched_files import WatchedFiles
 
@@ -222,3 +225,148 @@ def test_who_tries_keys_is_logged_now_and_then_and_never_with_the_key(
     told = [record.getMessage() for record in caplog.records if record.name == "services.gate"]
     assert [text.partition(" calls had no valid API key, the last from ipv4:")[0] for text in told] == ["1", "3"]
     assert wrong[3:] not in caplog.text
+
+
+# ---- keys that are withdrawn while calls are open
+
+
+class Patient:
+    """A service whose methods answer once, and then wait."""
+
+    def __init__(self) -> None:
+        self.left: list[str] = []
+
+    async def GenerateStream(self, request: pb.GenerateStreamRequest, context: Context) -> AsyncGenerator[Message]:  # noqa: N802
+        try:
+            yield pb.GenerateStreamResponse(delta=pb.Delta(text=current_caller().tenant))
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self.left.append(current_caller().tenant)
+
+    Resume = GenerateStream
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> Message:  # noqa: N802
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self.left.append(current_caller().tenant)
+        return pb.GenerateResponse()
+
+    Tokenize = Detokenize = GetModel = Cancel = Generate
+
+
+@asynccontextmanager
+async def patient(gate: Gate, service: Patient) -> AsyncIterator[aio.Channel]:
+    server = aio.server(interceptors=(gate,))
+    name = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+    server.add_generic_rpc_handlers((service_handler(name, pb.DESCRIPTOR, service),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with asyncio.timeout(20), aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+    await server.stop(0)
+
+
+def stream(channel: aio.Channel, key: str) -> aio.UnaryStreamCall[bytes, bytes]:
+    method: aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(
+        "/pagewire.v1.InferenceService/GenerateStream"
+    )
+    return method(b"", metadata=bearer(key))
+
+
+async def tenant_of(call: aio.UnaryStreamCall[bytes, bytes]) -> str:
+    data = await call.read()
+    assert isinstance(data, bytes), await call.code()
+    return pb.GenerateStreamResponse.FromString(data).delta.text
+
+
+def test_open_calls_end_with_their_key_and_others_go_on(tmp_path: Path) -> None:
+    first, second, other = new_key(), new_key(), new_key()
+    path = tmp_path / "keys"
+    lines = {key: line_of(tenant, key) for key, tenant in ((first, "acme"), (second, "acme"), (other, "other"))}
+    path.write_text("\n".join(lines.values()))
+    watched = WatchedFiles([path], lambda: read_api_keys(path), look_every_s=0)
+
+    async def scenario() -> None:
+        gate, service = Gate(watched.current), Patient()
+        async with patient(gate, service) as channel:
+            calls = [stream(channel, key) for key in (first, first, second, other)]
+            assert [await tenant_of(call) for call in calls] == ["acme", "acme", "acme", "other"]
+            unary: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+                "/pagewire.v1.InferenceService/Generate"
+            )
+            whole = unary(b"", metadata=bearer(first))
+            while gate.num_calls < 5:
+                await asyncio.sleep(0.001)
+            gate.look()
+            gate.look()
+            assert not any(call.done() for call in calls)
+
+            path.write_text("\n".join([lines[second], lines[other]]))
+            gate.look()
+            gate.look()
+            for call in calls[:2]:
+                assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert await whole.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert not calls[2].done() and not calls[3].done()
+            assert service.left == ["acme"] * 3
+            gate.look()
+            gate.look()
+            assert not calls[2].done() and not calls[3].done()
+
+    asyncio.run(scenario())
+
+
+def test_a_file_that_is_empty_while_it_is_written_ends_nothing(tmp_path: Path) -> None:
+    key = new_key()
+    path = tmp_path / "keys"
+    keys_of(path, acme=key)
+    watched = WatchedFiles([path], lambda: read_api_keys(path), look_every_s=0)
+
+    async def scenario() -> None:
+        gate = Gate(watched.current)
+        async with patient(gate, Patient()) as channel:
+            call = stream(channel, key)
+            assert await tenant_of(call) == "acme"
+            for text in ("", line_of("acme", key), "", line_of("acme", key), "nonsense", "nonsense"):
+                path.write_text(text)
+                gate.look()
+            await stream(channel, key).read()
+            assert not call.done()
+
+    asyncio.run(scenario())
+
+
+def test_a_key_that_becomes_another_tenants_ends_what_it_had_opened(tmp_path: Path) -> None:
+    key = new_key()
+    path = tmp_path / "keys"
+    keys_of(path, acme=key)
+    watched = WatchedFiles([path], lambda: read_api_keys(path), look_every_s=0)
+
+    async def scenario() -> None:
+        gate = Gate(watched.current)
+        async with patient(gate, Patient()) as channel:
+            call = stream(channel, key)
+            assert await tenant_of(call) == "acme"
+            keys_of(path, other=key)
+            gate.look()
+            gate.look()
+            assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert await tenant_of(stream(channel, key)) == "other"
+
+    asyncio.run(scenario())
+
+
+def test_calls_that_have_ended_are_not_kept(tmp_path: Path) -> None:
+    key = new_key()
+    keys = keys_of(tmp_path / "keys", acme=key)
+
+    async def scenario() -> None:
+        gate = Gate(lambda: keys)
+        async with served(gate) as channel:
+            for method in METHODS[:-1]:
+                await call(channel, method, bearer(key))
+            while gate.num_calls:
+                await asyncio.sleep(0)
+
+    asyncio.run(scenario())

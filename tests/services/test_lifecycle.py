@@ -57,3 +57,40 @@ def test_what_others_can_reach_is_refused_with_what_to_type(config: SchedulerCon
 )
 def test_a_name_or_an_address_that_may_be_anybodys_is_not_local(address: str) -> None:
     assert not is_local(address)
+
+
+@pytest.mark.parametrize("insecure", [False, True], ids=["", "insecure"])
+@pytest.mark.parametrize("keys", [False, True], ids=["no keys", "keys"])
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("listen", ["127.0.0.1:1", "unix:/run/x", OPEN, "[::]:1", "example.org:1"])
+def test_clients_are_let_in_from_elsewhere_with_tls_and_keys_or_by_word(
+    listen: str, *, tls: bool, keys: bool, insecure: bool
+) -> None:
+    config = replace(
+        PLAIN,
+        listen=listen,
+        tls_cert="c" if tls else "",
+        tls_key="k" if tls else "",
+        api_keys="f" if keys else "",
+        insecure=insecure,
+    )
+    assert starts(config) is (listen.startswith(("127", "unix")) or (tls and keys) or insecure)
+
+
+@pytest.mark.parametrize("insecure", [False, True], ids=["", "insecure"])
+@pytest.mark.parametrize("given", ["", "cert key", "cert key ca"])
+@pytest.mark.parametrize("listen", ["127.0.0.1:1", "unix:/run/x", OPEN, "[::]:1", "example.org:1"])
+def test_executors_are_let_in_from_elsewhere_with_certificates_of_both_or_by_word(
+    listen: str, given: str, *, insecure: bool
+) -> None:
+    files = {f"link_tls_{name}": name for name in given.split()}
+    config = replace(PLAIN, link_listen=listen, insecure=insecure, **files)  # type: ignore[arg-type]
+    assert starts(config) is (listen.startswith(("127", "unix")) or given == "cert key ca" or insecure)
+
+
+def starts(config: SchedulerConfig) -> bool:
+    try:
+        check_binds(config)
+    except StartupError:
+        return False
+    return True

@@ -490,3 +490,34 @@ def test_an_executor_that_leaves_ends_cleanly(tmp_path: Path) -> None:
         assert room.core.counters.unclean_ends == 0
 
     run(tmp_path, test)
+
+
+def test_an_executor_whose_grace_is_over_before_its_work_ends_cleanly_and_accuses_nobody(tmp_path: Path) -> None:
+    async def test(room: Room) -> None:
+        executor = room.dial()
+        await executor.hello(bytes(16))
+        stream = room.submit(1, 2, 3, max_tokens=9)
+        await executor.answer(await executor.plan())
+        await executor.plan()
+        await executor.say(leave=pb.Leave(reason="maintenance"))
+        await room.until(lambda: room.core.sessions[0].leaving)
+        executor.cut()
+        await room.until(lambda: not room.core.sessions)
+        counters = room.core.counters
+        assert (counters.unclean_ends, counters.suspected, counters.moved) == (0, 0, 1)
+
+        other = room.dial("other")
+        await other.hello(bytes(range(16)))
+
+        async def work() -> None:
+            while True:
+                await other.answer(await other.plan())
+
+        working = asyncio.create_task(work())
+        tokens: list[int] = []
+        while stream.is_open:
+            tokens += [token for event in await stream.take() for token in event.tokens]
+        assert tokens == list(range(3, 12))
+        working.cancel()
+
+    run(tmp_path, test)
