@@ -22,6 +22,7 @@ class Ends(NamedTuple):
     proxy: Proxy
     near: tuple[asyncio.StreamReader, asyncio.StreamWriter]
     far: tuple[asyncio.StreamReader, asyncio.StreamWriter]
+    arrived: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]]  # far ends of those that are made later
 
 
 @asynccontextmanager
@@ -31,7 +32,7 @@ async def connected() -> AsyncIterator[Ends]:
     async with server, Proxy(f"127.0.0.1:{server.sockets[0].getsockname()[1]}") as proxy:
         near = await asyncio.open_connection("127.0.0.1", int(proxy.address.rpartition(":")[2]))
         far = await arrived.get()
-        yield Ends(proxy, near, far)
+        yield Ends(proxy, near, far, arrived)
         for _, writer in (near, far):
             writer.close()
 
@@ -46,7 +47,7 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 def test_bytes_pass_both_ways_and_so_does_their_end() -> None:
     async def scenario() -> None:
-        async with connected() as (proxy, near, far):
+        async with connected() as (proxy, near, far, _):
             near[1].write(WORDS)
             near[1].write_eof()
             assert await far[0].read(-1) == WORDS
@@ -60,7 +61,7 @@ def test_bytes_pass_both_ways_and_so_does_their_end() -> None:
 
 def test_what_a_dark_network_swallows_arrives_when_it_has_healed() -> None:
     async def scenario() -> None:
-        async with connected() as (proxy, near, far):
+        async with connected() as (proxy, near, far, _):
             proxy.blackhole()
             near[1].write(b"up")
             far[1].write(b"down")
@@ -77,7 +78,7 @@ def test_what_a_dark_network_swallows_arrives_when_it_has_healed() -> None:
 
 def test_one_direction_can_be_dark_alone() -> None:
     async def scenario() -> None:
-        async with connected() as (proxy, near, far):
+        async with connected() as (proxy, near, far, _):
             proxy.blackhole(down=False)
             far[1].write(b"down")
             assert await near[0].readexactly(4) == b"down"
@@ -91,7 +92,7 @@ def test_one_direction_can_be_dark_alone() -> None:
 
 def test_the_end_of_a_connection_does_not_pass_in_the_dark_either() -> None:
     async def scenario() -> None:
-        async with connected() as (proxy, near, far):
+        async with connected() as (proxy, near, far, _):
             proxy.blackhole()
             near[1].transport.abort()
             with pytest.raises(TimeoutError):
@@ -104,13 +105,16 @@ def test_the_end_of_a_connection_does_not_pass_in_the_dark_either() -> None:
 
 def test_both_ends_hear_a_reset_and_another_connection_can_be_made() -> None:
     async def scenario() -> None:
-        async with connected() as (proxy, near, far):
+        async with connected() as (proxy, near, far, arrived):
             proxy.reset()
             for reader in (near[0], far[0]):
                 with pytest.raises(ConnectionResetError):
                     await reader.read(1)
             _, again = await asyncio.open_connection("127.0.0.1", int(proxy.address.rpartition(":")[2]))
-            await proxy.accepted(2)
+            reader, other = await arrived.get()
+            again.write(b"again")
+            assert await reader.readexactly(5) == b"again"
+            other.close()
             again.close()
 
     run(scenario())
@@ -118,7 +122,7 @@ def test_both_ends_hear_a_reset_and_another_connection_can_be_made() -> None:
 
 def test_late_bytes_keep_their_order() -> None:
     async def scenario() -> None:
-        async with connected() as (proxy, near, far):
+        async with connected() as (proxy, near, far, _):
             proxy.delay(0.05, 0.05)
             began_s = time.monotonic()
             for at in range(0, len(WORDS), 5000):
@@ -132,7 +136,7 @@ def test_late_bytes_keep_their_order() -> None:
 
 def test_a_slow_network_takes_its_time() -> None:
     async def scenario() -> None:
-        async with connected() as (proxy, near, far):
+        async with connected() as (proxy, near, far, _):
             proxy.throttle(50_000)
             began_s = time.monotonic()
             near[1].write(WORDS[:20_000])

@@ -222,3 +222,16 @@ def test_who_tries_keys_is_logged_now_and_then_and_never_with_the_key(
     told = [record.getMessage() for record in caplog.records if record.name == "services.gate"]
     assert [text.partition(" calls had no valid API key, the last from ipv4:")[0] for text in told] == ["1", "3"]
     assert wrong[3:] not in caplog.text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_metadata_than_any_call_needs_is_refused_whatever_grpc_lets_pass(method: str) -> None:
+    async def scenario() -> tuple[grpc.StatusCode, str | None]:
+        async with served(Gate(None, max_metadata_bytes=1000)) as channel:
+            await call(channel, "Unary", (("x", "a" * 700),))
+            with pytest.raises(aio.AioRpcError) as refused:
+                await call(channel, method, (("x", "a" * 1000),))
+            return refused.value.code(), refused.value.details()
+
+    problem = "the metadata of a call has at most 1000 bytes"
+    assert asyncio.run(scenario()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, problem)
