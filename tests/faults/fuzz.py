@@ -1,18 +1,19 @@
 """Messages that nobody would send, by the million: `python -m tests.faults.fuzz --messages 1000000 --seed 1`.
 
-Every method of every service, by its descriptor: fields at their limits and beyond, not numbers, not UTF-8; messages cut
-short, with bits turned over, with fields that nobody knows, nested without end. The link gets whole sessions: a Hello,
-then heartbeats, results of the plans that were really sent and of others, in any order. All of it goes through the real
-handlers and all that is behind them, without a socket; `--sockets` sends some to real processes, too.
+Every method of every service, by its descriptor: fields at their limits and beyond, not numbers, not UTF-8; messages
+cut short, with bits turned over, with fields that nobody knows, nested without end. The link gets whole sessions: a
+Hello, then heartbeats, results of the plans that were really sent and of others, in any order. All of it goes through
+the real handlers and all that is behind them, without a socket; with `--sockets` it goes to real processes.
 
-Each call must end within a second with a status of services/status.py that is not a bug's. Message number N of a seed is
-always the same: `--first N --messages 1` sends it again.
+Each call must end within a second with a status of services/status.py that is not a bug's. Message number N of a seed
+is always the same: `--first N --messages 1` sends it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import random
 import struct
@@ -23,7 +24,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Never
+from typing import Any, Final, Never, Self
 
 import grpc
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
@@ -48,6 +49,7 @@ from services.scheduler_service import SchedulerService
 from services.status import declared_codes
 from services.text import Tokenizer
 from tests.e2e import fake_model
+from tests.e2e.cluster import Cluster
 from tests.services.instant_link import InstantLink
 
 HANG_S: Final = 1.0
@@ -69,12 +71,48 @@ _LINK: Final = executor_pb2.DESCRIPTOR.services_by_name["ExecutorLink"].methods_
 
 _SURROGATE: Final = "\x01@@"  # three bytes that become a lone surrogate, or no UTF-8 at all
 _WORDS: Final = (
-    "", "a", "hello", "\0", "a\0b", "é", "😀", "\u202e", "\ufeff", "\x7f", "<|end|>", "{{ 7*7 }}", "user", "assistant", "fake",
-    _SURROGATE, "x" * 128, "x" * 129, "y" * 257, "z" * 5000,
+    "", "a", "hello", "\0", "a\0b", "é", "😀", "\u202e", "\ufeff", "\x7f", "<|end|>", "{{ 7*7 }}", "user", "assistant",
+    "fake", _SURROGATE, "x" * 128, "x" * 129, "y" * 257, "z" * 5000,
 )  # fmt: skip
-_U32: Final = (0, 1, 2, 3, 7, 8, 9, 63, 64, 65, 255, 256, 319, 320, 511, 512, 513, 65_535, 65_536, 1 << 31, (1 << 32) - 1)
+_U32: Final = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    9,
+    63,
+    64,
+    65,
+    255,
+    256,
+    319,
+    320,
+    511,
+    512,
+    513,
+    65_535,
+    65_536,
+    1 << 31,
+    (1 << 32) - 1,
+)
 _U64: Final = (*_U32, 1 << 32, (1 << 53) + 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
-_FLOATS: Final = (0.0, -0.0, 1.0, 0.5, 1e-45, 3.4e38, -3.4e38, 100.0, 100.1, -1.0, float("inf"), -float("inf"), float("nan"))
+_FLOATS: Final = (
+    0.0,
+    -0.0,
+    1.0,
+    0.5,
+    1e-45,
+    3.4e38,
+    -3.4e38,
+    100.0,
+    100.1,
+    -1.0,
+    float("inf"),
+    -float("inf"),
+    float("nan"),
+)
 _ENUMS: Final = (0, 1, 2, 3, 4, -1, (1 << 31) - 1, -(1 << 31))
 _COUNTS: Final = (1, 1, 2, 3, 9, 65)
 
@@ -143,9 +181,9 @@ class Draw:
 
     def _value(self, each: FieldDescriptor) -> Any:
         likely = _LIKELY.get(each.name)
-        if likely and isinstance(likely[0], str) == (each.type == FieldDescriptor.TYPE_STRING):
-            if self._draw.random() < 0.85:
-                return self._draw.choice(likely)
+        of_that_type = likely and isinstance(likely[0], str) == (each.type == FieldDescriptor.TYPE_STRING)
+        if likely and of_that_type and self._draw.random() < 0.85:
+            return self._draw.choice(likely)
         match each.type:
             case FieldDescriptor.TYPE_STRING:
                 return self._draw.choice(_WORDS)
@@ -316,21 +354,25 @@ class Call:
     ) -> None:
         self.code = grpc.StatusCode.OK
         self.num_said = 0
-        self._say, self._hear = say, hear
+        self.hear = hear
+        self._say = say
         self._time_left_s = time_left_s
         self._trailers: tuple[tuple[str, str | bytes], ...] = ()
 
     async def read(self) -> Any:
         """The next message, after a turn for the others."""
         await asyncio.sleep(0)
-        data = self._say()
-        if data is None:
-            return aio.EOF
-        self.num_said += 1
-        return data
+        data = self.say()
+        return aio.EOF if data is None else data
 
     async def write(self, data: bytes) -> None:
-        self._hear(data)
+        self.hear(data)
+
+    def say(self) -> bytes | None:
+        """The next message; None at the end."""
+        data = self._say()
+        self.num_said += data is not None
+        return data
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> Never:
         self.code = code
@@ -380,7 +422,7 @@ class Server:
         )
         self._executor = InstantLink(self.engine, 1 << 40, runner=runner, name="good")
 
-    async def __aenter__(self) -> Server:
+    async def __aenter__(self) -> Self:
         self.engine.join(1 << 40, self._executor.facts, self._executor)
         self._loop = asyncio.create_task(self.engine.run())
         return self
@@ -392,16 +434,14 @@ class Server:
     async def serve(self, method: MethodDescriptor, call: Call) -> grpc.StatusCode:
         """Run the call to its end. Whatever escapes the handler is raised."""
         assert not self._loop.done(), "the engine's loop has ended"
-        service = method.containing_service
-        assert service is not None
-        path = f"/{service.full_name}/{method.name}"
+        path = _path(method)
         handler: Any = next(found for h in self._handlers if (found := h.service(_Details(path))) is not None)
         let_in(ANONYMOUS)
         try:
             if handler.response_streaming:
                 await handler.stream_stream(None, call)
             else:
-                call._hear(await handler.stream_unary(None, call))
+                call.hear(await handler.stream_unary(None, call))
         except aio.AbortError:
             pass
         return call.code
@@ -411,6 +451,54 @@ class Server:
 class _Details:
     method: str
     invocation_metadata: tuple[()] = ()
+
+
+_MADE_UP: Final = "Internal error from Core"
+
+
+class Wire:
+    """Real processes, over real sockets."""
+
+    def __init__(self, addresses: Mapping[str, str]) -> None:
+        """`addresses`: by the name of the service that is served there."""
+        self._channels = {name: aio.insecure_channel(address) for name, address in addresses.items()}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def serve(self, method: MethodDescriptor, call: Call) -> grpc.StatusCode | None:
+        """Send all that the call says, and hear all that is answered.
+
+        None: the server ended the call while it was written to, for which grpc.aio makes a status of its own.
+        """
+        service = method.containing_service
+        assert service is not None
+        streaming: Any = self._channels[service.name].stream_stream(_path(method))
+        wire = streaming()
+        hearing = asyncio.create_task(_hear(wire, call))
+        with contextlib.suppress(aio.AioRpcError, asyncio.InvalidStateError):  # it has ended, and says why below
+            while (data := call.say()) is not None:
+                await wire.write(data)
+            await wire.done_writing()
+        await hearing
+        code: grpc.StatusCode = await wire.code()
+        return None if code is grpc.StatusCode.INTERNAL and await wire.details() == _MADE_UP else code
+
+
+async def _hear(wire: Any, call: Call) -> None:
+    with contextlib.suppress(aio.AioRpcError):
+        while (data := await wire.read()) is not aio.EOF:
+            call.hear(data)
+
+
+def _path(method: MethodDescriptor) -> str:
+    service = method.containing_service
+    assert service is not None
+    return f"/{service.full_name}/{method.name}"
 
 
 # ---- the run
@@ -437,13 +525,15 @@ class Report:
         """All that were sent."""
         return sum(tally.messages for tally in self.tallies.values())
 
-    def note(self, method: MethodDescriptor, number: int, messages: int, code: grpc.StatusCode, took_s: float) -> None:
-        """One call has ended."""
+    def note(
+        self, method: MethodDescriptor, number: int, messages: int, code: grpc.StatusCode | None, took_s: float
+    ) -> None:
+        """One call has ended; without a code, nobody heard how."""
         tally = self.tallies.setdefault(method.name, Tally())
         tally.messages += messages
-        tally.codes[code.name] += 1
+        tally.codes[code.name if code else "unheard"] += 1
         tally.slowest_s = max(tally.slowest_s, took_s)
-        if code not in ALLOWED:
+        if code is not None and code not in ALLOWED:
             self.fail(method, number, f"ended with {code.name}")
 
     def fail(self, method: MethodDescriptor, number: int, problem: str) -> None:
@@ -463,11 +553,18 @@ class Report:
 ALLOWED: Final = (declared_codes() | {grpc.StatusCode.OK}) - {grpc.StatusCode.INTERNAL}
 """A bug is INTERNAL; so is a request that executors die of, of which there is none here but on purpose."""
 
-Send = Callable[[MethodDescriptor, Call], Awaitable[grpc.StatusCode]]
+Send = Callable[[MethodDescriptor, Call], Awaitable[grpc.StatusCode | None]]
 
 
 async def one(
-    server_send: Send, report: Report, draw: random.Random, number: int, digest: str, stock: Sequence[Message] = ()
+    send: Send,
+    report: Report,
+    draw: random.Random,
+    number: int,
+    digest: str,
+    stock: Sequence[Message] = (),
+    *,
+    hang_s: float = HANG_S,
 ) -> int:
     """Send what is drawn for this number. Returns how many messages that was."""
     if number % LINK_SHARE == 0:
@@ -489,10 +586,10 @@ async def one(
         call = Call(lambda: said.pop() if said else None, lambda data: None, time_left_s=draw.choice((None, None, 5.0)))
     began_s = time.perf_counter()
     try:
-        async with asyncio.timeout(HANG_S):
-            code = await server_send(method, call)
+        async with asyncio.timeout(hang_s):
+            code = await send(method, call)
     except TimeoutError:
-        report.fail(method, number, f"did not end within {HANG_S:g} s")
+        report.fail(method, number, f"did not end within {hang_s:g} s")
     except Exception as error:  # noqa: BLE001 - whatever escapes a handler is what we look for
         report.fail(method, number, f"{type(error).__name__} escaped: {error}")
     else:
@@ -539,7 +636,7 @@ async def run(
             stock = await stock_of(server)
             good: set[asyncio.Task[None]] = set()
             while sent < messages and len(report.failures) < _KEPT:
-                draw = random.Random(seed << 40 | number)
+                draw = draw_of(seed, number)
                 if number % LINK_SHARE == 0 and len(good) < _GOOD_ONES:
                     good.add(asyncio.create_task(_good_one(server, number)))
                 sent += await one(server.serve, report, draw, number, server.digest, stock)
@@ -557,6 +654,37 @@ async def run(
     finally:
         logging.disable(logging.NOTSET)
     return report
+
+
+async def run_sockets(*, messages: int, seed: int, folder: Path, hang_s: float = 10.0) -> Report:
+    """Send at least so many messages to real processes."""
+    report = Report()
+    sent, number = 0, 0
+    running = await asyncio.to_thread(Cluster, fake_model.write(folder / "fake"), folder)
+    try:
+        await asyncio.to_thread(running.start_executor)
+        digest = read_model_folder(folder / "fake").digest
+        addresses = {
+            "InferenceService": running.address,
+            "MonitoringService": running.admin,
+            "ExecutorLink": running.link,
+        }
+        async with Wire(addresses) as wire:
+            while sent < messages and len(report.failures) < _KEPT:
+                sent += await one(wire.serve, report, draw_of(seed, number), number, digest, hang_s=hang_s)
+                number += 1
+        if running.scheduler.popen.poll() is not None:
+            report.failures.append("the scheduler has ended")
+        if running.executors[0].popen.poll() is not None:
+            report.failures.append("the executor has ended")
+    finally:
+        await asyncio.to_thread(running.close)
+    return report
+
+
+def draw_of(seed: int, number: int) -> random.Random:
+    """What draws the message of that number."""
+    return random.Random(seed << 40 | number)
 
 
 async def _good_one(server: Server, n: int) -> None:
@@ -577,10 +705,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--messages", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="the number to begin with")
+    parser.add_argument("--sockets", action="store_true", help="to real processes, over real sockets")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         report = asyncio.run(
-            run(
+            run_sockets(messages=options.messages, seed=options.seed, folder=Path(folder))
+            if options.sockets
+            else run(
                 messages=options.messages,
                 seed=options.seed,
                 first=options.first,
