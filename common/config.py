@@ -83,6 +83,10 @@ class SchedulerConfig:
     max_choices: int = option(8, "largest n of a request", least=1)
     max_message_bytes: int = option(4 << 20, "largest message from a client", least=1024)
     max_streams: int = option(4096, "calls that may be open at once", least=1)
+    handshake_s: float = option(5.0, "seconds that a connection may take to begin to speak HTTP/2", least=0.1)
+    first_message_s: float = option(
+        30.0, "seconds that a call may take to send its message, and an executor its hello", least=0.1
+    )
     suspect_s: float = option(1.0, "seconds without a word after which an executor gets nothing new", least=0.3)
     silence_s: float = option(2.0, "seconds without a word after which an executor is given up", least=0.5)
     lease_s: float = option(5.0, "seconds without a word after which executors give this scheduler up", least=0.5)

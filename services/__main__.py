@@ -30,6 +30,8 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 1 failed, 2 wrong usage, 78 an operator must act."""
+    # gRPC's own log is a line for whatever strangers send, in their words; what is ours to know comes as an exception.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show or tell becomes a mark, not a traceback
             stream.reconfigure(errors="replace")

@@ -1,4 +1,4 @@
-"""The gate of the clients' server: no call passes without an API key, whatever service it is for.
+"""The gate of the clients' server: no call passes without an API key, or with more metadata than any needs.
 
 It stands before all services and not inside them, so one that is added later is guarded too. Only health can be asked
 by anybody: who watches a server must not need a key. A call whose key is taken out of the file ends.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 from grpc import aio
 
-from common.errors import Unauthenticated
+from common.errors import Overloaded, Unauthenticated
 from common.log import without_texts
 from common.tenant import TenantLimits
 from services import health
@@ -36,6 +36,8 @@ _LOOK_EVERY_S: Final = 0.5
 _UNKNOWN: Final = Unauthenticated("an API key is needed: send it as metadata, authorization: Bearer KEY")
 _REFUSAL: Final = to_rpc_status(_UNKNOWN)
 
+_HEADER_COST: Final = 32  # bytes of each header, as HTTP/2 counts them, beside its name and value
+
 Metadata = Sequence[tuple[str, str | bytes]]
 
 if TYPE_CHECKING:
@@ -43,18 +45,29 @@ if TYPE_CHECKING:
 
 
 class Gate(aio.ServerInterceptor):
-    """`keys` gives the keys that are valid now; without it nobody is asked for one, and there is one tenant."""
+    """`keys` gives the keys that are valid now; without it nobody is asked for one, and there is one tenant.
 
-    def __init__(self, keys: Callable[[], ApiKeys] | None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    gRPC bounds metadata only for those who have acknowledged its settings. Here nobody gets by with more.
+    """
+
+    def __init__(
+        self,
+        keys: Callable[[], ApiKeys] | None,
+        *,
+        max_metadata_bytes: int = 8192,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._keys = keys
+        self._max_metadata_bytes = max_metadata_bytes
+        self._too_large = to_rpc_status(Overloaded(f"the metadata of a call has at most {max_metadata_bytes} bytes"))
         self._clock = clock
         self._num_refused = 0
         self._told_s = -_TELL_EVERY_S
         self._calls: dict[asyncio.Task[Any], Caller] = {}  # that are open, where there are keys
         self._missing: set[asyncio.Task[Any]] = set()  # of these, those whose key was not there at the last look
-        self._refuse: Handler = grpc.stream_stream_rpc_method_handler(
-            self._end
-        )  # reads no message, whatever the method takes
+        # Neither reads a message, whatever the method takes.
+        self._refuse: Handler = grpc.stream_stream_rpc_method_handler(self._end)
+        self._refuse_metadata: Handler = grpc.stream_stream_rpc_method_handler(self._end_large)
 
     @property
     def num_calls(self) -> int:
@@ -67,6 +80,8 @@ class Gate(aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
         """Let the call in for its tenant, or end it."""
+        if _size(handler_call_details.invocation_metadata) > self._max_metadata_bytes:
+            return self._refuse_metadata
         if not handler_call_details.method.startswith(_OPEN):
             try:
                 caller = self._caller(handler_call_details.invocation_metadata)
@@ -127,6 +142,9 @@ class Gate(aio.ServerInterceptor):
         scheme, _, key = given[0].partition(" ")
         return self._keys().find(key.strip()) if scheme.lower() == "bearer" else None
 
+    async def _end_large(self, _: object, context: Context) -> None:
+        await context.abort(self._too_large.code, self._too_large.message, self._too_large.trailing_metadata)
+
     async def _end(self, _: object, context: Context) -> None:
         self._num_refused += 1
         now = self._clock()
@@ -135,3 +153,7 @@ class Gate(aio.ServerInterceptor):
             _log.warning("%d calls had no valid API key, the last from %s", self._num_refused, context.peer())
             self._num_refused = 0
         await context.abort(_REFUSAL.code, _REFUSAL.message, _REFUSAL.trailing_metadata)
+
+
+def _size(metadata: Metadata) -> int:
+    return sum(len(name) + len(value) + _HEADER_COST for name, value in metadata)

@@ -32,7 +32,9 @@ _SERVER: Final[Options] = (
 )
 
 
-def link_options(*, keepalive_ms: int = LINK_KEEPALIVE_MS) -> Options:
+def link_options(
+    *, keepalive_ms: int = LINK_KEEPALIVE_MS, handshake_timeout_ms: int = 5000, max_connections: int = 1024
+) -> Options:
     """Options of a link between scheduler and executor, for both ends; each end passes over what is the other's."""
     return (
         *_EVERYWHERE,
@@ -41,6 +43,12 @@ def link_options(*, keepalive_ms: int = LINK_KEEPALIVE_MS) -> Options:
         *_pings(keepalive_ms, answer_within_ms=2 * keepalive_ms, min_interval_ms=keepalive_ms // 4),
         # A plan that admits many long prompts is larger than the 4 MiB that gRPC allows.
         ("grpc.max_receive_message_length", 64 * MIB),
+        # Who connects and says nothing does not stay, and not everybody may connect at once.
+        ("grpc.server_handshake_timeout_ms", handshake_timeout_ms),
+        ("grpc.http2.settings_timeout", handshake_timeout_ms),
+        ("grpc.max_allowed_incoming_connections", max_connections),
+        # One link is all that an executor opens.
+        ("grpc.max_concurrent_streams", 8),
         # A link has a connection of its own: what others send cannot delay a plan.
         ("grpc.use_local_subchannel_pool", 1),
         # A session that broke starts anew, by our rules; gRPC must not start it again behind our back.
@@ -89,6 +97,7 @@ def server_options(
         ("grpc.max_allowed_incoming_connections", max_connections),
         # Who connects and says nothing, says nothing, or never finishes, is dropped: in seconds, minutes, hours.
         ("grpc.server_handshake_timeout_ms", handshake_timeout_ms),
+        ("grpc.http2.settings_timeout", handshake_timeout_ms),
         ("grpc.max_connection_idle_ms", max_idle_ms),
         ("grpc.max_connection_age_ms", max_age_ms),
         ("grpc.max_connection_age_grace_ms", max_call_ms),

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 
-from common.errors import InvalidRequest, PagewireError, Unavailable
+from common.errors import InvalidRequest, Overloaded, PagewireError, Unavailable
 from common.log import without_texts
 from services.status import RpcStatus, internal_status, to_rpc_status
 
@@ -39,12 +39,57 @@ Write = Callable[[Context, bytes], Awaitable[None]]
 _STOPPED: Final = Unavailable("the server stopped this call")
 
 
+class Arrivals:
+    """Calls that have begun and whose message has not come: each has `limit_s`, and only `at_once` may be so at a time.
+
+    Where there is one too many, the one that has waited longest makes room: who sends a call and its message together,
+    as every client does, is not kept out by those that send calls and nothing else.
+    """
+
+    def __init__(self, *, limit_s: float = 30.0, at_once: int = 4096) -> None:
+        self._limit_s = limit_s
+        self._at_once = at_once
+        self._waiting: dict[asyncio.Timeout, None] = {}  # longest first
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    async def message(self, context: Context) -> bytes:
+        """The one message of a call.
+
+        Raises InvalidRequest when the caller ends without one, Unavailable when it does not come in time, and
+        Overloaded when too many are waited for.
+        """
+        limit = asyncio.timeout(self._limit_s)
+        try:
+            async with limit:
+                self._waiting[limit] = None
+                self._make_room()
+                data = await context.read()
+        except TimeoutError:
+            if limit in self._waiting:
+                raise Unavailable(f"no message came within {self._limit_s:g} s") from None
+            raise Overloaded("too many calls wait for their message") from None
+        finally:
+            self._waiting.pop(limit, None)
+        if not isinstance(data, bytes):
+            raise InvalidRequest("message", "the call ended without one")
+        return data
+
+    def _make_room(self) -> None:
+        if len(self._waiting) > self._at_once:
+            oldest = next(iter(self._waiting))
+            del self._waiting[oldest]
+            oldest.reschedule(asyncio.get_running_loop().time())
+
+
 def service_handler(
     service: str,
     file: FileDescriptor,
     implementation: object,
     *,
     open_call: Frame = nullcontext,
+    arrivals: Arrivals | None = None,
     write: Write | None = None,
 ) -> grpc.GenericRpcHandler:
     """All methods of `service`, which `file` describes, served by the methods of `implementation` with their names.
@@ -55,16 +100,12 @@ def service_handler(
     `implementation` lacks. `open_call` is entered for as long as a call is open, before its message is parsed: a call
     that it refuses costs no more than that. `write` sends a message of a stream, and waits while its reader is slow.
     """
-    write = write or _write
     package, _, name = service.rpartition(".")
     assert file.package == package, f"{service} is not in package {file.package}"
     methods = file.services_by_name[name].methods
+    frame = _Frame(open_call, Arrivals() if arrivals is None else arrivals, write or _write)
     return grpc.method_handlers_generic_handler(
-        service,
-        {
-            method.name: _method_handler(method, getattr(implementation, method.name), open_call, write)
-            for method in methods
-        },
+        service, {method.name: frame.handler(method, getattr(implementation, method.name)) for method in methods}
     )
 
 
@@ -108,45 +149,53 @@ def parse(message_class: type[_M], data: bytes) -> _M:
         raise InvalidRequest(message_class.DESCRIPTOR.full_name, "the message is malformed") from None
 
 
-def _method_handler(
-    method: MethodDescriptor, function: Callable[..., Any], open_call: Frame, write: Write
-) -> grpc.RpcMethodHandler[bytes, bytes]:
-    assert not method.client_streaming, f"{method.full_name} streams requests"
-    request_class = GetMessageClass(method.input_type)
-    if method.server_streaming:
-        handle = _streaming(method.full_name, request_class, function, open_call, write)
-        return grpc.unary_stream_rpc_method_handler(handle)
-    return grpc.unary_unary_rpc_method_handler(_unary(method.full_name, request_class, function, open_call))
+class _Frame:
+    """What all methods of a service have around them.
 
+    To gRPC all of them stream their requests; on the wire that is no difference. It would wait for the one message of a
+    unary call by itself, for ever, and leave a call that ends without one unanswered.
+    """
 
-def _unary(
-    call: str, request_class: type[Message], function: UnaryMethod, open_call: Frame
-) -> Callable[..., Awaitable[bytes]]:
-    async def respond(data: bytes, context: Context) -> bytes:
-        with open_call():
-            response = await function(parse(request_class, data), context)
-        return response.SerializeToString()
+    def __init__(self, open_call: Frame, arrivals: Arrivals, write: Write) -> None:
+        self._open_call = open_call
+        self._arrivals = arrivals
+        self._write = write
 
-    async def handle(data: bytes, context: Context) -> bytes:
-        return await answer(call, context, respond(data, context))
+    def handler(self, method: MethodDescriptor, function: Callable[..., Any]) -> grpc.RpcMethodHandler[bytes, bytes]:
+        """The handler of one method."""
+        assert not method.client_streaming, f"{method.full_name} streams requests"
+        request_class = GetMessageClass(method.input_type)
+        if method.server_streaming:
+            return grpc.stream_stream_rpc_method_handler(self._streaming(method.full_name, request_class, function))
+        return grpc.stream_unary_rpc_method_handler(self._unary(method.full_name, request_class, function))
 
-    return handle
+    def _unary(self, call: str, request_class: type[Message], function: UnaryMethod) -> Callable[..., Awaitable[bytes]]:
+        async def respond(context: Context) -> bytes:
+            data = await self._arrivals.message(context)
+            with self._open_call():
+                response = await function(parse(request_class, data), context)
+            return response.SerializeToString()
 
+        async def handle(_: object, context: Context) -> bytes:
+            return await answer(call, context, respond(context))
 
-def _streaming(
-    call: str, request_class: type[Message], function: StreamMethod, open_call: Frame, write: Write
-) -> Callable[..., Awaitable[None]]:
-    async def respond(data: bytes, context: Context) -> None:
-        with open_call():
-            # Closed here, so that a method's `finally` runs at once and not when the garbage collector finds it.
-            async with aclosing(function(parse(request_class, data), context)) as responses:
-                async for response in responses:
-                    await write(context, response.SerializeToString())
+        return handle
 
-    async def handle(data: bytes, context: Context) -> None:
-        await answer(call, context, respond(data, context))
+    def _streaming(
+        self, call: str, request_class: type[Message], function: StreamMethod
+    ) -> Callable[..., Awaitable[None]]:
+        async def respond(context: Context) -> None:
+            data = await self._arrivals.message(context)
+            with self._open_call():
+                # Closed here, so that a method's `finally` runs at once and not when the garbage collector finds it.
+                async with aclosing(function(parse(request_class, data), context)) as responses:
+                    async for response in responses:
+                        await self._write(context, response.SerializeToString())
 
-    return handle
+        async def handle(_: object, context: Context) -> None:
+            await answer(call, context, respond(context))
+
+        return handle
 
 
 async def _write(context: Context, message: bytes) -> None:

@@ -78,6 +78,14 @@ def keep_secrets() -> None:
         Path("/proc/self/coredump_filter").write_text("0")
 
 
+def take_descriptors() -> None:
+    """Take as many file descriptors as the process may have: each connection is one, and the usual 1024 are few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # refused: fewer connections, and no less of a server
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def tell_no_texts(loop: asyncio.AbstractEventLoop) -> None:
     """Log what nobody waited for, of the loop and of any thread, with its place and without its text."""
     loop.set_exception_handler(_log_of_the_loop)

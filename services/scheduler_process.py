@@ -39,7 +39,7 @@ from services.chat_template import ChatTemplate
 from services.engine import Engine
 from services.gate import Gate
 from services.grpc_options import link_options, server_options
-from services.handlers import service_handler
+from services.handlers import Arrivals, service_handler
 from services.health import Health
 from services.lifecycle import StartupError
 from services.link_service import ExecutorLinkService
@@ -69,6 +69,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
     lifecycle.check_binds(config)
     gate, client_tls, link_tls = _security(config)
     lifecycle.keep_secrets()
+    lifecycle.take_descriptors()
     stop = lifecycle.stop_event()
     model = read_model_folder(model_path)
     limits = SchedulerLimits(
@@ -112,6 +113,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
     links = ExecutorLinkService(
         engine,
         model,
+        hello_timeout_s=config.first_message_s,
         suspect_s=config.suspect_s,
         silence_s=config.silence_s,
         lease_s=config.lease_s,
@@ -119,21 +121,32 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         step_patience_s=config.step_patience_s,
     )
 
+    handshake_ms = round(1000 * config.handshake_s)
     clients = aio.server(
         interceptors=(gate,),
-        options=server_options(max_streams=config.max_streams, max_message_bytes=config.max_message_bytes),
+        options=server_options(
+            max_streams=config.max_streams,
+            max_message_bytes=config.max_message_bytes,
+            handshake_timeout_ms=handshake_ms,
+        ),
     )
+    arrivals = Arrivals(limit_s=config.first_message_s, at_once=config.max_streams)
     clients.add_generic_rpc_handlers(
         (
             service_handler(
-                SERVICE, inference_pb2.DESCRIPTOR, service, open_call=admission.open_call, write=readers.write
+                SERVICE,
+                inference_pb2.DESCRIPTOR,
+                service,
+                open_call=admission.open_call,
+                arrivals=arrivals,
+                write=readers.write,
             ),
         )
     )
     health_service = Health([SERVICE], max_watches=config.max_health_watches)
     clients.add_generic_rpc_handlers((health_service.handler(),))
     reflection.enable_server_reflection((SERVICE, health.SERVICE, reflection.SERVICE_NAME), clients)
-    executors = aio.server(options=link_options())
+    executors = aio.server(options=link_options(handshake_timeout_ms=handshake_ms))
     executors.add_generic_rpc_handlers((links.handler(),))
     admins = aio.server(options=server_options(max_streams=64))
     admins.add_generic_rpc_handlers((service_handler(MONITORING, monitoring_pb2.DESCRIPTOR, Monitoring(engine)),))

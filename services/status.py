@@ -164,3 +164,8 @@ def _detail(detail: Message) -> bytes:
 
 def _cut(text: str) -> str:
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
+def declared_codes() -> frozenset[grpc.StatusCode]:
+    """Every status that a PagewireError can become."""
+    return frozenset(code for code, _ in _TABLE.values())

@@ -105,6 +105,7 @@ class Connection:
         self.base_s = self.world.draw.uniform(0.00005, 0.002)
         self.jitter_s = 0.0
         self.window = 1000  # messages that may be on their way down
+        self.one_message = False  # the client sends one, together with the call
         self.call = ClientCall(self)
         self.context = ServerContext(self)
         self.up = Pipe(self, self._arrive_up)
@@ -309,12 +310,13 @@ class ServerContext:
             self._finish(grpc.StatusCode.UNIMPLEMENTED, "no such method", ())
             return
         try:
-            if handler.request_streaming:
+            if self._connection.one_message:
+                self._inbox.put(request)
+                self._inbox.end()
+            if handler.response_streaming:
                 await handler.stream_stream(None, self)
-            elif handler.response_streaming:
-                await handler.unary_stream(request, self)
             else:
-                await self.write(await handler.unary_unary(request, self))
+                await self.write(await handler.stream_unary(None, self))
         except aio.AbortError:
             pass
         except asyncio.CancelledError:
@@ -457,7 +459,9 @@ class Network:
                 return await interceptor.intercept_service(_hand(found), details)  # type: ignore[arg-type]
         return None
 
-    def open(self, client: Process, address: str, method: str, request: bytes = b"", window: int = 1000) -> ClientCall:
+    def open(
+        self, client: Process, address: str, method: str, request: bytes | None = None, window: int = 1000
+    ) -> ClientCall:
         """Dial and call. Nobody there is told as gRPC tells it."""
         server = self._listeners.get(address)
         if server is None or server.dead:
@@ -468,7 +472,8 @@ class Network:
         connection.jitter_s = self.jitter_s
         connection.window = window
         self.connections.append(connection)
-        connection.up.send(Item("open", request))
+        connection.one_message = request is not None
+        connection.up.send(Item("open", request or b""))
         if server in self.stopped:  # the kernel answers the dial; nobody answers a ping
             connection.peer_is_stopped(server)
         return connection.call

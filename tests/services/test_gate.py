@@ -370,3 +370,16 @@ def test_calls_that_have_ended_are_not_kept(tmp_path: Path) -> None:
                 await asyncio.sleep(0)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_metadata_than_any_call_needs_is_refused_whatever_grpc_lets_pass(method: str) -> None:
+    async def scenario() -> tuple[grpc.StatusCode, str | None]:
+        async with served(Gate(None, max_metadata_bytes=1000)) as channel:
+            await call(channel, "Unary", (("x", "a" * 700),))
+            with pytest.raises(aio.AioRpcError) as refused:
+                await call(channel, method, (("x", "a" * 1000),))
+            return refused.value.code(), refused.value.details()
+
+    problem = "the metadata of a call has at most 1000 bytes"
+    assert asyncio.run(scenario()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, problem)

@@ -239,10 +239,30 @@ def test_an_answer_or_a_plan_may_be_larger_than_grpc_allows_by_default(options: 
     assert len(run(scenario())) == 5 * MIB
 
 
-def test_a_silent_connection_is_dropped() -> None:
+HASTY = pytest.mark.parametrize(
+    "options",
+    [link_options(handshake_timeout_ms=200), server_options(handshake_timeout_ms=200)],
+    ids=["link", "server"],
+)
+
+
+@HASTY
+def test_a_silent_connection_is_dropped(options: Options) -> None:
     async def scenario() -> None:
-        async with echo_server(server_options(handshake_timeout_ms=200)) as port, raw_client(port, silent=True) as peer:
+        async with echo_server(options) as port, raw_client(port, silent=True) as peer:
             await peer.reader.read(-1)
+
+    run(scenario())
+
+
+@HASTY
+def test_a_connection_that_does_not_take_the_settings_is_dropped(options: Options) -> None:
+    """Until it has, gRPC does not hold it to the limits that it was told."""
+
+    async def scenario() -> None:
+        async with echo_server(options) as port, raw_client(port) as peer:
+            assert await peer.frame(SETTINGS) is not None
+            assert await peer.frame(-1) is None
 
     run(scenario())
 
@@ -258,10 +278,13 @@ def test_an_idle_and_an_old_connection_are_asked_to_go(options: Options) -> None
     assert run(scenario()) is not None
 
 
-def test_connections_are_bounded() -> None:
+@pytest.mark.parametrize(
+    "options", [link_options(max_connections=2), server_options(max_connections=2)], ids=["link", "server"]
+)
+def test_connections_are_bounded(options: Options) -> None:
     async def scenario() -> None:
         async with (
-            echo_server(server_options(max_connections=2)) as port,
+            echo_server(options) as port,
             raw_client(port) as first,
             raw_client(port) as second,
         ):
@@ -273,9 +296,13 @@ def test_connections_are_bounded() -> None:
     run(scenario())
 
 
-def test_a_server_announces_its_limits() -> None:
+@pytest.mark.parametrize(
+    ("options", "max_streams", "max_metadata"),
+    [(link_options(), 8, 16_384), (server_options(max_streams=7, max_metadata_bytes=3000), 14, 3000)],
+    ids=["link", "server"],
+)
+def test_a_server_announces_its_limits(options: Options, max_streams: int, max_metadata: int) -> None:
     async def scenario() -> dict[int, int]:
-        options = server_options(max_streams=7, max_metadata_bytes=3000)
         async with echo_server(options) as port, raw_client(port) as peer:
             payload = await peer.frame(SETTINGS)
             assert payload is not None
@@ -283,8 +310,8 @@ def test_a_server_announces_its_limits() -> None:
 
     settings = run(scenario())
 
-    assert settings[MAX_CONCURRENT_STREAMS] == 14
-    assert settings[MAX_HEADER_LIST_SIZE] == 3000
+    assert settings[MAX_CONCURRENT_STREAMS] == max_streams
+    assert settings[MAX_HEADER_LIST_SIZE] == max_metadata
 
 
 @pytest.mark.parametrize(("size", "code"), [(8800, grpc.StatusCode.OK), (12_000, grpc.StatusCode.RESOURCE_EXHAUSTED)])

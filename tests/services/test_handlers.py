@@ -28,7 +28,7 @@ from protos.inference_pb2 import (
     TokenizeResponse,
 )
 from scheduler.block_pool import BlockPool
-from services.handlers import Context, service_handler
+from services.handlers import Arrivals, Context, service_handler
 from services.status import DETAILS_KEY, PUSHBACK_KEY, from_rpc_error
 
 SERVICE = "pagewire.v1.InferenceService"
@@ -79,10 +79,11 @@ def raising(error: BaseException) -> Act:
 
 
 @asynccontextmanager
-async def served(implementation: object) -> AsyncIterator[aio.Channel]:
+async def served(implementation: object, arrivals: Arrivals | None = None) -> AsyncIterator[aio.Channel]:
     """A channel to a server of `implementation`."""
     server = aio.server()
-    server.add_generic_rpc_handlers((service_handler(SERVICE, inference_pb2.DESCRIPTOR, implementation),))
+    handler = service_handler(SERVICE, inference_pb2.DESCRIPTOR, implementation, arrivals=arrivals)
+    server.add_generic_rpc_handlers((handler,))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -378,3 +379,54 @@ def test_a_timeout_inside_a_method_is_not_taken_for_the_clients_leaving() -> Non
     error = asyncio.run(failure(Service(act), "Generate"))
 
     assert error.code() is grpc.StatusCode.INTERNAL
+
+
+def begin(channel: aio.Channel, method: str = "Generate") -> aio.StreamStreamCall[bytes, bytes]:
+    """A call of which nothing is sent but its beginning."""
+    streaming: aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{SERVICE}/{method}")
+    return streaming(timeout=4)
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+def test_a_call_that_ends_without_its_message_is_an_invalid_argument(method: str) -> None:
+    async def scenario() -> tuple[grpc.StatusCode, str]:
+        async with served(Service(nothing)) as channel:
+            call = begin(channel, method)
+            await call.done_writing()
+            return await call.code(), await call.details()
+
+    assert asyncio.run(scenario()) == (grpc.StatusCode.INVALID_ARGUMENT, "message: the call ended without one")
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+def test_a_call_whose_message_does_not_come_is_ended(method: str) -> None:
+    async def scenario() -> tuple[grpc.StatusCode, str]:
+        arrivals = Arrivals(limit_s=0.05)
+        async with served(Service(nothing), arrivals) as channel:
+            waiting = begin(channel, method)
+            told = await waiting.code(), await waiting.details()
+            assert len(arrivals) == 0
+            assert await call(channel, "GetModel"), "others are served"
+            return told
+
+    assert asyncio.run(scenario()) == (grpc.StatusCode.UNAVAILABLE, "no message came within 0.05 s")
+
+
+def test_of_too_many_calls_without_their_message_the_oldest_is_ended_and_the_newest_is_served() -> None:
+    async def scenario() -> None:
+        arrivals = Arrivals(at_once=2)
+        async with served(Service(nothing), arrivals) as channel:
+            calls = []
+            for n in range(1, 3):
+                calls.append(begin(channel))
+                await calls[-1].wait_for_connection()
+                while len(arrivals) < n:
+                    await asyncio.sleep(0)
+            assert await call(channel, "GetModel")
+            assert await calls[0].code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert not calls[1].done()
+            await calls[1].write(b"")
+            await calls[1].read()
+            assert await calls[1].code() is grpc.StatusCode.OK
+
+    asyncio.run(scenario())

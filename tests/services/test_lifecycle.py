@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 
 import pytest
 
 from common.config import SchedulerConfig
-from services.lifecycle import StartupError, check_binds, is_local
+from services.lifecycle import StartupError, check_binds, is_local, take_descriptors
 
 OPEN = "0.0.0.0:50051"
 PLAIN = SchedulerConfig()
@@ -94,3 +95,13 @@ def starts(config: SchedulerConfig) -> bool:
     except StartupError:
         return False
     return True
+
+
+def test_a_server_takes_all_the_descriptors_that_it_may_have() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1] - 1, before[1]))
+    try:
+        take_descriptors()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
