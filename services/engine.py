@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S: Final = 1.0
 _DRAINING_WAIT_S: Final = 2.0  # a link that broke is back by then
-_READERS_AT_ONCE: Final = 4  # each makes a message and writes it; gRPC hands over one new call a turn, so turns are short
+_READERS_AT_ONCE: Final = (
+    4  # each makes a message and writes it; gRPC hands over one new call a turn, so turns are short
+)
 
 
 class Link(Protocol):
