@@ -58,7 +58,8 @@ def judge(code: grpc.StatusCode, message: str, trailers: Trailers, address: str)
         if issubclass(kind, errors.Overloaded | errors.Unavailable):
             after_s = retry.retry_delay.ToMilliseconds() / 1000
             return Failure(error=kind(message, after_s), may_pass=True, answered=True, retry_after_s=after_s)
-        return Failure(error=kind(message), may_pass=False)
+        # who was slow once may go on: the program paused, and asks for the next token now
+        return Failure(error=kind(message), may_pass=issubclass(kind, errors.SlowReader))
     if told.domain == _DOMAIN:  # a bug there, or an error that is newer than this client
         return Failure(error=errors.PagewireError(message), may_pass=False)
     if code in _LOST:
