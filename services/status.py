@@ -159,7 +159,8 @@ def _detail(detail: Message) -> bytes:
     """A Status in bytes that has the detail and nothing else."""
     status = status_pb2.Status()
     status.details.add().Pack(detail)
-    return status.SerializeToString()
+    data: bytes = status.SerializeToString()
+    return data
 
 
 def _cut(text: str) -> str:

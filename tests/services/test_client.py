@@ -21,6 +21,7 @@ from common.errors import (
     ModelFolderError,
     Overloaded,
     PagewireError,
+    SlowReader,
     Superseded,
     TicketRefused,
     TicketStale,
@@ -220,6 +221,13 @@ def test_what_will_not_pass_is_told_as_it_was_meant(error: PagewireError) -> Non
     assert not failure.may_pass
     assert type(failure.error) is type(error)
     assert str(failure.error) == str(error)
+
+
+def test_a_reader_that_was_slow_may_go_on() -> None:
+    failure = judged(SlowReader("no message was taken"))
+
+    assert failure.may_pass and not failure.answered
+    assert type(failure.error) is SlowReader
 
 
 @pytest.mark.parametrize("kind", [Overloaded, Unavailable])

@@ -159,7 +159,8 @@ def test_over_a_socket_a_stream_that_nobody_reads_ends_and_its_reader_hears_why_
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with asyncio.timeout(30), aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            call: Any = channel.unary_stream(f"/{SERVICE}/GenerateStream")(b"")
+            stream: Any = channel.unary_stream(f"/{SERVICE}/GenerateStream")
+            call = stream(b"")
             await flood.ended.wait()
             assert flood.sent < 1000, "what is kept for it is bounded by what gRPC buffers"
             taken: list[bytes] = []
