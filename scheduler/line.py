@@ -19,8 +19,9 @@ Three rules, in this order:
 not starved by small ones behind it: neither its tenant's own, nor those of others. A tenant passes it only while it has
 been served less, and each admission charges it; a better band passes it until it has aged into the best. There is one
 exception: the last part of an executor is kept for tenants that run less than it there (`Session.leaves_reserve`), and
-for those that were served less than their share lately (scheduler/shares.py); they then pass the others. So a tenant
-that asks for no more than its share hardly ever waits, whatever the others send.
+for those that were served less than their share lately (scheduler/shares.py); they then pass the others, and where no
+slot is left, one of the others makes way (`Planner`). So a tenant that asks for no more than its share hardly ever
+waits, whatever the others send.
 
 The head is found in the logarithm of the number of tenants, and who takes it out moves nothing but its tenant. Counters
 only grow, so a tenant's place in its band is mended when somebody looks at it and not with every token.
@@ -255,6 +256,12 @@ class Line:
     def owes(self, tenant: str) -> bool:
         """Whether the tenant was served less than its share lately: an executor's reserve is for it."""
         return self._shares.owes(tenant)
+
+    def first_owed(self, now_ns: int) -> Sequence | None:
+        """Who waits longest of the tenants with a name that were served less than their share."""
+        self._shares.look(now_ns)
+        queues = [queue for queue in self._queues.values() if queue.tenant and self._shares.owes(queue.tenant)]
+        return min((queue.head[0] for queue in queues if queue.head), key=_order, default=None)
 
     # ---- who comes and goes
 

@@ -37,6 +37,12 @@ class Placement:
             for other in self._sessions.values()
         )
 
+    def has_slot_elsewhere(self, session: Session, now_ns: int) -> bool:
+        """Whether another executor could take a sequence now."""
+        return any(
+            other is not session and other.has_slot and other.takes_work(now_ns) for other in self._sessions.values()
+        )
+
     def belongs_here(self, sequence: Sequence, session: Session, match: Match, now_ns: int) -> bool:
         """Whether this executor is the best of those that could take the sequence now."""
         if len(self._sessions) == 1:

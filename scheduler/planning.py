@@ -56,10 +56,11 @@ class Planner:
             trial = session.trial = self._trials.here(session, now_ns)
             if trial is not None:
                 return self._plan_trial(session, trial, now_ns)
+        owed = self._yield_slot(session, now_ns)
         draft = session.draft(self._token_budget)
         self._grant_running(session, draft)
         if session.takes_work(now_ns):
-            self._admit_waiting(session, draft, now_ns)
+            self._admit_waiting(session, draft, now_ns, only=owed)
         if self._replays and draft.budget:  # nobody else wanted it
             self._top_up(session, draft)
             if session.takes_work(now_ns) and not session.full:
@@ -169,7 +170,27 @@ class Planner:
             if planned < num_known < sequence.max_length:
                 session.extend_row(sequence, min(num_known - planned, draft.budget), num_known, draft)
 
-    def _admit_waiting(self, session: Session, draft: Draft, now_ns: int) -> None:
+    def _yield_slot(self, session: Session, now_ns: int) -> Sequence | None:
+        """While all slots are taken, the one that was let in last makes way for a tenant that was served too little.
+
+        Returns for whom. One in each step, and never one whose tenant is owed something itself, or has no name.
+        """
+        if session.has_slot or self._suspects or self._replays:
+            return None
+        if not session.takes_work(now_ns) or session.is_quarantined(now_ns):
+            return None
+        owed = self._line.first_owed(now_ns)
+        if owed is None or owed.avoid or owed.max_length > session.max_length or 0 < owed.deadline_ns <= now_ns:
+            return None
+        if not session.can_admit(owed, session.match(owed)) or self._placement.has_slot_elsewhere(session, now_ns):
+            return None
+        for sequence in reversed(session.running):
+            if sequence.tenant and not self._line.owes(sequence.tenant):
+                self._moves.preempt(session, sequence)
+                return owed
+        return None
+
+    def _admit_waiting(self, session: Session, draft: Draft, now_ns: int, *, only: Sequence | None = None) -> None:
         session.full = False
         if draft.budget == 0 or not session.has_slot:
             return  # before anybody is looked at
@@ -178,8 +199,8 @@ class Planner:
         for sequence in self._line.walk(now_ns, passed_over):
             if draft.budget == 0 or not session.has_slot:
                 return
-            if 0 < sequence.deadline_ns <= now_ns:
-                continue  # nobody waits for its answer
+            if 0 < sequence.deadline_ns <= now_ns or (only is not None and sequence is not only):
+                continue  # nobody waits for its answer | the slot was not given up for it
             if (quarantined or sequence.avoid) and not self._placement.may_come(
                 sequence, session, now_ns, quarantined=quarantined
             ):

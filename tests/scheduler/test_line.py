@@ -613,3 +613,49 @@ def test_a_tenant_within_its_share_is_let_in_although_it_runs_much() -> None:
         assert all(s.admitted_ns for s in light), "it waits for nobody, from the first to the last"
     assert world.scheduler.waiting.standing("heavy", NORMAL).own_waiting > 100
     assert world.scheduler.sessions[0].tenants["light"] > 4
+
+
+def crowded(*tenants: str, seconds: int = 2) -> World:
+    """Four slots, taken for long by tenants who send more than fits all the time."""
+    world = World(max_sequences=4, num_blocks=1024, token_budget=256, prefix_caching=False)
+    for i in range(8):
+        for tenant in tenants:
+            world.add(f"{tenant}{i}", prompt=8, max_tokens=60, tenant=tenant)
+    for _ in range(10 * seconds):
+        world.now_ns += 100_000_000
+        world.step()
+    return world
+
+
+def test_where_no_slot_is_free_the_last_one_makes_way_for_a_tenant_that_was_served_too_little() -> None:
+    world = crowded("heavy")
+    world.add("light", prompt=8, max_tokens=4, tenant="light")
+    step = world.step()
+
+    assert "light" in step and "heavy3" not in step
+    world.run()
+    assert world.scheduler.counters.preemptions == 1
+    assert world.tokens["light"] == [8, 9, 10, 11]
+    assert all(world.tokens[f"heavy{i}"] == list(range(8, 68)) for i in range(8))
+
+
+def test_a_tenant_that_is_owed_something_makes_others_wait_no_longer_than_that() -> None:
+    world = crowded("heavy")
+    for i in range(40):
+        world.add(f"light{i}", prompt=8, max_tokens=60, tenant="light")
+    for _ in range(80):
+        world.now_ns += 100_000_000
+        world.step()
+
+    assert world.scheduler.counters.preemptions == 4
+    assert world.scheduler.sessions[0].tenants == {"heavy": 4}, "it has caught up, and who made way goes on first"
+
+
+def test_nobody_makes_way_for_a_tenant_that_has_its_share_nor_for_one_without_a_name() -> None:
+    for world in (crowded("a", "b"), crowded("")):
+        world.add("light", prompt=8, max_tokens=4, tenant="")
+        world.step()
+        for _ in range(30):
+            world.now_ns += 100_000_000
+            world.step()
+        assert world.scheduler.counters.preemptions == 0
