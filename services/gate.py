@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -19,10 +20,12 @@ from common.errors import Overloaded, Unauthenticated
 from common.log import without_texts
 from common.tenant import TenantLimits
 from services import health
-from services.api_keys import ApiKeys
+from services.api_keys import ApiKeys, read_api_keys
 from services.caller import ANONYMOUS, Caller, let_in
 from services.handlers import Context
+from services.open_call import OpenCall, opened
 from services.status import to_rpc_status
+from services.watched_files import WatchedFiles
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ _OPEN: Final = f"/{health.SERVICE}/"
 _REFLECTION: Final = "/grpc.reflection."
 _MAX_HEADER: Final = 128  # characters: a key and its scheme, twice over
 _TELL_EVERY_S: Final = 60.0
-_LOOK_EVERY_S: Final = 0.5
+LOOK_EVERY_S: Final = 0.5
 
 # The same words for no key, a wrong one and one that was withdrawn.
 _UNKNOWN: Final = Unauthenticated("an API key is needed: send it as metadata, authorization: Bearer KEY")
@@ -63,7 +66,7 @@ class Gate(aio.ServerInterceptor):
         self._clock = clock
         self._num_refused = 0
         self._told_s = -_TELL_EVERY_S
-        self._calls: dict[asyncio.Task[Any], Caller] = {}  # that are open, where there are keys
+        self._calls: dict[asyncio.Task[Any], OpenCall] = {}  # where there are keys
         self._missing: set[asyncio.Task[Any]] = set()  # of these, those whose key was not there at the last look
         # Neither reads a message, whatever the method takes.
         self._refuse: Handler = grpc.stream_stream_rpc_method_handler(self._end)
@@ -102,7 +105,7 @@ class Gate(aio.ServerInterceptor):
     async def watch(self) -> None:
         """End calls whose keys are gone, until cancelled. Without keys there is nothing to do."""
         while self._keys is not None:
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(LOOK_EVERY_S)
             self.look()
 
     def look(self) -> None:
@@ -114,19 +117,19 @@ class Gate(aio.ServerInterceptor):
         except Exception as error:  # noqa: BLE001  a bug there must not end the watch: the next look may be better
             _log.error("the gate failed\n%s", "".join(without_texts(error)))
             return
-        missing = {task for task, caller in self._calls.items() if not keys.holds(caller)}
+        missing = {task for task, call in self._calls.items() if not keys.holds(call.caller)}
         gone, self._missing = missing & self._missing, missing - self._missing
         if gone:
             _log.info("%d calls end: their API keys were withdrawn", len(gone))
         for task in gone:
-            del self._calls[task]
-            task.cancel(_UNKNOWN)
+            self._calls.pop(task).end(_UNKNOWN)
 
     def _remember(self, caller: Caller) -> None:
         """This task is the call, from here to its end."""
         task = asyncio.current_task()
         assert task is not None, "gRPC asks interceptors in the call's own task"
-        self._calls[task] = caller
+        call = self._calls[task] = OpenCall(caller, task)
+        opened(call)
         task.add_done_callback(self._forget)
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
@@ -157,3 +160,14 @@ class Gate(aio.ServerInterceptor):
 
 def _size(metadata: Metadata) -> int:
     return sum(len(name) + len(value) + _HEADER_COST for name, value in metadata)
+
+
+def keys_in(
+    path: Path, defaults: TenantLimits | None = None, *, clock: Callable[[], float] = time.monotonic
+) -> Callable[[], ApiKeys]:
+    """The keys that are in the file now, for a gate. Raises KeyFileError at once when it cannot be used.
+
+    The file is looked at more often than the gate looks, so that two looks of the gate's never are one of the file.
+    """
+    limits = defaults or TenantLimits()
+    return WatchedFiles([path], lambda: read_api_keys(path, limits), look_every_s=LOOK_EVERY_S / 2, clock=clock).current

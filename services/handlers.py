@@ -21,6 +21,7 @@ from grpc import aio
 
 from common.errors import InvalidRequest, Overloaded, PagewireError, Unavailable
 from common.log import without_texts
+from services.open_call import open_call as this_call
 from services.status import RpcStatus, internal_status, to_rpc_status
 
 _log = logging.getLogger(__name__)
@@ -171,6 +172,8 @@ class _Frame:
 
     def _unary(self, call: str, request_class: type[Message], function: UnaryMethod) -> Callable[..., Awaitable[bytes]]:
         async def respond(context: Context) -> bytes:
+            if (this := this_call()) is not None:
+                this.begin()
             data = await self._arrivals.message(context)
             with self._open_call():
                 response = await function(parse(request_class, data), context)
@@ -185,12 +188,19 @@ class _Frame:
         self, call: str, request_class: type[Message], function: StreamMethod
     ) -> Callable[..., Awaitable[None]]:
         async def respond(context: Context) -> None:
+            if (this := this_call()) is not None:
+                this.begin()
             data = await self._arrivals.message(context)
             with self._open_call():
                 # Closed here, so that a method's `finally` runs at once and not when the garbage collector finds it.
                 async with aclosing(function(parse(request_class, data), context)) as responses:
                     async for response in responses:
-                        await self._write(context, response.SerializeToString())
+                        write = self._write(context, response.SerializeToString())
+                        if this is None:
+                            await write
+                        else:
+                            await this.undisturbed(write)
+                            this = None  # after the first message it may be cancelled at any time
 
         async def handle(_: object, context: Context) -> None:
             await answer(call, context, respond(context))

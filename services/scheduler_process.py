@@ -34,10 +34,9 @@ from services import health, lifecycle, ticket_keys, tls
 from services.admin import admin_address, bind_admin
 from services.admission import Admission, AdmissionLimits
 from services.answering import Answerer
-from services.api_keys import read_api_keys
 from services.chat_template import ChatTemplate
 from services.engine import Engine
-from services.gate import Gate
+from services.gate import Gate, keys_in
 from services.grpc_options import link_options, server_options
 from services.handlers import Arrivals, service_handler
 from services.health import Health
@@ -50,7 +49,6 @@ from services.scheduler_service import SchedulerService
 from services.slow_readers import SlowReaders
 from services.text import Tokenizer
 from services.tickets import TicketKey, Tickets
-from services.watched_files import WatchedFiles
 
 log = logging.getLogger(__name__)
 
@@ -227,8 +225,7 @@ def _security(config: SchedulerConfig) -> tuple[Gate, grpc.ServerCredentials | N
     keys = None
     if config.api_keys:
         path = Path(config.api_keys)
-        watched = WatchedFiles([path], lambda: read_api_keys(path, _tenant_limits(config)))
-        keys = watched.current
+        keys = keys_in(path, _tenant_limits(config))
         if not len(keys()):
             log.warning("%s holds no key: every call is refused. Make one: pagewire api-key TENANT >> %s", path, path)
     clients = tls.server_files(config.tls_cert, config.tls_key, config.tls_client_ca, flags="--tls")

@@ -170,6 +170,18 @@ def test_a_second_ctrl_c_is_never_an_echo(patient: Cluster) -> None:
         assert patient.scheduler.wait() == 128 + signal.SIGINT
 
 
+def test_a_scheduler_that_starts_ends_of_a_signal_whenever_it_comes(fake_folder: Path, tmp_path: Path) -> None:
+    flags = ["--model", str(fake_folder), "--listen=127.0.0.1:0", f"--link-listen=unix:{tmp_path}/link"]
+    process = Process(["scheduler", *flags, f"--admin-listen=unix:{tmp_path}/admin"], tmp_path / "log")
+    try:
+        process.signal(signal.SIGTERM)
+        # of the signal itself, before it listens for any, and in good order from then on
+        assert process.wait() in (-signal.SIGTERM, 0)
+        assert "Traceback" not in (tmp_path / "log").read_text()
+    finally:
+        process.close()
+
+
 # ---- an executor
 
 

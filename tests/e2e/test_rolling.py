@@ -184,3 +184,35 @@ def test_a_rolling_restart_of_every_process_fails_no_stream(started: list[Fleet]
     asyncio.run(roll(started, fake_folder))
 
     assert sum(fleet.num_handed_over for fleet in started) > 0, "the grace was too long for anything to be shown"
+
+
+@pytest.mark.parametrize("started", [(1,)], indirect=True, ids=["one of each"])
+def test_a_hundred_streams_of_one_client_are_handed_over_at_once(started: list[Fleet]) -> None:
+    """More than a client may try again in its patience after refusals, which these are not."""
+    (fleet,) = started
+    num_streams, num_tokens = 100, 150
+
+    async def scenario() -> list[tuple[int, ...]]:
+        begun = asyncio.Semaphore(0)
+
+        async with AsyncClient(fleet.cluster.address, patience_s=20) as client:
+
+            async def ask(seed: int) -> tuple[int, ...]:
+                prompt = [seed, 2, 3]
+                async with client.stream(token_ids=prompt, max_tokens=num_tokens, seed=seed, ignore_eos=True) as stream:
+                    async for delta in stream:
+                        if delta.index == 0:
+                            begun.release()
+                    return stream.answer.token_ids
+
+            asking = [asyncio.create_task(ask(seed)) for seed in range(num_streams)]
+            for _ in range(num_streams):
+                await begun.acquire()
+            await asyncio.to_thread(fleet.replace_scheduler)
+            interrupted = await asyncio.gather(*asking)
+            assert fleet.num_handed_over > 50
+            undisturbed = await asyncio.gather(*map(ask, range(num_streams)))
+            assert interrupted == undisturbed
+            return interrupted
+
+    assert {len(tokens) for tokens in asyncio.run(scenario())} == {num_tokens}

@@ -117,6 +117,18 @@ def test_health_needs_no_key(keyed: Keyed) -> None:
     assert (ended.code, ended.out) == (0, "SERVING\n")
 
 
+def test_watching_health_is_bounded_and_asking_for_it_is_not(fake_folder: Path, tmp_path: Path) -> None:
+    with cluster(fake_folder, tmp_path, flags=["--max-health-watches=2"]) as running:
+        method: grpc.UnaryStreamMultiCallable[bytes, bytes] = running.channel.unary_stream(f"/{HEALTH}/Watch")
+        first = method(b"", timeout=60)
+        assert health_pb2.HealthCheckResponse.FromString(next(first)).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as refused:
+            next(method(b"", timeout=60))
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert run(*PAGEWIRE, "health", running.address).out == "SERVING\n"
+        first.cancel()
+
+
 def test_the_command_line_shows_its_key(keyed: Keyed, tmp_path: Path) -> None:
     (tmp_path / "key").write_text(f"{keyed.acme}\n")
     flags = ["--address", keyed.cluster.address, "--max-tokens=3", "--no-stats"]

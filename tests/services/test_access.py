@@ -49,7 +49,8 @@ def test_no_key_goes_over_a_network_in_the_clear(server: str, given: dict[str, A
 
 
 def test_over_tls_or_where_somebody_says_so_it_does(authority: Authority) -> None:
-    for given in ({"insecure": True}, {"tls_ca": "system"}, {"tls_ca": authority.ca}):
+    ways: list[dict[str, Any]] = [{"insecure": True}, {"tls_ca": "system"}, {"tls_ca": authority.ca}]
+    for given in ways:
         assert shown(ELSEWHERE, api_key=KEY, **given) == {"authorization": f"Bearer {KEY}"}
     assert shown(ELSEWHERE) == {}, "without a key there is nothing to hide"
 
@@ -57,7 +58,8 @@ def test_over_tls_or_where_somebody_says_so_it_does(authority: Authority) -> Non
 def test_tls_is_what_the_files_say(authority: Authority) -> None:
     pair = authority.issue("client")
     assert access(HERE, environment={}).credentials is None
-    for given in ({"tls_ca": "system"}, {"tls_ca": authority.ca}):
+    ways: list[dict[str, Any]] = [{"tls_ca": "system"}, {"tls_ca": authority.ca}]
+    for given in ways:
         assert access(HERE, environment={}, **given).credentials is not None
     with_own = access(HERE, environment={}, tls_ca=authority.ca, tls_cert=pair.cert, tls_key=pair.key)
     assert with_own.credentials is not None

@@ -19,7 +19,7 @@ from common.errors import Unauthenticated
 from protos import inference_pb2 as pb
 from services.api_keys import ApiKeys, line_of, new_key, read_api_keys
 from services.caller import ANONYMOUS, Caller, current_caller
-from services.gate import Gate
+from services.gate import LOOK_EVERY_S, Gate, keys_in
 from services.handlers import Context, service_handler
 from services.status import from_rpc_error
 from services.watched_files import WatchedFiles
@@ -262,9 +262,11 @@ async def patient(gate: Gate, service: Patient) -> AsyncIterator[aio.Channel]:
     server.add_generic_rpc_handlers((service_handler(name, pb.DESCRIPTOR, service),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with asyncio.timeout(20), aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield channel
-    await server.stop(0)
+    try:
+        async with asyncio.timeout(60), aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield channel
+    finally:
+        await server.stop(0)
 
 
 def stream(channel: aio.Channel, key: str) -> aio.UnaryStreamCall[bytes, bytes]:
@@ -333,6 +335,33 @@ def test_a_file_that_is_empty_while_it_is_written_ends_nothing(tmp_path: Path) -
                 gate.look()
             await stream(channel, key).read()
             assert not call.done()
+
+    asyncio.run(scenario())
+
+
+def test_one_look_at_the_file_is_not_two_of_the_gates(tmp_path: Path) -> None:
+    key = new_key()
+    path = tmp_path / "keys"
+    keys_of(path, acme=key)
+    now_s = [0.0]
+    keys = keys_in(path, clock=lambda: now_s[0])
+
+    async def scenario() -> None:
+        gate = Gate(keys)
+        async with patient(gate, Patient()) as channel:
+            call = stream(channel, key)
+            assert await tenant_of(call) == "acme"
+            whole = path.read_text()
+            for number in range(1, 5):
+                path.write_text("" if number % 2 else whole)
+                now_s[0] = number * LOOK_EVERY_S
+                gate.look()
+            assert not call.cancelled() and gate.num_calls == 1
+            path.write_text("")
+            for number in range(5, 7):
+                now_s[0] = number * LOOK_EVERY_S
+                gate.look()
+            assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
 
     asyncio.run(scenario())
 
