@@ -7,7 +7,10 @@ drops the packets, where it lets us.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import shutil
+import subprocess
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -289,3 +292,94 @@ def test_a_client_far_away_hears_the_same(serving: Cluster) -> None:
             assert proxy.num_accepted == 1
 
     run(scenario())
+
+
+# ---- the same, done by the kernel
+
+
+class Cable:
+    """Between this machine and a network namespace. A packet to a hardware address that nobody has is a lost packet."""
+
+    HERE = "10.199.7.1"
+    THERE = "10.199.7.2"
+    NOBODY = "02:00:00:00:00:01"
+
+    def __init__(self) -> None:
+        number = os.getpid()
+        self.space, self._here, self._there = f"pw{number}", f"pwh{number}", f"pwt{number}"
+
+    @property
+    def inside(self) -> list[str]:
+        """What runs a command in the namespace."""
+        return ["ip", "netns", "exec", self.space]
+
+    def lay(self) -> None:
+        """Raises CalledProcessError where the kernel does not let us."""
+        _ip("netns", "add", self.space)
+        _ip("link", "add", self._here, "type", "veth", "peer", "name", self._there, "netns", self.space)
+        for at, address, device in (([], self.HERE, self._here), (["-n", self.space], self.THERE, self._there)):
+            _ip(*at, "addr", "add", f"{address}/30", "dev", device)
+            _ip(*at, "link", "set", device, "up")
+
+    def darken(self, *, up: bool = True, down: bool = True) -> None:
+        """Packets are lost: up, those from the namespace; down, those to it."""
+        wrong = ("lladdr", self.NOBODY, "nud", "permanent")
+        if up:
+            _ip("-n", self.space, "neigh", "replace", self.HERE, *wrong, "dev", self._there)
+        if down:
+            _ip("neigh", "replace", self.THERE, *wrong, "dev", self._here)
+
+    def light(self) -> None:
+        """They arrive again."""
+        for at, address, device in (([], self.THERE, self._here), (["-n", self.space], self.HERE, self._there)):
+            subprocess.run(["ip", *at, "neigh", "del", address, "dev", device], check=False, capture_output=True)
+
+    def cut(self) -> None:
+        """Take it away."""
+        for words in (("netns", "del", self.space), ("link", "del", self._here)):
+            subprocess.run(["ip", *words], check=False, capture_output=True)
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def cable() -> Iterator[Cable]:
+    """Skips, and says why, where there can be none."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2's ip; the proxy's tests have shown the same")
+    made = Cable()
+    try:
+        try:
+            made.lay()
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"this kernel makes no network namespace: {error.stderr.decode().strip()}")
+        yield made
+    finally:
+        made.cut()
+
+
+def test_streams_go_on_elsewhere_when_the_kernel_loses_every_packet(model: Path, tmp_path: Path, cable: Cable) -> None:
+    flags = [f"--link-listen={cable.HERE}:0", "--insecure", "--log-format=json", *HASTE]
+    running = Cluster(model, tmp_path, flags=flags)
+
+    async def scenario() -> None:
+        fake = ("--fake-tokens=hash", "--fake-step-s=0.01")
+        await asyncio.to_thread(running.start_executor, *fake, prefix=cable.inside)
+        await asyncio.to_thread(running.start_executor, *fake)
+        for up, down in ((True, True), (True, False), (False, True)):
+            async with readings(running, max_tokens=200) as streams:
+                before = await executors(running)
+                cable.darken(up=up, down=down)
+                assert not any(reading.checker.is_complete for reading in streams)
+                while "executor-0" in await executors(running):
+                    await asyncio.sleep(0.02)
+            cable.light()
+            await rejoined(running, "executor-0", after=before["executor-0"])
+
+    try:
+        run(scenario())
+        assert running.counters()["moved"] >= 3
+    finally:
+        running.close()
