@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Never, Self
+from typing import Any, Final, Never, Self, TypeVar
 
 import grpc
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
@@ -137,13 +137,18 @@ _LIKELY: Final[Mapping[str, tuple[Any, ...]]] = {  # what gets a request past th
 }
 
 
+_M = TypeVar("_M", bound=Message)
+_Field = Any
+"""A FieldDescriptor: there are two classes of them."""
+
+
 class Draw:
     """Draws messages. Takes any random.Random, so that hypothesis can draw, and shrink, as well."""
 
     def __init__(self, draw: random.Random) -> None:
         self._draw = draw
 
-    def message(self, kind: type[Message]) -> Message:
+    def message(self, kind: type[_M]) -> _M:
         """A message with some of its fields, most of them likely, some at their limits."""
         made = kind()
         self._fill(made, depth=0)
@@ -172,14 +177,14 @@ class Draw:
             else:
                 setattr(message, each.name, self._value(each))
 
-    def _fill_repeated(self, message: Message, each: FieldDescriptor, depth: int) -> None:
+    def _fill_repeated(self, message: Message, each: _Field, depth: int) -> None:
         for _ in range(self._draw.choice(_COUNTS)):
             if each.type == FieldDescriptor.TYPE_MESSAGE:
                 self._fill(getattr(message, each.name).add(), depth + 1)
             else:
                 getattr(message, each.name).append(self._value(each))
 
-    def _value(self, each: FieldDescriptor) -> Any:
+    def _value(self, each: _Field) -> Any:
         likely = _LIKELY.get(each.name)
         of_that_type = likely and isinstance(likely[0], str) == (each.type == FieldDescriptor.TYPE_STRING)
         if likely and of_that_type and self._draw.random() < 0.85:
@@ -434,8 +439,8 @@ class Server:
     async def serve(self, method: MethodDescriptor, call: Call) -> grpc.StatusCode:
         """Run the call to its end. Whatever escapes the handler is raised."""
         assert not self._loop.done(), "the engine's loop has ended"
-        path = _path(method)
-        handler: Any = next(found for h in self._handlers if (found := h.service(_Details(path))) is not None)
+        details: Any = _Details(_path(method))
+        handler: Any = next(found for h in self._handlers if (found := h.service(details)) is not None)
         let_in(ANONYMOUS)
         try:
             if handler.response_streaming:
