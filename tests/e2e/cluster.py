@@ -32,12 +32,15 @@ class Process:
         environment: Mapping[str, str] | None = None,
         *,
         module: str = "services",
+        prefix: Sequence[str] = (),
     ) -> None:
+        """`prefix` is a command that runs the one behind it: `ip netns exec NAME`."""
         read_fd, write_fd = os.pipe()
         self.log = log
         with log.open("ab") as stderr:
             self.popen = subprocess.Popen(
                 [
+                    *prefix,
                     sys.executable,
                     "-m",
                     module,
@@ -121,7 +124,7 @@ class Cluster:
         self.channel = grpc.insecure_channel(self.address)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
 
-    def start_executor(self, *flags: str, fake: bool = True) -> Process:
+    def start_executor(self, *flags: str, fake: bool = True, prefix: Sequence[str] = ()) -> Process:
         """Another executor, joined."""
         number = len(self.executors)
         process = Process(
@@ -132,6 +135,7 @@ class Cluster:
             ],
             self.folder / f"executor-{number}.log",
             module=self._module,
+            prefix=prefix,
         )
         self.executors.append(process)
         process.wait_ready()

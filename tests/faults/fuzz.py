@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Never, Self
+from typing import Any, Final, Never, Self, TypeVar
 
 import grpc
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
@@ -137,13 +137,18 @@ _LIKELY: Final[Mapping[str, tuple[Any, ...]]] = {  # what gets a request past th
 }
 
 
+_M = TypeVar("_M", bound=Message)
+_Field = Any
+"""A FieldDescriptor: there are two classes of them."""
+
+
 class Draw:
     """Draws messages. Takes any random.Random, so that hypothesis can draw, and shrink, as well."""
 
     def __init__(self, draw: random.Random) -> None:
         self._draw = draw
 
-    def message(self, kind: type[Message]) -> Message:
+    def message(self, kind: type[_M]) -> _M:
         """A message with some of its fields, most of them likely, some at their limits."""
         made = kind()
         self._fill(made, depth=0)
@@ -172,14 +177,14 @@ class Draw:
             else:
                 setattr(message, each.name, self._value(each))
 
-    def _fill_repeated(self, message: Message, each: FieldDescriptor, depth: int) -> None:
+    def _fill_repeated(self, message: Message, each: _Field, depth: int) -> None:
         for _ in range(self._draw.choice(_COUNTS)):
             if each.type == FieldDescriptor.TYPE_MESSAGE:
                 self._fill(getattr(message, each.name).add(), depth + 1)
             else:
                 getattr(message, each.name).append(self._value(each))
 
-    def _value(self, each: FieldDescriptor) -> Any:
+    def _value(self, each: _Field) -> Any:
         likely = _LIKELY.get(each.name)
         of_that_type = likely and isinstance(likely[0], str) == (each.type == FieldDescriptor.TYPE_STRING)
         if likely and of_that_type and self._draw.random() < 0.85:
@@ -434,8 +439,8 @@ class Server:
     async def serve(self, method: MethodDescriptor, call: Call) -> grpc.StatusCode:
         """Run the call to its end. Whatever escapes the handler is raised."""
         assert not self._loop.done(), "the engine's loop has ended"
-        path = _path(method)
-        handler: Any = next(found for h in self._handlers if (found := h.service(_Details(path))) is not None)
+        details: Any = _Details(_path(method))
+        handler: Any = next(found for h in self._handlers if (found := h.service(details)) is not None)
         let_in(ANONYMOUS)
         try:
             if handler.response_streaming:
@@ -519,6 +524,7 @@ class Report:
 
     tallies: dict[str, Tally] = field(default_factory=dict[str, Tally])
     failures: list[str] = field(default_factory=list[str])
+    late: int = 0  # calls that took over a second, and did not when they were made again: the machine was busy
 
     @property
     def num_messages(self) -> int:
@@ -546,7 +552,7 @@ class Report:
         for name, tally in sorted(self.tallies.items()):
             codes = ", ".join(f"{code} {count}" for code, count in tally.codes.most_common())
             lines.append(f"| {name} | {tally.messages} | {codes} | {1000 * tally.slowest_s:.0f} ms |")
-        lines += ["", f"{self.num_messages} messages, {len(self.failures)} failures"]
+        lines += ["", f"{self.num_messages} messages, {self.late} of their calls late, {len(self.failures)} failures"]
         return "\n".join([*lines, *self.failures[:_KEPT]])
 
 
@@ -559,14 +565,16 @@ Send = Callable[[MethodDescriptor, Call], Awaitable[grpc.StatusCode | None]]
 async def one(
     send: Send,
     report: Report,
-    draw: random.Random,
+    seed: int,
     number: int,
     digest: str,
     stock: Sequence[Message] = (),
     *,
     hang_s: float = HANG_S,
+    again: bool = True,
 ) -> int:
-    """Send what is drawn for this number. Returns how many messages that was."""
+    """Send what is drawn for this number. Returns how many messages that was. Who is late may try `again`."""
+    draw = random.Random(seed << 40 | number)
     if number % LINK_SHARE == 0:
         method, session = _LINK, Session(draw, digest)
         call = Call(session.say, session.hear)
@@ -589,7 +597,10 @@ async def one(
         async with asyncio.timeout(hang_s):
             code = await send(method, call)
     except TimeoutError:
-        report.fail(method, number, f"did not end within {hang_s:g} s")
+        if again:
+            report.late += 1
+            return await one(send, report, seed, number, digest, stock, hang_s=hang_s, again=False)
+        report.fail(method, number, f"did not end within {hang_s:g} s, twice")
     except Exception as error:  # noqa: BLE001 - whatever escapes a handler is what we look for
         report.fail(method, number, f"{type(error).__name__} escaped: {error}")
     else:
@@ -636,10 +647,9 @@ async def run(
             stock = await stock_of(server)
             good: set[asyncio.Task[None]] = set()
             while sent < messages and len(report.failures) < _KEPT:
-                draw = draw_of(seed, number)
                 if number % LINK_SHARE == 0 and len(good) < _GOOD_ONES:
                     good.add(asyncio.create_task(_good_one(server, number)))
-                sent += await one(server.serve, report, draw, number, server.digest, stock)
+                sent += await one(server.serve, report, seed, number, server.digest, stock)
                 for task in [task for task in good if task.done()]:
                     good.remove(task)
                     if task.exception() is not None:
@@ -647,7 +657,7 @@ async def run(
                 number += 1
                 if time.monotonic() - told_s > 10:
                     told_s = time.monotonic()
-                    tell(f"{sent} messages in {told_s - began_s:.0f} s, {len(report.failures)} failures")
+                    tell(f"{sent} messages in {told_s - began_s:.0f} s; late: {report.late}; {report.failures}")
             async with asyncio.timeout(10 * HANG_S):
                 await asyncio.gather(*good)
                 await server.engine.idle()
@@ -671,7 +681,7 @@ async def run_sockets(*, messages: int, seed: int, folder: Path, hang_s: float =
         }
         async with Wire(addresses) as wire:
             while sent < messages and len(report.failures) < _KEPT:
-                sent += await one(wire.serve, report, draw_of(seed, number), number, digest, hang_s=hang_s)
+                sent += await one(wire.serve, report, seed, number, digest, hang_s=hang_s)
                 number += 1
         if running.scheduler.popen.poll() is not None:
             report.failures.append("the scheduler has ended")
@@ -680,11 +690,6 @@ async def run_sockets(*, messages: int, seed: int, folder: Path, hang_s: float =
     finally:
         await asyncio.to_thread(running.close)
     return report
-
-
-def draw_of(seed: int, number: int) -> random.Random:
-    """What draws the message of that number."""
-    return random.Random(seed << 40 | number)
 
 
 async def _good_one(server: Server, n: int) -> None:

@@ -15,6 +15,7 @@ import pytest
 from grpc import aio
 
 from services.grpc_options import MIB, Options, client_options, link_options, server_options
+from tests.certificates import Authority
 
 T = TypeVar("T")
 
@@ -75,6 +76,10 @@ class Echo:
         self.peers.add(context.peer())
         return request
 
+    async def forget(self, request: bytes, context: Any) -> bytes:
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError
+
     async def refuse(self, request: bytes, context: Any) -> bytes:
         self.calls += 1
         await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
@@ -82,16 +87,20 @@ class Echo:
 
 
 @asynccontextmanager
-async def echo_server(options: Options, echo: Echo | None = None) -> AsyncIterator[int]:
+async def echo_server(
+    options: Options, echo: Echo | None = None, credentials: grpc.ServerCredentials | None = None
+) -> AsyncIterator[int]:
     """The port of a server with these options."""
     echo = echo or Echo()
     server = aio.server(options=options)
     methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         "Unary": grpc.unary_unary_rpc_method_handler(echo.unary),
+        "Forget": grpc.unary_unary_rpc_method_handler(echo.forget),
         "Refuse": grpc.unary_unary_rpc_method_handler(echo.refuse),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", methods),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    address = "127.0.0.1:0"
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     await server.start()
     try:
         yield port
@@ -195,6 +204,75 @@ def test_a_call_ends_when_the_server_no_longer_answers_pings(options: Options) -
     assert run(scenario()) is grpc.StatusCode.UNAVAILABLE
 
 
+@pytest.mark.parametrize(
+    "options", [link_options(keepalive_ms=50), client_options(keepalive_ms=50)], ids=["link", "client"]
+)
+def test_a_channel_pings_while_nothing_is_called(options: Options) -> None:
+    """So that a server that is gone is known before the next call. gRPC pings twice without data, and then no more."""
+
+    async def scenario() -> int:
+        pings = 0
+        enough = asyncio.Event()
+        peers: list[RawPeer] = []
+
+        async def answering(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal pings
+            peer = RawPeer(reader, writer)
+            peers.append(peer)
+            peer.send(SETTINGS)
+            await reader.readexactly(24)  # the preface
+            while (payload := await peer.frame(PING)) is not None:
+                peer.writer.write(b"\0\0\x08" + bytes([PING, ACK]) + bytes(4) + payload)
+                pings += 1
+                if pings == 4:
+                    enough.set()
+
+        server = await asyncio.start_server(answering, "127.0.0.1", 0)
+        async with server:
+            async with channel_to(server.sockets[0].getsockname()[1], options) as channel:
+                channel.get_state(try_to_connect=True)
+                await enough.wait()
+            for peer in peers:
+                await peer.close()
+        return pings
+
+    assert run(scenario(), timeout_s=20) >= 4
+
+
+@CHANNELS
+def test_a_server_that_is_away_is_dialled_again_and_again(options: Options) -> None:
+    """By default the sixth dial would come after a quarter of a minute."""
+
+    async def scenario() -> None:
+        dials = 0
+        enough = asyncio.Event()
+
+        async def absent(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal dials
+            dials += 1
+            writer.transport.abort()
+            if dials == 6:
+                enough.set()
+
+        server = await asyncio.start_server(absent, "127.0.0.1", 0)
+        async with server, channel_to(server.sockets[0].getsockname()[1], options) as channel:
+            waiting = asyncio.create_task(channel.channel_ready())
+            await enough.wait()
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+
+    run(scenario(), timeout_s=10)
+
+
+def test_a_call_does_not_outlive_its_connections_age_for_ever() -> None:
+    async def scenario() -> grpc.StatusCode:
+        options = server_options(max_age_ms=100, max_call_ms=100)
+        async with echo_server(options) as port, channel_to(port) as channel:
+            return await code_of(channel, method="Forget", wait_for_ready=True)
+
+    assert run(scenario(), timeout_s=20) is grpc.StatusCode.UNAVAILABLE
+
+
 def test_a_burst_of_calls_is_answered_whole() -> None:
     async def scenario() -> set[grpc.StatusCode]:
         async with echo_server(server_options(max_streams=2000)) as port, channel_to(port) as channel:
@@ -250,6 +328,18 @@ HASTY = pytest.mark.parametrize(
 def test_a_silent_connection_is_dropped(options: Options) -> None:
     async def scenario() -> None:
         async with echo_server(options) as port, raw_client(port, silent=True) as peer:
+            await peer.reader.read(-1)
+
+    run(scenario())
+
+
+@HASTY
+def test_a_silent_connection_to_a_port_with_tls_is_dropped(options: Options, authority: Authority) -> None:
+    own = authority.issue("server")
+    credentials = grpc.ssl_server_credentials([(own.key.read_bytes(), own.cert.read_bytes())])
+
+    async def scenario() -> None:
+        async with echo_server(options, None, credentials) as port, raw_client(port, silent=True) as peer:
             await peer.reader.read(-1)
 
     run(scenario())

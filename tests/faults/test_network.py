@@ -1,0 +1,385 @@
+"""Networks that go dark, break, delay and crawl, under real processes: streams pause, and show nothing else.
+
+The link of one executor, or of the clients, goes through a proxy (tests/faults/proxy.py). In the last part the kernel
+drops the packets, where it lets us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grpc import aio
+
+from common.sampling import SamplingParams, StopConditions
+from executor.fake_runner import prefix_hash_token
+from pagewire import AsyncClient
+from protos import inference_pb2 as pb
+from protos import monitoring_pb2, monitoring_pb2_grpc
+from services.text import Tokenizer
+from tests.e2e import fake_model
+from tests.e2e.cluster import Cluster
+from tests.faults.bystander import rss_mib
+from tests.faults.checker import Expected, StreamChecker, undisturbed
+from tests.faults.proxy import Proxy
+from tests.faults.recorder import RawSource
+
+STREAMS = 6
+HASTE = ("--silence-s=1", "--suspect-s=0.5", "--lease-s=1.5")  # so that a test need not wait as long as a user would
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_model.write(tmp_path_factory.mktemp("model") / "fake")
+
+
+@pytest.fixture
+def running(model: Path, tmp_path: Path) -> Iterator[Cluster]:
+    """A scheduler that both halves reach by TCP. No executor yet."""
+    cluster = Cluster(model, tmp_path, flags=["--link-listen=127.0.0.1:0", "--log-format=json", *HASTE])
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(60):
+            await scenario
+
+    asyncio.run(bounded())
+
+
+# ---- who reads, and what is seen of the executors
+
+
+class Reading:
+    """One answer, checked token by token as it is read."""
+
+    def __init__(self, model: Path, number: int, *, max_tokens: int, prompt: int = 3) -> None:
+        draw = random.Random(number)
+        ids = [draw.randrange(300) for _ in range(prompt)]
+        sampling = SamplingParams(temperature=1.0, seed=number)
+        self.request = pb.GenerateStreamRequest(
+            token_ids=pb.TokenIds(ids=ids),
+            sampling=pb.SamplingParams(temperature=1.0, seed=number),
+            stopping=pb.StopConditions(max_tokens=max_tokens, ignore_eos=True),
+        )
+        self.expected = _expected(model, ids, sampling, max_tokens)
+        self.checker = StreamChecker(f"stream {number}", [self.expected], num_prompt=prompt)
+
+    async def read(self, source: RawSource) -> None:
+        """To the end. Raises Violation, or what ended it."""
+        async for message in source.stream(self.request):
+            self.checker.hear(message)
+        self.checker.end()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.checker.num_tokens
+
+
+def _expected(model: Path, ids: list[int], sampling: SamplingParams, max_tokens: int) -> Expected:
+    return undisturbed(
+        ids,
+        sampling,
+        0,
+        StopConditions(max_tokens=max_tokens, ignore_eos=True),
+        model=prefix_hash_token,
+        tokenizer=Tokenizer(model / "tokenizer.json"),
+        vocab_size=fake_model.VOCAB_SIZE,
+        eos=frozenset({fake_model.EOS}),
+    )
+
+
+@asynccontextmanager
+async def readings(
+    cluster: Cluster, *, max_tokens: int = 80, prompt: int = 3, streams: int = STREAMS
+) -> AsyncIterator[list[Reading]]:
+    """Streams that are being read, each past its first tokens. At the end all are read, and right."""
+    source = RawSource(cluster.address)
+    all_of_them = [Reading(cluster.model, n, max_tokens=max_tokens, prompt=prompt) for n in range(streams)]
+    try:
+        async with asyncio.TaskGroup() as group:
+            for reading in all_of_them:
+                group.create_task(reading.read(source))
+            await until(lambda: all(reading.num_tokens > 4 for reading in all_of_them))
+            yield all_of_them
+    finally:
+        await source.close()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Return when it does. The test's own limit is the only clock."""
+    while not holds():
+        await asyncio.sleep(0.01)
+
+
+async def executors(cluster: Cluster) -> dict[str, int]:
+    """The sessions of those that are joined, by name."""
+    status = await _status(cluster)
+    return {executor.name: executor.session for executor in status.executors}
+
+
+async def _status(cluster: Cluster) -> monitoring_pb2.GetStatusResponse:
+    async with aio.insecure_channel(cluster.admin) as channel:
+        stub: monitoring_pb2_grpc.MonitoringServiceAsyncStub = monitoring_pb2_grpc.MonitoringServiceStub(channel)
+        return await stub.GetStatus(monitoring_pb2.GetStatusRequest())
+
+
+async def start(cluster: Cluster, *flags: str, step_s: float = 0.01) -> None:
+    """One more executor, joined."""
+    await asyncio.to_thread(cluster.start_executor, "--fake-tokens=hash", f"--fake-step-s={step_s}", *flags)
+
+
+@asynccontextmanager
+async def behind_a_proxy(cluster: Cluster, *, step_s: float = 0.01) -> AsyncIterator[Proxy]:
+    """An executor whose link goes through it."""
+    async with Proxy(cluster.link) as proxy:
+        await start(cluster, f"--scheduler={proxy.address}", step_s=step_s)
+        yield proxy
+
+
+async def rejoined(cluster: Cluster, name: str, *, after: int) -> None:
+    """Return when the executor is there with a later session."""
+    while (await executors(cluster)).get(name, 0) <= after:
+        await asyncio.sleep(0.02)
+
+
+# ---- the link of an executor
+
+
+def test_streams_go_on_elsewhere_when_a_link_goes_dark_both_ways_or_one_way(running: Cluster) -> None:
+    async def scenario() -> None:
+        async with behind_a_proxy(running) as proxy:
+            await start(running)
+            for up, down in ((True, True), (True, False), (False, True)):
+                async with readings(running, max_tokens=200) as streams:
+                    before = await executors(running)
+                    proxy.blackhole(up=up, down=down)
+                    assert not any(reading.checker.is_complete for reading in streams)
+                    while "executor-0" in await executors(running):
+                        await asyncio.sleep(0.02)
+                proxy.heal()
+                await rejoined(running, "executor-0", after=before["executor-0"])
+
+    run(scenario())
+    assert running.counters()["moved"] >= 3
+
+
+def test_streams_go_on_after_the_network_has_healed_when_there_is_no_other_executor(running: Cluster) -> None:
+    async def scenario() -> None:
+        async with behind_a_proxy(running) as proxy, readings(running, max_tokens=200):
+            proxy.blackhole()
+            while await executors(running):
+                await asyncio.sleep(0.02)
+            proxy.heal()
+
+    run(scenario())
+    assert running.counters()["moved"] >= STREAMS
+
+
+def test_an_executor_whose_connection_is_reset_dials_again_and_is_not_suspected(running: Cluster) -> None:
+    async def scenario() -> None:
+        async with behind_a_proxy(running) as proxy, readings(running, max_tokens=400) as streams:
+            for _ in range(3):
+                before = (await executors(running))["executor-0"]
+                read = sum(reading.num_tokens for reading in streams)
+                proxy.reset()
+                await rejoined(running, "executor-0", after=before)
+                await until(lambda read=read: sum(reading.num_tokens for reading in streams) > read)  # type: ignore[misc]
+        assert running.executors[0].popen.poll() is None
+        assert (await _status(running)).scheduler.executor_losses.num_suspects == 0
+
+    run(scenario())
+
+
+def test_a_network_that_is_slow_and_uneven_kills_nobody(running: Cluster) -> None:
+    async def scenario() -> None:
+        async with behind_a_proxy(running) as proxy:
+            async with readings(running, max_tokens=16):
+                before = await executors(running)
+                proxy.delay(0.05, 0.4)
+            assert await executors(running) == before
+
+    run(scenario())
+
+
+def test_a_link_with_little_room_loses_nothing_and_fills_no_memory(running: Cluster) -> None:
+    """Plans with long prompts, over 40 KB/s each way."""
+
+    async def scenario() -> None:
+        pids = [running.scheduler.popen.pid]
+        async with behind_a_proxy(running) as proxy:
+            pids.append(running.executors[0].popen.pid)
+            proxy.throttle(40_000)
+            async with readings(running, max_tokens=12, prompt=400, streams=24):
+                before = await executors(running)
+                before_mib = [rss_mib(pid) for pid in pids]
+            assert await executors(running) == before
+            assert all(rss_mib(pid) - mib < 32 for pid, mib in zip(pids, before_mib, strict=True))
+
+    run(scenario())
+
+
+# ---- the link of a client
+
+
+@pytest.fixture(scope="module")
+def serving(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A scheduler with an executor. Only its clients have a bad network."""
+    cluster = Cluster(model, tmp_path_factory.mktemp("serving"))
+    try:
+        cluster.start_executor("--fake-tokens=hash", "--fake-step-s=0.01")
+        yield cluster
+    finally:
+        cluster.close()
+
+
+async def ask(address: str, reading: Reading, *, at: int, then: Callable[[], None]) -> list[int]:
+    """The tokens of an answer, as the Python client gives them; `then` happens once it has `at` of them."""
+    tokens: list[int] = []
+    happened = False
+    async with AsyncClient(address) as client, client.send(reading.request) as stream:
+        async for delta in stream:
+            assert delta.index == len(tokens)
+            tokens += delta.token_ids
+            if len(tokens) >= at and not happened:
+                happened = True
+                then()
+    return tokens
+
+
+def test_a_client_whose_connection_is_reset_goes_on_where_it_was(serving: Cluster) -> None:
+    async def scenario() -> None:
+        reading = Reading(serving.model, 1, max_tokens=60)
+        async with Proxy(serving.address) as proxy:
+            assert await ask(proxy.address, reading, at=20, then=proxy.reset) == list(reading.expected.tokens)
+            assert proxy.num_accepted >= 2
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("up", "down"), [(True, True), (False, True)], ids=["both ways", "to the client"])
+def test_a_client_whose_connection_goes_dark_goes_on_by_another_way(serving: Cluster, up: bool, down: bool) -> None:
+    async def scenario() -> None:
+        reading = Reading(serving.model, 2, max_tokens=120)
+        async with Proxy(serving.address) as dark, Proxy(serving.address) as other:
+            addresses = f"{dark.address},{other.address}"
+            tokens = await ask(addresses, reading, at=20, then=lambda: dark.blackhole(up=up, down=down))
+            assert tokens == list(reading.expected.tokens)
+            assert other.num_accepted >= 1
+
+    run(scenario())
+
+
+def test_a_client_far_away_hears_the_same(serving: Cluster) -> None:
+    async def scenario() -> None:
+        reading = Reading(serving.model, 3, max_tokens=40)
+        async with Proxy(serving.address) as proxy:
+            proxy.delay(0.1, 0.2)
+            tokens = await ask(proxy.address, reading, at=10, then=lambda: proxy.throttle(20_000))
+            assert tokens == list(reading.expected.tokens)
+            assert proxy.num_accepted == 1
+
+    run(scenario())
+
+
+# ---- the same, done by the kernel
+
+
+class Cable:
+    """Between this machine and a network namespace. A packet to a hardware address that nobody has is a lost packet."""
+
+    HERE = "10.199.7.1"
+    THERE = "10.199.7.2"
+    NOBODY = "02:00:00:00:00:01"
+
+    def __init__(self) -> None:
+        number = os.getpid()
+        self.space, self._here, self._there = f"pw{number}", f"pwh{number}", f"pwt{number}"
+
+    @property
+    def inside(self) -> list[str]:
+        """What runs a command in the namespace."""
+        return ["ip", "netns", "exec", self.space]
+
+    def lay(self) -> None:
+        """Raises CalledProcessError where the kernel does not let us."""
+        _ip("netns", "add", self.space)
+        _ip("link", "add", self._here, "type", "veth", "peer", "name", self._there, "netns", self.space)
+        for at, address, device in (([], self.HERE, self._here), (["-n", self.space], self.THERE, self._there)):
+            _ip(*at, "addr", "add", f"{address}/30", "dev", device)
+            _ip(*at, "link", "set", device, "up")
+
+    def darken(self, *, up: bool = True, down: bool = True) -> None:
+        """Packets are lost: up, those from the namespace; down, those to it."""
+        wrong = ("lladdr", self.NOBODY, "nud", "permanent")
+        if up:
+            _ip("-n", self.space, "neigh", "replace", self.HERE, *wrong, "dev", self._there)
+        if down:
+            _ip("neigh", "replace", self.THERE, *wrong, "dev", self._here)
+
+    def light(self) -> None:
+        """They arrive again."""
+        for at, address, device in (([], self.THERE, self._here), (["-n", self.space], self.HERE, self._there)):
+            subprocess.run(["ip", *at, "neigh", "del", address, "dev", device], check=False, capture_output=True)
+
+    def cut(self) -> None:
+        """Take it away."""
+        for words in (("netns", "del", self.space), ("link", "del", self._here)):
+            subprocess.run(["ip", *words], check=False, capture_output=True)
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def cable() -> Iterator[Cable]:
+    """Skips, and says why, where there can be none."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2's ip; the proxy's tests have shown the same")
+    made = Cable()
+    try:
+        try:
+            made.lay()
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"this kernel makes no network namespace: {error.stderr.decode().strip()}")
+        yield made
+    finally:
+        made.cut()
+
+
+def test_streams_go_on_elsewhere_when_the_kernel_loses_every_packet(model: Path, tmp_path: Path, cable: Cable) -> None:
+    flags = [f"--link-listen={cable.HERE}:0", "--insecure", "--log-format=json", *HASTE]
+    running = Cluster(model, tmp_path, flags=flags)
+
+    async def scenario() -> None:
+        fake = ("--fake-tokens=hash", "--fake-step-s=0.01")
+        await asyncio.to_thread(running.start_executor, *fake, prefix=cable.inside)
+        await asyncio.to_thread(running.start_executor, *fake)
+        for up, down in ((True, True), (True, False), (False, True)):
+            async with readings(running, max_tokens=200) as streams:
+                before = await executors(running)
+                cable.darken(up=up, down=down)
+                assert not any(reading.checker.is_complete for reading in streams)
+                while "executor-0" in await executors(running):
+                    await asyncio.sleep(0.02)
+            cable.light()
+            await rejoined(running, "executor-0", after=before["executor-0"])
+
+    try:
+        run(scenario())
+        assert running.counters()["moved"] >= 3
+    finally:
+        running.close()
