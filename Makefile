@@ -3,7 +3,7 @@ PYTHON ?= python3
 # Where the CPU build of torch is found; `make setup TORCH_INDEX=` takes PyPI's own build (CUDA on Linux).
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
-# Arguments of the command behind demo, serve, test, soak and bench-scheduler: `make test ARGS="-k preemption"`.
+# Arguments of the command behind demo, serve, test, soak, kill-run and bench-scheduler: `make test ARGS="-k preemption"`.
 ARGS ?=
 
 BIN := .venv/bin
@@ -13,7 +13,7 @@ STUBS := .venv/stubs
 stubs = $(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/*.proto
 
-.PHONY: help setup protos check test soak demo serve up bench bench-kernels bench-quality bench-scheduler bench-split bench-streaming
+.PHONY: help setup protos check test soak kill-run demo serve up bench bench-kernels bench-quality bench-scheduler bench-split bench-streaming
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -58,6 +58,9 @@ test: setup ## run every test
 
 soak: setup ## search for faults that hurt, an hour; ARGS="--minutes 600 --first 2000000"
 	$(BIN)/python -m tests.faults.simulate --minutes 60 --first 100000 $(ARGS)
+
+kill-run: setup ## kill real processes a thousand times while streams are read; ARGS="--kills 100 --overlapping"
+	$(BIN)/python -m tests.faults.kill_run --out kill-run $(ARGS)
 
 demo: setup ## watch a real model answer through a scheduler and an executor
 	$(BIN)/python -m services demo $(ARGS)

@@ -14,7 +14,8 @@ else:
     errors = borrow("common.errors")
 
 FIRST_DELAY_S = 0.05
-MAX_DELAY_S = 2.0
+MAX_DELAY_S = 2.0  # between calls that a server refuses
+MAX_ABSENCE_DELAY_S = 0.5  # between those that find none: it may be back any moment, and is not there to be burdened
 
 
 class RetryBudget:
@@ -92,7 +93,7 @@ class Attempts:
         if self._failing_since_s is None:
             self._failing_since_s = now_s
         delay_s = self._delay_s * self._jitter()
-        self._delay_s = min(MAX_DELAY_S, 2 * self._delay_s)
+        self._delay_s = min(MAX_DELAY_S if failure.answered else MAX_ABSENCE_DELAY_S, 2 * self._delay_s)
         if failure.retry_after_s is not None:
             delay_s = max(delay_s, failure.retry_after_s * (0.5 + 0.5 * self._jitter()))
         self._not_before[self.address] = now_s + delay_s

@@ -113,14 +113,15 @@ class ComputeThread:
                     continue
                 failpoints.hit("before_forward")
                 result = runner.execute(plan)
+                idle_ns, finished_ns = started_ns - finished_ns, self._clock_ns()
+                self.computing = False
+                failpoints.hit("after_sample_before_send")
+                self._on_result(owner, replace(result, compute_ns=finished_ns - started_ns, idle_ns=idle_ns))
+                self.next_step = plan.step + 1
             except Exception as error:  # noqa: BLE001 - one link ends by it, and the next begins from nothing
+                # whatever it is: a thread that ended would leave a process that dials, joins and computes nothing
                 log.error("step %d of session %d failed\n%s", self.next_step, owner, "".join(without_texts(error)))
                 self.session = -1
                 self._on_failure(owner, error)
-                continue
             finally:
                 self.computing = False
-            idle_ns, finished_ns = started_ns - finished_ns, self._clock_ns()
-            self.next_step = plan.step + 1
-            failpoints.hit("after_sample_before_send")
-            self._on_result(owner, replace(result, compute_ns=finished_ns - started_ns, idle_ns=idle_ns))

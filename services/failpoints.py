@@ -1,10 +1,15 @@
 """Arms the failpoints of a process from PAGEWIRE_FAILPOINTS. For tests: whoever may set it may kill the process anyway.
 
     PAGEWIRE_FAILPOINTS="before_commit=kill@3;in_heartbeat=sleep:2@5+"
+    PAGEWIRE_FAILPOINTS="@/run/orders"
 
 NAME=ACTION, where ACTION is kill (SIGKILL), exit, freeze (SIGSTOP), raise, sleep:SECONDS (the thread stands still), or
 an effect of the place itself (drop, nan; common/failpoints.py says which place knows which). `@n` is the n-th time
 that the place is passed, 1 when nothing is said; `@n+` is that time and each one after it.
+
+With `@FILE` the file holds that text. It is read as the process starts, if it is there, and again at each SIGUSR1, so
+a process that is at work can be struck at a moment of one's choice; passages are counted from then on. What is about
+to be done is added to FILE.struck, a line each, before it is done.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final, NamedTuple, cast
 
 from common import failpoints
@@ -47,8 +53,22 @@ class _Rule(NamedTuple):
 def arm(environment: Mapping[str, str] = os.environ) -> None:
     """Read the variable and arm what it names. Without it nothing changes. Raises FailpointError."""
     text = environment.get(VARIABLE, "")
-    if not text:
-        return
+    if text.startswith("@"):
+        orders = Path(text[1:])
+        _obey(orders)
+        signal.signal(signal.SIGUSR1, lambda *_: _obey(orders))
+    elif text:
+        _arm(text, None)
+
+
+def _obey(orders: Path) -> None:
+    """Do what the file says from now on, and nothing of what it said before."""
+    failpoints.hit = failpoints.unarmed
+    if orders.exists() and (text := orders.read_text()):
+        _arm(text, orders.with_name(orders.name + ".struck"))
+
+
+def _arm(text: str, struck: Path | None) -> None:
     rules: dict[str, list[_Rule]] = {}
     for part in text.split(";"):
         found = _RULE.fullmatch(part.strip())
@@ -70,6 +90,9 @@ def arm(environment: Mapping[str, str] = os.environ) -> None:
         counts[name] += 1
         for rule in of_place:
             if counts[name] == rule.first or (rule.goes_on and counts[name] > rule.first):
+                if struck is not None:
+                    with struck.open("a") as told:
+                        told.write(f"{name}={rule.action}\n")
                 return _act(name, rule.action)
         return ""
 

@@ -121,10 +121,11 @@ def client_options(
         ("grpc.use_local_subchannel_pool", 1),
         # A stream that broke is resumed, by our rules; gRPC, which cannot do that, must not try again behind our back.
         ("grpc.enable_retries", 0),
-        # A server that restarts is found again at once, not after the two minutes that gRPC waits.
+        # A server that restarts is found again at once, not after the two minutes that gRPC waits; a connection may
+        # take a second to be made (that is the second one), but the next one is tried much sooner.
         ("grpc.initial_reconnect_backoff_ms", 50),
         ("grpc.min_reconnect_backoff_ms", 1000),
-        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", 250),
     )
 
 

@@ -100,6 +100,11 @@ class RunningServer:
             )
         self.pid = self._process.pid
 
+    @property
+    def address(self) -> str:
+        """Where it is asked."""
+        return f"http://127.0.0.1:{self._port}"
+
     def client(self) -> Client:
         """A client that speaks its dialect."""
         if self.engine.dialect == "pagewire":

@@ -58,6 +58,7 @@ class Process:
             )
         os.close(write_fd)
         self._ready = os.fdopen(read_fd, "rb", buffering=0)
+        self._announced = b""
 
     def wait_ready(self) -> str:
         """The announcement. Fails with the log when the process ends first."""
@@ -72,6 +73,15 @@ class Process:
                     raise AssertionError(f"not ready, exit code {self.wait()}:\n{self.log.read_text()}")
                 line += chunk
         return line.decode().strip()
+
+    def look(self) -> str:
+        """The announcement, or nothing as long as it has not come; never waits. Fails when the process ended first."""
+        while not self._announced.endswith(b"\n") and select.select([self._ready], [], [], 0)[0]:
+            chunk = self._ready.read(4096)
+            if not chunk:
+                raise AssertionError(f"not ready, exit code {self.wait()}:\n{self.log.read_text()}")
+            self._announced += chunk
+        return self._announced.decode().strip() if self._announced.endswith(b"\n") else ""
 
     def wait(self, timeout_s: float = 30.0) -> int:
         """The exit code."""

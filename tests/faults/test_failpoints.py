@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,3 +73,22 @@ def test_a_mistake_is_refused_at_the_start(text: str, problem: str) -> None:
     with pytest.raises(FailpointError, match=problem):
         arm({VARIABLE: text})
     assert failpoints.hit is failpoints.unarmed
+
+
+def test_a_process_at_work_is_armed_by_a_file_and_tells_what_struck(tmp_path: Path) -> None:
+    orders, struck = tmp_path / "orders", tmp_path / "orders.struck"
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        arm({VARIABLE: f"@{orders}"})
+        assert failpoints.hit("before_plan_send") == ""
+
+        orders.write_text("before_plan_send=drop@2")
+        signal.raise_signal(signal.SIGUSR1)
+        assert [failpoints.hit("before_plan_send") for _ in range(3)] == ["", "drop", ""]
+        assert struck.read_text() == "before_plan_send=drop\n"
+
+        orders.write_text("")
+        signal.raise_signal(signal.SIGUSR1)
+        assert failpoints.hit is failpoints.unarmed
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -286,15 +286,25 @@ def attempts(*addresses: str, patience_s: float = 30.0, deadline_s: float = 600.
     )
 
 
-def test_delays_double_up_to_two_seconds_and_begin_anew_after_a_message() -> None:
-    one = attempts()
+def delays_of(one: Attempts, failure: Failure, count: int) -> list[float]:
     now_s, delays = 0.0, []
-    for _ in range(8):
-        delays.append(one.failed(lost("x"), now_s))
+    for _ in range(count):
+        delays.append(one.failed(failure, now_s))
         now_s += delays[-1]
-    assert delays == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0])
+    return delays
+
+
+def test_delays_double_up_to_half_a_second_where_nobody_is_and_begin_anew_after_a_message() -> None:
+    one = attempts()
+    assert delays_of(one, lost("x"), 6) == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.5, 0.5])
     one.heard()
-    assert one.failed(lost("x"), now_s) == pytest.approx(0.05)
+    assert one.failed(lost("x"), 9.0) == pytest.approx(0.05)
+
+
+def test_delays_double_up_to_two_seconds_where_a_server_refuses() -> None:
+    one = attempts(budget=RetryBudget(reserve=100.0))
+    refused = Failure(error=Overloaded("full", 0.0), may_pass=True, answered=True)
+    assert delays_of(one, refused, 8) == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0])
 
 
 def test_the_next_address_is_asked_at_once_and_only_a_whole_round_waits() -> None:

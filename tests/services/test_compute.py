@@ -101,3 +101,27 @@ def test_a_step_that_fails_is_logged_with_its_place_and_without_its_words(caplog
 
     assert "step 0 of session 7 failed" in caplog.text and "in execute" in caplog.text and "ValueError" in caplog.text
     assert CANARY not in caplog.text
+
+
+def test_a_result_that_cannot_be_handed_on_fails_its_step_and_the_thread_goes_on() -> None:
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    refusals = [True]
+
+    def on_result(session: int, result: StepResult) -> None:
+        if refusals and refusals.pop():
+            raise ValueError("it never arrives")
+        told.put(f"session {session} has step {result.step}")
+
+    compute = ComputeThread(
+        lambda: SlowRunner(Clock()),
+        report=lambda stage, done, total: None,
+        on_loaded=lambda facts: None,
+        on_result=on_result,
+        on_failure=lambda session, error: told.put(f"session {session} failed in step {compute.next_step}"),
+    )
+    for session in (1, 2):
+        compute.begin_session(session)
+        compute.execute(session, StepPlan(step=0, refs=[], num_scheduled=[]))
+    compute.start()
+    assert [told.get(timeout=20) for _ in range(2)] == ["session 1 failed in step 0", "session 2 has step 0"]
+    compute.stop()
