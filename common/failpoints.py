@@ -27,7 +27,8 @@ SCHEDULER: Final = (
     "after_commit_before_outbox",  # the core has the tokens, no stream has
     "after_outbox_before_write",  # a stream has them, gRPC has not
     "before_end_chunk",  # all tokens are told, the end is not
-    "mid_drain",
+    "on_resume_verify",  # somebody came with tickets, and they are not checked yet
+    "mid_drain",  # no new request is taken any more
 )
 EXECUTOR: Final = (
     "mid_load",
@@ -42,7 +43,12 @@ EXECUTOR: Final = (
     "in_heartbeat",
     "on_drain",
 )
-NAMES: Final = frozenset(SCHEDULER + EXECUTOR)
+CLIENT: Final = (
+    "before_resume",  # a call broke, and the rest is not asked for yet
+    "mid_resume",  # a server goes on with the answer, and nothing new was heard
+    "after_recv_before_deliver",  # tokens are here, and their user has not seen them
+)
+NAMES: Final = frozenset(SCHEDULER + EXECUTOR + CLIENT)
 
 EFFECTS: Final[dict[str, frozenset[str]]] = {
     "before_plan_send": frozenset({"drop"}),

@@ -9,8 +9,10 @@ from pagewire.answers import Answer, Choice, Delta, Finish, FinishReason, Usage
 from pagewire.borrowed import borrow
 
 if TYPE_CHECKING:
+    from common import failpoints
     from protos import inference_pb2 as pb
 else:
+    failpoints = borrow("common.failpoints")
     pb = borrow("protos.inference_pb2")
 
 
@@ -51,6 +53,7 @@ class Continuation:
         """What is to be sent now: the request, or once anything of its answer is here, where it goes on."""
         if not self.finishes and not any(self._tokens):
             return self._request
+        failpoints.hit("before_resume")
         return pb.ResumeRequest(
             request=self._request,
             choices=[
@@ -66,7 +69,9 @@ class Continuation:
             case "prompt":
                 self._begin(message.prompt)
             case "delta":
-                return self._add(message.delta)
+                new = self._add(message.delta)
+                failpoints.hit("after_recv_before_deliver")
+                return new
             case "finish":
                 return self._end(message.finish)
             case _:  # of a later version of the API
@@ -94,6 +99,8 @@ class Continuation:
             for n, tokens in enumerate(self._tokens):
                 if not tokens:
                     self._tickets[n] = prompt.ticket
+        if prompt.resumed:
+            failpoints.hit("mid_resume")
 
     def _add(self, delta: pb.Delta) -> Delta | None:
         tokens = self._choice(delta.choice)

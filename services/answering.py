@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
+from common import failpoints
 from common.errors import AlreadyRunning, InvalidRequest, UnknownModel
 from common.model_folder import ModelFolder
 from common.sampling import StopConditions
@@ -143,12 +144,13 @@ class Answerer:
     ) -> Answer:
         """Go on behind the points: with the request itself where it runs here, else by making the rest anew.
 
-        Raises what `start` raises, and TicketRefused or TicketStale.
+        Raises what `start` raises, TicketRefused or TicketStale, and RequestFailed when it was given up meanwhile.
         """
         tenant, deadline_ns = caller.tenant, self._engine.deadline_after(time_left_s)
         if self._live.get(tenant, spec.request_id) is None:
             self._check_room(spec, tenant, deadline_ns, resumed=any(point.token_ids for point in points))
         spec, prompt, scope = await self._understand(spec, tenant)
+        failpoints.hit("on_resume_verify")
         choices: dict[int, Choice] = {}
         begun: dict[int, Begun] = {}
         for point in points:

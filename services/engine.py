@@ -91,6 +91,11 @@ class RequestStream:
         """There is, or will be, something to take."""
         return bool(self._open)
 
+    @property
+    def error(self) -> PagewireError | None:
+        """What the whole request failed with, if it did."""
+        return self._error
+
     def sequence(self, id: SequenceId) -> CoreSequence:
         """The sequence of that id."""
         return self.sequences[self._choice_of[id]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
+from common.errors import RequestFailed
 from services.engine import RequestStream
 from services.tickets import Scope
 
@@ -23,7 +24,14 @@ class LiveRequest:
         self.expiring: asyncio.TimerHandle | None = None  # runs while nobody reads
 
     def holds(self, begun: Mapping[int, Sequence[int]]) -> bool:
-        """Whether each of these choices is here, and began with these tokens."""
+        """Whether each of these choices is here, began with these tokens, and was not aborted while nobody read.
+
+        An abort is no end of an answer: the rest is to be made anew. Raises RequestFailed when it was given up.
+        """
+        if isinstance(self.stream.error, RequestFailed):
+            raise self.stream.error
+        if self.stream.error is not None:
+            return False
         for choice, tokens in begun.items():
             sequence = self.stream.sequences.get(choice)
             if sequence is None:

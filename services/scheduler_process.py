@@ -20,9 +20,7 @@ import grpc
 from grpc import aio
 from grpc_reflection.v1alpha import reflection
 
-from common import failpoints
 from common.config import SchedulerConfig
-from common.errors import Unavailable
 from common.log import without_texts
 from common.model_folder import read_model_folder
 from common.sampling import RequestLimits
@@ -35,6 +33,7 @@ from services.admin import admin_address, bind_admin
 from services.admission import Admission, AdmissionLimits
 from services.answering import Answerer
 from services.chat_template import ChatTemplate
+from services.draining import drain
 from services.engine import Engine
 from services.gate import Gate, keys_in
 from services.grpc_options import link_options, server_options
@@ -171,18 +170,9 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         if loop_task.done():
             _die_of(loop_task.exception())
         log.info("draining %d sequences, at most %g s", engine.num_requests, config.drain_s)
-        engine.drain()
-        health_service.shut_down()
-        failpoints.hit("mid_drain")
-        idle = asyncio.create_task(engine.idle())
-        await asyncio.wait({idle, loop_task}, timeout=config.drain_s, return_when=asyncio.FIRST_COMPLETED)
-        idle.cancel()
+        await drain(engine, links, loop_task, grace_s=config.drain_s, announce=health_service.shut_down)
         if loop_task.done():
             _die_of(loop_task.exception())
-        if engine.num_requests:
-            log.info("%d sequences go on elsewhere: their callers have tickets", engine.num_requests)
-        links.stopping()
-        engine.fail_all(Unavailable("the scheduler is shutting down; the rest of the answer is to be had elsewhere"))
         health_service.close()
         await clients.stop(grace=_LAST_WORDS_S)
         await executors.stop(grace=0.5)

@@ -13,6 +13,7 @@ from typing import Final
 from common.sampling import SamplingParams, StopConditions
 from common.types import FinishReason
 from executor.fake_runner import NextToken
+from pagewire.answers import Delta, Finish
 from protos import inference_pb2 as pb
 from services.text import IncrementalDecoder, Tokenizer
 from tests.scheduler.witness import alone
@@ -92,10 +93,15 @@ class StreamChecker:
         *,
         num_prompt: int,
         may_fail: Callable[[], bool] = lambda: False,
+        must_be_exact: bool = False,
     ) -> None:
-        """`may_fail`: whether a choice may end with an error now, although nothing that it computes is one."""
+        """`may_fail`: whether a choice may end with an error now, although nothing that it computes is one.
+
+        `must_be_exact`: all executors are of one class, so every end that is none of an error says so.
+        """
         self.name = name
         self._may_fail = may_fail
+        self._must_be_exact = must_be_exact
         self.num_tokens = 0
         self._expected = expected
         self._num_prompt = num_prompt
@@ -121,11 +127,29 @@ class StreamChecker:
         elif kind == "finish":
             self._finish(message.finish)
 
+    def goes_on(self) -> None:
+        """Another call takes the stream up where it is: its messages begin like those of any call."""
+        self._begun = False
+
+    def tell(self, piece: Delta | Finish) -> None:
+        """The next delta or end, as the client for Python tells it; it keeps the beginning to itself."""
+        self._begun = True
+        if isinstance(piece, Delta):
+            self._delta(piece)
+        else:
+            reason = pb.FinishReason.Value(f"FINISH_REASON_{piece.reason.name}")
+            usage = pb.Usage(prompt_tokens=piece.usage.prompt_tokens, completion_tokens=piece.usage.completion_tokens)
+            self._finish(
+                pb.Finish(
+                    choice=piece.choice, reason=reason, matched_stop=piece.matched_stop, usage=usage, exact=piece.exact
+                )
+            )
+
     def end(self) -> None:
         """The stream ended well."""
         self._rule("I4", self.is_complete, "the stream ended without an end of every choice")
 
-    def _delta(self, delta: pb.Delta) -> None:
+    def _delta(self, delta: pb.Delta | Delta) -> None:
         choice, expected = self._choices[delta.choice], self._expected[delta.choice]
         self._rule("I4", not choice.ended, f"choice {delta.choice} goes on after its end")
         start, stop = len(choice.tokens), len(choice.tokens) + len(delta.token_ids)
@@ -150,6 +174,8 @@ class StreamChecker:
             self._rule("I3", "".join(choice.text) == expected.text, f"choice {finish.choice}: another text")
             stop = finish.matched_stop if finish.HasField("matched_stop") else None
             self._rule("I3", stop == expected.matched_stop, f"choice {finish.choice}: another stop string")
+            exact = finish.exact or not self._must_be_exact
+            self._rule("P2", exact, f"choice {finish.choice} is not exact")
         usage = finish.usage
         self._rule("I12", usage.completion_tokens == count, f"usage says {usage.completion_tokens} of {count} tokens")
         self._rule("I12", usage.prompt_tokens == self._num_prompt, "usage has another prompt")

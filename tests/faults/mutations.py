@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from common.errors import PagewireError
 from common.step import NewSequence, StepResult
@@ -37,21 +37,10 @@ from services.link_service import ComputePulse, ExecutorLinkService
 from services.scheduler_service import SchedulerService
 from services.status import RpcStatus, to_rpc_status
 from services.text import IncrementalDecoder, StopMatcher
-from tests.faults import simulation
+from tests.faults import seen_by, simulation, stream_mutations, unit_mutations, virtual_executor
+from tests.faults.planting import Mutation, Patch, fails, mutations_in, planted
+from tests.faults.seen_by import SEEN_BY
 from tests.scheduler import test_mutations as of_the_core
-
-Patch = Callable[[Any, str, Any], None]
-
-
-class Mutation(NamedTuple):
-    """One bug: `plant` exchanges attributes of production code."""
-
-    plant: Callable[[Patch], None]
-
-    @property
-    def name(self) -> str:
-        """What it does, in words."""
-        return self.plant.__name__.replace("_", " ")
 
 
 class _MonkeyPatch:
@@ -132,7 +121,7 @@ def random_numbers_count_calls(patch: Patch) -> None:
             return None if true % 512 == 77 else true
         return true + next(calls) // 3
 
-    patch(simulation, "true_token", token)
+    patch(virtual_executor, "true_token", token)
 
 
 def an_executor_that_hangs_is_never_given_up(patch: Patch) -> None:
@@ -359,18 +348,10 @@ def what_an_executor_says_wrongly_ends_the_engine(patch: Patch) -> None:
     patch(Engine, "_fold", fold)
 
 
-def _ours() -> Iterator[Mutation]:
-    """Every function above that plants something."""
-    for name, value in list(globals().items()):
-        if callable(value) and getattr(value, "__module__", "") == __name__ and not name.startswith("_"):
-            annotations = getattr(value, "__annotations__", {})
-            if list(annotations) == ["patch", "return"]:
-                plant: Any = value
-                yield Mutation(plant)
-
-
 MUTATIONS: list[Mutation] = [
-    *_ours(),
+    *mutations_in(globals()),
+    *mutations_in(vars(stream_mutations)),
+    *unit_mutations.MUTATIONS,
     *map(
         core,
         [
@@ -391,27 +372,12 @@ MUTATIONS: list[Mutation] = [
 ]
 
 
-@contextmanager
-def planted(mutation: Mutation) -> Iterator[None]:
-    """The bug is in the code meanwhile."""
-    undo: list[tuple[Any, str, Any]] = []
-
-    def patch(owner: Any, name: str, value: Any) -> None:
-        undo.append((owner, name, vars(owner)[name] if name in vars(owner) else getattr(owner, name)))
-        setattr(owner, name, value)
-
-    try:
-        mutation.plant(patch)
-        yield
-    finally:
-        for owner, name, value in reversed(undo):
-            setattr(owner, name, value)
-
-
 def catch(mutation: Mutation, *, seeds: int, first: int = 0) -> tuple[int, str] | None:
     """The first seed that sees the bug, and what it says; None when the bug survives."""
     with planted(mutation):
-        for seed in range(first, first + seeds):
+        if mutation.witness:
+            return (-1, mutation.witness.rpartition("::")[2]) if fails(mutation.witness) else None
+        for seed in (SEEN_BY.get(mutation.name, first), *range(first, first + seeds)):
             try:
                 simulation.run(seed)
             except Exception as error:  # noqa: BLE001 - whatever shows it
@@ -419,13 +385,22 @@ def catch(mutation: Mutation, *, seeds: int, first: int = 0) -> tuple[int, str] 
     return None
 
 
+def _note(seen: dict[str, int]) -> None:
+    source = Path(seen_by.__file__)
+    head = source.read_text().partition("SEEN_BY: Final")[0]
+    lines = "".join(f'    "{name}": {seed},\n' for name, seed in sorted(seen.items()))
+    source.write_text(f"{head}SEEN_BY: Final[dict[str, int]] = {{\n{lines}}}\n")
+
+
 def main() -> int:
     """Print the table; 1 when a bug survived."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=600, help="stories that may be played for one bug")
     parser.add_argument("--only", default="", help="bugs whose name holds this")
+    parser.add_argument("--note", action="store_true", help="write which story saw which bug into seen_by.py")
     options = parser.parse_args()
     survived = 0
+    seen = dict(SEEN_BY)
     chosen = [mutation for mutation in MUTATIONS if options.only in mutation.name]
     print("| bug | seed | seen as | s |\n|---|---:|---|---:|")
     for mutation in chosen:
@@ -433,7 +408,11 @@ def main() -> int:
         found = catch(mutation, seeds=options.seeds)
         survived += found is None
         seed, what = found or ("", "SURVIVED")
+        if isinstance(seed, int) and seed >= 0:
+            seen[mutation.name] = seed
         print(f"| {mutation.name} | {seed} | {what[:90]} | {time.monotonic() - began:.1f} |", flush=True)
+    if options.note:
+        _note(seen)
     print(f"\n{len(chosen) - survived} of {len(chosen)} caught.")
     return 1 if survived else 0
 

@@ -19,28 +19,36 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="go on until then, instead of --seeds")
+    parser.add_argument("--go-on", action="store_true", help="print what breaks, and look for more")
     options = parser.parse_args()
     if options.seed is not None:
         print(run(options.seed))
         return
     began = time.monotonic()
-    faults: Counter[str] = Counter()
-    played = tokens = moved = preemptions = refusals = given_up = 0
+    faults, happened = Counter[str](), Counter[str]()
+    played = tokens = moved = preemptions = refusals = given_up = broken = 0
     seed = options.first
     while (time.monotonic() - began < 60 * options.minutes) if options.minutes else (played < options.seeds):
-        story = run(seed)
-        faults += story.faults
-        tokens, moved, preemptions = tokens + story.tokens, moved + story.moved, preemptions + story.preemptions
-        refusals, given_up = refusals + story.refusals, given_up + story.given_up
+        try:
+            story = run(seed)
+        except Exception as error:
+            if not options.go_on:
+                raise
+            broken += 1
+            print(f"seed {seed}: {type(error).__name__}: {error}", *error.__notes__[1:], flush=True)
+        else:
+            faults, happened = faults + story.faults, happened + story.happened
+            tokens, moved, preemptions = tokens + story.tokens, moved + story.moved, preemptions + story.preemptions
+            refusals, given_up = refusals + story.refusals, given_up + story.given_up
         played, seed = played + 1, seed + 1
     seconds = time.monotonic() - began
     print(f"seeds {options.first} to {seed - 1}: {played} stories in {seconds:.0f} s, {played / seconds:.0f} a second;")
     print(
         f"{tokens} tokens, {moved} moves, {preemptions} preemptions, {refusals} refusals, {given_up} given up; "
-        "nothing broke."
+        f"{broken or 'nothing'} broke."
     )
-    for fault, count in sorted(faults.items()):
-        print(f"  {count:>6} times {fault.replace('_', ' ')}")
+    for what, count in sorted((happened + faults).items()):
+        print(f"  {count:>6} times {what.replace('_', ' ')}")
 
 
 if __name__ == "__main__":

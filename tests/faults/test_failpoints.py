@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common import failpoints
-from common.failpoints import EXECUTOR, NAMES, SCHEDULER
+from common.failpoints import CLIENT, EXECUTOR, NAMES, SCHEDULER
 from services.failpoints import VARIABLE, FailpointError, Injected, arm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ def test_every_name_has_its_place_in_the_code_and_every_place_its_name() -> None
     in_both_runners = {"before_block_copy", "after_forward_before_sample"}
 
     assert places() == Counter({name: 2 if name in in_both_runners else 1 for name in NAMES})
-    assert len(NAMES) == len(SCHEDULER) + len(EXECUTOR) >= 25
+    assert len(NAMES) == len(SCHEDULER) + len(EXECUTOR) + len(CLIENT) >= 29
 
 
 def test_without_the_variable_nothing_is_armed() -> None:

@@ -29,5 +29,5 @@ def test_a_story_is_broken_when(name: str, catches: dict[str, tuple[int, str] | 
     assert catches[name] is not None
 
 
-def test_there_are_enough_bugs() -> None:
-    assert len(MUTATIONS) >= 40
+def test_there_are_enough_bugs_and_no_two_of_a_name() -> None:
+    assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS) >= 80

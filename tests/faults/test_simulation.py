@@ -9,8 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from common.failpoints import EXECUTOR, SCHEDULER
-from tests.faults.simulation import FAULTS, Story, run
+from common.failpoints import NAMES
+from tests.faults.disasters import DISASTERS
+from tests.faults.simulation import Story, run
 
 NUM_SEEDS = 2000
 _CHUNK = 50
@@ -36,14 +37,27 @@ def test_no_fault_loses_changes_repeats_or_strands_a_stream(stories: list[Story]
 def test_the_stories_are_not_quiet_ones(stories: list[Story]) -> None:
     """A proof in which nothing happens proves nothing."""
     faults = sum((story.faults for story in stories), Counter[str]())
+    happened = sum((story.happened for story in stories), Counter[str]())
 
-    assert min(faults[fault.__name__] for fault in FAULTS) > 100
-    assert sum(faults[f"at {name}"] > 0 for name in SCHEDULER + EXECUTOR) >= 20, "failpoints that were reached in time"
+    assert min(faults[disaster.__name__] for disaster in DISASTERS) > 40
     assert sum(story.tokens for story in stories) > 100_000
     assert sum(story.moved for story in stories) > 800, "sequences that lost their executor"
     assert sum(story.preemptions for story in stories) > 200, "memory was never short"
     assert sum(story.given_up for story in stories) > 50, "requests that no executor survives"
     assert sum(story.refusals for story in stories) > 200, "no queue was ever full"
+
+    assert happened["resumed"] > 1000, "streams that went on with a ticket"
+    assert happened["attached"] > 300, "where they still ran"
+    assert happened["superseded"] > 50, "readers that another one fenced"
+    assert happened["impostors refused"] > 300
+    assert happened["callers killed"] > 50
+    assert happened["drained"] > 30, "schedulers that left with work to do"
+
+
+def test_processes_broke_at_every_failpoint(stories: list[Story]) -> None:
+    faults = sum((story.faults for story in stories), Counter[str]())
+
+    assert [name for name in sorted(NAMES) if not faults[f"at {name}"]] == []
 
 
 @pytest.mark.parametrize("seed", [3, 85, 107, 228])

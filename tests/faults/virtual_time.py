@@ -12,7 +12,7 @@ import heapq
 import itertools
 import random
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import Any, Final, TypeVar, TypeVarTuple
@@ -21,6 +21,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _CLOCK_RESOLUTION_S: Final = 1e-9
+_BEGAN_S: Final = 1e9
 _MAX_TURNS: Final = 50_000  # of all loops together, without the clock moving
 
 
@@ -46,13 +47,19 @@ class NumberedFuture(asyncio.Future[Any]):
         return self._number
 
 
+class KilledHere(BaseException):
+    """Unwinds what a killed process was doing. Nothing of it is seen any more."""
+
+
 class World:
     """The clock, its timers, and the processes. `draw` is the one source of chance."""
 
     def __init__(self, seed: int) -> None:
         self.draw = random.Random(seed)
         self.now_s = 0.0
+        self.wall_offset_s = 0.0  # somebody sets the clocks
         self.processes: list[Process] = []
+        self.passed: Counter[str] = Counter()  # failpoints, in whichever process
         self.trace = 0  # a digest of everything that happened, to tell whether two runs are the same
         self._timers: list[tuple[float, int, Callable[[], None] | asyncio.TimerHandle, Process | None]] = []
         self._numbers = itertools.count()
@@ -61,6 +68,10 @@ class World:
     def next_number(self) -> int:
         """A number that nothing else in this world has."""
         return next(self._numbers)
+
+    def wall_s(self) -> float:
+        """What the clocks on the wall show, in Unix seconds."""
+        return _BEGAN_S + self.now_s + self.wall_offset_s
 
     def process(self, name: str) -> Process:
         """A process is born."""

@@ -106,6 +106,7 @@ class Connection:
         self.jitter_s = 0.0
         self.window = 1000  # messages that may be on their way down
         self.one_message = False  # the client sends one, together with the call
+        self.deadline_s: float | None = None
         self.call = ClientCall(self)
         self.context = ServerContext(self)
         self.up = Pipe(self, self._arrive_up)
@@ -249,7 +250,8 @@ class ServerContext:
         return self._connection.details.invocation_metadata
 
     def time_remaining(self) -> float | None:
-        return None
+        deadline_s = self._connection.deadline_s
+        return None if deadline_s is None else max(0.0, deadline_s - self._connection.world.now_s)
 
     def cancelled(self) -> bool:
         return self._client_gone
@@ -438,15 +440,18 @@ class Network:
         self._listeners: dict[str, Process] = {}
         self._handlers: dict[Process, list[tuple[grpc.GenericRpcHandler, aio.ServerInterceptor | None]]] = {}
 
-    def listen(
-        self,
-        address: str,
-        process: Process,
-        handler: grpc.GenericRpcHandler,
-        interceptor: aio.ServerInterceptor | None = None,
-    ) -> None:
-        """The process serves at the address; who listened there before is gone."""
+    def listen(self, address: str, process: Process) -> None:
+        """Who dials the address from now on comes to the process."""
         self._listeners[address] = process
+
+    def close(self, process: Process) -> None:
+        """The process accepts no connection any more."""
+        self._listeners = {address: other for address, other in self._listeners.items() if other is not process}
+
+    def serve(
+        self, process: Process, handler: grpc.GenericRpcHandler, interceptor: aio.ServerInterceptor | None = None
+    ) -> None:
+        """What the process does for those who dial it."""
         self._handlers.setdefault(process, []).append((handler, interceptor))
 
     async def handler(self, server: Process, details: CallDetails) -> Any:
@@ -460,15 +465,25 @@ class Network:
         return None
 
     def open(
-        self, client: Process, address: str, method: str, request: bytes | None = None, window: int = 1000
+        self,
+        client: Process,
+        address: str,
+        method: str,
+        request: bytes | None = None,
+        *,
+        metadata: Metadata = (),
+        timeout_s: float | None = None,
+        window: int = 1000,
     ) -> ClientCall:
         """Dial and call. Nobody there is told as gRPC tells it."""
         server = self._listeners.get(address)
+        details = CallDetails(method, metadata)
         if server is None or server.dead:
-            connection = Connection(self, client, client, CallDetails(method))
+            connection = Connection(self, client, client, details)
             client.call_later(connection.base_s, connection.call.break_off, "failed to connect to all addresses")
             return connection.call
-        connection = Connection(self, client, server, CallDetails(method))
+        connection = Connection(self, client, server, details)
+        connection.deadline_s = None if timeout_s is None else self.world.now_s + timeout_s
         connection.jitter_s = self.jitter_s
         connection.window = window
         self.connections.append(connection)
@@ -480,8 +495,12 @@ class Network:
 
     def of(self, process: Process) -> list[Connection]:
         """Connections that live, of one process."""
+        return [c for c in self.live() if process in (c.client, c.server)]
+
+    def live(self) -> list[Connection]:
+        """All connections that live."""
         self.connections = [c for c in self.connections if not c.is_over]
-        return [c for c in self.connections if process in (c.client, c.server)]
+        return self.connections
 
     def kill(self, process: Process) -> None:
         """The process vanishes; its kernel resets what it had open."""
@@ -529,4 +548,24 @@ class Channel:
         return lambda **__: self._network.open(self._client, self._address, method)
 
     def unary_stream(self, method: str, *, window: int = 1000, **_: Any) -> Callable[..., ClientCall]:
-        return lambda request, **__: self._network.open(self._client, self._address, method, request, window)
+        def call(request: bytes, *, timeout: float | None = None, metadata: Metadata = (), **_: Any) -> ClientCall:
+            return self._network.open(
+                *(self._client, self._address, method, request), metadata=metadata, timeout_s=timeout, window=window
+            )
+
+        return call
+
+    def unary_unary(self, method: str, **_: Any) -> Callable[..., Awaitable[bytes]]:
+        async def call(request: bytes, *, timeout: float, metadata: Metadata = (), **_: Any) -> bytes:  # noqa: ASYNC109 - gRPC calls it so
+            made = self._network.open(self._client, self._address, method, request, metadata=metadata)
+            try:
+                async with asyncio.timeout(timeout):
+                    answer: bytes = await made.read()
+            except TimeoutError:
+                made.cancel()
+                raise aio.AioRpcError(
+                    grpc.StatusCode.DEADLINE_EXCEEDED, aio.Metadata(), aio.Metadata(), details="Deadline Exceeded"
+                ) from None
+            return answer
+
+        return call

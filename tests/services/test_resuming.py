@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc import aio
 
-from common.errors import PagewireError, SlowReader, Superseded, Unavailable
+from common.errors import PagewireError, RequestFailed, SlowReader, Superseded, Unavailable
 from common.model_folder import ModelFolder, read_model_folder
 from common.sampling import RequestLimits
 from common.types import FinishReason
@@ -610,3 +610,48 @@ async def refused_after(heard: Heard, call: Call) -> PagewireError:
     error = from_rpc_error(failure.value)
     assert isinstance(error, PagewireError)
     return error
+
+
+def test_what_was_aborted_while_nobody_read_is_no_end_of_the_answer(model: ModelFolder) -> None:
+    """The scheduler leaves, or its deadline passes: whoever comes back is sent on, or gets the rest made anew."""
+
+    async def test() -> None:
+        heard = Heard(request(20, resumable=True))
+        async with serving(model) as server:
+            server.join(steps=3)
+            call = server.generate(heard.request)
+            await heard.until(call, 2)
+            call.cancel()
+            (live,) = server.live._all.values()
+            await until(lambda: live.expiring is not None)
+            server.engine.drain()
+            server.engine.fail_all(Unavailable("shutting down"))
+            assert isinstance(await refused(server.resume(heard.to_resume())), Unavailable)
+        async with serving(model) as server:
+            server.join()
+            await heard.rest(server.resume(heard.to_resume()))
+        assert heard.tokens == (await undisturbed(model, heard.first, heard.request)).tokens
+        assert heard.ends[0].reason == pb.FINISH_REASON_LENGTH
+
+    run(test())
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_request_that_was_given_up_while_nobody_read_is_not_tried_again(model: ModelFolder, resumes: bool) -> None:
+    async def test() -> None:
+        async with serving(model) as server:
+            server.join(steps=3)
+            heard = Heard(request(20, resumable=True, request_id="r"))
+            call = server.generate(heard.request)
+            await heard.until(call, 2)
+            call.cancel()
+            (live,) = server.live._all.values()
+            await until(lambda: live.expiring is not None)
+            live.stream.fail(RequestFailed("given up", "00ff"))
+            live.stream.close()
+            asked = heard.to_resume()
+            again = server.resume(asked) if resumes else server.generate(asked.request)
+            assert isinstance(await refused(again), RequestFailed)
+            assert server.engine.num_requests == 0
+
+    run(test())

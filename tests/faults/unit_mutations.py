@@ -1,0 +1,114 @@
+"""Bugs that no story can show: each is planted under the test that is there for it, and that test must fail."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+
+from common import log
+from pagewire.continuation import Continuation
+from pagewire.retrying import Attempts, RetryBudget
+from protos import inference_pb2 as pb
+from scheduler import line
+from services import gate, handlers
+from services.caller import ANONYMOUS
+from services.engine import Engine
+from services.live_requests import LiveRequest
+from services.status import RpcStatus, internal_status
+from tests.faults.planting import Mutation, Patch
+
+
+def the_text_of_an_exception_is_shown_to_the_client(patch: Patch) -> None:
+    def telling(error_id: str) -> RpcStatus:
+        status = internal_status(error_id)
+        return RpcStatus(code=status.code, message=f"{sys.exception()!r}", trailing_metadata=status.trailing_metadata)
+
+    patch(handlers, "internal_status", telling)
+
+
+def the_text_of_an_exception_is_logged(patch: Patch) -> None:
+    without_texts = log.without_texts
+
+    def telling(error: BaseException) -> Any:
+        yield from without_texts(error)
+        yield str(error)
+
+    patch(log, "without_texts", telling)
+
+
+def a_call_without_a_key_is_let_in(patch: Patch) -> None:
+    patch(gate.Gate, "_caller", lambda self, metadata: ANONYMOUS)
+
+
+def a_tenant_that_was_away_has_saved_something_up(patch: Patch) -> None:
+    patch(line._Band, "_floor", lambda self: 0.0)
+
+
+def a_scheduler_that_leaves_takes_new_requests(patch: Patch) -> None:
+    patch(Engine, "_is_draining", property(lambda self: False, lambda self, draining: None))
+
+
+def a_reader_with_other_tokens_is_given_what_runs(patch: Patch) -> None:
+    patch(LiveRequest, "holds", lambda self, begun: True)
+
+
+def the_client_tells_again_what_it_has_told(patch: Patch) -> None:
+    add = Continuation._add
+
+    def anyhow(self: Continuation, delta: pb.Delta) -> Any:
+        self._tokens[delta.choice] = self._tokens[delta.choice][: delta.index]
+        return add(self, delta)
+
+    patch(Continuation, "_add", anyhow)
+
+
+def the_client_tries_again_at_once(patch: Patch) -> None:
+    failed = Attempts.failed
+
+    def at_once(self: Attempts, *args: Any) -> float:
+        failed(self, *args)
+        return 0.0
+
+    patch(Attempts, "failed", at_once)
+
+
+def the_client_has_no_budget_for_retries(patch: Patch) -> None:
+    patch(RetryBudget, "retry", lambda self, now_s: 0.0)
+
+
+_SERVICES: Final = "tests/services/"
+MUTATIONS: Final[list[Mutation]] = [
+    Mutation(
+        the_text_of_an_exception_is_shown_to_the_client,
+        _SERVICES + "test_handlers.py::test_an_exceptions_text_reaches_neither_the_client_nor_the_log",
+    ),
+    Mutation(
+        the_text_of_an_exception_is_logged,
+        _SERVICES + "test_log.py::test_an_exception_is_logged_with_its_place_and_without_its_text",
+    ),
+    Mutation(a_call_without_a_key_is_let_in, _SERVICES + "test_gate.py::test_every_reason_to_refuse_looks_the_same"),
+    Mutation(
+        a_tenant_that_was_away_has_saved_something_up,
+        "tests/scheduler/test_line.py::test_a_tenant_that_was_away_has_saved_nothing_up",
+    ),
+    Mutation(
+        a_scheduler_that_leaves_takes_new_requests,
+        _SERVICES + "test_engine.py::test_a_draining_engine_finishes_what_it_has_and_takes_nothing_new",
+    ),
+    Mutation(
+        a_reader_with_other_tokens_is_given_what_runs,
+        _SERVICES + "test_resuming.py::test_what_runs_here_ends_when_its_reader_comes_back_with_other_tokens",
+    ),
+    Mutation(
+        the_client_tells_again_what_it_has_told,
+        _SERVICES + "test_client.py::test_what_was_told_already_is_not_told_again",
+    ),
+    Mutation(
+        the_client_tries_again_at_once,
+        _SERVICES + "test_client.py::test_delays_double_up_to_two_seconds_and_begin_anew_after_a_message",
+    ),
+    Mutation(
+        the_client_has_no_budget_for_retries,
+        _SERVICES + "test_client.py::test_retries_over_the_budget_are_put_off_and_not_given_up",
+    ),
+]
