@@ -279,7 +279,13 @@ def the_wall_clock_jumps(cluster: Cluster) -> None:
 
 
 def the_scheduler_breaks_at_a_failpoint(cluster: Cluster) -> None:
-    cluster.arm(cluster.scheduler.process, cluster.world.draw.sample(SCHEDULER, 4), _breaking_scheduler(cluster))
+    names = _rarest(cluster.world.draw.sample(SCHEDULER, 4), "on_prefix_hit", "before_admit", "before_welcome")
+    cluster.arm(cluster.scheduler.process, names, _breaking_scheduler(cluster))
+
+
+def _rarest(names: list[str], *rare: str) -> list[str]:
+    """One that is rarely passed alone, else it would never be the first that is."""
+    return next(([name] for name in rare if name in names), names)
 
 
 def the_scheduler_breaks_as_it_preempts(cluster: Cluster) -> None:
@@ -298,7 +304,11 @@ def the_scheduler_breaks_as_somebody_resumes(cluster: Cluster) -> None:
 
 def an_executor_breaks_at_a_failpoint(cluster: Cluster) -> None:
     executor = _any_executor(cluster)
-    cluster.arm(executor.process, cluster.world.draw.sample(EXECUTOR, 4), _breaking_executor(cluster, executor))
+    names = _rarest(cluster.world.draw.sample(EXECUTOR, 4), "on_drain", "before_block_copy")
+    passage = 1 if len(names) == 1 else None
+    cluster.arm(executor.process, names, _breaking_executor(cluster, executor), passage=passage)
+    if names == ["on_drain"]:
+        executor.leave(0.1)
 
 
 def an_executor_breaks_as_it_starts(cluster: Cluster) -> None:

@@ -20,7 +20,6 @@ from services.link_service import ExecutorLinkService
 from services.live_requests import LiveRequest, LiveRequests
 from services.text import IncrementalDecoder, StopMatcher
 from services.tickets import Scope, Tickets, TicketWriter, scope
-from tests.faults import simulation
 from tests.faults.planting import Patch
 
 # ---- tickets
@@ -309,10 +308,6 @@ def who_says_no_hello_is_waited_for(patch: Patch) -> None:
     patch(ExecutorLinkService, "__init__", patient)
 
 
-def leases_are_kept_by_the_wall_clock(patch: Patch) -> None:
-    patch(simulation.LinkClock, "monotonic", staticmethod(simulation.VirtualClock.time))
-
-
 # ---- drains
 
 
@@ -321,17 +316,6 @@ def a_scheduler_that_leaves_drops_what_it_has(patch: Patch) -> None:
         return
 
     patch(Engine, "idle", at_once)
-
-
-def a_scheduler_that_leaves_forgets_those_who_still_read(patch: Patch) -> None:
-    patch(Engine, "idle", _until_nobody_waits)
-
-
-async def _until_nobody_waits(self: Engine) -> None:
-    """Those in the line are dropped."""
-    while self.scheduler.num_sequences > len(self.scheduler.waiting):
-        self._changed.clear()
-        await self._changed.wait()
 
 
 def an_abort_is_told_as_the_end_of_the_answer(patch: Patch) -> None:

@@ -46,12 +46,12 @@ def test_the_stories_are_not_quiet_ones(stories: list[Story]) -> None:
     assert sum(story.given_up for story in stories) > 50, "requests that no executor survives"
     assert sum(story.refusals for story in stories) > 200, "no queue was ever full"
 
-    assert happened["resumed"] > 1000, "streams that went on with a ticket"
-    assert happened["attached"] > 300, "where they still ran"
-    assert happened["superseded"] > 50, "readers that another one fenced"
-    assert happened["impostors refused"] > 300
-    assert happened["callers killed"] > 50
-    assert happened["drained"] > 30, "schedulers that left with work to do"
+    assert happened["resumed"] > 300, "streams that went on with a ticket"
+    assert happened["attached"] > 250, "where they still ran"
+    assert happened["superseded"] > 40, "readers that another one fenced"
+    assert happened["impostors refused"] > 250
+    assert happened["callers killed"] > 100
+    assert happened["drained"] > 60, "schedulers that left with work to do"
 
 
 def test_processes_broke_at_every_failpoint(stories: list[Story]) -> None:
