@@ -193,12 +193,12 @@ class Process(asyncio.AbstractEventLoop):
 
     def close_quietly(self) -> None:
         """Cancel what is left and let it run to its end; whatever it still says goes nowhere."""
-        self.dead = self.frozen = False
         self.armed.clear()
         for _ in range(10):  # what lies ready may start more
             for task in self._tasks:
                 task.cancel()
             while self._ready:
+                self.dead = self.frozen = False  # it may have been about to strike itself
                 self.turn()
         assert not self.unfinished, f"{self.name} has a task that cannot be cancelled: {self.unfinished[0]}"
         for task in self._tasks:
