@@ -279,7 +279,9 @@ def the_wall_clock_jumps(cluster: Cluster) -> None:
 
 
 def the_scheduler_breaks_at_a_failpoint(cluster: Cluster) -> None:
-    names = _rarest(cluster.world.draw.sample(SCHEDULER, 4), "on_prefix_hit", "before_admit", "before_welcome")
+    names = _rarest(
+        cluster.world.draw.sample(SCHEDULER, 4), "on_prefix_hit", "before_admit", "before_welcome", "before_block_free"
+    )
     cluster.arm(cluster.scheduler.process, names, _breaking_scheduler(cluster))
 
 
