@@ -35,6 +35,7 @@ class NewSequence:
     choice: int  # which of the request's n choices; part of the random key
     max_tokens: int  # output tokens, counted from the prompt's end
     stop_token_ids: tuple[int, ...]  # EOS ids included, unless the request ignores EOS
+    min_tokens: int = 0  # output tokens before which none of stop_token_ids is chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from common.types import slot_of
 from executor.attention import choose
 from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.batch import InputBatch, build_batch
+from executor.controls import edit
 from executor.determinism import class_of
 from executor.kv_cache import KvCache, SlabFormat, block_bytes, fit_slab, free_bytes
 from executor.llama import LlamaModel
@@ -186,7 +187,9 @@ class ModelRunner:
             logits = self._model.forward(batch, self._pool.take(batch.token_places))
             if failpoints.hit("after_forward_before_sample") == "nan":
                 logits = torch.full_like(logits, torch.nan)
-            chosen = sample(logits.float().cpu().numpy(), self._how(batch))
+            values = logits.float().cpu().numpy()
+            edit(values, self._resident, batch.sampled_slots)
+            chosen = sample(values, self._how(batch))
             self._pool.put(batch.sampled_places, chosen.tokens)
         sampled = self._resident.advance(rows, chosen.tokens, chosen.failed)
         return StepResult(
@@ -209,6 +212,7 @@ class ModelRunner:
             top_k=held.top_k[slots],
             top_p=held.top_p[slots],
             min_p=held.min_p[slots],
+            typical_p=held.typical_p[slots],
             seed=held.seed[slots],
             choice=held.choice[slots],
             index=batch.sampled_indices,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from common.blocks import blocks_for
 from common.step import NewSequence, StepPlan
 from common.types import MAX_SLOTS, BlockId, SlotRef, generation_of, slot_of
+from executor.token_rules import TokenRules, rules_of
 
 _FREE: Final = -1
 
@@ -97,8 +98,15 @@ class Resident:
         self.top_k = np.zeros(slots, np.int64)  # (L,) 0 keeps every token
         self.top_p = np.ones(slots, np.float64)  # (L,)
         self.min_p = np.zeros(slots, np.float64)  # (L,)
+        self.typical_p = np.ones(slots, np.float64)  # (L,)
         self.seed = np.zeros(slots, np.uint64)  # (L,)
         self.choice = np.zeros(slots, np.int64)  # (L,)
+
+        self.repetition_penalty = np.ones(slots, np.float64)  # (L,)
+        self.presence_penalty = np.zeros(slots, np.float64)  # (L,)
+        self.frequency_penalty = np.zeros(slots, np.float64)  # (L,)
+        self.rules: list[TokenRules | None] = [None] * slots  # (L,)
+        self.controlled = np.zeros(slots, np.bool_)  # (L,) has a penalty or rules: its logits are edited
 
     def clear(self) -> None:
         """Forget every sequence."""
@@ -180,6 +188,11 @@ class Resident:
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             raise PlanError(f"{name} has a token outside the vocabulary of {self.vocab_size}")
         self._check_blocks(sequence.block_table, name)
+        sampling = sequence.sampling
+        ends = [token for token in sequence.stop_token_ids if token < self.vocab_size]
+        rules = rules_of(sampling, ends, sequence.min_tokens)
+        if rules is not None and any(not 0 <= token < self.vocab_size for token in rules.mentioned()):
+            raise PlanError(f"{name} has a rule for a token outside the vocabulary of {self.vocab_size}")
 
         self.refs[slot] = sequence.ref
         self.token_ids[slot, :known] = tokens
@@ -191,12 +204,23 @@ class Resident:
         self.finished[slot] = False
         self.max_tokens[slot] = sequence.max_tokens
         self.stop_token_ids[slot] = frozenset(sequence.stop_token_ids)
-        self.temperature[slot] = sequence.sampling.temperature
-        self.top_k[slot] = min(sequence.sampling.top_k, self.vocab_size)
-        self.top_p[slot] = sequence.sampling.top_p
-        self.min_p[slot] = sequence.sampling.min_p
-        self.seed[slot] = sequence.sampling.seed
+        self.temperature[slot] = sampling.temperature
+        self.top_k[slot] = min(sampling.top_k, self.vocab_size)
+        self.top_p[slot] = sampling.top_p
+        self.min_p[slot] = sampling.min_p
+        self.typical_p[slot] = sampling.typical_p
+        self.seed[slot] = sampling.seed
         self.choice[slot] = sequence.choice
+        self.repetition_penalty[slot] = sampling.repetition_penalty
+        self.presence_penalty[slot] = sampling.presence_penalty
+        self.frequency_penalty[slot] = sampling.frequency_penalty
+        self.rules[slot] = rules
+        self.controlled[slot] = (
+            rules is not None
+            or sampling.repetition_penalty != 1
+            or sampling.presence_penalty != 0
+            or sampling.frequency_penalty != 0
+        )
 
     def _append(self, ref: SlotRef, block: BlockId) -> None:
         slot = self._slot(ref)

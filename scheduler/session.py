@@ -441,6 +441,7 @@ class Session:
             choice=sequence.choice,
             max_tokens=sequence.stop.max_tokens,
             stop_token_ids=new.stop_token_ids,
+            min_tokens=sequence.stop.min_tokens,
         )
 
     # ---- giving back

@@ -29,7 +29,14 @@ INCARNATION_BYTES: Final = 16
 _NATIVE: Final = sys.byteorder == "little" and array("I").itemsize == 4  # a column can be read where it lies
 
 # The ranges that the sampler can compute with; a caller's limits were checked at the public edge.
-_ANY_TEMPERATURE: Final = replace(RequestLimits(), max_temperature=sys.float_info.max)
+_COMPUTABLE: Final = replace(
+    RequestLimits(),
+    max_temperature=sys.float_info.max,
+    min_repetition_penalty=sys.float_info.min,
+    max_repetition_penalty=sys.float_info.max,
+    max_penalty=sys.float_info.max,
+    max_logit_bias=sys.float_info.max,
+)
 
 _U32: Final = (1 << 32) - 1
 _NOTHING: Final = memoryview(array("I", ()))
@@ -194,7 +201,6 @@ def facts_from_pb(hello: pb.Hello) -> ExecutorFacts:
 
 
 def _new_to_pb(new: NewSequence) -> pb.NewSequence:
-    sampling = new.sampling
     return pb.NewSequence(
         ref=new.ref,
         attempt=new.attempt,
@@ -202,16 +208,11 @@ def _new_to_pb(new: NewSequence) -> pb.NewSequence:
         num_prompt=new.num_prompt,
         num_computed=new.num_computed,
         block_table=_pack(new.block_table),
-        sampling=pb.SamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            seed=sampling.seed,
-        ),
+        sampling=_sampling_to_pb(new.sampling),
         choice=new.choice,
         max_tokens=new.max_tokens,
         stop_token_ids=new.stop_token_ids,
+        min_tokens=new.min_tokens,
     )
 
 
@@ -221,17 +222,6 @@ def _new_from_pb(message: pb.NewSequence, path: str) -> NewSequence:
         raise WireError(f"{path}.num_prompt", f"must be in [1, {len(token_ids)}], got {message.num_prompt}")
     if message.num_computed > len(token_ids):
         raise WireError(f"{path}.num_computed", f"is {message.num_computed} of {len(token_ids)} tokens")
-    sampling = SamplingParams(
-        temperature=message.sampling.temperature,
-        top_k=message.sampling.top_k,
-        top_p=message.sampling.top_p,
-        min_p=message.sampling.min_p,
-        seed=message.sampling.seed,
-    )
-    try:
-        check_sampling(sampling, _ANY_TEMPERATURE)
-    except InvalidRequest as error:
-        raise WireError(f"{path}.sampling.{error.field}", error.problem) from None
     return NewSequence(
         ref=SlotRef(message.ref),
         attempt=message.attempt,
@@ -239,11 +229,57 @@ def _new_from_pb(message: pb.NewSequence, path: str) -> NewSequence:
         num_prompt=message.num_prompt,
         num_computed=message.num_computed,
         block_table=_named(_view(f"{path}.block_table", message.block_table)),
-        sampling=sampling,
+        sampling=_sampling_from_pb(message.sampling, f"{path}.sampling"),
         choice=message.choice,
         max_tokens=message.max_tokens,
         stop_token_ids=tuple(message.stop_token_ids),
+        min_tokens=message.min_tokens,
     )
+
+
+def _sampling_to_pb(sampling: SamplingParams) -> pb.SamplingParams:
+    return pb.SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        typical_p=sampling.typical_p if sampling.typical_p != 1 else None,
+        repetition_penalty=sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        biased_token_ids=[token for token, _ in sampling.logit_bias],
+        biases=[bias for _, bias in sampling.logit_bias],
+        allowed_token_ids=sampling.allowed_token_ids,
+        banned_token_ids=sampling.banned_token_ids,
+        bad_words=[pb.TokenSequence(token_ids=word) for word in sampling.bad_words],
+    )
+
+
+def _sampling_from_pb(message: pb.SamplingParams, path: str) -> SamplingParams:
+    _check_lengths(f"{path}.biases", message.biases, "biased_token_ids", message.biased_token_ids)
+    if not all(word.token_ids for word in message.bad_words):
+        raise WireError(f"{path}.bad_words", "one has no token")
+    sampling = SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        seed=message.seed,
+        typical_p=message.typical_p if message.HasField("typical_p") else 1.0,
+        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=tuple(zip(message.biased_token_ids, message.biases, strict=True)),
+        allowed_token_ids=tuple(message.allowed_token_ids),
+        banned_token_ids=tuple(message.banned_token_ids),
+        bad_words=tuple(tuple(word.token_ids) for word in message.bad_words),
+    )
+    try:
+        check_sampling(sampling, _COMPUTABLE)
+    except InvalidRequest as error:
+        raise WireError(f"{path}.{error.field}", error.problem) from None
+    return sampling
 
 
 def _copies_from_pb(data: bytes) -> list[tuple[BlockId, BlockId]]:
@@ -277,6 +313,6 @@ def _named(column: Sequence[int]) -> Sequence[Any]:
     return column
 
 
-def _check_lengths(field: str, column: Sequence[int], other_field: str, other: Sequence[int]) -> None:
+def _check_lengths(field: str, column: Sequence[float], other_field: str, other: Sequence[float]) -> None:
     if len(column) != len(other):
         raise WireError(field, f"has {len(column)} numbers, {other_field} has {len(other)}")

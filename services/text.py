@@ -44,6 +44,10 @@ class Tokenizer:
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding.ids
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens around them."""
+        return [each.ids for each in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of these tokens. Ids that stand for nothing give nothing.
 
@@ -242,10 +246,11 @@ class StopMatcher:
         self._held = ""  # the longest such end; not returned yet
         self._matched: str | None = None
 
-    def push(self, text: str) -> tuple[str, str | None]:
+    def push(self, text: str, *, may_end: bool = True) -> tuple[str, str | None]:
         """Take more text; return what may be told of it, and the stop string once it is there.
 
-        After a match there is no more text, and the same stop string is returned.
+        After a match there is no more text, and the same stop string is returned. One that is complete with text that
+        may not end it is like any other text.
         """
         if self._matched is not None:
             return "", self._matched
@@ -255,8 +260,10 @@ class StopMatcher:
         for end, character in enumerate(text, start=len(self._held) + 1):
             for which, stop in enumerate(self._stops):
                 if self._advance(which, stop, character) == len(stop):
-                    self._held, self._matched = "", stop
-                    return known[: end - len(stop)], stop
+                    if may_end:
+                        self._held, self._matched = "", stop
+                        return known[: end - len(stop)], stop
+                    self._num_matched[which] = self._fallbacks[which][-1]
         num_certain = len(known) - max(self._num_matched)
         self._held = known[num_certain:]
         return known[:num_certain], None

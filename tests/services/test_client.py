@@ -29,7 +29,7 @@ from common.errors import (
 )
 from pagewire import Client, Delta
 from pagewire.aio import AsyncClient
-from pagewire.asking import request_of
+from pagewire.asking import Settings, request_of
 from pagewire.calls import addresses_of
 from pagewire.continuation import Continuation, OutOfStep
 from pagewire.failures import Failure, judge, lost
@@ -59,6 +59,42 @@ def test_what_is_not_given_is_not_sent() -> None:
     assert request_of("hi", {"stop": [".", "!"], "max_tokens": 3}).stopping.max_tokens == 3
 
 
+def test_every_control_of_the_api_is_a_setting_of_that_name() -> None:
+    fields = {*pb.SamplingParams.DESCRIPTOR.fields_by_name, *pb.StopConditions.DESCRIPTOR.fields_by_name}
+
+    assert fields <= Settings.__annotations__.keys()
+
+
+def test_controls_reach_the_request() -> None:
+    request = request_of(
+        "hi",
+        {
+            "typical_p": 0.5,
+            "repetition_penalty": 1.5,
+            "presence_penalty": -0.5,
+            "frequency_penalty": 0.25,
+            "logit_bias": {5: -100},
+            "allowed_token_ids": [1, 2],
+            "banned_token_ids": (3,),
+            "bad_words": "no",
+            "min_tokens": 2,
+            "include_stop": True,
+        },
+    )
+
+    assert request.sampling == pb.SamplingParams(
+        typical_p=0.5,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.25,
+        logit_bias={5: -100},
+        allowed_token_ids=[1, 2],
+        banned_token_ids=[3],
+        bad_words=["no"],
+    )
+    assert request.stopping == pb.StopConditions(min_tokens=2, include_stop=True)
+
+
 @pytest.mark.parametrize(
     ("prompt", "settings"),
     [(None, {}), ("a", {"token_ids": [1]}), (None, {"token_ids": [1], "messages": []}), ("a", {"temprature": 1})],
@@ -78,6 +114,11 @@ def test_a_mistake_in_the_call_is_a_type_error(prompt: str | None, settings: Any
         ({"stop": [1]}, "stop"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"temperature": "hot"}, "temperature"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"banned_token_ids": ["a"]}, "banned_token_ids"),
+        ({"bad_words": [1]}, "bad_words"),
+        ({"min_tokens": -1}, "min_tokens"),
     ],
     ids=str,
 )

@@ -44,6 +44,14 @@ SAMPLING = st.builds(
     top_p=st.floats(0, 1, exclude_min=True, width=32),
     min_p=st.floats(0, 1, width=32),
     seed=U64,
+    typical_p=st.floats(0, 1, exclude_min=True, width=32),
+    repetition_penalty=st.floats(2.0**-100, 2.0**100, width=32),
+    presence_penalty=st.floats(-2, 2, width=32),
+    frequency_penalty=st.floats(-2, 2, width=32),
+    logit_bias=st.lists(st.tuples(U32, st.floats(-100, 100, width=32)), max_size=3).map(tuple),
+    allowed_token_ids=st.lists(U32, max_size=3).map(tuple),
+    banned_token_ids=st.lists(U32, max_size=3).map(tuple),
+    bad_words=st.lists(st.lists(U32, min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
 )
 
 
@@ -61,6 +69,7 @@ def new_sequences(draw: st.DrawFn) -> NewSequence:
         choice=draw(U32),
         max_tokens=draw(U32),
         stop_token_ids=tuple(draw(st.lists(U32, max_size=4))),
+        min_tokens=draw(U32),
     )
 
 

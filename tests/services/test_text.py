@@ -355,6 +355,21 @@ def test_any_cutting_of_a_text_ends_it_at_the_same_place(stops: list[str], piece
     assert fold(stops, pieces) == fold(stops, [text]) == fold(stops, list(text)) == first_match(stops, text)
 
 
+@given(
+    stops=st.lists(st.text("ab", min_size=1, max_size=6), max_size=4), early=st.text("ab", max_size=9), late=short_text
+)
+def test_a_match_that_may_not_end_the_text_is_passed_over(stops: list[str], early: str, late: str) -> None:
+    matcher = StopMatcher(stops)
+    seen = "".join(matcher.push(letter, may_end=False)[0] for letter in early)
+    told, matched = matcher.push(late)
+
+    text = early + late
+    ends = range(len(early) + 1, len(text) + 1)
+    found = min(((end, -len(stop), stop) for stop in stops for end in ends if text[:end].endswith(stop)), default=None)
+    assert seen + told + matcher.flush() == (text if found is None else text[: found[0] + found[1]])
+    assert matched == (None if found is None else found[2])
+
+
 @given(stops=st.lists(st.text("ab", min_size=1, max_size=6), max_size=4), text=short_text)
 def test_what_is_held_back_is_the_longest_end_that_a_stop_string_begins_with(stops: list[str], text: str) -> None:
     matcher = StopMatcher(stops)
