@@ -33,6 +33,8 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] = ()  # empty allows every token
     banned_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that are not completed
+    logprobs: int | None = None  # not None: each output token is scored, beside so many of the likeliest
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt
 
     @property
     def greedy(self) -> bool:
@@ -70,6 +72,7 @@ class RequestLimits:
     max_listed_token_ids: int = 1024  # of allowed_token_ids, and of banned_token_ids
     max_bad_words: int = 64
     max_bad_word_bytes: int = 256
+    max_logprobs: int = 20  # likeliest tokens beside each one
 
 
 def check_sampling(params: SamplingParams, limits: RequestLimits) -> None:
@@ -88,6 +91,9 @@ def check_sampling(params: SamplingParams, limits: RequestLimits) -> None:
     _check_range("frequency_penalty", params.frequency_penalty, -limits.max_penalty, limits.max_penalty)
     for _, bias in params.logit_bias:
         _check_range("logit_bias", bias, -limits.max_logit_bias, limits.max_logit_bias)
+    for field, number in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if number is not None and not 0 <= number <= limits.max_logprobs:
+            raise InvalidRequest(field, f"must be in [0, {limits.max_logprobs}], got {number}")
 
 
 def check_lengths(limits: RequestLimits, *, logit_bias: int, allowed: int, banned: int, bad_words: int) -> None:

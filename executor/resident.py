@@ -19,6 +19,7 @@ from common.types import MAX_SLOTS, BlockId, SlotRef, generation_of, slot_of
 from executor.token_rules import TokenRules, rules_of
 
 _FREE: Final = -1
+_NONE: Final = -1
 
 
 def spread(
@@ -106,6 +107,8 @@ class Resident:
         self.presence_penalty = np.zeros(slots, np.float64)  # (L,)
         self.frequency_penalty = np.zeros(slots, np.float64)  # (L,)
         self.rules: list[TokenRules | None] = [None] * slots  # (L,)
+        self.logprobs = np.full(slots, _NONE, np.int64)  # (L,) likeliest tokens beside each sampled one, or -1
+        self.prompt_logprobs = np.full(slots, _NONE, np.int64)  # (L,) beside each one of the prompt, or -1
         self.controlled = np.zeros(slots, np.bool_)  # (L,) has a penalty or rules: its logits are edited
 
     def clear(self) -> None:
@@ -215,6 +218,8 @@ class Resident:
         self.presence_penalty[slot] = sampling.presence_penalty
         self.frequency_penalty[slot] = sampling.frequency_penalty
         self.rules[slot] = rules
+        self.logprobs[slot] = _NONE if sampling.logprobs is None else sampling.logprobs
+        self.prompt_logprobs[slot] = _NONE if sampling.prompt_logprobs is None else sampling.prompt_logprobs
         self.controlled[slot] = (
             rules is not None
             or sampling.repetition_penalty != 1

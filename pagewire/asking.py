@@ -33,6 +33,8 @@ class Settings(TypedDict, total=False):
     allowed_token_ids: Sequence[int]  # no other token is chosen
     banned_token_ids: Sequence[int]
     bad_words: str | Sequence[str]  # texts that the answer does not contain
+    logprobs: int  # so many of the likeliest tokens are told beside each token of the answer
+    prompt_logprobs: int  # the same for the prompt
     seed: int
     n: int  # choices that share the prompt
     stop: str | Sequence[str]  # the text ends before the first of these

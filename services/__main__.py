@@ -318,6 +318,8 @@ def _add_client_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allowed-token-ids", type=_ids, default=[], metavar="ID,ID,…", help="choose no other tokens")
     parser.add_argument("--banned-token-ids", type=_ids, default=[], metavar="ID,ID,…", help="do not choose these")
     parser.add_argument("--bad-words", action="append", default=[], help="never write this text; repeatable")
+    parser.add_argument("--logprobs", type=int, default=None, metavar="K", help="show each token beside K likely ones")
+    parser.add_argument("--prompt-logprobs", type=int, default=None, metavar="K", help="the same for the prompt")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--min-tokens", type=int, default=None, help="tokens before which nothing ends the answer")
     parser.add_argument("--stop", action="append", default=[], help="end the answer before this text; repeatable")
@@ -406,7 +408,7 @@ def _sampling(parsed: argparse.Namespace) -> Any:
     sampling = pb.SamplingParams()
     for name in (
         "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
-        "frequency_penalty", "seed",
+        "frequency_penalty", "logprobs", "prompt_logprobs", "seed",
     ):  # fmt: skip
         if (value := getattr(parsed, name)) is not None:
             _set(sampling, name, value, _typed(name))

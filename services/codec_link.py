@@ -17,7 +17,7 @@ from typing import Any, Final
 from common.determinism import is_determinism_class
 from common.errors import ExecutorRejected, InvalidRequest
 from common.sampling import RequestLimits, SamplingParams, check_sampling
-from common.step import ExecutorFacts, NewSequence, StepPlan, StepResult
+from common.step import ExecutorFacts, Logprobs, NewSequence, Scored, StepPlan, StepResult
 from common.types import MAX_SLOTS, BlockId, SlotRef
 from protos import executor_pb2 as pb
 
@@ -28,6 +28,8 @@ INCARNATION_BYTES: Final = 16
 
 _NATIVE: Final = sys.byteorder == "little" and array("I").itemsize == 4  # a column can be read where it lies
 
+_U32: Final = (1 << 32) - 1
+
 # The ranges that the sampler can compute with; a caller's limits were checked at the public edge.
 _COMPUTABLE: Final = replace(
     RequestLimits(),
@@ -36,9 +38,9 @@ _COMPUTABLE: Final = replace(
     max_repetition_penalty=sys.float_info.max,
     max_penalty=sys.float_info.max,
     max_logit_bias=sys.float_info.max,
+    max_logprobs=_U32,
 )
 
-_U32: Final = (1 << 32) - 1
 _NOTHING: Final = memoryview(array("I", ()))
 
 # Columns of a plan that most steps do not have, and which of them have one number for each of another's.
@@ -111,7 +113,7 @@ def plan_from_pb(message: pb.StepPlan) -> StepPlan:
 
 def result_to_pb(result: StepResult, session: int) -> pb.StepResult:
     """The result as a message of `session`. A number that does not fit in 32 bits raises struct.error."""
-    return pb.StepResult(
+    message = pb.StepResult(
         session=session,
         step=result.step,
         refs=_pack(result.refs),
@@ -121,6 +123,15 @@ def result_to_pb(result: StepResult, session: int) -> pb.StepResult:
         compute_ns=result.compute_ns,
         idle_ns=result.idle_ns,
     )
+    if result.scored:
+        logprobs = [scored.logprobs for scored in result.scored]
+        message.scored_refs = _pack([scored.ref for scored in result.scored])
+        message.scored_positions = _pack([scored.position for scored in result.scored])
+        message.scored_logprobs = _pack_floats([each.token for each in logprobs])
+        message.top_counts = _pack([len(each.top) for each in logprobs])
+        message.top_token_ids = _pack([token for each in logprobs for token in each.top_ids])
+        message.top_logprobs = _pack_floats([value for each in logprobs for value in each.top])
+    return message
 
 
 def result_from_pb(message: pb.StepResult) -> StepResult:
@@ -138,6 +149,7 @@ def result_from_pb(message: pb.StepResult) -> StepResult:
         failed=_named(_list("failed", message.failed)),
         compute_ns=message.compute_ns,
         idle_ns=message.idle_ns,
+        scored=_scored_from_pb(message) if message.scored_refs else (),
     )
 
 
@@ -253,6 +265,8 @@ def _sampling_to_pb(sampling: SamplingParams) -> pb.SamplingParams:
         allowed_token_ids=sampling.allowed_token_ids,
         banned_token_ids=sampling.banned_token_ids,
         bad_words=[pb.TokenSequence(token_ids=word) for word in sampling.bad_words],
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
     )
 
 
@@ -274,12 +288,37 @@ def _sampling_from_pb(message: pb.SamplingParams, path: str) -> SamplingParams:
         allowed_token_ids=tuple(message.allowed_token_ids),
         banned_token_ids=tuple(message.banned_token_ids),
         bad_words=tuple(tuple(word.token_ids) for word in message.bad_words),
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
     try:
         check_sampling(sampling, _COMPUTABLE)
     except InvalidRequest as error:
         raise WireError(f"{path}.{error.field}", error.problem) from None
     return sampling
+
+
+def _scored_from_pb(message: pb.StepResult) -> list[Scored]:
+    refs = _list("scored_refs", message.scored_refs)
+    positions = _list("scored_positions", message.scored_positions)
+    values = _floats("scored_logprobs", message.scored_logprobs)
+    counts = _list("top_counts", message.top_counts)
+    top_ids = _list("top_token_ids", message.top_token_ids)
+    top = _floats("top_logprobs", message.top_logprobs)
+    _check_lengths("scored_positions", positions, "scored_refs", refs)
+    _check_lengths("scored_logprobs", values, "scored_refs", refs)
+    _check_lengths("top_counts", counts, "scored_refs", refs)
+    _check_lengths("top_logprobs", top, "top_token_ids", top_ids)
+    if sum(counts) != len(top_ids):
+        raise WireError("top_counts", f"tell of {sum(counts)} tokens, top_token_ids has {len(top_ids)}")
+    scored: list[Scored] = []
+    begin = 0
+    for ref, position, value, count in zip(refs, positions, values, counts, strict=True):
+        end = begin + count
+        logprobs = Logprobs(value, tuple(top_ids[begin:end]), tuple(top[begin:end]))
+        scored.append(Scored(SlotRef(ref), position, logprobs))
+        begin = end
+    return scored
 
 
 def _copies_from_pb(data: bytes) -> list[tuple[BlockId, BlockId]]:
@@ -292,6 +331,16 @@ def _copies_from_pb(data: bytes) -> list[tuple[BlockId, BlockId]]:
 
 def _pack(numbers: Sequence[int]) -> bytes:
     return struct.pack(f"<{len(numbers)}I", *numbers) if len(numbers) else b""
+
+
+def _pack_floats(numbers: Sequence[float]) -> bytes:
+    return struct.pack(f"<{len(numbers)}f", *numbers)
+
+
+def _floats(field: str, data: bytes) -> Sequence[float]:
+    if len(data) % 4:
+        raise WireError(field, f"an f32 column has a multiple of 4 bytes, got {len(data)}")
+    return struct.unpack(f"<{len(data) // 4}f", data)
 
 
 def _list(field: str, data: bytes) -> list[int]:

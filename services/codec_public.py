@@ -10,6 +10,7 @@ import math
 import secrets
 import struct
 import typing
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal
 
 from common.errors import InvalidRequest
@@ -23,15 +24,19 @@ from common.sampling import (
     check_sampling,
     check_stop,
 )
+from common.step import Logprobs
 from common.types import Priority
 from protos import inference_pb2 as pb
-from services.answer import Delta, Finish
+from services.answer import Delta, Finish, PromptLogprobs
 from services.request import Chat, GenerateSpec, Input, Message, ResumePoint, Text, TokenIds
 
 # Optional floats that are called the same in the message and in the value.
 _Number = Literal[
     "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty"
 ]  # fmt: skip
+
+Spell = Callable[[int], bytes]
+"""The text of a token."""
 
 _DEFAULTS: Final = SamplingParams()
 _MAX_REQUEST_ID: Final = 128
@@ -123,6 +128,8 @@ def sampling_from_pb(sampling: pb.SamplingParams) -> SamplingParams:
         logit_bias=tuple((token, _shortest(sampling.logit_bias[token])) for token in sorted(sampling.logit_bias)),
         allowed_token_ids=tuple(sampling.allowed_token_ids),
         banned_token_ids=tuple(sampling.banned_token_ids),
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
     )
 
 
@@ -161,11 +168,33 @@ def token_ids(field: str, ids: tuple[int, ...], vocab_size: int) -> tuple[int, .
     return ids
 
 
-def delta_pb(delta: Delta) -> pb.Delta:
+def delta_pb(delta: Delta, spell: Spell) -> pb.Delta:
     """The message of new tokens."""
     return pb.Delta(
-        choice=delta.choice, index=delta.index, token_ids=delta.token_ids, text=delta.text, ticket=delta.ticket
+        choice=delta.choice,
+        index=delta.index,
+        token_ids=delta.token_ids,
+        text=delta.text,
+        ticket=delta.ticket,
+        logprobs=_logprobs_pb(delta.token_ids, delta.logprobs, spell) if delta.logprobs else None,
     )
+
+
+def prompt_logprobs_pb(part: PromptLogprobs, spell: Spell) -> pb.PromptLogprobs:
+    """The message of how likely a part of the prompt was."""
+    return pb.PromptLogprobs(index=part.index, logprobs=_logprobs_pb(part.token_ids, part.logprobs, spell))
+
+
+def _logprobs_pb(tokens: Sequence[int], logprobs: Sequence[Logprobs | None], spell: Spell) -> list[pb.TokenLogprobs]:
+    def one(token: int, logprob: float | None) -> pb.TokenLogprob:
+        return pb.TokenLogprob(token_id=token, logprob=logprob, text=spell(token))
+
+    return [
+        pb.TokenLogprobs(token=one(token, None))
+        if told is None
+        else pb.TokenLogprobs(token=one(token, told.token), top=map(one, told.top_ids, told.top))
+        for token, told in zip(tokens, logprobs, strict=True)
+    ]
 
 
 def finish_pb(finish: Finish) -> pb.Finish:

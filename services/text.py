@@ -35,6 +35,7 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(id for id, token in added.items() if token.special)
         self._byte_of = self._find_byte_tokens()
+        self._bytes_of: dict[int, bytes] = {}
         is_byte_level = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
         self._spellings = {skip: _Spelling(self, skip) for skip in (True, False)} if is_byte_level else {}
 
@@ -73,6 +74,22 @@ class Tokenizer:
         """How the vocabulary writes the token."""
         name: str | None = self._tokenizer.id_to_token(id)
         return name
+
+    def bytes_of(self, id: int) -> bytes:
+        """The text of a token within a text, special ones included. It may be half a character."""
+        known = self._bytes_of.get(id)
+        if known is None:
+            known = self._bytes_of[id] = self._find_bytes_of(id)
+        return known
+
+    def _find_bytes_of(self, id: int) -> bytes:
+        if False in self._spellings:
+            return self._spellings[False][id]
+        if id in self._byte_of:
+            return bytes((self._byte_of[id],))
+        if self.name(id) is None:
+            return b""
+        return self.raw_decode([id, id])[len(self.raw_decode([id])) :].encode()  # the second is at no text's beginning
 
     def byte(self, id: int) -> int | None:
         """The byte that the token stands for, in a tokenizer that spells unknown characters as byte tokens."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from protos import inference_pb2 as pb
 from tests.e2e import fake_model
 from tests.e2e.cluster import Cluster
 from tests.e2e.programs import PAGEWIRE, run
-from tests.executor.tiny_models import save_tiny
 
 PROMPT = [70, 71, 72, 5, 9]
 LETTERS = list(range(64, 72))  # a to h in the tokenizer of the fake model
@@ -46,32 +44,6 @@ MIXED: dict[str, dict[str, Any]] = {
         "min_tokens": 10,
     },
 }
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that torch computes, with a tokenizer whose tokens are bytes."""
-    folder = fake_model.write(tmp_path_factory.mktemp("tiny") / "tiny")
-    tokenizer = (folder / "tokenizer.json").read_text()
-    save_tiny(
-        "llama",
-        folder,
-        vocab_size=fake_model.VOCAB_SIZE,
-        max_position_embeddings=fake_model.MAX_MODEL_LEN,
-        eos_token_id=fake_model.EOS,
-    )
-    (folder / "tokenizer.json").write_text(tokenizer)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    running = Cluster(tiny, tmp_path_factory.mktemp("server"))
-    try:
-        running.start_executor("--dtype=float32", "--threads=1", fake=False)
-        yield running
-    finally:
-        running.close()
 
 
 def ask(running: Cluster, **settings: Any) -> Answer:

@@ -62,6 +62,7 @@ def test_every_control_stands_in_the_table_with_its_limit_and_its_default() -> N
     assert limit["bad_words"] == f"{request.max_bad_words} strings of 1 to {request.max_bad_word_bytes} bytes"
     assert limit["stop"] == f"{request.max_stop_strings} strings of 1 to {request.max_stop_string_bytes} bytes"
     assert limit["stop_token_ids"] == f"{request.max_stop_token_ids}"
+    assert limit["logprobs"] == limit["prompt_logprobs"] == f"{request.max_logprobs}"
     assert limit["banned_token_ids"] == limit["allowed_token_ids"] == f"{request.max_listed_token_ids}"
 
     fields_of = (pb.SamplingParams.DESCRIPTOR, pb.StopConditions.DESCRIPTOR)

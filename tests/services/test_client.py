@@ -27,7 +27,7 @@ from common.errors import (
     Unavailable,
     UnknownModel,
 )
-from pagewire import Client, Delta
+from pagewire import Client, Delta, TokenLogprob, TokenLogprobs
 from pagewire.aio import AsyncClient
 from pagewire.asking import Settings, request_of
 from pagewire.calls import addresses_of
@@ -175,6 +175,35 @@ def test_a_request_is_the_same_however_often_it_is_sent() -> None:
     assert sent.resumable and sent.request_id and sent.sampling.HasField("seed")
     assert asked.next_call() == sent
     assert Continuation(pb.GenerateStreamRequest(text="hi")).next_call() != sent, "another one is another one"
+
+
+def scored(*tokens: int) -> list[pb.TokenLogprobs]:
+    top = pb.TokenLogprob(token_id=7, logprob=-0.5, text=b"g")
+    return [pb.TokenLogprobs(token=pb.TokenLogprob(token_id=t, logprob=-t, text=b"x"), top=[top]) for t in tokens]
+
+
+def prompt_part(index: int, *logprobs: pb.TokenLogprobs) -> pb.GenerateStreamResponse:
+    return pb.GenerateStreamResponse(prompt_logprobs=pb.PromptLogprobs(index=index, logprobs=logprobs))
+
+
+def test_log_probabilities_are_part_of_deltas_and_answer_and_those_of_the_prompt_may_come_twice() -> None:
+    asked = Continuation(pb.GenerateStreamRequest(text="hi"))
+    nothing_before = pb.TokenLogprobs(token=pb.TokenLogprob(token_id=3, text=b"y"))
+    new = pb.GenerateStreamResponse(
+        delta=pb.Delta(index=0, token_ids=[65, 66], text="AB", ticket=b"t", logprobs=scored(65, 66))
+    )
+    for message in (first(), prompt_part(0, nothing_before, *scored(4)), first(), prompt_part(0, nothing_before)):
+        assert asked.hear(message) is None
+    asked.hear(prompt_part(1, *scored(4, 5)))
+    told = asked.hear(new)
+    asked.hear(finish())
+
+    top = (TokenLogprob(token_id=7, logprob=-0.5, text=b"g"),)
+    expected = [TokenLogprobs(token=TokenLogprob(token_id=t, logprob=-t, text=b"x"), top=top) for t in (4, 5, 65, 66)]
+    alone = TokenLogprobs(token=TokenLogprob(token_id=3, logprob=None, text=b"y"), top=())
+    assert isinstance(told, Delta) and told.logprobs == tuple(expected[2:])
+    assert asked.answer().logprobs == tuple(expected[2:])
+    assert asked.answer().prompt_logprobs == (alone, *expected[:2])
 
 
 def test_once_something_was_heard_the_rest_is_asked_for_with_all_that_was_heard() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from common.errors import ExecutorRejected
 from common.sampling import SamplingParams
-from common.step import ExecutorFacts, NewSequence, StepPlan, StepResult
+from common.step import ExecutorFacts, Logprobs, NewSequence, Scored, StepPlan, StepResult
 from common.types import MAX_SLOTS, BlockId, SlotRef, slot_ref
 from protos import executor_pb2 as pb
 from services import codec_link
@@ -52,7 +52,18 @@ SAMPLING = st.builds(
     allowed_token_ids=st.lists(U32, max_size=3).map(tuple),
     banned_token_ids=st.lists(U32, max_size=3).map(tuple),
     bad_words=st.lists(st.lists(U32, min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
+    logprobs=st.none() | U32,
+    prompt_logprobs=st.none() | U32,
 )
+
+LOGPROB = st.floats(-1000, 0, width=32) | st.just(-math.inf)
+TOPS = st.lists(st.tuples(U32, LOGPROB), max_size=3)
+SCORED = st.builds(
+    lambda ref, position, token, top: Scored(
+        ref, position, Logprobs(token, tuple(id for id, _ in top), tuple(value for _, value in top))
+    ),
+    U32, U32, LOGPROB, TOPS,
+)  # fmt: skip
 
 
 @st.composite
@@ -103,6 +114,7 @@ def results(draw: st.DrawFn) -> StepResult:
         failed=draw(st.lists(U32, max_size=8)),
         compute_ns=draw(U64),
         idle_ns=draw(U64),
+        scored=draw(st.lists(SCORED, min_size=1, max_size=4)) if draw(st.booleans()) else (),
     )
 
 
@@ -409,3 +421,28 @@ def test_an_impossible_fact_is_refused_by_name(name: str, value: int | bytes | s
     with pytest.raises(WireError) as caught:
         facts_from_pb(hello)
     assert caught.value.field == name
+
+
+def a_scored_result() -> pb.StepResult:
+    scored = [Scored(slot_ref(1, 0), 5, Logprobs(-0.5, (7, 8), (-0.25, -0.5))), Scored(slot_ref(2, 0), 9, Logprobs(-1))]
+    return result_to_pb(StepResult(step=0, scored=scored), session=1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["scored_refs", "scored_positions", "scored_logprobs", "top_counts", "top_token_ids", "top_logprobs"],
+)
+def test_scores_with_a_cut_or_a_missing_number_are_refused_by_name(name: str) -> None:
+    for end in (-1, -4):
+        message = a_scored_result()
+        setattr(message, name, getattr(message, name)[:end])
+
+        with pytest.raises(WireError) as caught:
+            result_from_pb(message)
+        assert end == -4 or caught.value.field == name
+
+
+def test_a_result_that_scores_nothing_carries_no_column_for_it() -> None:
+    message = result_to_pb(StepResult(step=0, refs=[slot_ref(1, 0)], tokens=[3], indices=[0]), session=1)
+
+    assert message.ByteSize() == len(b"\x08\x01") + 3 * 6

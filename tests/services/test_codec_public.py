@@ -14,10 +14,19 @@ from hypothesis import strategies as st
 
 from common.errors import InvalidRequest
 from common.sampling import MAX_SEED, RequestLimits, SamplingParams
+from common.step import Logprobs
 from common.types import FinishReason, Priority
 from protos import inference_pb2 as pb
-from services.answer import Delta, Finish, Usage
-from services.codec_public import delta_pb, fill_finish, finish_pb, input_from_pb, request_from_pb, token_ids
+from services.answer import Delta, Finish, PromptLogprobs, Usage
+from services.codec_public import (
+    delta_pb,
+    fill_finish,
+    finish_pb,
+    input_from_pb,
+    prompt_logprobs_pb,
+    request_from_pb,
+    token_ids,
+)
 from services.request import Chat, GenerateSpec, Message, Text, TokenIds
 
 LIMITS = RequestLimits(
@@ -34,6 +43,7 @@ LIMITS = RequestLimits(
     max_listed_token_ids=3,
     max_bad_words=2,
     max_bad_word_bytes=4,
+    max_logprobs=3,
 )
 VOCAB_SIZE = 100
 
@@ -148,6 +158,8 @@ def test_every_field_reaches_the_value(kind: type[Request]) -> None:
             allowed_token_ids=[3, 1],
             banned_token_ids=[5, 4],
             bad_words=["x", " y"],
+            logprobs=0,
+            prompt_logprobs=3,
         ),
         stopping=pb.StopConditions(
             max_tokens=9, stop=["a", "b"], stop_token_ids=[3], ignore_eos=True, min_tokens=4, include_stop=True
@@ -172,6 +184,8 @@ def test_every_field_reaches_the_value(kind: type[Request]) -> None:
             logit_bias=((2, 10.0), (8, -0.3)),
             allowed_token_ids=(3, 1),
             banned_token_ids=(5, 4),
+            logprobs=0,
+            prompt_logprobs=3,
         ),
         n=2,
         max_tokens=9,
@@ -407,6 +421,8 @@ def test_lists_at_their_limits_are_taken() -> None:
             "banned_token_ids: must not be in allowed_token_ids too, got 2",
         ),
         ({"bad_words": ["a", "b", "c"]}, "bad_words: at most 2, got 3"),
+        ({"logprobs": 4}, "logprobs: must be in [0, 3], got 4"),
+        ({"prompt_logprobs": 4}, "prompt_logprobs: must be in [0, 3], got 4"),
         ({"bad_words": [""]}, "bad_words: each string must have 1 to 4 bytes, got 0"),
         ({"bad_words": ["ok", "ééé"]}, "bad_words: each string must have 1 to 4 bytes, got 6"),
     ],
@@ -449,7 +465,36 @@ def a_finish(reason: FinishReason, stop: str | None = None, token: int | None = 
 def test_a_delta_tells_all_it_has() -> None:
     delta = Delta(choice=1, index=7, token_ids=[5, 6], text="hi")
 
-    assert delta_pb(delta) == pb.Delta(choice=1, index=7, token_ids=[5, 6], text="hi")
+    assert delta_pb(delta, spell) == pb.Delta(choice=1, index=7, token_ids=[5, 6], text="hi")
+
+
+def spell(token: int) -> bytes:
+    return bytes((token,))
+
+
+def test_log_probabilities_come_with_the_text_of_their_tokens() -> None:
+    scores = [Logprobs(-0.5, (6, 5), (-0.25, -0.5)), None]
+    delta = Delta(choice=1, index=7, token_ids=[5, 6], text="hi", logprobs=scores)
+
+    assert list(delta_pb(delta, spell).logprobs) == [
+        pb.TokenLogprobs(
+            token=pb.TokenLogprob(token_id=5, logprob=-0.5, text=b"\x05"),
+            top=[
+                pb.TokenLogprob(token_id=6, logprob=-0.25, text=b"\x06"),
+                pb.TokenLogprob(token_id=5, logprob=-0.5, text=b"\x05"),
+            ],
+        ),
+        pb.TokenLogprobs(token=pb.TokenLogprob(token_id=6, text=b"\x06")),
+    ]
+
+
+def test_a_part_of_the_prompt_says_where_it_begins() -> None:
+    part = PromptLogprobs(index=256, token_ids=[5], logprobs=[Logprobs(-0.5)])
+
+    message = prompt_logprobs_pb(part, spell)
+
+    token = pb.TokenLogprob(token_id=5, logprob=-0.5, text=b"\x05")
+    assert message == pb.PromptLogprobs(index=256, logprobs=[pb.TokenLogprobs(token=token)])
 
 
 @pytest.mark.parametrize("reason", [reason for reason in FinishReason if reason is not FinishReason.NONE])

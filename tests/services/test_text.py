@@ -379,3 +379,20 @@ def test_what_is_held_back_is_the_longest_end_that_a_stop_string_begins_with(sto
     if matched is None:
         beginnings = {stop[:length] for stop in stops for length in range(len(stop))} | {""}
         assert matcher.flush() == max((end for end in beginnings if text.endswith(end)), key=len)
+
+
+@every_tokenizer
+def test_the_texts_of_tokens_make_the_whole_but_for_spaces(build: Callable[[], tokenizers.Tokenizer]) -> None:
+    tokenizer = tokenizer_of(build)
+    ids = tokenizer.encode("the quick fox, a  b", add_special_tokens=False)
+
+    spelled = b"".join(map(tokenizer.bytes_of, ids)).decode(errors="replace")
+
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    assert "".join(spelled.split()) == "".join(whole.split())
+    if tokenizer.spelling(skip_special_tokens=False) is not None:
+        assert spelled == whole
+
+
+def test_a_token_that_there_is_not_has_no_text() -> None:
+    assert tokenizer_of(byte_level_bpe).bytes_of(100_000) == b""
