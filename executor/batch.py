@@ -60,15 +60,13 @@ def build_batch(resident: Resident, rows: Rows) -> InputBatch:
 
     longest = -(-int(rows.stops.max()) // resident.block_size)
     logits_indices = last_token[rows.samples]
-    scored = resident.prompt_logprobs[ordered.slots] >= 0
-    if scored.any():
+    scored_slots = scored_positions = _nothing()
+    if resident.scored_prompts:
         # each position that is not the prompt's last tells how likely the token behind it was
         token_slots = np.repeat(ordered.slots, ordered.counts)
-        tells = np.repeat(scored, ordered.counts) & (positions < resident.num_prompt[token_slots] - 1)
+        tells = (resident.prompt_logprobs[token_slots] >= 0) & (positions < resident.num_prompt[token_slots] - 1)
         logits_indices = np.concatenate((logits_indices, np.flatnonzero(tells)))
         scored_slots, scored_positions = token_slots[tells], positions[tells] + 1
-    else:
-        scored_slots = scored_positions = _nothing()
     sampled = rows.slots[rows.samples]
     known = resident.num_tokens[sampled]
     return InputBatch(

@@ -193,11 +193,11 @@ class ModelRunner:
             if failpoints.hit("after_forward_before_sample") == "nan":
                 logits = torch.full_like(logits, torch.nan)
             values = logits[: len(batch.sampled_slots)].float().cpu().numpy()
-            asking = np.flatnonzero(self._resident.logprobs[batch.sampled_slots] >= 0)
-            raw = values[asking] if len(asking) else values  # a copy: what is asked for is of the model's own logits
+            asking = self._who_is_scored(batch)
+            raw = values[asking] if asking else values  # a copy: what is asked for is of the model's own logits
             edit(values, self._resident, batch.sampled_slots)
             chosen = sample(values, self._how(batch))
-            if len(asking):
+            if asking:
                 scored = self._score_sampled(batch, asking, raw, chosen)
             if len(batch.scored_slots):
                 scored += self._score_prompts(batch, logits[len(batch.sampled_slots) :])
@@ -213,12 +213,17 @@ class ModelRunner:
             scored=scored,
         )
 
+    def _who_is_scored(self, batch: InputBatch) -> list[int]:
+        """Sampled rows whose tokens are scored."""
+        scored = self._resident.scored
+        return [row for row, slot in enumerate(batch.sampled_slots.tolist()) if slot in scored] if scored else []
+
     def _score_sampled(
-        self, batch: InputBatch, asking: NDArray[np.int64], raw: NDArray[np.float32], chosen: Choice
+        self, batch: InputBatch, asking: list[int], raw: NDArray[np.float32], chosen: Choice
     ) -> list[Scored]:
         """How likely the chosen tokens are of the rows `asking`, whose logits are `raw`."""
         held, failed, scored = self._resident, set(chosen.failed), list[Scored]()
-        for row, logits in zip(asking.tolist(), raw, strict=True):
+        for row, logits in zip(asking, raw, strict=True):
             if row not in failed:
                 slot = batch.sampled_slots[row]
                 logprobs = score(logits, chosen.tokens[row], int(held.logprobs[slot]))

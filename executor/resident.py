@@ -109,11 +109,17 @@ class Resident:
         self.rules: list[TokenRules | None] = [None] * slots  # (L,)
         self.logprobs = np.full(slots, _NONE, np.int64)  # (L,) likeliest tokens beside each sampled one, or -1
         self.prompt_logprobs = np.full(slots, _NONE, np.int64)  # (L,) beside each one of the prompt, or -1
-        self.controlled = np.zeros(slots, np.bool_)  # (L,) has a penalty or rules: its logits are edited
+        # plain sets: most batches have nobody in them, and ask for next to nothing
+        self.controlled: set[int] = set()  # slots with a penalty or rules: their logits are edited
+        self.scored: set[int] = set()  # slots whose sampled tokens are scored
+        self.scored_prompts: set[int] = set()  # slots whose prompts are scored
 
     def clear(self) -> None:
         """Forget every sequence."""
         self.refs.fill(_FREE)
+        self.controlled.clear()
+        self.scored.clear()
+        self.scored_prompts.clear()
 
     def slot_mapping(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Place in the slab of each (slot, position): common.blocks.slot_mapping over columns."""
@@ -127,7 +133,7 @@ class Resident:
         its table. The tables are then half changed: only `clear` makes them good again.
         """
         for ref in plan.released:
-            self.refs[self._slot(ref)] = _FREE
+            self._release(ref)
         for sequence in plan.new:
             self._admit(sequence)
         for ref, block in zip(plan.append_refs, plan.append_blocks, strict=True):
@@ -168,6 +174,13 @@ class Resident:
             indices=indices.tolist(),
             failed=bad,
         )
+
+    def _release(self, ref: SlotRef) -> None:
+        slot = self._slot(ref)
+        self.refs[slot] = _FREE
+        self.controlled.discard(slot)
+        self.scored.discard(slot)
+        self.scored_prompts.discard(slot)
 
     def _admit(self, sequence: NewSequence) -> None:
         slot, known, table = slot_of(sequence.ref), len(sequence.token_ids), len(sequence.block_table)
@@ -220,12 +233,14 @@ class Resident:
         self.rules[slot] = rules
         self.logprobs[slot] = _NONE if sampling.logprobs is None else sampling.logprobs
         self.prompt_logprobs[slot] = _NONE if sampling.prompt_logprobs is None else sampling.prompt_logprobs
-        self.controlled[slot] = (
-            rules is not None
-            or sampling.repetition_penalty != 1
-            or sampling.presence_penalty != 0
-            or sampling.frequency_penalty != 0
-        )
+        penalised = sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty
+        for slots, belongs in (
+            (self.controlled, rules is not None or penalised),
+            (self.scored, sampling.logprobs is not None),
+            (self.scored_prompts, sampling.prompt_logprobs is not None),
+        ):
+            if belongs:
+                slots.add(slot)
 
     def _append(self, ref: SlotRef, block: BlockId) -> None:
         slot = self._slot(ref)
