@@ -136,8 +136,12 @@ def _keep_typical(weights: NDArray[np.float32], typical_p: float) -> None:
     chances = weights[some].astype(np.float64)
     chances /= chances.sum()
     surprise = -np.log(chances)
-    distance = np.abs(surprise - (surprise * chances).sum())
-    order = np.argsort(distance)
+    expected = (surprise * chances).sum()
+    distance = np.abs(surprise - expected)
+    near = np.flatnonzero(distance <= expected)  # what is farther away is so unlikely that it seldom matters
+    if chances[near].sum() < typical_p:
+        near = np.arange(len(some))
+    order = near[np.argsort(distance[near])]
     last = int(chances[order].cumsum().searchsorted(typical_p, side="left"))
     weights[some[distance > distance[order[min(last, len(order) - 1)]]]] = 0
 

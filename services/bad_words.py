@@ -20,4 +20,5 @@ def token_sequences(words: Sequence[str], tokenizer: Tokenizer, eos: Collection[
         if not spelled[number] or not (ids or spaced):
             raise InvalidRequest("bad_words", f"number {number} has no token but those of spaces")
     sequences = dict.fromkeys(tuple(ids) for pair in zip(without, with_space, strict=True) for ids in pair if ids)
-    return tuple(ids for ids in sequences if len(ids) > 1 or ids[0] not in eos)
+    ends = {(token,) for token in eos}
+    return tuple(ids for ids in sequences if ids not in ends)

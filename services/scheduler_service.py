@@ -45,7 +45,8 @@ class SchedulerService:
                     if isinstance(event, Delta):
                         choice.token_ids.extend(event.token_ids)
                         choice.text += event.text
-                        choice.logprobs.extend(codec_public.delta_pb(event, self._spell).logprobs)
+                        if event.logprobs:
+                            choice.logprobs.extend(codec_public.delta_pb(event, self._spell).logprobs)
                     else:
                         codec_public.fill_finish(choice, event)
         return pb.GenerateResponse(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,10 +48,18 @@ MIXED: dict[str, dict[str, Any]] = {
 }
 
 
+DEFAULTS: dict[str, Any] = {
+    "token_ids": PROMPT,
+    "temperature": 0.0,
+    "max_tokens": NUM_NEW,
+    "ignore_eos": True,
+    "seed": 11,
+}
+
+
 def ask(running: Cluster, **settings: Any) -> Answer:
-    defaults = {"token_ids": PROMPT, "temperature": 0.0, "max_tokens": NUM_NEW, "ignore_eos": True, "seed": 11}
     with Client(running.address) as client:
-        return client.generate(**{**defaults, **settings})
+        return client.generate(**{**DEFAULTS, **settings})
 
 
 def tokens(running: Cluster, **settings: Any) -> tuple[int, ...]:
@@ -143,6 +153,32 @@ def test_controls_hold_when_blocks_run_out(server: Cluster, tiny: Path, tmp_path
 
     assert crowded == undisturbed
     assert preemptions > 0
+
+
+def test_controls_hold_when_an_executor_is_killed(server: Cluster, tiny: Path, tmp_path: Path) -> None:
+    asked = ["frequency", "words", "banned", "everything"]
+    long = {"max_tokens": 400, "logprobs": 1}
+    undisturbed = [ask(server, **{**MIXED[name], **long}) for name in asked]
+    running = Cluster(tiny, tmp_path, flags=["--log-format=json"])
+    try:
+        for _ in range(2):
+            running.start_executor("--dtype=float32", "--threads=1", fake=False)
+        with Client(running.address) as client, contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(client.stream(**{**DEFAULTS, **MIXED[name], **long})) for name in asked]
+            for stream in streams:
+                next(stream)
+            running.executors[0].signal(signal.SIGKILL)
+            for stream in streams:
+                for _ in stream:
+                    pass
+            answers = [stream.answer for stream in streams]
+        moved = running.counters()["moved"]
+    finally:
+        running.close()
+
+    assert moved > 0
+    for before, after in zip(undisturbed, answers, strict=True):
+        assert (before.token_ids, before.text, before.logprobs) == (after.token_ids, after.text, after.logprobs)
 
 
 def all_at_once(running: Cluster) -> dict[str, tuple[int, ...]]:
