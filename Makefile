@@ -13,7 +13,7 @@ STUBS := .venv/stubs
 stubs = $(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/*.proto
 
-.PHONY: help setup protos check test soak kill-run demo serve up bench bench-kernels bench-quality bench-scheduler bench-split bench-streaming
+.PHONY: help setup protos check test soak kill-run demo serve up bench bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -82,6 +82,9 @@ bench-kernels: setup ## every kernel's time against the machine's memory and mat
 
 bench-quality: setup ## what fewer bits do to a model's answers
 	$(BIN)/python -m tests.benchmarks.quality $(ARGS)
+
+bench-sampling: setup ## what sampling controls and log-probabilities cost, and plain batches that have none
+	$(BIN)/python -m tests.benchmarks.bench_sampling $(ARGS)
 
 bench-split: setup ## what the border between scheduler and executor costs a step
 	$(BIN)/python -m tests.benchmarks.bench_split $(ARGS)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from common.sampling import SamplingParams
 from common.types import BlockId, SlotRef
@@ -35,6 +36,7 @@ class NewSequence:
     choice: int  # which of the request's n choices; part of the random key
     max_tokens: int  # output tokens, counted from the prompt's end
     stop_token_ids: tuple[int, ...]  # EOS ids included, unless the request ignores EOS
+    min_tokens: int = 0  # output tokens before which none of stop_token_ids is chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,22 @@ class StepPlan:
         return sum(self.num_scheduled)
 
 
+class Logprobs(NamedTuple):
+    """How likely a token was, by the model's own distribution: natural logarithms."""
+
+    token: float
+    top_ids: tuple[int, ...] = ()  # the likeliest tokens in its place, the best first; the lower id among equals
+    top: tuple[float, ...] = ()  # theirs
+
+
+class Scored(NamedTuple):
+    """A token that was scored: one that this step sampled, or one of the prompt that stands behind what it computed."""
+
+    ref: SlotRef
+    position: int  # of the token in its sequence
+    logprobs: Logprobs
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What came out of one plan. S sampled rows. Every step has a result, also one that samples nothing."""
@@ -70,6 +88,7 @@ class StepResult:
     failed: Sequence[SlotRef] = ()  # rows whose logits were not finite: nothing was sampled
     compute_ns: int = 0  # time the executor spent on the step
     idle_ns: int = 0  # time it waited before the step for want of a plan
+    scored: Sequence[Scored] = ()  # where a sequence asks for it; positions in order within each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

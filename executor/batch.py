@@ -6,7 +6,7 @@ writes into it, so a decode row never waits for its token to travel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,13 @@ from numpy.typing import NDArray
 from executor.resident import Resident, Rows
 
 
+def _nothing() -> NDArray[np.int64]:
+    return np.zeros(0, np.int64)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputBatch:
-    """One forward pass, flattened. T tokens, N rows, M blocks in the longest table, S sampled rows.
+    """One forward pass, flattened. T tokens, N rows, M blocks in the longest table, S sampled rows, P scored positions.
 
     The rows with one token lie first, so a backend can cut decode from prefill. Sampled rows keep the plan's order.
     """
@@ -28,10 +32,13 @@ class InputBatch:
     seq_lens: NDArray[np.int64]  # (N,) tokens row n may attend to, this step's included
     block_tables: NDArray[np.int32]  # (N, M) padded with whatever the table held before
     num_decodes: int  # the first rows, those with one token each
-    logits_indices: NDArray[np.int64]  # (S,) which of the T tokens are sampled
+    logits_indices: NDArray[np.int64]  # (S + P,) which of the T tokens are sampled, then which of them score the next
     sampled_slots: NDArray[np.int64]  # (S,) their lines in the resident tables
     sampled_places: NDArray[np.int64]  # (S,) where in the token pool the new tokens go
     sampled_indices: NDArray[np.int64]  # (S,) their output indices
+    # where prompts are scored: whose, and at which place of it is the token whose logits those are
+    scored_slots: NDArray[np.int64] = field(default_factory=_nothing)  # (P,) lines in the resident tables
+    scored_positions: NDArray[np.int64] = field(default_factory=_nothing)  # (P,) at least 1
 
 
 def build_batch(resident: Resident, rows: Rows) -> InputBatch:
@@ -52,6 +59,14 @@ def build_batch(resident: Resident, rows: Rows) -> InputBatch:
         last_token[order] = loc[1:] - 1
 
     longest = -(-int(rows.stops.max()) // resident.block_size)
+    logits_indices = last_token[rows.samples]
+    scored_slots = scored_positions = _nothing()
+    if resident.scored_prompts:
+        # each position that is not the prompt's last tells how likely the token behind it was
+        token_slots = np.repeat(ordered.slots, ordered.counts)
+        tells = (resident.prompt_logprobs[token_slots] >= 0) & (positions < resident.num_prompt[token_slots] - 1)
+        logits_indices = np.concatenate((logits_indices, np.flatnonzero(tells)))
+        scored_slots, scored_positions = token_slots[tells], positions[tells] + 1
     sampled = rows.slots[rows.samples]
     known = resident.num_tokens[sampled]
     return InputBatch(
@@ -62,8 +77,10 @@ def build_batch(resident: Resident, rows: Rows) -> InputBatch:
         seq_lens=ordered.stops,
         block_tables=np.ascontiguousarray(resident.block_tables[ordered.slots, :longest]),
         num_decodes=int((counts == 1).sum()),
-        logits_indices=last_token[rows.samples],
+        logits_indices=logits_indices,
         sampled_slots=sampled,
         sampled_places=sampled * resident.max_model_len + known,
         sampled_indices=known - resident.num_prompt[sampled],
+        scored_slots=scored_slots,
+        scored_positions=scored_positions,
     )

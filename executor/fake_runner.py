@@ -17,8 +17,8 @@ import numpy as np
 
 from common import failpoints
 from common.determinism import determinism_class
-from common.step import ExecutorFacts, StepPlan, StepResult
-from common.types import BlockId, slot_of
+from common.step import ExecutorFacts, Logprobs, Scored, StepPlan, StepResult
+from common.types import BlockId, SlotRef, slot_of
 from executor.resident import Resident, Rows, spread
 from executor.runner import Report
 
@@ -65,6 +65,11 @@ def digests_of(tokens: Iterable[int], digest: int = 0) -> list[int]:
         digest = _mix(digest, token)
         digests.append(digest)
     return digests
+
+
+def fake_logprobs(token: int, num_top: int) -> Logprobs:
+    """What the fake model says of a token."""
+    return Logprobs(-float(token), tuple(range(num_top)), tuple(-float(id) for id in range(num_top)))
 
 
 class FakeRunner:
@@ -142,6 +147,7 @@ class FakeRunner:
         else:
             tokens = [self._choose(slot) for slot in rows.slots[rows.samples].tolist()]
         failed = [n for n, token in enumerate(tokens) if token is None]
+        scored = self._score(rows, tokens)
         sampled = self._resident.advance(rows, [token or 0 for token in tokens], failed)
         if self._step_time_s:
             threading.Event().wait(self._step_time_s)
@@ -151,7 +157,22 @@ class FakeRunner:
             tokens=sampled.tokens,
             indices=sampled.indices,
             failed=sampled.failed,
+            scored=scored,
         )
+
+    def _score(self, rows: Rows, tokens: list[int | None]) -> list[Scored]:
+        """Log-probabilities by hand: a token's is minus itself, and the likeliest are 0, 1, 2 and so on."""
+        held, scored = self._resident, list[Scored]()
+        for slot, start, stop in zip(rows.slots.tolist(), rows.starts.tolist(), rows.stops.tolist(), strict=True):
+            if (num_top := int(held.prompt_logprobs[slot])) >= 0:
+                for position in range(start + 1, min(stop + 1, int(held.num_prompt[slot]))):
+                    logprobs = fake_logprobs(int(held.token_ids[slot, position]), num_top)
+                    scored.append(Scored(SlotRef(int(held.refs[slot])), position, logprobs))
+        for slot, token in zip(rows.slots[rows.samples].tolist(), tokens, strict=True):
+            if token is not None and (num_top := int(held.logprobs[slot])) >= 0:
+                logprobs = fake_logprobs(token, num_top)
+                scored.append(Scored(SlotRef(int(held.refs[slot])), int(held.num_tokens[slot]), logprobs))
+        return scored
 
     def _block(self, block: BlockId) -> slice:
         return slice(block * self._facts.block_size, (block + 1) * self._facts.block_size)

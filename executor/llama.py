@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from executor.llama_folder import FolderLlama
 
+_KEPT_ROWS: Final = 256  # of logits, from step to step
+
 # By name: to import them takes seconds.
 _FAMILY: Final = frozenset({
     "executor.llama_folder.FolderLlama",
@@ -108,9 +110,12 @@ class LlamaModel:
         `token_ids` (T,) int64.
         """
         num_sampled = len(batch.logits_indices)
-        if num_sampled > len(self._logits):
-            self._logits = torch.empty(num_sampled, self.vocab_size)
-        logits = self._logits[:num_sampled]
+        if num_sampled > _KEPT_ROWS:  # a long prompt is scored: that memory is not kept
+            logits = torch.empty(num_sampled, self.vocab_size)
+        else:
+            if num_sampled > len(self._logits):
+                self._logits = torch.empty(num_sampled, self.vocab_size)
+            logits = self._logits[:num_sampled]
         self._native.llama_forward(self._model, step_struct(batch, token_ids), logits)
         return logits
 

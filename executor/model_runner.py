@@ -11,21 +11,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from common import failpoints
 from common.errors import ModelFolderError
 from common.model_folder import read_model_folder
-from common.step import ExecutorFacts, StepPlan, StepResult
-from common.types import slot_of
+from common.step import ExecutorFacts, Scored, StepPlan, StepResult
+from common.types import SlotRef, slot_of
 from executor.attention import choose
 from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.batch import InputBatch, build_batch
+from executor.controls import edit
 from executor.determinism import class_of
 from executor.kv_cache import KvCache, SlabFormat, block_bytes, fit_slab, free_bytes
 from executor.llama import LlamaModel
 from executor.llama import why_not as why_not_fused
 from executor.loading import Forward, Loaded, open_model, transformers_forward
+from executor.logprobs import score
 from executor.native.library import INT4, INT8, native
 from executor.resident import Resident
 from executor.runner import Report
@@ -39,6 +43,7 @@ _CPU_MOST_BYTES: Final = 4 << 30
 _GPU_SHARE: Final = 0.85  # the rest is for activations
 _CPU_STEP_TOKENS: Final = 256  # a fifth of a second: what the other streams wait while a long prompt is read
 _GPU_STEP_TOKENS: Final = 8192
+_SCORED_AT_ONCE: Final = 64  # rows of logits
 _WEIGHT_KINDS: Final = {"auto": None, "int8": INT8, "int4": INT4}
 
 
@@ -181,12 +186,21 @@ class ModelRunner:
             failpoints.hit("before_block_copy")
         self._cache.copy_blocks(plan.copies)
         chosen = Choice(tokens=[], failed=[])
+        scored: list[Scored] = []
         if len(rows.slots):
             batch = build_batch(self._resident, rows)
             logits = self._model.forward(batch, self._pool.take(batch.token_places))
             if failpoints.hit("after_forward_before_sample") == "nan":
                 logits = torch.full_like(logits, torch.nan)
-            chosen = sample(logits.float().cpu().numpy(), self._how(batch))
+            values = logits[: len(batch.sampled_slots)].float().cpu().numpy()
+            asking = self._who_is_scored(batch)
+            raw = values[asking] if asking else values  # a copy: what is asked for is of the model's own logits
+            edit(values, self._resident, batch.sampled_slots)
+            chosen = sample(values, self._how(batch))
+            if asking:
+                scored = self._score_sampled(batch, asking, raw, chosen)
+            if len(batch.scored_slots):
+                scored += self._score_prompts(batch, logits[len(batch.sampled_slots) :])
             self._pool.put(batch.sampled_places, chosen.tokens)
         sampled = self._resident.advance(rows, chosen.tokens, chosen.failed)
         return StepResult(
@@ -196,7 +210,37 @@ class ModelRunner:
             indices=sampled.indices,
             failed=sampled.failed,
             compute_ns=time.perf_counter_ns() - started_ns,
+            scored=scored,
         )
+
+    def _who_is_scored(self, batch: InputBatch) -> list[int]:
+        """Sampled rows whose tokens are scored."""
+        scored = self._resident.scored
+        return [row for row, slot in enumerate(batch.sampled_slots.tolist()) if slot in scored] if scored else []
+
+    def _score_sampled(
+        self, batch: InputBatch, asking: list[int], raw: NDArray[np.float32], chosen: Choice
+    ) -> list[Scored]:
+        """How likely the chosen tokens are of the rows `asking`, whose logits are `raw`."""
+        held, failed, scored = self._resident, set(chosen.failed), list[Scored]()
+        for row, logits in zip(asking, raw, strict=True):
+            if row not in failed:
+                slot = batch.sampled_slots[row]
+                logprobs = score(logits, chosen.tokens[row], int(held.logprobs[slot]))
+                scored.append(Scored(SlotRef(int(held.refs[slot])), int(held.num_tokens[slot]), logprobs))
+        return scored
+
+    def _score_prompts(self, batch: InputBatch, logits: torch.Tensor) -> list[Scored]:
+        """How likely the tokens of prompts are. A few rows at a time: in float32, all would be as much again."""
+        held, scored = self._resident, list[Scored]()
+        for begin in range(0, len(logits), _SCORED_AT_ONCE):
+            part = slice(begin, begin + _SCORED_AT_ONCE)
+            rows = logits[part].float().cpu().numpy()
+            places = zip(batch.scored_slots[part].tolist(), batch.scored_positions[part].tolist(), rows, strict=True)
+            for slot, position, row in places:
+                logprobs = score(row, int(held.token_ids[slot, position]), int(held.prompt_logprobs[slot]))
+                scored.append(Scored(SlotRef(int(held.refs[slot])), position, logprobs))
+        return scored
 
     def _how(self, batch: InputBatch) -> SamplingColumns | None:
         """How the rows are sampled; None when all of them are greedy."""
@@ -209,6 +253,7 @@ class ModelRunner:
             top_k=held.top_k[slots],
             top_p=held.top_p[slots],
             min_p=held.min_p[slots],
+            typical_p=held.typical_p[slots],
             seed=held.seed[slots],
             choice=held.choice[slots],
             index=batch.sampled_indices,

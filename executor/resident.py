@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from common.blocks import blocks_for
 from common.step import NewSequence, StepPlan
 from common.types import MAX_SLOTS, BlockId, SlotRef, generation_of, slot_of
+from executor.token_rules import TokenRules, rules_of
 
 _FREE: Final = -1
+_NONE: Final = -1
 
 
 def spread(
@@ -97,12 +99,27 @@ class Resident:
         self.top_k = np.zeros(slots, np.int64)  # (L,) 0 keeps every token
         self.top_p = np.ones(slots, np.float64)  # (L,)
         self.min_p = np.zeros(slots, np.float64)  # (L,)
+        self.typical_p = np.ones(slots, np.float64)  # (L,)
         self.seed = np.zeros(slots, np.uint64)  # (L,)
         self.choice = np.zeros(slots, np.int64)  # (L,)
+
+        self.repetition_penalty = np.ones(slots, np.float64)  # (L,)
+        self.presence_penalty = np.zeros(slots, np.float64)  # (L,)
+        self.frequency_penalty = np.zeros(slots, np.float64)  # (L,)
+        self.rules: list[TokenRules | None] = [None] * slots  # (L,)
+        self.logprobs = np.full(slots, _NONE, np.int64)  # (L,) likeliest tokens beside each sampled one, or -1
+        self.prompt_logprobs = np.full(slots, _NONE, np.int64)  # (L,) beside each one of the prompt, or -1
+        # plain sets: most batches have nobody in them, and ask for next to nothing
+        self.controlled: set[int] = set()  # slots with a penalty or rules: their logits are edited
+        self.scored: set[int] = set()  # slots whose sampled tokens are scored
+        self.scored_prompts: set[int] = set()  # slots whose prompts are scored
 
     def clear(self) -> None:
         """Forget every sequence."""
         self.refs.fill(_FREE)
+        self.controlled.clear()
+        self.scored.clear()
+        self.scored_prompts.clear()
 
     def slot_mapping(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Place in the slab of each (slot, position): common.blocks.slot_mapping over columns."""
@@ -116,7 +133,7 @@ class Resident:
         its table. The tables are then half changed: only `clear` makes them good again.
         """
         for ref in plan.released:
-            self.refs[self._slot(ref)] = _FREE
+            self._release(ref)
         for sequence in plan.new:
             self._admit(sequence)
         for ref, block in zip(plan.append_refs, plan.append_blocks, strict=True):
@@ -158,6 +175,13 @@ class Resident:
             failed=bad,
         )
 
+    def _release(self, ref: SlotRef) -> None:
+        slot = self._slot(ref)
+        self.refs[slot] = _FREE
+        self.controlled.discard(slot)
+        self.scored.discard(slot)
+        self.scored_prompts.discard(slot)
+
     def _admit(self, sequence: NewSequence) -> None:
         slot, known, table = slot_of(sequence.ref), len(sequence.token_ids), len(sequence.block_table)
         name = _named(sequence.ref)
@@ -180,6 +204,11 @@ class Resident:
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             raise PlanError(f"{name} has a token outside the vocabulary of {self.vocab_size}")
         self._check_blocks(sequence.block_table, name)
+        sampling = sequence.sampling
+        ends = [token for token in sequence.stop_token_ids if token < self.vocab_size]
+        rules = rules_of(sampling, ends, sequence.min_tokens)
+        if rules is not None and any(not 0 <= token < self.vocab_size for token in rules.mentioned()):
+            raise PlanError(f"{name} has a rule for a token outside the vocabulary of {self.vocab_size}")
 
         self.refs[slot] = sequence.ref
         self.token_ids[slot, :known] = tokens
@@ -191,12 +220,27 @@ class Resident:
         self.finished[slot] = False
         self.max_tokens[slot] = sequence.max_tokens
         self.stop_token_ids[slot] = frozenset(sequence.stop_token_ids)
-        self.temperature[slot] = sequence.sampling.temperature
-        self.top_k[slot] = min(sequence.sampling.top_k, self.vocab_size)
-        self.top_p[slot] = sequence.sampling.top_p
-        self.min_p[slot] = sequence.sampling.min_p
-        self.seed[slot] = sequence.sampling.seed
+        self.temperature[slot] = sampling.temperature
+        self.top_k[slot] = min(sampling.top_k, self.vocab_size)
+        self.top_p[slot] = sampling.top_p
+        self.min_p[slot] = sampling.min_p
+        self.typical_p[slot] = sampling.typical_p
+        self.seed[slot] = sampling.seed
         self.choice[slot] = sequence.choice
+        self.repetition_penalty[slot] = sampling.repetition_penalty
+        self.presence_penalty[slot] = sampling.presence_penalty
+        self.frequency_penalty[slot] = sampling.frequency_penalty
+        self.rules[slot] = rules
+        self.logprobs[slot] = _NONE if sampling.logprobs is None else sampling.logprobs
+        self.prompt_logprobs[slot] = _NONE if sampling.prompt_logprobs is None else sampling.prompt_logprobs
+        penalised = sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty
+        for slots, belongs in (
+            (self.controlled, rules is not None or penalised),
+            (self.scored, sampling.logprobs is not None),
+            (self.scored_prompts, sampling.prompt_logprobs is not None),
+        ):
+            if belongs:
+                slots.add(slot)
 
     def _append(self, ref: SlotRef, block: BlockId) -> None:
         slot = self._slot(ref)

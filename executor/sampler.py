@@ -1,8 +1,9 @@
 """Logits to tokens, on the host. A row's token depends on its own logits and parameters, bit for bit, on nothing else.
 
-The order is that of Transformers' processors: temperature, top-k, top-p, min-p. Each cut is a *threshold on the value*:
-tokens as likely as the last one kept are kept too, so no order among equals decides. Then one uniform number is drawn
-by (seed, choice, output index) and the distribution is inverted in the order of the vocabulary.
+The order is that of Transformers' processors: what executor/controls.py does, then temperature, top-k, top-p, min-p,
+typical-p. Each cut is a *threshold on the value*: tokens as likely as the last one kept are kept too, so no order among
+equals decides. Then one uniform number is drawn by (seed, choice, output index) and the distribution is inverted in the
+order of the vocabulary.
 
 Rows are worked one by one in numpy: a vocabulary is far longer than numpy's call overhead, while torch's vectorised
 loops round differently in the middle of a tensor and at its end, and so by place in the batch.
@@ -31,6 +32,7 @@ class SamplingColumns:
     top_k: NDArray[np.int64]  # (S,) 0 keeps every token
     top_p: NDArray[np.float64]  # (S,)
     min_p: NDArray[np.float64]  # (S,)
+    typical_p: NDArray[np.float64]  # (S,)
     seed: NDArray[np.uint64]  # (S,)
     choice: NDArray[np.int64]  # (S,)
     index: NDArray[np.int64]  # (S,) output index of the token to be chosen
@@ -61,6 +63,7 @@ def sample(logits: NDArray[np.float32], how: SamplingColumns | None) -> Choice:
             top_k=int(how.top_k[row]),
             top_p=float(how.top_p[row]),
             min_p=float(how.min_p[row]),
+            typical_p=float(how.typical_p[row]),
         )
         token = invert(weights, float(draws[row]))
         tokens[row] = token if ids is None else int(ids[token])
@@ -68,7 +71,13 @@ def sample(logits: NDArray[np.float32], how: SamplingColumns | None) -> Choice:
 
 
 def keep(
-    logits: NDArray[np.float32], *, temperature: float, top_k: int, top_p: float, min_p: float
+    logits: NDArray[np.float32],
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    typical_p: float = 1.0,
 ) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
     """Return token ids (K,), or None for all of them, and their weights (K,): 0 where cut, 1 for the likeliest."""
     ids = None
@@ -84,6 +93,8 @@ def keep(
         weights[weights < _nucleus_threshold(weights, top_p)] = 0
     if min_p > 0:
         weights[weights < np.float32(min_p)] = 0
+    if typical_p < 1:
+        _keep_typical(weights, typical_p)
     return ids, weights
 
 
@@ -117,6 +128,22 @@ def _nucleus_threshold(weights: NDArray[np.float32], top_p: float) -> np.float32
     running = candidates.cumsum(dtype=np.float64)
     last = int(running.searchsorted(total * top_p, side="left"))
     return np.float32(candidates[min(last, len(candidates) - 1)])
+
+
+def _keep_typical(weights: NDArray[np.float32], typical_p: float) -> None:
+    """Cut all but the tokens whose surprise is nearest to the expected one, the nearest first, up to `typical_p`."""
+    some = np.flatnonzero(weights)
+    chances = weights[some].astype(np.float64)
+    chances /= chances.sum()
+    surprise = -np.log(chances)
+    expected = (surprise * chances).sum()
+    distance = np.abs(surprise - expected)
+    near = np.flatnonzero(distance <= expected)  # what is farther away is so unlikely that it seldom matters
+    if chances[near].sum() < typical_p:
+        near = np.arange(len(some))
+    order = near[np.argsort(distance[near])]
+    last = int(chances[order].cumsum().searchsorted(typical_p, side="left"))
+    weights[some[distance > distance[order[min(last, len(order) - 1)]]]] = 0
 
 
 def _chunked(reduce: np.ufunc, values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         UnknownModel,
     )
     from pagewire.aio import AsyncClient, AsyncStream
-    from pagewire.answers import Answer, Choice, Delta, Finish, FinishReason, Usage
+    from pagewire.answers import Answer, Choice, Delta, Finish, FinishReason, TokenLogprob, TokenLogprobs, Usage
     from pagewire.client import Client, Stream
 
 _HOMES = {
@@ -39,6 +39,8 @@ _HOMES = {
     "Delta": "answers",
     "Finish": "answers",
     "FinishReason": "answers",
+    "TokenLogprob": "answers",
+    "TokenLogprobs": "answers",
     "Usage": "answers",
     "Client": "client",
     "Stream": "client",
@@ -71,6 +73,8 @@ __all__ = [
     "Stream",
     "TicketRefused",
     "TicketStale",
+    "TokenLogprob",
+    "TokenLogprobs",
     "Unauthenticated",
     "Unavailable",
     "UnknownModel",

@@ -18,6 +18,23 @@ class FinishReason(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """How likely a token was, by the model's own distribution."""
+
+    token_id: int
+    logprob: float | None  # natural logarithm; None for the first token of a prompt, which has nothing before it
+    text: bytes  # may be half a character
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """A token, and the likeliest ones in its place, the best first."""
+
+    token: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """New tokens of one choice. The text may lag behind them: half a character is never told."""
 
@@ -25,6 +42,7 @@ class Delta:
     index: int  # output index of the first token
     token_ids: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where they were asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +77,7 @@ class Choice:
     text: str
     token_ids: tuple[int, ...]
     finish: Finish
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where they were asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +88,7 @@ class Answer:
     model: str
     seed: int
     choices: tuple[Choice, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # one a token of the prompt, where they were asked for
 
     @property
     def text(self) -> str:
@@ -79,6 +99,11 @@ class Answer:
     def token_ids(self) -> tuple[int, ...]:
         """The tokens."""
         return self.choices[0].token_ids
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """How likely the tokens were, where that was asked for."""
+        return self.choices[0].logprobs
 
     @property
     def finish(self) -> Finish:

@@ -25,18 +25,31 @@ class Settings(TypedDict, total=False):
     top_k: int
     top_p: float
     min_p: float
+    typical_p: float
+    repetition_penalty: float  # over the tokens of prompt and answer; 1 is none
+    presence_penalty: float  # over the tokens of the answer; 0 is none
+    frequency_penalty: float  # the same, times how often each is there
+    logit_bias: Mapping[int, float]  # token id: what is added to its logit
+    allowed_token_ids: Sequence[int]  # no other token is chosen
+    banned_token_ids: Sequence[int]
+    bad_words: str | Sequence[str]  # texts that the answer does not contain
+    logprobs: int  # so many of the likeliest tokens are told beside each token of the answer
+    prompt_logprobs: int  # the same for the prompt
     seed: int
     n: int  # choices that share the prompt
     stop: str | Sequence[str]  # the text ends before the first of these
     stop_token_ids: Sequence[int]
+    include_stop: bool  # the text ends behind the stop string, not before it
     ignore_eos: bool
+    min_tokens: int  # before so many, nothing but max_tokens ends the answer
     skip_special_tokens: bool
     model: str
     request_id: str  # by default a random one
 
 
-_SAMPLING = frozenset({"temperature", "top_k", "top_p", "min_p", "seed", "n"})
-_STOPPING = frozenset({"max_tokens", "stop", "stop_token_ids", "ignore_eos"})
+_SAMPLING = frozenset(pb.SamplingParams.DESCRIPTOR.fields_by_name)
+_STOPPING = frozenset(pb.StopConditions.DESCRIPTOR.fields_by_name)
+_LISTS = frozenset({"allowed_token_ids", "banned_token_ids", "bad_words", "stop", "stop_token_ids"})
 
 
 def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamRequest:
@@ -57,13 +70,14 @@ def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamReque
         elif name == "token_ids":
             _extend(request.token_ids.ids, name, value)
             request.token_ids.SetInParent()
-        elif name == "stop":
-            _extend(request.stopping.stop, name, [value] if isinstance(value, str) else value)
-        elif name == "stop_token_ids":
-            _extend(request.stopping.stop_token_ids, name, value)
         else:
             part = request.sampling if name in _SAMPLING else request.stopping if name in _STOPPING else request
-            _set(part, name, value)
+            if name in _LISTS:
+                _extend(getattr(part, name), name, [value] if isinstance(value, str) else value)
+            elif name == "logit_bias":
+                _add_all(request.sampling.logit_bias, name, value)
+            else:
+                _set(part, name, value)
     return request
 
 
@@ -88,6 +102,14 @@ def _extend(numbers: Any, name: str, values: Sequence[Any]) -> None:
     try:
         numbers.extend(values)
     except (TypeError, ValueError, UnicodeError):
+        raise errors.InvalidRequest(name, f"cannot be {_shown(values)}") from None
+
+
+def _add_all(biases: Any, name: str, values: Mapping[int, float]) -> None:
+    try:
+        for token, bias in values.items():
+            biases[token] = bias
+    except (AttributeError, TypeError, ValueError):
         raise errors.InvalidRequest(name, f"cannot be {_shown(values)}") from None
 
 

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from pagewire.answers import Answer, Choice, Delta, Finish, FinishReason, Usage
+from pagewire.answers import (
+    Answer,
+    Choice,
+    Delta,
+    Finish,
+    FinishReason,
+    TokenLogprob,
+    TokenLogprobs,
+    Usage,
+)
 from pagewire.borrowed import borrow
 
 if TYPE_CHECKING:
@@ -36,6 +46,8 @@ class Continuation:
         self._tokens: list[list[int]] = [[] for _ in range(n)]
         self._texts: list[list[str]] = [[] for _ in range(n)]
         self._tickets = [b""] * n
+        self._logprobs: list[list[TokenLogprobs]] = [[] for _ in range(n)]
+        self._prompt_logprobs: list[TokenLogprobs] = []
         self.finishes: dict[int, Finish] = {}
         self.model = ""
 
@@ -74,6 +86,9 @@ class Continuation:
                 return new
             case "finish":
                 return self._end(message.finish)
+            case "prompt_logprobs":
+                part = message.prompt_logprobs
+                self._prompt_logprobs[part.index :] = _logprobs(part.logprobs)  # a part may come again
             case _:  # of a later version of the API
                 pass
         return None
@@ -86,9 +101,16 @@ class Continuation:
             model=self.model,
             seed=self._request.sampling.seed,
             choices=tuple(
-                Choice(index=n, text="".join(self._texts[n]), token_ids=tuple(tokens), finish=self.finishes[n])
+                Choice(
+                    index=n,
+                    text="".join(self._texts[n]),
+                    token_ids=tuple(tokens),
+                    finish=self.finishes[n],
+                    logprobs=tuple(self._logprobs[n]),
+                )
                 for n, tokens in enumerate(self._tokens)
             ),
+            prompt_logprobs=tuple(self._prompt_logprobs),
         )
 
     def _begin(self, prompt: pb.PromptInfo) -> None:
@@ -111,7 +133,15 @@ class Continuation:
         tokens += delta.token_ids
         self._texts[delta.choice].append(delta.text)
         self._tickets[delta.choice] = delta.ticket
-        return Delta(choice=delta.choice, index=delta.index, token_ids=tuple(delta.token_ids), text=delta.text)
+        logprobs = tuple(_logprobs(delta.logprobs))
+        self._logprobs[delta.choice] += logprobs
+        return Delta(
+            choice=delta.choice,
+            index=delta.index,
+            token_ids=tuple(delta.token_ids),
+            text=delta.text,
+            logprobs=logprobs,
+        )
 
     def _end(self, finish: pb.Finish) -> Finish | None:
         self._choice(finish.choice)
@@ -140,3 +170,13 @@ class Continuation:
         if number >= len(self._tokens):
             raise OutOfStep(f"choice {number} was not asked for")
         return self._tokens[number]
+
+
+def _logprobs(told: Iterable[pb.TokenLogprobs]) -> Iterator[TokenLogprobs]:
+    for each in told:
+        yield TokenLogprobs(token=_logprob(each.token), top=tuple(map(_logprob, each.top)))
+
+
+def _logprob(told: pb.TokenLogprob) -> TokenLogprob:
+    logprob = told.logprob if told.HasField("logprob") else None
+    return TokenLogprob(token_id=told.token_id, logprob=logprob, text=told.text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.step import StepResult
+from common.step import Logprobs, StepResult
 from scheduler.sequence import Sequence
 from scheduler.session import Outstanding
 
@@ -48,3 +48,35 @@ def read_result(
             if row.samples and ref not in answered and row.is_current:
                 raise ProtocolError(f"step {result.step}: no token for row {ref:#x}")
     return tokens, [rows[ref].sequence for ref in result.failed if rows[ref].is_current]
+
+
+def read_scores(flight: Outstanding, result: StepResult) -> list[tuple[list[Logprobs], Logprobs]]:
+    """Log-probabilities to keep, each with the list that it goes to.
+
+    What is known already is passed over: a prompt that is computed again is scored again. Raises ProtocolError for one
+    that was not asked for, or that leaves a gap.
+    """
+    found: list[tuple[list[Logprobs], Logprobs]] = []
+    after: dict[int, int] = {}  # by list: the position that is next, where one was found already
+    for ref, position, logprobs in result.scored:
+        row = flight.rows.get(ref)
+        if row is None:
+            raise ProtocolError(f"step {result.step}: row {ref:#x} is scored but was not asked for")
+        if not row.is_current:
+            continue
+        sequence = row.sequence
+        if position >= sequence.num_prompt:
+            asked = row.samples and sequence.sampling.logprobs is not None and position == len(sequence.tokens)
+            scores, first = sequence.logprobs, sequence.num_prompt + sequence.logprobs_from
+        else:
+            asked = sequence.scores_prompt and position > 0
+            scores, first = sequence.prompt_logprobs, 1
+        expected = after.get(id(scores), first + len(scores))
+        if asked and position < min(expected, sequence.num_prompt):
+            continue
+        if not asked or position != expected:
+            problem = f"step {result.step}: the token at {position} of row {ref:#x} is scored, not that at {expected}"
+            raise ProtocolError(problem, sequence)
+        after[id(scores)] = expected + 1
+        found.append((scores, logprobs))
+    return found

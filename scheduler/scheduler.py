@@ -27,7 +27,7 @@ from scheduler.planning import Planner
 from scheduler.prefix_cache import KeyChain
 from scheduler.replays import Replays
 from scheduler.reputation import Patience, Reputations
-from scheduler.results import ProtocolError, read_result
+from scheduler.results import ProtocolError, read_result, read_scores
 from scheduler.sequence import Begun, Request, Sequence, Status
 from scheduler.session import Session
 from scheduler.stopping import finish_reason
@@ -214,6 +214,8 @@ class Scheduler:
                 deadline_ns=deadline_ns,
                 fork_of=made[0] if made and begun is None else None,
                 determinism=before.determinism if before.tokens else None,
+                logprobs_from=len(before.tokens),
+                scores_prompt=sampling.prompt_logprobs is not None and choice == 0 and not before.tokens,
                 arrived_ns=now_ns,
             )
             assert sequence.num_output < stop.max_tokens, f"choice {choice} has ended with {sequence.num_output} tokens"
@@ -339,12 +341,15 @@ class Scheduler:
             raise ProtocolError(f"result of step {result.step}, expected {[f.step for f in session.outstanding][:1]}")
         flight = session.outstanding[0]
         tokens, failed = read_result(flight, result, session.facts.vocab_size)
+        scores = read_scores(flight, result) if result.scored else ()
         session.outstanding.popleft()
         for ref, (sequence, _, num_scheduled, _, _) in flight.rows.items():
             if sequence.ref == ref and sequence.session is session:
                 sequence.num_computed += num_scheduled
         if self._suspects:
             self._suspects.answered(flight)
+        for scored, logprobs in scores:
+            scored.append(logprobs)
         outputs = [self._commit(sequence, token, now_ns) for sequence, token in tokens]
         for sequence in failed:
             outputs += self._unusable(session, sequence, now_ns)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import enum
 from array import array
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.sampling import SamplingParams, StopConditions
+from common.step import Logprobs
 from common.types import BlockId, FinishReason, Priority, SequenceId, SlotRef
 from scheduler.account import Account
 from scheduler.prefix_cache import BlockKey
@@ -81,6 +82,10 @@ class Sequence:
     replay_until: int = 0  # tokens that were known when it lost its executor: until then it computes them again
     unusable_at: int = -1  # tokens that were known when its row last came back without a usable token
     avoid: str = ""  # the executor that sent such a row: the next try is elsewhere, if there is another
+    logprobs: list[Logprobs] = field(default_factory=list[Logprobs])  # of its output, from `logprobs_from` on
+    logprobs_from: int = 0  # output tokens that another scheduler told of
+    prompt_logprobs: list[Logprobs] = field(default_factory=list[Logprobs])  # of its prompt, from the second token on
+    scores_prompt: bool = False  # it is the one of its request whose prompt is scored
     keys: dict[int, list[BlockKey]] = field(default_factory=dict[int, list[BlockKey]])  # of full blocks, by block size
 
     account: Account | None = None  # who is charged for it, once its request has begun
@@ -109,6 +114,25 @@ class Sequence:
     def num_output(self) -> int:
         """Committed output tokens; the index of the next one."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_cacheable(self) -> int:
+        """Tokens that may be found in a prefix cache: not the last one, which makes logits, nor what must score."""
+        if self.scores_prompt and len(self.prompt_logprobs) < self.num_prompt - 1:
+            return len(self.prompt_logprobs)
+        return len(self.tokens) - 1
+
+    @property
+    def told_sampling(self) -> SamplingParams:
+        """What an executor is asked for: prompts that are scored already, or in another sequence, are not again."""
+        if self.sampling.prompt_logprobs is None or self.num_cacheable < self.num_prompt - 1:
+            return self.sampling
+        return replace(self.sampling, prompt_logprobs=None)
+
+    def logprobs_of(self, first: int, count: int) -> list[Logprobs | None]:
+        """Those of output tokens [first, first + count); None for what another scheduler told of."""
+        places = range(first - self.logprobs_from, first - self.logprobs_from + count)
+        return [self.logprobs[place] if 0 <= place < len(self.logprobs) else None for place in places]
 
     def placed(self, determinism: str) -> None:
         """An executor of that class computes the rest."""

@@ -206,7 +206,7 @@ class Session:
         if not self._prefix_caching:
             return Match([], None, 0)
         size = self.block_size
-        usable = len(sequence.tokens) - 1
+        usable = sequence.num_cacheable
         blocks: list[BlockId] = []
         for i in range(usable // size):
             block = self.cache.find(self._keys_of(sequence, i + 1)[i])  # no key is made beyond the first miss
@@ -437,10 +437,11 @@ class Session:
             num_prompt=sequence.num_prompt,
             num_computed=new.num_computed,
             block_table=list(sequence.block_table),
-            sampling=sequence.sampling,
+            sampling=sequence.told_sampling,
             choice=sequence.choice,
             max_tokens=sequence.stop.max_tokens,
             stop_token_ids=new.stop_token_ids,
+            min_tokens=sequence.stop.min_tokens,
         )
 
     # ---- giving back

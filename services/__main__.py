@@ -306,8 +306,41 @@ def _add_client_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=None)
     parser.add_argument("--top-p", type=float, default=None)
     parser.add_argument("--min-p", type=float, default=None)
+    parser.add_argument("--typical-p", type=float, default=None)
+    parser.add_argument("--repetition-penalty", type=float, default=None, help="for tokens of prompt and answer")
+    parser.add_argument("--presence-penalty", type=float, default=None, help="for tokens of the answer")
+    parser.add_argument(
+        "--frequency-penalty", type=float, default=None, help="the same, times how often they are there"
+    )
+    parser.add_argument(
+        "--logit-bias", type=_bias, action="append", default=[], metavar="ID=BIAS", help="add to a logit; repeatable"
+    )
+    parser.add_argument("--allowed-token-ids", type=_ids, default=[], metavar="ID,ID,…", help="choose no other tokens")
+    parser.add_argument("--banned-token-ids", type=_ids, default=[], metavar="ID,ID,…", help="do not choose these")
+    parser.add_argument("--bad-words", action="append", default=[], help="never write this text; repeatable")
+    parser.add_argument("--logprobs", type=int, default=None, metavar="K", help="show each token beside K likely ones")
+    parser.add_argument("--prompt-logprobs", type=int, default=None, metavar="K", help="the same for the prompt")
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--min-tokens", type=int, default=None, help="tokens before which nothing ends the answer")
     parser.add_argument("--stop", action="append", default=[], help="end the answer before this text; repeatable")
+    parser.add_argument("--include-stop", action="store_true", help="end it behind that text")
+    parser.add_argument("--stop-token-ids", type=_ids, default=[], metavar="ID,ID,…", help="end the answer with these")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on behind an end-of-sequence token")
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a token id, = and a number, got {text!r}") from None
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(id) for id in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be token ids with commas between them, got {text!r}") from None
 
 
 def _add_access_flags(parser: argparse.ArgumentParser) -> None:
@@ -373,9 +406,21 @@ def _sampling(parsed: argparse.Namespace) -> Any:
     from protos import inference_pb2 as pb
 
     sampling = pb.SamplingParams()
-    for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+    for name in (
+        "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
+        "frequency_penalty", "logprobs", "prompt_logprobs", "seed",
+    ):  # fmt: skip
         if (value := getattr(parsed, name)) is not None:
-            _set(sampling, name, value, f"--{name.replace('_', '-')}")
+            _set(sampling, name, value, _typed(name))
+    _extend(sampling, "allowed_token_ids", parsed.allowed_token_ids)
+    _extend(sampling, "banned_token_ids", parsed.banned_token_ids)
+    for token, bias in parsed.logit_bias:
+        try:
+            sampling.logit_bias[token] = bias
+        except ValueError:
+            raise PagewireError(f"--logit-bias: {token} is out of range") from None
+    for text in parsed.bad_words:
+        sampling.bad_words.append(_text(text, "--bad-words"))
     return sampling
 
 
@@ -383,8 +428,13 @@ def _stopping(parsed: argparse.Namespace) -> Any:
     from protos import inference_pb2 as pb
 
     stopping = pb.StopConditions()
-    if parsed.max_tokens is not None:
-        _set(stopping, "max_tokens", parsed.max_tokens, "--max-tokens")
+    for name in ("max_tokens", "min_tokens"):
+        if (value := getattr(parsed, name)) is not None:
+            _set(stopping, name, value, _typed(name))
+    for name in ("include_stop", "ignore_eos"):
+        if getattr(parsed, name):
+            setattr(stopping, name, True)
+    _extend(stopping, "stop_token_ids", parsed.stop_token_ids)
     for text in parsed.stop:
         stopping.stop.append(_text(text, "--stop"))
     return stopping
@@ -396,6 +446,18 @@ def _set(message: Any, field: str, value: str | float, typed_as: str) -> None:
         setattr(message, field, _text(value, typed_as) if isinstance(value, str) else value)
     except ValueError:
         raise PagewireError(f"{typed_as}: {value} is out of range") from None
+
+
+def _extend(message: Any, field: str, ids: Sequence[int]) -> None:
+    """Add ids to a list of a message. Raises PagewireError for one that it cannot hold."""
+    try:
+        getattr(message, field).extend(ids)
+    except ValueError:
+        raise PagewireError(f"{_typed(field)}: {','.join(map(str, ids))} is out of range") from None
+
+
+def _typed(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 def _text(text: str, typed_as: str) -> str:

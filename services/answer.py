@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
+from common.step import Logprobs
 from common.types import FinishReason
-from scheduler.sequence import Sequence
+from scheduler.sequence import Sequence as CoreSequence
 from services.choice_text import ChoiceText, Piece
 from services.engine import ChoiceEvent, RequestStream
 from services.live_requests import LiveRequest, LiveRequests
 from services.request import GenerateSpec
 from services.tickets import TicketWriter
+
+_PART: Final = 256  # tokens of a prompt in one message: a millisecond or two of work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,16 @@ class Delta:
     token_ids: list[int]
     text: str
     ticket: bytes = b""
+    logprobs: Sequence[Logprobs | None] = ()  # one a token, where the request asks for them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLogprobs:
+    """How likely a part of the prompt was. Nothing is before the first token, so that has none."""
+
+    index: int  # of the first token, in the prompt
+    token_ids: list[int]
+    logprobs: Sequence[Logprobs | None]  # one a token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,14 +93,21 @@ class Choice:
             self._finish = self._end(piece, usage, exact=exact)
         return self.has_ended
 
-    def take(self, event: ChoiceEvent, sequence: Sequence, expiry_s: int) -> tuple[Delta | None, Finish | None]:
+    def take(self, event: ChoiceEvent, sequence: CoreSequence, expiry_s: int) -> tuple[Delta | None, Finish | None]:
         """What the reader is told of these tokens."""
         index = self.num_tokens
         piece = self._push(event.tokens, event.reason)
         delta = None
         if piece.tokens:
             ticket = self._writer.ticket(expiry_s, sequence.determinism or "")
-            delta = Delta(choice=self._number, index=index, token_ids=piece.tokens, text=piece.text, ticket=ticket)
+            delta = Delta(
+                choice=self._number,
+                index=index,
+                token_ids=piece.tokens,
+                text=piece.text,
+                ticket=ticket,
+                logprobs=event.logprobs[: len(piece.tokens)],
+            )
         if piece.reason:
             self._finish = self._end(piece, self._usage(sequence), exact=bool(sequence.determinism))
         return delta, self._finish
@@ -108,7 +129,7 @@ class Choice:
             exact=exact,
         )
 
-    def _usage(self, s: Sequence) -> Usage:
+    def _usage(self, s: CoreSequence) -> Usage:
         return Usage(
             prompt_tokens=s.num_prompt,
             cached_prompt_tokens=s.num_cached_prompt,
@@ -145,7 +166,9 @@ class Answer:
         self._kept = kept
         self._all_kept = all_kept
         self._expiry_s = expiry_s
-        self._ended: list[Delta | Finish] = [c.finish for c in choices.values() if c.has_ended]  # not told yet
+        self._ended: list[PromptLogprobs | Delta | Finish] = [
+            c.finish for c in choices.values() if c.has_ended
+        ]  # not told yet
 
     @property
     def is_open(self) -> bool:
@@ -157,8 +180,11 @@ class Answer:
         """It may go on without a reader for a while."""
         return self._kept is not None
 
-    async def next(self) -> list[Delta | Finish]:
-        """Wait for what comes next of any choice: deltas, and a Finish for each choice that ended."""
+    async def next(self) -> list[PromptLogprobs | Delta | Finish]:
+        """Wait for what comes next of any choice: deltas, and a Finish for each choice that ended.
+
+        Where the request asks how likely its prompt was, that comes before the first delta of choice 0.
+        """
         if self._ended:
             out, self._ended = self._ended, []
             return out
@@ -166,7 +192,10 @@ class Answer:
         out = []
         expiry_s = self._expiry_s()
         for event in await self._stream.take():
-            delta, finish = self._choices[event.choice].take(event, self._stream.sequences[event.choice], expiry_s)
+            choice, sequence = self._choices[event.choice], self._stream.sequences[event.choice]
+            if sequence.scores_prompt and event.tokens and not choice.num_tokens:
+                out += _prompt_logprobs(sequence)
+            delta, finish = choice.take(event, sequence, expiry_s)
             if delta is not None:
                 out.append(delta)
             if finish is not None:
@@ -188,3 +217,12 @@ class Answer:
             self._stream.close()
             if self._kept is not None and self._kept.stream is self._stream:
                 self._all_kept.end(self._kept)
+
+
+def _prompt_logprobs(sequence: CoreSequence) -> Iterator[PromptLogprobs]:
+    """The scores of the prompt, which are there, in parts."""
+    tokens = sequence.tokens[: sequence.num_prompt].tolist()
+    logprobs = [None, *sequence.prompt_logprobs]
+    for index in range(0, len(tokens), _PART):
+        part = slice(index, index + _PART)
+        yield PromptLogprobs(index=index, token_ids=tokens[part], logprobs=logprobs[part])

@@ -11,12 +11,13 @@ from typing import Final
 from common import failpoints
 from common.errors import AlreadyRunning, InvalidRequest, UnknownModel
 from common.model_folder import ModelFolder
-from common.sampling import StopConditions
+from common.sampling import StopConditions, check_choosable
 from common.types import FinishReason
 from scheduler.sequence import Begun
 from scheduler.stopping import finish_reason
 from services.admission import Ask
 from services.answer import Answer, Choice
+from services.bad_words import token_sequences
 from services.caller import Caller
 from services.chat_template import ChatTemplate
 from services.choice_text import ChoiceText
@@ -223,11 +224,27 @@ class Answerer:
             problem = f"at most {room} after a prompt of {len(prompt)} tokens, got {max_tokens}"
             raise InvalidRequest("max_tokens", problem)
         spec = replace(spec, max_tokens=max_tokens)
-        return spec, prompt, make_scope(tenant, spec.request_id, spec, prompt, self.model.digest)
+        check_choosable(spec.sampling, _stop(spec), set(self.model.eos_token_ids), self.model.vocab_size)
+        scope = make_scope(tenant, spec.request_id, spec, prompt, self.model.digest)  # of what was asked for
+        if spec.bad_words:
+            bad = await self._bad_words(spec.bad_words)
+            spec = replace(spec, sampling=replace(spec.sampling, bad_words=bad))
+        return spec, prompt, scope
+
+    async def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        arguments = words, self.tokenizer, self.model.eos_token_ids
+        if sum(map(len, words)) > _LONG_TEXT:
+            return await asyncio.to_thread(token_sequences, *arguments)
+        return token_sequences(*arguments)
 
     def _choice(self, spec: GenerateSpec, prompt: list[int], scope: Scope, n: int) -> Choice:
         text = ChoiceText(
-            self.tokenizer, prompt, stop_strings=spec.stop_strings, skip_special_tokens=spec.skip_special_tokens
+            self.tokenizer,
+            prompt,
+            stop_strings=spec.stop_strings,
+            skip_special_tokens=spec.skip_special_tokens,
+            min_tokens=spec.min_tokens,
+            include_stop=spec.include_stop,
         )
         return Choice(n, len(prompt), text, self._tickets.writer(scope, n))
 
@@ -287,6 +304,8 @@ def _stop(spec: GenerateSpec) -> StopConditions:
         stop_token_ids=spec.stop_token_ids,
         stop_strings=spec.stop_strings,
         ignore_eos=spec.ignore_eos,
+        min_tokens=spec.min_tokens,
+        include_stop=spec.include_stop,
     )
 
 

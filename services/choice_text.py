@@ -31,10 +31,20 @@ class ChoiceText:
     """Tokens in, text out, until the end."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], *, stop_strings: Sequence[str], skip_special_tokens: bool
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        *,
+        stop_strings: Sequence[str],
+        skip_special_tokens: bool,
+        min_tokens: int = 0,
+        include_stop: bool = False,
     ) -> None:
+        """A stop string that is complete before `min_tokens` tokens ends nothing. `include_stop`: the text has it."""
         self._decoder = IncrementalDecoder(tokenizer, prompt, skip_special_tokens=skip_special_tokens)
         self._stops = StopMatcher(stop_strings) if stop_strings else None
+        self._num_unstoppable = max(0, min_tokens - 1)  # tokens behind which no stop string ends the text
+        self._include_stop = include_stop
 
     def push(self, tokens: list[int], reason: FinishReason) -> Piece:
         """Take the next tokens, and why they are the last, if they are.
@@ -50,6 +60,7 @@ class ChoiceText:
         else:
             text, matched, used = self._up_to_stop(self._stops, words, is_whole=is_whole)
             if matched is not None:
+                text += matched if self._include_stop else ""
                 return Piece(tokens[:used], text, FinishReason.STOP_STRING, matched_stop=matched)
         return Piece(tokens, text, reason, matched_token_id=tokens[-1] if is_marked else None)
 
@@ -59,7 +70,9 @@ class ChoiceText:
         """Text before a stop string, the stop string, and how many tokens that took; None is all there are."""
         text = ""
         for used, token in enumerate(words, start=1):  # one by one: a stop ends at its token
-            piece, matched = stops.push(self._decoder.push([token]))
+            may_end = not self._num_unstoppable
+            self._num_unstoppable -= not may_end
+            piece, matched = stops.push(self._decoder.push([token]), may_end=may_end)
             text += piece
             if matched is not None:
                 return text, matched, used

@@ -17,7 +17,7 @@ from typing import Any, Final
 from common.determinism import is_determinism_class
 from common.errors import ExecutorRejected, InvalidRequest
 from common.sampling import RequestLimits, SamplingParams, check_sampling
-from common.step import ExecutorFacts, NewSequence, StepPlan, StepResult
+from common.step import ExecutorFacts, Logprobs, NewSequence, Scored, StepPlan, StepResult
 from common.types import MAX_SLOTS, BlockId, SlotRef
 from protos import executor_pb2 as pb
 
@@ -28,10 +28,19 @@ INCARNATION_BYTES: Final = 16
 
 _NATIVE: Final = sys.byteorder == "little" and array("I").itemsize == 4  # a column can be read where it lies
 
-# The ranges that the sampler can compute with; a caller's limits were checked at the public edge.
-_ANY_TEMPERATURE: Final = replace(RequestLimits(), max_temperature=sys.float_info.max)
-
 _U32: Final = (1 << 32) - 1
+
+# The ranges that the sampler can compute with; a caller's limits were checked at the public edge.
+_COMPUTABLE: Final = replace(
+    RequestLimits(),
+    max_temperature=sys.float_info.max,
+    min_repetition_penalty=sys.float_info.min,
+    max_repetition_penalty=sys.float_info.max,
+    max_penalty=sys.float_info.max,
+    max_logit_bias=sys.float_info.max,
+    max_logprobs=_U32,
+)
+
 _NOTHING: Final = memoryview(array("I", ()))
 
 # Columns of a plan that most steps do not have, and which of them have one number for each of another's.
@@ -104,7 +113,7 @@ def plan_from_pb(message: pb.StepPlan) -> StepPlan:
 
 def result_to_pb(result: StepResult, session: int) -> pb.StepResult:
     """The result as a message of `session`. A number that does not fit in 32 bits raises struct.error."""
-    return pb.StepResult(
+    message = pb.StepResult(
         session=session,
         step=result.step,
         refs=_pack(result.refs),
@@ -114,6 +123,15 @@ def result_to_pb(result: StepResult, session: int) -> pb.StepResult:
         compute_ns=result.compute_ns,
         idle_ns=result.idle_ns,
     )
+    if result.scored:
+        logprobs = [scored.logprobs for scored in result.scored]
+        message.scored_refs = _pack([scored.ref for scored in result.scored])
+        message.scored_positions = _pack([scored.position for scored in result.scored])
+        message.scored_logprobs = _pack_floats([each.token for each in logprobs])
+        message.top_counts = _pack([len(each.top) for each in logprobs])
+        message.top_token_ids = _pack([token for each in logprobs for token in each.top_ids])
+        message.top_logprobs = _pack_floats([value for each in logprobs for value in each.top])
+    return message
 
 
 def result_from_pb(message: pb.StepResult) -> StepResult:
@@ -131,6 +149,7 @@ def result_from_pb(message: pb.StepResult) -> StepResult:
         failed=_named(_list("failed", message.failed)),
         compute_ns=message.compute_ns,
         idle_ns=message.idle_ns,
+        scored=_scored_from_pb(message) if message.scored_refs else (),
     )
 
 
@@ -194,7 +213,6 @@ def facts_from_pb(hello: pb.Hello) -> ExecutorFacts:
 
 
 def _new_to_pb(new: NewSequence) -> pb.NewSequence:
-    sampling = new.sampling
     return pb.NewSequence(
         ref=new.ref,
         attempt=new.attempt,
@@ -202,16 +220,11 @@ def _new_to_pb(new: NewSequence) -> pb.NewSequence:
         num_prompt=new.num_prompt,
         num_computed=new.num_computed,
         block_table=_pack(new.block_table),
-        sampling=pb.SamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            seed=sampling.seed,
-        ),
+        sampling=_sampling_to_pb(new.sampling),
         choice=new.choice,
         max_tokens=new.max_tokens,
         stop_token_ids=new.stop_token_ids,
+        min_tokens=new.min_tokens,
     )
 
 
@@ -221,17 +234,6 @@ def _new_from_pb(message: pb.NewSequence, path: str) -> NewSequence:
         raise WireError(f"{path}.num_prompt", f"must be in [1, {len(token_ids)}], got {message.num_prompt}")
     if message.num_computed > len(token_ids):
         raise WireError(f"{path}.num_computed", f"is {message.num_computed} of {len(token_ids)} tokens")
-    sampling = SamplingParams(
-        temperature=message.sampling.temperature,
-        top_k=message.sampling.top_k,
-        top_p=message.sampling.top_p,
-        min_p=message.sampling.min_p,
-        seed=message.sampling.seed,
-    )
-    try:
-        check_sampling(sampling, _ANY_TEMPERATURE)
-    except InvalidRequest as error:
-        raise WireError(f"{path}.sampling.{error.field}", error.problem) from None
     return NewSequence(
         ref=SlotRef(message.ref),
         attempt=message.attempt,
@@ -239,11 +241,84 @@ def _new_from_pb(message: pb.NewSequence, path: str) -> NewSequence:
         num_prompt=message.num_prompt,
         num_computed=message.num_computed,
         block_table=_named(_view(f"{path}.block_table", message.block_table)),
-        sampling=sampling,
+        sampling=_sampling_from_pb(message.sampling, f"{path}.sampling"),
         choice=message.choice,
         max_tokens=message.max_tokens,
         stop_token_ids=tuple(message.stop_token_ids),
+        min_tokens=message.min_tokens,
     )
+
+
+def _sampling_to_pb(sampling: SamplingParams) -> pb.SamplingParams:
+    return pb.SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        typical_p=sampling.typical_p if sampling.typical_p != 1 else None,
+        repetition_penalty=sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        biased_token_ids=[token for token, _ in sampling.logit_bias],
+        biases=[bias for _, bias in sampling.logit_bias],
+        allowed_token_ids=sampling.allowed_token_ids,
+        banned_token_ids=sampling.banned_token_ids,
+        bad_words=[pb.TokenSequence(token_ids=word) for word in sampling.bad_words],
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
+    )
+
+
+def _sampling_from_pb(message: pb.SamplingParams, path: str) -> SamplingParams:
+    _check_lengths(f"{path}.biases", message.biases, "biased_token_ids", message.biased_token_ids)
+    if not all(word.token_ids for word in message.bad_words):
+        raise WireError(f"{path}.bad_words", "one has no token")
+    sampling = SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        seed=message.seed,
+        typical_p=message.typical_p if message.HasField("typical_p") else 1.0,
+        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=tuple(zip(message.biased_token_ids, message.biases, strict=True)),
+        allowed_token_ids=tuple(message.allowed_token_ids),
+        banned_token_ids=tuple(message.banned_token_ids),
+        bad_words=tuple(tuple(word.token_ids) for word in message.bad_words),
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+    try:
+        check_sampling(sampling, _COMPUTABLE)
+    except InvalidRequest as error:
+        raise WireError(f"{path}.{error.field}", error.problem) from None
+    return sampling
+
+
+def _scored_from_pb(message: pb.StepResult) -> list[Scored]:
+    refs = _list("scored_refs", message.scored_refs)
+    positions = _list("scored_positions", message.scored_positions)
+    values = _floats("scored_logprobs", message.scored_logprobs)
+    counts = _list("top_counts", message.top_counts)
+    top_ids = _list("top_token_ids", message.top_token_ids)
+    top = _floats("top_logprobs", message.top_logprobs)
+    _check_lengths("scored_positions", positions, "scored_refs", refs)
+    _check_lengths("scored_logprobs", values, "scored_refs", refs)
+    _check_lengths("top_counts", counts, "scored_refs", refs)
+    _check_lengths("top_logprobs", top, "top_token_ids", top_ids)
+    if sum(counts) != len(top_ids):
+        raise WireError("top_counts", f"tell of {sum(counts)} tokens, top_token_ids has {len(top_ids)}")
+    scored: list[Scored] = []
+    begin = 0
+    for ref, position, value, count in zip(refs, positions, values, counts, strict=True):
+        end = begin + count
+        logprobs = Logprobs(value, tuple(top_ids[begin:end]), tuple(top[begin:end]))
+        scored.append(Scored(SlotRef(ref), position, logprobs))
+        begin = end
+    return scored
 
 
 def _copies_from_pb(data: bytes) -> list[tuple[BlockId, BlockId]]:
@@ -256,6 +331,16 @@ def _copies_from_pb(data: bytes) -> list[tuple[BlockId, BlockId]]:
 
 def _pack(numbers: Sequence[int]) -> bytes:
     return struct.pack(f"<{len(numbers)}I", *numbers) if len(numbers) else b""
+
+
+def _pack_floats(numbers: Sequence[float]) -> bytes:
+    return struct.pack(f"<{len(numbers)}f", *numbers)
+
+
+def _floats(field: str, data: bytes) -> Sequence[float]:
+    if len(data) % 4:
+        raise WireError(field, f"an f32 column has a multiple of 4 bytes, got {len(data)}")
+    return struct.unpack(f"<{len(data) // 4}f", data)
 
 
 def _list(field: str, data: bytes) -> list[int]:
@@ -277,6 +362,6 @@ def _named(column: Sequence[int]) -> Sequence[Any]:
     return column
 
 
-def _check_lengths(field: str, column: Sequence[int], other_field: str, other: Sequence[int]) -> None:
+def _check_lengths(field: str, column: Sequence[float], other_field: str, other: Sequence[float]) -> None:
     if len(column) != len(other):
         raise WireError(field, f"has {len(column)} numbers, {other_field} has {len(other)}")

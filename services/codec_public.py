@@ -9,26 +9,58 @@ from __future__ import annotations
 import math
 import secrets
 import struct
-from typing import Final
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Literal
 
 from common.errors import InvalidRequest
-from common.sampling import RequestLimits, SamplingParams, StopConditions, check_sampling, check_stop
+from common.sampling import (
+    RequestLimits,
+    SamplingParams,
+    StopConditions,
+    check_bad_words,
+    check_lengths,
+    check_listed,
+    check_sampling,
+    check_stop,
+)
+from common.step import Logprobs
 from common.types import Priority
 from protos import inference_pb2 as pb
-from services.answer import Delta, Finish
+from services.answer import Delta, Finish, PromptLogprobs
 from services.request import Chat, GenerateSpec, Input, Message, ResumePoint, Text, TokenIds
+
+# Optional floats that are called the same in the message and in the value.
+_Number = Literal[
+    "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty"
+]  # fmt: skip
+
+Spell = Callable[[int], bytes]
+"""The text of a token."""
 
 _DEFAULTS: Final = SamplingParams()
 _MAX_REQUEST_ID: Final = 128
+_NUMBERS: Final[tuple[_Number, ...]] = typing.get_args(_Number)
 
 
 def request_from_pb(
     request: pb.GenerateRequest | pb.GenerateStreamRequest, limits: RequestLimits, *, vocab_size: int
 ) -> GenerateSpec:
     """The request as a checked value. Raises InvalidRequest naming the field and its limit."""
-    sampling = sampling_from_pb(request.sampling)
+    asked = request.sampling
+    check_lengths(
+        limits,
+        logit_bias=len(asked.logit_bias),
+        allowed=len(asked.allowed_token_ids),
+        banned=len(asked.banned_token_ids),
+        bad_words=len(asked.bad_words),
+    )
+    sampling = sampling_from_pb(asked)
     check_sampling(sampling, limits)
-    n = request.sampling.n if request.sampling.HasField("n") else 1
+    check_listed(sampling, vocab_size)
+    bad_words = tuple(asked.bad_words)
+    check_bad_words(bad_words, limits)
+    n = asked.n if asked.HasField("n") else 1
     if not 1 <= n <= limits.max_choices:
         raise InvalidRequest("n", f"must be in [1, {limits.max_choices}], got {n}")
     stopping = request.stopping
@@ -46,6 +78,9 @@ def request_from_pb(
         skip_special_tokens=request.skip_special_tokens if request.HasField("skip_special_tokens") else True,
         priority=_priority(request.priority),
         resumable=isinstance(request, pb.GenerateStreamRequest) and request.resumable,
+        bad_words=bad_words,
+        min_tokens=stopping.min_tokens,
+        include_stop=stopping.include_stop,
     )
     stop = StopConditions(
         max_tokens=1 if max_tokens is None else max_tokens,
@@ -81,13 +116,20 @@ def resume_from_pb(
 
 
 def sampling_from_pb(sampling: pb.SamplingParams) -> SamplingParams:
-    """Sampling parameters with their defaults; a seed is drawn where there is none. Not checked."""
+    """Sampling parameters with their defaults; a seed is drawn where there is none. Not checked.
+
+    Bad words are left out: their tokens are not known here.
+    """
+    given: dict[str, Any] = {name: _shortest(getattr(sampling, name)) for name in _NUMBERS if sampling.HasField(name)}
     return SamplingParams(
-        temperature=_shortest(sampling.temperature) if sampling.HasField("temperature") else _DEFAULTS.temperature,
+        **given,
         top_k=sampling.top_k if sampling.HasField("top_k") else _DEFAULTS.top_k,
-        top_p=_shortest(sampling.top_p) if sampling.HasField("top_p") else _DEFAULTS.top_p,
-        min_p=_shortest(sampling.min_p) if sampling.HasField("min_p") else _DEFAULTS.min_p,
         seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(63),
+        logit_bias=tuple((token, _shortest(sampling.logit_bias[token])) for token in sorted(sampling.logit_bias)),
+        allowed_token_ids=tuple(sampling.allowed_token_ids),
+        banned_token_ids=tuple(sampling.banned_token_ids),
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
     )
 
 
@@ -126,11 +168,33 @@ def token_ids(field: str, ids: tuple[int, ...], vocab_size: int) -> tuple[int, .
     return ids
 
 
-def delta_pb(delta: Delta) -> pb.Delta:
+def delta_pb(delta: Delta, spell: Spell) -> pb.Delta:
     """The message of new tokens."""
     return pb.Delta(
-        choice=delta.choice, index=delta.index, token_ids=delta.token_ids, text=delta.text, ticket=delta.ticket
+        choice=delta.choice,
+        index=delta.index,
+        token_ids=delta.token_ids,
+        text=delta.text,
+        ticket=delta.ticket,
+        logprobs=_logprobs_pb(delta.token_ids, delta.logprobs, spell) if delta.logprobs else None,
     )
+
+
+def prompt_logprobs_pb(part: PromptLogprobs, spell: Spell) -> pb.PromptLogprobs:
+    """The message of how likely a part of the prompt was."""
+    return pb.PromptLogprobs(index=part.index, logprobs=_logprobs_pb(part.token_ids, part.logprobs, spell))
+
+
+def _logprobs_pb(tokens: Sequence[int], logprobs: Sequence[Logprobs | None], spell: Spell) -> list[pb.TokenLogprobs]:
+    def one(token: int, logprob: float | None) -> pb.TokenLogprob:
+        return pb.TokenLogprob(token_id=token, logprob=logprob, text=spell(token))
+
+    return [
+        pb.TokenLogprobs(token=one(token, None))
+        if told is None
+        else pb.TokenLogprobs(token=one(token, told.token), top=map(one, told.top_ids, told.top))
+        for token, told in zip(tokens, logprobs, strict=True)
+    ]
 
 
 def finish_pb(finish: Finish) -> pb.Finish:

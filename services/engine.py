@@ -22,7 +22,7 @@ from typing import Final, NamedTuple, Protocol
 from common import failpoints
 from common.errors import DeadlineExceeded, PagewireError, RequestFailed, Superseded, Unavailable
 from common.sampling import SamplingParams, StopConditions
-from common.step import ExecutorFacts, StepPlan, StepResult
+from common.step import ExecutorFacts, Logprobs, StepPlan, StepResult
 from common.types import FinishReason, Priority, SequenceId
 from scheduler.results import ProtocolError
 from scheduler.scheduler import Scheduler, TokenOutput
@@ -58,6 +58,7 @@ class ChoiceEvent(NamedTuple):
     choice: int
     tokens: list[int]
     reason: FinishReason
+    logprobs: Sequence[Logprobs | None] = ()  # one a token, where the request asks for them
 
 
 class RequestStream:
@@ -146,12 +147,14 @@ class RequestStream:
         events: list[ChoiceEvent] = []
         for choice in self._news:
             sequence = self.sequences[choice]
-            tokens = sequence.tokens[sequence.num_prompt + self._taken[choice] :].tolist()
+            first = self._taken[choice]
+            tokens = sequence.tokens[sequence.num_prompt + first :].tolist()
             self._taken[choice] += len(tokens)
+            logprobs = () if sequence.sampling.logprobs is None else sequence.logprobs_of(first, len(tokens))
             reason = sequence.reason
             if reason in (FinishReason.ABORTED, FinishReason.ERROR) and self._error is not None:
                 reason = FinishReason.NONE  # the error is the end, and it comes next
-            events.append(ChoiceEvent(choice, tokens, reason))
+            events.append(ChoiceEvent(choice, tokens, reason, logprobs))
             if reason:
                 self._open.discard(choice)
         self._news.clear()

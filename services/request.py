@@ -58,6 +58,9 @@ class GenerateSpec:
     stop_strings: tuple[str, ...]
     ignore_eos: bool
     skip_special_tokens: bool
+    bad_words: tuple[str, ...] = ()  # as they were asked for; `sampling` has their tokens once those are known
+    min_tokens: int = 0
+    include_stop: bool = False
     priority: Priority = Priority.NORMAL
     resumable: bool = False
 

@@ -10,7 +10,7 @@ from common import failpoints
 from common.sampling import RequestLimits
 from protos import inference_pb2 as pb
 from services import codec_public
-from services.answer import Answer, Delta
+from services.answer import Answer, Delta, PromptLogprobs
 from services.answering import Answerer
 from services.caller import current_caller
 from services.handlers import Context
@@ -28,20 +28,30 @@ class SchedulerService:
         self._answerer = answerer
         self._limits = limits
         self._num_executors = num_executors
+        self._spell = answerer.tokenizer.bytes_of
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         """The whole answer at once."""
         with closing(await self._start(request, context)) as answer:
             choices = [pb.Choice(index=i) for i in range(answer.spec.n)]
+            prompt_logprobs: list[pb.TokenLogprobs] = []
             while answer.is_open:
                 for event in await answer.next():
+                    if isinstance(event, PromptLogprobs):
+                        prompt_logprobs.extend(codec_public.prompt_logprobs_pb(event, self._spell).logprobs)
+                        await asyncio.sleep(0)  # others have their turn
+                        continue
                     choice = choices[event.choice]
                     if isinstance(event, Delta):
                         choice.token_ids.extend(event.token_ids)
                         choice.text += event.text
+                        if event.logprobs:
+                            choice.logprobs.extend(codec_public.delta_pb(event, self._spell).logprobs)
                     else:
                         codec_public.fill_finish(choice, event)
-        return pb.GenerateResponse(prompt=self._prompt_info(answer), choices=choices)
+        return pb.GenerateResponse(
+            prompt=self._prompt_info(answer), choices=choices, prompt_logprobs=prompt_logprobs
+        )  # fmt: skip
 
     async def GenerateStream(  # noqa: N802
         self, request: pb.GenerateStreamRequest, context: Context
@@ -108,7 +118,10 @@ class SchedulerService:
                 for event in await answer.next():
                     if isinstance(event, Delta):
                         failpoints.hit("after_outbox_before_write")
-                        yield pb.GenerateStreamResponse(delta=codec_public.delta_pb(event))
+                        yield pb.GenerateStreamResponse(delta=codec_public.delta_pb(event, self._spell))
+                    elif isinstance(event, PromptLogprobs):
+                        part = codec_public.prompt_logprobs_pb(event, self._spell)
+                        yield pb.GenerateStreamResponse(prompt_logprobs=part)
                     else:
                         failpoints.hit("before_end_chunk")
                         yield pb.GenerateStreamResponse(finish=codec_public.finish_pb(event))

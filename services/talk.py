@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import uvloop
 
 from common.errors import PagewireError
-from pagewire.answers import Usage
+from pagewire.answers import TokenLogprobs, Usage
 from protos import inference_pb2 as pb
 from services.client import Client, Server, connect
 
@@ -26,6 +26,8 @@ class Told:
     first_token_s: float = 0.0
     total_s: float = 0.0
     usage: Usage | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
     @property
     def tokens_per_s(self) -> float:
@@ -65,6 +67,7 @@ async def tell(client: Client, request: pb.GenerateStreamRequest, show: Callable
                 told.text += delta.text
                 show(delta.text)
             told.usage = stream.answer.usage
+            told.prompt_logprobs, told.logprobs = stream.answer.prompt_logprobs, stream.answer.logprobs
     except PagewireError:
         if told.text:
             show("\n")
@@ -78,8 +81,22 @@ async def generate(server: Server, request: pb.GenerateStreamRequest, *, stats: 
         await client.model()  # where nobody is, this says so at once; from here on an answer waits for a server
         told = await tell(client, request)
         print(flush=True)
+        for line in lines_of([*told.prompt_logprobs, *told.logprobs]):
+            print(line, flush=True)
         if stats:
             print(f"[{told.summary()}]", file=sys.stderr)
+
+
+def lines_of(tokens: Sequence[TokenLogprobs]) -> Iterator[str]:
+    """A line for each token: its log-probability and text, then the likeliest ones in its place."""
+    for each in tokens:
+        beside = ", ".join(f"{_shown(top.text)} {top.logprob:.4f}" for top in each.top)
+        logprob = "" if each.token.logprob is None else f"{each.token.logprob:.4f}"
+        yield f"{logprob:>9}  {_shown(each.token.text)}" + (f"  [{beside}]" if beside else "")
+
+
+def _shown(text: bytes) -> str:
+    return repr(text.decode(errors="backslashreplace"))
 
 
 def chat(

@@ -35,6 +35,7 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(id for id, token in added.items() if token.special)
         self._byte_of = self._find_byte_tokens()
+        self._bytes_of: dict[int, bytes] = {}
         is_byte_level = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
         self._spellings = {skip: _Spelling(self, skip) for skip in (True, False)} if is_byte_level else {}
 
@@ -43,6 +44,10 @@ class Tokenizer:
         # The batch call is the one that releases the GIL, and without offsets it takes a third of the time.
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding.ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens around them."""
+        return [each.ids for each in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of these tokens. Ids that stand for nothing give nothing.
@@ -69,6 +74,22 @@ class Tokenizer:
         """How the vocabulary writes the token."""
         name: str | None = self._tokenizer.id_to_token(id)
         return name
+
+    def bytes_of(self, id: int) -> bytes:
+        """The text of a token within a text, special ones included. It may be half a character."""
+        known = self._bytes_of.get(id)
+        if known is None:
+            known = self._bytes_of[id] = self._find_bytes_of(id)
+        return known
+
+    def _find_bytes_of(self, id: int) -> bytes:
+        if False in self._spellings:
+            return self._spellings[False][id]
+        if id in self._byte_of:
+            return bytes((self._byte_of[id],))
+        if self.name(id) is None:
+            return b""
+        return self.raw_decode([id, id])[len(self.raw_decode([id])) :].encode()  # the second is at no text's beginning
 
     def byte(self, id: int) -> int | None:
         """The byte that the token stands for, in a tokenizer that spells unknown characters as byte tokens."""
@@ -242,10 +263,11 @@ class StopMatcher:
         self._held = ""  # the longest such end; not returned yet
         self._matched: str | None = None
 
-    def push(self, text: str) -> tuple[str, str | None]:
+    def push(self, text: str, *, may_end: bool = True) -> tuple[str, str | None]:
         """Take more text; return what may be told of it, and the stop string once it is there.
 
-        After a match there is no more text, and the same stop string is returned.
+        After a match there is no more text, and the same stop string is returned. One that is complete with text that
+        may not end it is like any other text.
         """
         if self._matched is not None:
             return "", self._matched
@@ -255,8 +277,10 @@ class StopMatcher:
         for end, character in enumerate(text, start=len(self._held) + 1):
             for which, stop in enumerate(self._stops):
                 if self._advance(which, stop, character) == len(stop):
-                    self._held, self._matched = "", stop
-                    return known[: end - len(stop)], stop
+                    if may_end:
+                        self._held, self._matched = "", stop
+                        return known[: end - len(stop)], stop
+                    self._num_matched[which] = self._fallbacks[which][-1]
         num_certain = len(known) - max(self._num_matched)
         self._held = known[num_certain:]
         return known[:num_certain], None

@@ -30,3 +30,32 @@ def slow(fake_folder: Path, tmp_path: Path) -> Iterator[Cluster]:
     with cluster(fake_folder, tmp_path, executors=0, flags=["--log-format=json"]) as running:
         running.start_executor("--fake-step-s=0.05")
         yield running
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that torch computes, with a tokenizer whose tokens are bytes."""
+    from tests.executor.tiny_models import save_tiny  # noqa: PLC0415 - torch, which most tests here do without
+
+    folder = fake_model.write(tmp_path_factory.mktemp("tiny") / "tiny")
+    tokenizer = (folder / "tokenizer.json").read_text()
+    save_tiny(
+        "llama",
+        folder,
+        vocab_size=fake_model.VOCAB_SIZE,
+        max_position_embeddings=fake_model.MAX_MODEL_LEN,
+        eos_token_id=fake_model.EOS,
+    )
+    (folder / "tokenizer.json").write_text(tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A scheduler and one executor that computes with it; none of the tests that share them may harm them."""
+    running = Cluster(tiny, tmp_path_factory.mktemp("server"))
+    try:
+        running.start_executor("--dtype=float32", "--threads=1", fake=False)
+        yield running
+    finally:
+        running.close()

@@ -23,7 +23,9 @@ def fields(**values: object) -> Change:
     def change(request: pb.GenerateRequest) -> None:
         for name, value in values.items():
             part = request.sampling if name in pb.SamplingParams.DESCRIPTOR.fields_by_name else request.stopping
-            if isinstance(value, list):
+            if isinstance(value, dict):
+                getattr(part, name).update(value)
+            elif isinstance(value, list):
                 getattr(part, name).extend(value)
             else:
                 setattr(part, name, value)
@@ -58,6 +60,34 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "empty stop string": (fields(stop=[""]), "stop", "1"),
     "long stop string": (fields(stop=["x" * 257]), "stop", "256"),
     "stop id outside the vocabulary": (fields(stop_token_ids=[320]), "stop_token_ids", "320"),
+    "typical_p is zero": (fields(typical_p=0.0), "typical_p", "(0, 1]"),
+    "repetition_penalty is zero": (fields(repetition_penalty=0.0), "repetition_penalty", "[0.01, 100]"),
+    "repetition_penalty is not a number": (fields(repetition_penalty=float("nan")), "repetition_penalty", "nan"),
+    "presence_penalty is infinite": (fields(presence_penalty=float("-inf")), "presence_penalty", "[-2, 2]"),
+    "frequency_penalty is too large": (fields(frequency_penalty=2.1), "frequency_penalty", "[-2, 2]"),
+    "a bias is infinite": (fields(logit_bias={1: float("inf")}), "logit_bias", "[-100, 100]"),
+    "biased id outside the vocabulary": (fields(logit_bias={320: 1.0}), "logit_bias", "320"),
+    "too many biases": (fields(logit_bias=dict.fromkeys(range(301), 1.0)), "logit_bias", "300"),
+    "too many allowed ids": (fields(allowed_token_ids=[1] * 1025), "allowed_token_ids", "1024"),
+    "allowed id outside the vocabulary": (fields(allowed_token_ids=[320]), "allowed_token_ids", "320"),
+    "banned id outside the vocabulary": (fields(banned_token_ids=[1 << 31]), "banned_token_ids", "320"),
+    "allowed and banned": (fields(allowed_token_ids=[1], banned_token_ids=[1]), "banned_token_ids", "1"),
+    "all banned": (fields(banned_token_ids=list(range(320))), "banned_token_ids", "320"),
+    "all but the end banned, before min_tokens": (
+        fields(banned_token_ids=list(range(319)), min_tokens=1),
+        "banned_token_ids",
+        "320",
+    ),
+    "only the end allowed, before min_tokens": (
+        fields(allowed_token_ids=[319], min_tokens=2),
+        "allowed_token_ids",
+        "2",
+    ),
+    "too many bad words": (fields(bad_words=["x"] * 65), "bad_words", "64"),
+    "long bad word": (fields(bad_words=["x" * 257]), "bad_words", "256"),
+    "bad word of spaces": (fields(bad_words=["x", "  "]), "bad_words", "1"),
+    "more min_tokens than max_tokens": (fields(min_tokens=6, max_tokens=5), "min_tokens", "5"),
+    "more min_tokens than room": (fields(min_tokens=508), "min_tokens", "507"),
     "too many stop ids": (fields(stop_token_ids=[1] * 65), "stop_token_ids", "64"),
 }
 

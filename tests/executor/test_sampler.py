@@ -14,23 +14,25 @@ from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from executor.sampler import SamplingColumns, keep, kth_largest, sample
 
-Params = tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
+Params = tuple[float, int, float, float, float]  # temperature, top_k, top_p, min_p, typical_p
 NO_INPUT = torch.LongTensor([[0]])
-PLAIN: Params = (1.0, 0, 1.0, 0.0)
+PLAIN: Params = (1.0, 0, 1.0, 0.0, 1.0)
 
 
 def columns(rows: list[Params], *, first_index: int = 0, seeds: list[int] | None = None) -> SamplingColumns:
-    temperature, top_k, top_p, min_p = zip(*rows, strict=True)
+    temperature, top_k, top_p, min_p, typical_p = zip(*rows, strict=True)
     count = len(rows)
     return SamplingColumns(
         temperature=np.array(temperature, np.float64),
         top_k=np.array(top_k, np.int64),
         top_p=np.array(top_p, np.float64),
         min_p=np.array(min_p, np.float64),
+        typical_p=np.array(typical_p, np.float64),
         seed=np.array(seeds or [3] * count, np.uint64),
         choice=np.zeros(count, np.int64),
         index=np.arange(count) + first_index,
@@ -42,8 +44,10 @@ def noise(rows: int, vocab_size: int, seed: int = 0, scale: float = 3.0) -> NDAr
 
 
 def weights_of(logits: NDArray[np.float32], params: Params) -> NDArray[np.float32]:
-    temperature, top_k, top_p, min_p = params
-    ids, weights = keep(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    temperature, top_k, top_p, min_p, typical_p = params
+    ids, weights = keep(
+        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p
+    )  # fmt: skip
     if ids is None:
         return weights
     dense = np.zeros_like(logits)
@@ -55,7 +59,7 @@ def weights_of(logits: NDArray[np.float32], params: Params) -> NDArray[np.float3
 def test_a_greedy_row_is_torchs_argmax(dtype: torch.dtype) -> None:
     logits = torch.from_numpy(noise(64, 5000)).to(dtype)  # in bfloat16 the highest value occurs more than once
 
-    chosen = sample(logits.float().numpy(), columns([(0.0, 5, 0.5, 0.1)] * 64))
+    chosen = sample(logits.float().numpy(), columns([(0.0, 5, 0.5, 0.1, 0.5)] * 64))
 
     assert chosen.tokens == torch.argmax(logits, dim=1).tolist()
     assert chosen.failed == []
@@ -64,21 +68,26 @@ def test_a_greedy_row_is_torchs_argmax(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "params",
     [
-        (0.7, 0, 1.0, 0.0),
-        (1.0, 1, 1.0, 0.0),
-        (1.3, 50, 1.0, 0.0),
-        (1.0, 4999, 1.0, 0.0),
-        (1.0, 10_000, 1.0, 0.0),
-        (1.0, 0, 0.9, 0.0),
-        (2.5, 0, 0.999, 0.0),
-        (0.3, 0, 0.01, 0.0),
-        (1.0, 0, 1.0, 0.05),
-        (0.8, 40, 0.95, 0.02),
-        (5.0, 1000, 0.5, 0.3),
+        (0.7, 0, 1.0, 0.0, 1.0),
+        (1.0, 1, 1.0, 0.0, 1.0),
+        (1.3, 50, 1.0, 0.0, 1.0),
+        (1.0, 4999, 1.0, 0.0, 1.0),
+        (1.0, 10_000, 1.0, 0.0, 1.0),
+        (1.0, 0, 0.9, 0.0, 1.0),
+        (2.5, 0, 0.999, 0.0, 1.0),
+        (0.3, 0, 0.01, 0.0, 1.0),
+        (1.0, 0, 1.0, 0.05, 1.0),
+        (0.8, 40, 0.95, 0.02, 1.0),
+        (5.0, 1000, 0.5, 0.3, 1.0),
+        (1.0, 0, 1.0, 0.0, 0.9),
+        (0.7, 0, 1.0, 0.0, 0.2),
+        (1.0, 0, 1.0, 0.0, 1e-6),
+        (2.0, 0, 1.0, 0.0, 0.999),
+        (0.8, 40, 0.95, 0.02, 0.7),
     ],
 )
 def test_the_kept_tokens_and_their_probabilities_are_those_of_transformers(params: Params) -> None:
-    temperature, top_k, top_p, min_p = params
+    temperature, top_k, top_p, min_p, typical_p = params
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
@@ -86,6 +95,8 @@ def test_the_kept_tokens_and_their_probabilities_are_those_of_transformers(param
         warpers.append(TopPLogitsWarper(top_p))
     if min_p:
         warpers.append(MinPLogitsWarper(min_p))
+    if typical_p < 1:
+        warpers.append(TypicalLogitsWarper(typical_p))
     for logits in noise(20, 5000, seed=1):
         theirs = warpers(NO_INPUT, torch.from_numpy(logits)[None])[0]
 
@@ -98,8 +109,8 @@ def test_the_kept_tokens_and_their_probabilities_are_those_of_transformers(param
 def test_tokens_equal_to_the_last_one_kept_are_kept_too() -> None:
     logits = np.array([2, 1, 1, 1, 0], np.float32)
 
-    assert (weights_of(logits, (1.0, 2, 1.0, 0.0)) > 0).tolist() == [True, True, True, True, False]
-    assert (weights_of(logits, (1.0, 0, 0.6, 0.0)) > 0).tolist() == [True, True, True, True, False]
+    assert (weights_of(logits, (1.0, 2, 1.0, 0.0, 1.0)) > 0).tolist() == [True, True, True, True, False]
+    assert (weights_of(logits, (1.0, 0, 0.6, 0.0, 1.0)) > 0).tolist() == [True, True, True, True, False]
 
 
 @given(values=st.lists(st.floats(-9, 9, width=16), min_size=2, max_size=1000), at=st.floats(0, 1, exclude_max=True))
@@ -109,7 +120,10 @@ def test_the_kth_largest_is_that_of_the_sorted_values(values: list[float], at: f
     assert kth_largest(np.array(values, np.float32), k) == sorted(values, reverse=True)[k - 1]
 
 
-@pytest.mark.parametrize("params", [PLAIN, (0.6, 0, 1.0, 0.0), (1.5, 20, 0.9, 0.0), (1.0, 0, 0.8, 0.05)])
+@pytest.mark.parametrize(
+    "params",
+    [PLAIN, (0.6, 0, 1.0, 0.0, 1.0), (1.5, 20, 0.9, 0.0, 1.0), (1.0, 0, 0.8, 0.05, 1.0), (1.0, 0, 1.0, 0.0, 0.5)],
+)
 def test_tokens_come_as_often_as_their_probability_says(params: Params) -> None:
     count = 40_000
     logits = noise(1, 300, seed=5, scale=1.0)
@@ -135,6 +149,7 @@ def test_tokens_come_as_often_as_their_probability_says(params: Params) -> None:
             st.sampled_from([0, 1, 7, 200, 100_000]),
             st.sampled_from([1e-6, 0.5, 0.95, 1.0]),
             st.sampled_from([0.0, 0.1, 1.0]),
+            st.sampled_from([1.0, 0.5, 1e-6]),
         ),
         min_size=1,
         max_size=9,

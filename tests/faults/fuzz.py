@@ -179,7 +179,10 @@ class Draw:
 
     def _fill_repeated(self, message: Message, each: _Field, depth: int) -> None:
         for _ in range(self._draw.choice(_COUNTS)):
-            if each.type == FieldDescriptor.TYPE_MESSAGE:
+            if each.message_type is not None and each.message_type.GetOptions().map_entry:
+                key, value = each.message_type.fields
+                getattr(message, each.name)[self._value(key)] = self._value(value)
+            elif each.type == FieldDescriptor.TYPE_MESSAGE:
                 self._fill(getattr(message, each.name).add(), depth + 1)
             else:
                 getattr(message, each.name).append(self._value(each))

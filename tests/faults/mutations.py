@@ -335,8 +335,8 @@ def a_refusal_does_not_say_when_to_come_back(patch: Patch) -> None:
 def every_choice_is_told_as_the_first(patch: Patch) -> None:
     to_pb = codec_public.delta_pb
 
-    def first(delta: Delta) -> Any:
-        return to_pb(replace(delta, choice=0))
+    def first(delta: Delta, spell: codec_public.Spell) -> Any:
+        return to_pb(replace(delta, choice=0), spell)
 
     patch(codec_public, "delta_pb", first)
 

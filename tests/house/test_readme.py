@@ -7,7 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from common.config import ClientConfig, ExecutorConfig, SchedulerConfig
-from common.sampling import RequestLimits
+from common.sampling import RequestLimits, SamplingParams
+from protos import inference_pb2 as pb
 from tests.executor.tiny_models import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,12 +34,9 @@ def test_every_architecture_that_is_tested_is_named_once_and_no_other() -> None:
 
 def test_the_limits_are_the_defaults() -> None:
     limit = {row[0].strip("`"): row[1] for row in cells("Limits")}
-    request, scheduler = RequestLimits(), SchedulerConfig()
+    scheduler = SchedulerConfig()
 
     assert limit["n"] == f"{scheduler.max_choices}"
-    assert limit["temperature`, `top_p`, `min_p"].startswith(f"[0, {request.max_temperature:g}]")
-    assert limit["stop"] == f"{request.max_stop_strings} strings of 1 to {request.max_stop_string_bytes} bytes"
-    assert limit["stop_token_ids"] == f"{request.max_stop_token_ids}"
     assert limit["one message"] == f"{scheduler.max_message_bytes >> 20} MiB"
     assert limit["sequences that wait"] == f"{scheduler.max_waiting}"
     assert limit["tokens that wait, prompts and expected answers"] == f"{scheduler.max_waiting_tokens}"
@@ -48,6 +46,33 @@ def test_the_limits_are_the_defaults() -> None:
     watches = "Watch` calls for health; of one host, as many as are still free"
     assert limit[watches] == f"{scheduler.max_health_watches}"
     assert f"{scheduler.drain_s:g} s (`--drain-s`)" in section("Restarts that nobody notices")
+
+
+def test_every_control_stands_in_the_table_with_its_limit_and_its_default() -> None:
+    request = RequestLimits()
+    table = {row[0].strip("`"): row[1:] for row in cells("What a request may ask for")}
+    limit = {name: row[0] for name, row in table.items()}
+    penalty = f"[{-request.max_penalty:g}, {request.max_penalty:g}]"
+
+    assert limit["temperature"] == f"[0, {request.max_temperature:g}]"
+    assert limit["logit_bias"] == (
+        f"{request.max_logit_biases} tokens, [{-request.max_logit_bias:g}, {request.max_logit_bias:g}]"
+    )
+    assert limit["repetition_penalty"] == f"[{request.min_repetition_penalty:g}, {request.max_repetition_penalty:g}]"
+    assert (limit["presence_penalty"], limit["frequency_penalty"]) == (penalty, penalty)
+    assert limit["bad_words"] == f"{request.max_bad_words} strings of 1 to {request.max_bad_word_bytes} bytes"
+    assert limit["stop"] == f"{request.max_stop_strings} strings of 1 to {request.max_stop_string_bytes} bytes"
+    assert limit["stop_token_ids"] == f"{request.max_stop_token_ids}"
+    assert limit["logprobs"] == limit["prompt_logprobs"] == f"{request.max_logprobs}"
+    assert limit["banned_token_ids"] == limit["allowed_token_ids"] == f"{request.max_listed_token_ids}"
+
+    fields_of = (pb.SamplingParams.DESCRIPTOR, pb.StopConditions.DESCRIPTOR)
+    named = {name for message in fields_of for name in message.fields_by_name} - {"n", "max_tokens"}
+    assert set(table) == named, "every field of the API, and no other"
+    given = SamplingParams()
+    for name, row in table.items():
+        if row[1] not in ("", "drawn", "false") and hasattr(given, name):
+            assert f"{getattr(given, name):g}" == row[1], name
 
 
 def test_every_flag_and_target_that_is_named_exists() -> None:

@@ -38,8 +38,22 @@ def say(text: ChoiceText, pieces: list[list[int]], end: FinishReason) -> Said:
     return said
 
 
-def choice(build: Callable[[], tokenizers.Tokenizer], prompt: list[int], stops: list[str]) -> ChoiceText:
-    return ChoiceText(tokenizer_of(build), prompt, stop_strings=stops, skip_special_tokens=True)
+def choice(
+    build: Callable[[], tokenizers.Tokenizer],
+    prompt: list[int],
+    stops: list[str],
+    *,
+    min_tokens: int = 0,
+    include_stop: bool = False,
+) -> ChoiceText:
+    return ChoiceText(
+        tokenizer_of(build),
+        prompt,
+        stop_strings=stops,
+        skip_special_tokens=True,
+        min_tokens=min_tokens,
+        include_stop=include_stop,
+    )
 
 
 def cut(ids: list[int], cuts: list[int]) -> list[list[int]]:
@@ -61,6 +75,8 @@ stop_lists = st.lists(st.text("aeth .\N{REPLACEMENT CHARACTER}", min_size=1, max
     later=st.lists(st.integers(0, 10_000), max_size=8),
     stops=stop_lists,
     end=st.sampled_from([NONE, LENGTH, EOS]),
+    min_tokens=st.integers(0, 12),
+    include_stop=st.booleans(),
 )
 def test_a_choice_that_is_begun_again_behind_any_token_goes_on_as_if_it_had_never_ended(
     build: Callable[[], tokenizers.Tokenizer],
@@ -71,17 +87,22 @@ def test_a_choice_that_is_begun_again_behind_any_token_goes_on_as_if_it_had_neve
     later: list[int],
     stops: list[str],
     end: FinishReason,
+    min_tokens: int,
+    include_stop: bool,
 ) -> None:
+    def begin() -> ChoiceText:
+        return choice(build, prompt, stops, min_tokens=min_tokens, include_stop=include_stop)
+
     size = len(vocab_of(build)) + 2
     prompt, ids = [[id % size for id in part] for part in (prompt, ids)]
-    whole = say(choice(build, prompt, stops), [ids], end)
+    whole = say(begin(), [ids], end)
 
     at %= len(ids)  # the last token is among what comes later
-    before = say(choice(build, prompt, stops), cut(ids[:at], sent), NONE)  # what one server told
+    before = say(begin(), cut(ids[:at], sent), NONE)  # what one server told
     if before.reason:
         assert before == whole, "a stop string had ended it"
         return
-    resumed = choice(build, prompt, stops)
+    resumed = begin()
     folded = resumed.push(ids[:at], NONE)  # what the next one finds out for itself
     after = say(resumed, cut(ids[at:], later), end)
 
@@ -114,3 +135,38 @@ def test_an_answer_that_is_whole_tells_even_half_a_character() -> None:
     half = tokenizer_of(byte_level_bpe).encode("☃")[:1]
 
     assert choice(byte_level_bpe, [], []).push(half, LENGTH).text == "\N{REPLACEMENT CHARACTER}"
+
+
+def spelled(text: str) -> list[int]:
+    """A token for each letter."""
+    return [id for letter in text for id in tokenizer_of(byte_level_bpe).encode(letter)]
+
+
+def test_a_stop_string_that_is_included_ends_the_text_and_what_follows_it_does_not() -> None:
+    text = choice(byte_level_bpe, [], ["stop"], include_stop=True)
+
+    piece = text.push(spelled("to stop, now"), NONE)
+
+    assert (piece.text, piece.matched_stop, len(piece.tokens)) == ("to stop", "stop", len("to stop"))
+
+
+def test_a_stop_string_before_min_tokens_is_text_like_any_other() -> None:
+    text = choice(byte_level_bpe, [], ["ab"], min_tokens=7)
+
+    piece = text.push(spelled("xabxabxab"), NONE)
+
+    assert (piece.text, piece.matched_stop, len(piece.tokens)) == ("xabxabx", "ab", 9)
+
+
+def test_the_token_that_makes_min_tokens_may_end_the_text() -> None:
+    at_once = choice(byte_level_bpe, [], ["ab"], min_tokens=3).push(spelled("xabxab"), NONE)
+    later = choice(byte_level_bpe, [], ["ab"], min_tokens=4).push(spelled("xabxab"), NONE)
+
+    assert (at_once.text, len(at_once.tokens)) == ("x", 3)
+    assert (later.text, len(later.tokens)) == ("xabx", 6)
+
+
+def test_a_stop_string_may_begin_before_min_tokens_and_in_one_that_did_not_count() -> None:
+    piece = choice(byte_level_bpe, [], ["aba"], min_tokens=4).push(spelled("ababa"), NONE)
+
+    assert (piece.text, piece.matched_stop, len(piece.tokens)) == ("ab", "aba", 5)

@@ -28,9 +28,9 @@ from common.errors import (
     Unavailable,
     UnknownModel,
 )
-from pagewire import Client, Delta
+from pagewire import Client, Delta, TokenLogprob, TokenLogprobs
 from pagewire.aio import AsyncClient
-from pagewire.asking import request_of
+from pagewire.asking import Settings, request_of
 from pagewire.calls import addresses_of
 from pagewire.continuation import Continuation, OutOfStep
 from pagewire.failures import Failure, judge, lost
@@ -60,6 +60,42 @@ def test_what_is_not_given_is_not_sent() -> None:
     assert request_of("hi", {"stop": [".", "!"], "max_tokens": 3}).stopping.max_tokens == 3
 
 
+def test_every_control_of_the_api_is_a_setting_of_that_name() -> None:
+    fields = {*pb.SamplingParams.DESCRIPTOR.fields_by_name, *pb.StopConditions.DESCRIPTOR.fields_by_name}
+
+    assert fields <= Settings.__annotations__.keys()
+
+
+def test_controls_reach_the_request() -> None:
+    request = request_of(
+        "hi",
+        {
+            "typical_p": 0.5,
+            "repetition_penalty": 1.5,
+            "presence_penalty": -0.5,
+            "frequency_penalty": 0.25,
+            "logit_bias": {5: -100},
+            "allowed_token_ids": [1, 2],
+            "banned_token_ids": (3,),
+            "bad_words": "no",
+            "min_tokens": 2,
+            "include_stop": True,
+        },
+    )
+
+    assert request.sampling == pb.SamplingParams(
+        typical_p=0.5,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.25,
+        logit_bias={5: -100},
+        allowed_token_ids=[1, 2],
+        banned_token_ids=[3],
+        bad_words=["no"],
+    )
+    assert request.stopping == pb.StopConditions(min_tokens=2, include_stop=True)
+
+
 @pytest.mark.parametrize(
     ("prompt", "settings"),
     [(None, {}), ("a", {"token_ids": [1]}), (None, {"token_ids": [1], "messages": []}), ("a", {"temprature": 1})],
@@ -79,6 +115,11 @@ def test_a_mistake_in_the_call_is_a_type_error(prompt: str | None, settings: Any
         ({"stop": [1]}, "stop"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"temperature": "hot"}, "temperature"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"banned_token_ids": ["a"]}, "banned_token_ids"),
+        ({"bad_words": [1]}, "bad_words"),
+        ({"min_tokens": -1}, "min_tokens"),
     ],
     ids=str,
 )
@@ -135,6 +176,35 @@ def test_a_request_is_the_same_however_often_it_is_sent() -> None:
     assert sent.resumable and sent.request_id and sent.sampling.HasField("seed")
     assert asked.next_call() == sent
     assert Continuation(pb.GenerateStreamRequest(text="hi")).next_call() != sent, "another one is another one"
+
+
+def scored(*tokens: int) -> list[pb.TokenLogprobs]:
+    top = pb.TokenLogprob(token_id=7, logprob=-0.5, text=b"g")
+    return [pb.TokenLogprobs(token=pb.TokenLogprob(token_id=t, logprob=-t, text=b"x"), top=[top]) for t in tokens]
+
+
+def prompt_part(index: int, *logprobs: pb.TokenLogprobs) -> pb.GenerateStreamResponse:
+    return pb.GenerateStreamResponse(prompt_logprobs=pb.PromptLogprobs(index=index, logprobs=logprobs))
+
+
+def test_log_probabilities_are_part_of_deltas_and_answer_and_those_of_the_prompt_may_come_twice() -> None:
+    asked = Continuation(pb.GenerateStreamRequest(text="hi"))
+    nothing_before = pb.TokenLogprobs(token=pb.TokenLogprob(token_id=3, text=b"y"))
+    new = pb.GenerateStreamResponse(
+        delta=pb.Delta(index=0, token_ids=[65, 66], text="AB", ticket=b"t", logprobs=scored(65, 66))
+    )
+    for message in (first(), prompt_part(0, nothing_before, *scored(4)), first(), prompt_part(0, nothing_before)):
+        assert asked.hear(message) is None
+    asked.hear(prompt_part(1, *scored(4, 5)))
+    told = asked.hear(new)
+    asked.hear(finish())
+
+    top = (TokenLogprob(token_id=7, logprob=-0.5, text=b"g"),)
+    expected = [TokenLogprobs(token=TokenLogprob(token_id=t, logprob=-t, text=b"x"), top=top) for t in (4, 5, 65, 66)]
+    alone = TokenLogprobs(token=TokenLogprob(token_id=3, logprob=None, text=b"y"), top=())
+    assert isinstance(told, Delta) and told.logprobs == tuple(expected[2:])
+    assert asked.answer().logprobs == tuple(expected[2:])
+    assert asked.answer().prompt_logprobs == (alone, *expected[:2])
 
 
 def test_once_something_was_heard_the_rest_is_asked_for_with_all_that_was_heard() -> None:

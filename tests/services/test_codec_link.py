@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from common.errors import ExecutorRejected
 from common.sampling import SamplingParams
-from common.step import ExecutorFacts, NewSequence, StepPlan, StepResult
+from common.step import ExecutorFacts, Logprobs, NewSequence, Scored, StepPlan, StepResult
 from common.types import MAX_SLOTS, BlockId, SlotRef, slot_ref
 from protos import executor_pb2 as pb
 from services import codec_link
@@ -44,7 +44,26 @@ SAMPLING = st.builds(
     top_p=st.floats(0, 1, exclude_min=True, width=32),
     min_p=st.floats(0, 1, width=32),
     seed=U64,
+    typical_p=st.floats(0, 1, exclude_min=True, width=32),
+    repetition_penalty=st.floats(2.0**-100, 2.0**100, width=32),
+    presence_penalty=st.floats(-2, 2, width=32),
+    frequency_penalty=st.floats(-2, 2, width=32),
+    logit_bias=st.lists(st.tuples(U32, st.floats(-100, 100, width=32)), max_size=3).map(tuple),
+    allowed_token_ids=st.lists(U32, max_size=3).map(tuple),
+    banned_token_ids=st.lists(U32, max_size=3).map(tuple),
+    bad_words=st.lists(st.lists(U32, min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
+    logprobs=st.none() | U32,
+    prompt_logprobs=st.none() | U32,
 )
+
+LOGPROB = st.floats(-1000, 0, width=32) | st.just(-math.inf)
+TOPS = st.lists(st.tuples(U32, LOGPROB), max_size=3)
+SCORED = st.builds(
+    lambda ref, position, token, top: Scored(
+        ref, position, Logprobs(token, tuple(id for id, _ in top), tuple(value for _, value in top))
+    ),
+    U32, U32, LOGPROB, TOPS,
+)  # fmt: skip
 
 
 @st.composite
@@ -61,6 +80,7 @@ def new_sequences(draw: st.DrawFn) -> NewSequence:
         choice=draw(U32),
         max_tokens=draw(U32),
         stop_token_ids=tuple(draw(st.lists(U32, max_size=4))),
+        min_tokens=draw(U32),
     )
 
 
@@ -94,6 +114,7 @@ def results(draw: st.DrawFn) -> StepResult:
         failed=draw(st.lists(U32, max_size=8)),
         compute_ns=draw(U64),
         idle_ns=draw(U64),
+        scored=draw(st.lists(SCORED, min_size=1, max_size=4)) if draw(st.booleans()) else (),
     )
 
 
@@ -400,3 +421,28 @@ def test_an_impossible_fact_is_refused_by_name(name: str, value: int | bytes | s
     with pytest.raises(WireError) as caught:
         facts_from_pb(hello)
     assert caught.value.field == name
+
+
+def a_scored_result() -> pb.StepResult:
+    scored = [Scored(slot_ref(1, 0), 5, Logprobs(-0.5, (7, 8), (-0.25, -0.5))), Scored(slot_ref(2, 0), 9, Logprobs(-1))]
+    return result_to_pb(StepResult(step=0, scored=scored), session=1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["scored_refs", "scored_positions", "scored_logprobs", "top_counts", "top_token_ids", "top_logprobs"],
+)
+def test_scores_with_a_cut_or_a_missing_number_are_refused_by_name(name: str) -> None:
+    for end in (-1, -4):
+        message = a_scored_result()
+        setattr(message, name, getattr(message, name)[:end])
+
+        with pytest.raises(WireError) as caught:
+            result_from_pb(message)
+        assert end == -4 or caught.value.field == name
+
+
+def test_a_result_that_scores_nothing_carries_no_column_for_it() -> None:
+    message = result_to_pb(StepResult(step=0, refs=[slot_ref(1, 0)], tokens=[3], indices=[0]), session=1)
+
+    assert message.ByteSize() == len(b"\x08\x01") + 3 * 6

@@ -14,14 +14,36 @@ from hypothesis import strategies as st
 
 from common.errors import InvalidRequest
 from common.sampling import MAX_SEED, RequestLimits, SamplingParams
+from common.step import Logprobs
 from common.types import FinishReason, Priority
 from protos import inference_pb2 as pb
-from services.answer import Delta, Finish, Usage
-from services.codec_public import delta_pb, fill_finish, finish_pb, input_from_pb, request_from_pb, token_ids
+from services.answer import Delta, Finish, PromptLogprobs, Usage
+from services.codec_public import (
+    delta_pb,
+    fill_finish,
+    finish_pb,
+    input_from_pb,
+    prompt_logprobs_pb,
+    request_from_pb,
+    token_ids,
+)
 from services.request import Chat, GenerateSpec, Message, Text, TokenIds
 
 LIMITS = RequestLimits(
-    max_choices=4, max_stop_strings=3, max_stop_string_bytes=5, max_stop_token_ids=2, max_temperature=2.0
+    max_choices=4,
+    max_stop_strings=3,
+    max_stop_string_bytes=5,
+    max_stop_token_ids=2,
+    max_temperature=2.0,
+    min_repetition_penalty=0.5,
+    max_repetition_penalty=3.0,
+    max_penalty=1.5,
+    max_logit_biases=2,
+    max_logit_bias=10.0,
+    max_listed_token_ids=3,
+    max_bad_words=2,
+    max_bad_word_bytes=4,
+    max_logprobs=3,
 )
 VOCAB_SIZE = 100
 
@@ -41,8 +63,8 @@ def refused(request: Request) -> InvalidRequest:
     return caught.value
 
 
-def sampling(**values: float) -> pb.GenerateRequest:
-    return pb.GenerateRequest(text="hi", sampling=pb.SamplingParams(**values))  # type: ignore[arg-type]
+def sampling(**values: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(text="hi", sampling=pb.SamplingParams(**values))
 
 
 def stopping(**values: Any) -> pb.GenerateRequest:
@@ -121,8 +143,27 @@ def test_every_field_reaches_the_value(kind: type[Request]) -> None:
         request_id="r",
         model="m",
         text="hi",
-        sampling=pb.SamplingParams(temperature=0.1, top_k=5, top_p=0.2, min_p=0.3, seed=7, n=2),
-        stopping=pb.StopConditions(max_tokens=9, stop=["a", "b"], stop_token_ids=[3], ignore_eos=True),
+        sampling=pb.SamplingParams(
+            temperature=0.1,
+            top_k=5,
+            top_p=0.2,
+            min_p=0.3,
+            seed=7,
+            n=2,
+            typical_p=0.4,
+            repetition_penalty=1.1,
+            presence_penalty=-0.1,
+            frequency_penalty=0.7,
+            logit_bias={8: -0.3, 2: 10},
+            allowed_token_ids=[3, 1],
+            banned_token_ids=[5, 4],
+            bad_words=["x", " y"],
+            logprobs=0,
+            prompt_logprobs=3,
+        ),
+        stopping=pb.StopConditions(
+            max_tokens=9, stop=["a", "b"], stop_token_ids=[3], ignore_eos=True, min_tokens=4, include_stop=True
+        ),
         skip_special_tokens=False,
     )
 
@@ -130,13 +171,31 @@ def test_every_field_reaches_the_value(kind: type[Request]) -> None:
         request_id="r",
         model="m",
         input=Text(text="hi"),
-        sampling=SamplingParams(temperature=0.1, top_k=5, top_p=0.2, min_p=0.3, seed=7),
+        sampling=SamplingParams(
+            temperature=0.1,
+            top_k=5,
+            top_p=0.2,
+            min_p=0.3,
+            seed=7,
+            typical_p=0.4,
+            repetition_penalty=1.1,
+            presence_penalty=-0.1,
+            frequency_penalty=0.7,
+            logit_bias=((2, 10.0), (8, -0.3)),
+            allowed_token_ids=(3, 1),
+            banned_token_ids=(5, 4),
+            logprobs=0,
+            prompt_logprobs=3,
+        ),
         n=2,
         max_tokens=9,
         stop_token_ids=(3,),
         stop_strings=("a", "b"),
         ignore_eos=True,
         skip_special_tokens=False,
+        bad_words=("x", " y"),
+        min_tokens=4,
+        include_stop=True,
     )
 
 
@@ -195,6 +254,10 @@ def test_a_float_is_taken_inside_its_range_and_refused_by_name_outside(value: fl
         ("temperature", [0.0, 2.0], [-1e-6, 2.001, math.nan, math.inf, -math.inf]),
         ("top_p", [1e-6, 1.0], [0.0, -0.1, 1.001, math.nan, math.inf, -math.inf]),
         ("min_p", [0.0, 1.0], [-1e-6, 1.001, math.nan, math.inf, -math.inf]),
+        ("typical_p", [1e-6, 1.0], [0.0, -0.1, 1.001, math.nan, math.inf, -math.inf]),
+        ("repetition_penalty", [0.5, 3.0], [0.0, 0.49, -1.0, 3.001, math.nan, math.inf, -math.inf]),
+        ("presence_penalty", [-1.5, 0.0, 1.5], [-1.501, 1.501, math.nan, math.inf, -math.inf]),
+        ("frequency_penalty", [-1.5, 0.0, 1.5], [-1.501, 1.501, math.nan, math.inf, -math.inf]),
     ],
 )
 def test_a_float_at_its_limit_is_taken_and_the_next_is_refused(
@@ -204,6 +267,13 @@ def test_a_float_at_its_limit_is_taken_and_the_next_is_refused(
         assert getattr(spec_of(sampling(**{name: value})).sampling, name) == value
     for value in outside:
         assert refused(sampling(**{name: value})).field == name
+
+
+@pytest.mark.parametrize("bias", [-10.001, 10.001, math.nan, math.inf, -math.inf])
+def test_a_bias_beyond_its_limit_is_refused(bias: float) -> None:
+    error = refused(sampling(logit_bias={3: 10.0, 4: bias}))
+
+    assert str(error).startswith("logit_bias: must be in [-10, 10], got ")
 
 
 @given(st.decimals(0, 2, places=3))
@@ -324,6 +394,44 @@ def test_stop_token_ids_beyond_their_limits_are_refused(ids: list[int]) -> None:
     assert refused(stopping(stop_token_ids=ids)).field == "stop_token_ids"
 
 
+# ---- lists of tokens and words
+
+
+def test_lists_at_their_limits_are_taken() -> None:
+    asked = {"allowed_token_ids": [0, 99, 1], "banned_token_ids": [2, 3, 4], "bad_words": ["1234", "é"]}
+    spec = spec_of(sampling(**asked, logit_bias={0: -10, 99: 10}))
+
+    assert spec.sampling.allowed_token_ids == (0, 99, 1)
+    assert spec.sampling.banned_token_ids == (2, 3, 4)
+    assert spec.sampling.logit_bias == ((0, -10), (99, 10))
+    assert spec.bad_words == ("1234", "é")
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        ({"logit_bias": {1: 1, 2: 1, 3: 1}}, "logit_bias: at most 2, got 3"),
+        ({"logit_bias": {100: 1}}, "logit_bias: must be in [0, 100), got 100"),
+        ({"allowed_token_ids": [1, 2, 3, 4]}, "allowed_token_ids: at most 3, got 4"),
+        ({"allowed_token_ids": [1, 100]}, "allowed_token_ids: must be in [0, 100), got 100"),
+        ({"banned_token_ids": [1, 2, 3, 4]}, "banned_token_ids: at most 3, got 4"),
+        ({"banned_token_ids": [100]}, "banned_token_ids: must be in [0, 100), got 100"),
+        (
+            {"allowed_token_ids": [1, 2], "banned_token_ids": [3, 2]},
+            "banned_token_ids: must not be in allowed_token_ids too, got 2",
+        ),
+        ({"bad_words": ["a", "b", "c"]}, "bad_words: at most 2, got 3"),
+        ({"logprobs": 4}, "logprobs: must be in [0, 3], got 4"),
+        ({"prompt_logprobs": 4}, "prompt_logprobs: must be in [0, 3], got 4"),
+        ({"bad_words": [""]}, "bad_words: each string must have 1 to 4 bytes, got 0"),
+        ({"bad_words": ["ok", "ééé"]}, "bad_words: each string must have 1 to 4 bytes, got 6"),
+    ],
+    ids=str,
+)
+def test_a_list_beyond_its_limits_is_refused_by_name(asked: dict[str, Any], problem: str) -> None:
+    assert str(refused(sampling(**asked))) == problem
+
+
 # ---- request ids
 
 
@@ -357,7 +465,36 @@ def a_finish(reason: FinishReason, stop: str | None = None, token: int | None = 
 def test_a_delta_tells_all_it_has() -> None:
     delta = Delta(choice=1, index=7, token_ids=[5, 6], text="hi")
 
-    assert delta_pb(delta) == pb.Delta(choice=1, index=7, token_ids=[5, 6], text="hi")
+    assert delta_pb(delta, spell) == pb.Delta(choice=1, index=7, token_ids=[5, 6], text="hi")
+
+
+def spell(token: int) -> bytes:
+    return bytes((token,))
+
+
+def test_log_probabilities_come_with_the_text_of_their_tokens() -> None:
+    scores = [Logprobs(-0.5, (6, 5), (-0.25, -0.5)), None]
+    delta = Delta(choice=1, index=7, token_ids=[5, 6], text="hi", logprobs=scores)
+
+    assert list(delta_pb(delta, spell).logprobs) == [
+        pb.TokenLogprobs(
+            token=pb.TokenLogprob(token_id=5, logprob=-0.5, text=b"\x05"),
+            top=[
+                pb.TokenLogprob(token_id=6, logprob=-0.25, text=b"\x06"),
+                pb.TokenLogprob(token_id=5, logprob=-0.5, text=b"\x05"),
+            ],
+        ),
+        pb.TokenLogprobs(token=pb.TokenLogprob(token_id=6, text=b"\x06")),
+    ]
+
+
+def test_a_part_of_the_prompt_says_where_it_begins() -> None:
+    part = PromptLogprobs(index=256, token_ids=[5], logprobs=[Logprobs(-0.5)])
+
+    message = prompt_logprobs_pb(part, spell)
+
+    token = pb.TokenLogprob(token_id=5, logprob=-0.5, text=b"\x05")
+    assert message == pb.PromptLogprobs(index=256, logprobs=[pb.TokenLogprobs(token=token)])
 
 
 @pytest.mark.parametrize("reason", [reason for reason in FinishReason if reason is not FinishReason.NONE])

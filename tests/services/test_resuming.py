@@ -16,7 +16,7 @@ from common.errors import PagewireError, RequestFailed, SlowReader, Superseded, 
 from common.model_folder import ModelFolder, read_model_folder
 from common.sampling import RequestLimits
 from common.types import FinishReason
-from executor.fake_runner import FakeRunner, NextToken, position_token, prefix_hash_token
+from executor.fake_runner import FakeRunner, NextToken, fake_logprobs, position_token, prefix_hash_token
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from scheduler.scheduler import Scheduler, SchedulerLimits
@@ -76,6 +76,8 @@ class Heard:
     text: dict[int, str] = field(default_factory=dict[int, str])
     tickets: dict[int, bytes] = field(default_factory=dict[int, bytes])
     ends: dict[int, pb.Finish] = field(default_factory=dict[int, pb.Finish])
+    logprobs: dict[int, list[pb.TokenLogprobs]] = field(default_factory=dict[int, list[pb.TokenLogprobs]])
+    prompt_logprobs: list[pb.TokenLogprobs] = field(default_factory=list[pb.TokenLogprobs])
 
     def hear(self, message: pb.GenerateStreamResponse) -> None:
         kind = message.WhichOneof("event")
@@ -93,6 +95,10 @@ class Heard:
             self.tokens[delta.choice] += delta.token_ids
             self.text[delta.choice] += delta.text
             self.tickets[delta.choice] = delta.ticket
+            self.logprobs.setdefault(delta.choice, []).extend(delta.logprobs)
+        elif kind == "prompt_logprobs":
+            assert not self.tokens[0] and message.prompt_logprobs.index == len(self.prompt_logprobs)
+            self.prompt_logprobs += message.prompt_logprobs.logprobs
         else:
             assert message.finish.choice not in self.ends
             self.ends[message.finish.choice] = message.finish
@@ -653,5 +659,98 @@ def test_a_request_that_was_given_up_while_nobody_read_is_not_tried_again(model:
             again = server.resume(asked) if resumes else server.generate(asked.request)
             assert isinstance(await refused(again), RequestFailed)
             assert server.engine.num_requests == 0
+
+    run(test())
+
+
+def scored(max_tokens: int, *, n: int = 1, prompt: list[int] = PROMPT, **changes: object) -> pb.GenerateStreamRequest:
+    asked = request(max_tokens, n=n, **changes)
+    asked.token_ids.ids[:] = prompt
+    asked.sampling.logprobs, asked.sampling.prompt_logprobs = 2, 1
+    return asked
+
+
+def told(tokens: list[int], num_top: int, *, first: bool = False) -> list[tuple[float | None, list[int]]]:
+    """What the fake model says of each token; with `first`, nothing of the first."""
+    return [
+        (None, []) if first and not n else (fake_logprobs(token, num_top).token, list(range(num_top)))
+        for n, token in enumerate(tokens)
+    ]
+
+
+def heard_of(logprobs: list[pb.TokenLogprobs]) -> list[tuple[float | None, list[int]]]:
+    return [
+        (each.token.logprob if each.token.HasField("logprob") else None, [top.token_id for top in each.top])
+        for each in logprobs
+    ]
+
+
+@pytest.mark.parametrize("length", [1, 3, 300])
+def test_each_token_comes_with_its_log_probability_and_the_prompt_before_them(model: ModelFolder, length: int) -> None:
+    async def test() -> None:
+        prompt = [n % 100 for n in range(length)]
+        heard = Heard(scored(10, n=2, prompt=prompt))
+        async with serving(model) as server:
+            server.join()
+            await heard.rest(server.generate(heard.request))
+
+        assert heard_of(heard.prompt_logprobs) == told(prompt, 1, first=True)
+        assert [each.token.token_id for each in heard.prompt_logprobs] == prompt
+        for choice in range(2):
+            assert heard_of(heard.logprobs[choice]) == told(heard.tokens[choice], 2)
+
+    run(test())
+
+
+def test_a_stream_that_goes_on_elsewhere_tells_of_its_new_tokens(model: ModelFolder) -> None:
+    async def test() -> None:
+        heard = Heard(scored(20, n=2))
+        async with serving(model) as first:
+            first.join(steps=8)
+            await heard.until(first.generate(heard.request), 4)
+        assert 4 <= len(heard.tokens[0]) < 20
+        before = len(heard.prompt_logprobs)
+        async with serving(model) as second:
+            second.join()
+            await heard.rest(second.resume(heard.to_resume()))
+
+        assert before == len(heard.prompt_logprobs) == len(PROMPT)
+        for choice in range(2):
+            assert heard_of(heard.logprobs[choice]) == told(heard.tokens[choice], 2)
+
+    run(test())
+
+
+def test_who_takes_a_running_request_over_from_its_beginning_is_told_all_of_it_again(model: ModelFolder) -> None:
+    async def test() -> None:
+        asked = scored(12, request_id="r", resumable=True)
+        asked.sampling.seed = 1
+        first, second = Heard(asked), Heard(asked)
+        async with serving(model) as server:
+            link = server.join(steps=5)
+            await first.until(server.generate(asked), 4)
+            call = server.generate(asked)
+            await second.until(call, 4)
+            link.allow(100)
+            await second.rest(call)
+
+        assert heard_of(second.prompt_logprobs) == told(PROMPT, 1, first=True)
+        assert heard_of(second.logprobs[0]) == told(second.tokens[0], 2)
+        assert len(second.tokens[0]) == 12
+
+    run(test())
+
+
+def test_a_stop_string_cuts_the_log_probabilities_with_its_tokens(model: ModelFolder) -> None:
+    async def test() -> None:
+        heard = Heard(scored(12))
+        heard.request.stopping.stop.append("&")  # position 5, in the tokenizer of the fake model
+        async with serving(model) as server:
+            server.join(next_token=position_token)
+            await heard.rest(server.generate(heard.request))
+
+        assert heard.tokens[0] == [3, 4, 5]
+        assert heard_of(heard.logprobs[0]) == told([3, 4, 5], 2)
+        assert [each.token.text for each in heard.logprobs[0]] == [b"$", b"%", b"&"]
 
     run(test())

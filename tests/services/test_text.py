@@ -355,6 +355,21 @@ def test_any_cutting_of_a_text_ends_it_at_the_same_place(stops: list[str], piece
     assert fold(stops, pieces) == fold(stops, [text]) == fold(stops, list(text)) == first_match(stops, text)
 
 
+@given(
+    stops=st.lists(st.text("ab", min_size=1, max_size=6), max_size=4), early=st.text("ab", max_size=9), late=short_text
+)
+def test_a_match_that_may_not_end_the_text_is_passed_over(stops: list[str], early: str, late: str) -> None:
+    matcher = StopMatcher(stops)
+    seen = "".join(matcher.push(letter, may_end=False)[0] for letter in early)
+    told, matched = matcher.push(late)
+
+    text = early + late
+    ends = range(len(early) + 1, len(text) + 1)
+    found = min(((end, -len(stop), stop) for stop in stops for end in ends if text[:end].endswith(stop)), default=None)
+    assert seen + told + matcher.flush() == (text if found is None else text[: found[0] + found[1]])
+    assert matched == (None if found is None else found[2])
+
+
 @given(stops=st.lists(st.text("ab", min_size=1, max_size=6), max_size=4), text=short_text)
 def test_what_is_held_back_is_the_longest_end_that_a_stop_string_begins_with(stops: list[str], text: str) -> None:
     matcher = StopMatcher(stops)
@@ -364,3 +379,20 @@ def test_what_is_held_back_is_the_longest_end_that_a_stop_string_begins_with(sto
     if matched is None:
         beginnings = {stop[:length] for stop in stops for length in range(len(stop))} | {""}
         assert matcher.flush() == max((end for end in beginnings if text.endswith(end)), key=len)
+
+
+@every_tokenizer
+def test_the_texts_of_tokens_make_the_whole_but_for_spaces(build: Callable[[], tokenizers.Tokenizer]) -> None:
+    tokenizer = tokenizer_of(build)
+    ids = tokenizer.encode("the quick fox, a  b", add_special_tokens=False)
+
+    spelled = b"".join(map(tokenizer.bytes_of, ids)).decode(errors="replace")
+
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    assert "".join(spelled.split()) == "".join(whole.split())
+    if tokenizer.spelling(skip_special_tokens=False) is not None:
+        assert spelled == whole
+
+
+def test_a_token_that_there_is_not_has_no_text() -> None:
+    assert tokenizer_of(byte_level_bpe).bytes_of(100_000) == b""

@@ -1,0 +1,84 @@
+"""What a request asks of its logits, done to the sampled rows before a token is chosen. In place, numpy only.
+
+The order is that of Transformers' processors (transformers/generation/utils.py, _get_logits_processor):
+
+  1. logit_bias                           SequenceBiasLogitsProcessor
+  2. repetition_penalty                   RepetitionPenaltyLogitsProcessor: over prompt and output
+  3. presence_penalty, frequency_penalty  over the output. Transformers has neither; vLLM, like us, after the second
+  4. bad_words                            NoBadWordsLogitsProcessor: they may begin in the prompt
+  5. min_tokens                           MinNewTokensLengthLogitsProcessor, for every token that ends the sequence
+  6. banned_token_ids                     SuppressTokensLogitsProcessor
+  7. allowed_token_ids                    what PrefixConstrainedLogitsProcessor does with a list that never changes
+
+and then, where a token is drawn, executor/sampler.py: temperature, top-k, top-p, min-p, typical-p.
+
+4 to 7 take tokens away, so among them the order does not matter, and bad words go last here: where nothing would be
+left, they do not count in that step. (That 5 to 7 leave something is checked where the request comes in.)
+
+All of it is a function of the known tokens, which the resident tables hold, and of nothing else. So it is the same
+after a preemption, on another executor, and in a stream that was resumed.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from executor.resident import Resident
+from executor.token_rules import TokenRules
+
+_NEVER: Final = np.float32(-np.inf)
+
+
+def edit(logits: NDArray[np.float32], held: Resident, slots: NDArray[np.int64]) -> None:
+    """Apply the controls of each row's sequence. logits (S, vocab_size) are changed; slots (S,) says whose they are.
+
+    Called before the new tokens are known. Rows are worked one by one, as the sampler does: a sequence's tokens lie
+    side by side, and to gather those of many rows first takes longer than the calls that it would save.
+    """
+    if not held.controlled:
+        return
+    for row, slot in enumerate(slots.tolist()):
+        if slot in held.controlled:
+            _edit(logits[row], held, slot)
+
+
+def _edit(row: NDArray[np.float32], held: Resident, slot: int) -> None:
+    known, num_prompt, rules = int(held.num_tokens[slot]), int(held.num_prompt[slot]), held.rules[slot]
+    tokens = held.token_ids[slot, :known]
+    if rules is not None and len(rules.biased):
+        row[rules.biased] += rules.biases
+    if (penalty := held.repetition_penalty[slot]) != 1:
+        _penalise_repetition(row, tokens, np.float32(penalty))
+    presence, frequency = held.presence_penalty[slot], held.frequency_penalty[slot]
+    if presence or frequency:
+        said, counts = np.unique(tokens[num_prompt:], return_counts=True)
+        row[said] -= (presence + frequency * counts).astype(np.float32)
+    if rules is not None:
+        _take_away(row, tokens, known - num_prompt, rules)
+
+
+def _penalise_repetition(row: NDArray[np.float32], tokens: NDArray[np.int32], penalty: np.float32) -> None:
+    values = row[tokens]
+    # a token that is there twice is read twice before it is written twice: the penalty counts once
+    row[tokens] = np.where(values < 0, values * penalty, values / penalty)
+
+
+def _take_away(row: NDArray[np.float32], tokens: NDArray[np.int32], num_output: int, rules: TokenRules) -> None:
+    """Tokens that may not be chosen: their logits become -inf."""
+    if num_output < rules.min_tokens:
+        row[rules.ends] = _NEVER
+    row[rules.banned] = _NEVER
+    if len(rules.allowed):
+        kept = row[rules.allowed]
+        row.fill(_NEVER)
+        row[rules.allowed] = kept
+    if rules.bad_words.longest:
+        bad = rules.bad_words.next(tokens[-rules.bad_words.longest :].tolist())
+        if bad:
+            kept = row[bad]
+            row[bad] = _NEVER
+            if row.max() == _NEVER:
+                row[bad] = kept
