@@ -18,6 +18,7 @@ _CANNOT_RAISE: Final = frozenset({"before_ready"})
 _RARE: Final = frozenset({
     *AS_IT_STARTS, "before_block_copy", "on_drain", "in_heartbeat", "mid_drain", "before_welcome", "on_preempt",
     "on_prefix_hit", "before_admit", "after_admit", "before_block_free", "before_end_chunk", "on_resume_verify",
+    "before_resume", "mid_resume",
 })  # fmt: skip
 """Places that are passed about once a second, or once: who waits for the twentieth time waits long."""
 
