@@ -157,7 +157,7 @@ def test_controls_hold_when_blocks_run_out(server: Cluster, tiny: Path, tmp_path
 
 def test_controls_hold_when_an_executor_is_killed(server: Cluster, tiny: Path, tmp_path: Path) -> None:
     asked = ["frequency", "words", "banned", "everything"]
-    long = {"max_tokens": 400, "logprobs": 1}
+    long: dict[str, Any] = {"max_tokens": 400, "logprobs": 1}
     undisturbed = [ask(server, **{**MIXED[name], **long}) for name in asked]
     running = Cluster(tiny, tmp_path, flags=["--log-format=json"])
     try:

@@ -35,7 +35,8 @@ def mutations_in(namespace: Mapping[str, Any]) -> Iterator[Mutation]:
         if callable(value) and getattr(value, "__module__", "") == namespace["__name__"] and not name.startswith("_"):
             annotations = getattr(value, "__annotations__", {})
             if list(annotations) == ["patch", "return"]:
-                yield Mutation(value)
+                plant: Any = value
+                yield Mutation(plant)
 
 
 @contextmanager

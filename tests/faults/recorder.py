@@ -13,8 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from grpc import aio
+
 from pagewire import AsyncClient, AsyncStream
 from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc
+from services.grpc_options import client_options
 from tests.faults.checker import Expected, StreamChecker
 
 
@@ -51,6 +55,24 @@ class ClientSource:
 
     async def close(self) -> None:
         await self._client.close()
+
+
+class RawSource:
+    """The generated stub, as any language has it: a server that dies is the end of the stream."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = aio.insecure_channel(address, options=client_options())
+        self._stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(
+            self._channel
+        )
+
+    async def stream(self, request: pb.GenerateStreamRequest) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        """The messages as they come."""
+        async for message in self._stub.GenerateStream(request):
+            yield message
+
+    async def close(self) -> None:
+        await self._channel.close()
 
 
 def _finishes(stream: AsyncStream, told: set[int]) -> list[pb.GenerateStreamResponse]:
