@@ -44,7 +44,6 @@ SEEN_BY: Final[dict[str, int]] = {
     "a resumed stream is computed from its prompt alone": 0,
     "a row that is not finite takes its step with it": 12,
     "a scheduler that leaves drops what it has": 75,
-    "a scheduler that was replaced makes itself the latest": 53,
     "a slow reader loses what came before": 0,
     "a stop string is looked for behind the cut alone": 81,
     "a stop string that comes in two pieces is missed": 1,

@@ -283,10 +283,6 @@ def an_executor_forgets_which_scheduler_was_the_last(patch: Patch) -> None:
     patch(ExecutorService, "_epoch", property(lambda self: 0, lambda self, epoch: None))
 
 
-def a_scheduler_that_was_replaced_makes_itself_the_latest(patch: Patch) -> None:
-    patch(ExecutorLinkService, "_welcomed", property(lambda self: False, lambda self, welcomed: None))
-
-
 def a_name_goes_to_the_executor_that_came_last(patch: Patch) -> None:
     enter = ExecutorLinkService._enter
 

@@ -13,6 +13,7 @@ from scheduler import line
 from services import gate, handlers
 from services.caller import ANONYMOUS
 from services.engine import Engine
+from services.link_service import ExecutorLinkService
 from services.live_requests import LiveRequest
 from services.status import RpcStatus, internal_status
 from tests.faults.planting import Mutation, Patch
@@ -50,6 +51,10 @@ def a_scheduler_that_leaves_takes_new_requests(patch: Patch) -> None:
 
 def a_reader_with_other_tokens_is_given_what_runs(patch: Patch) -> None:
     patch(LiveRequest, "holds", lambda self, begun: True)
+
+
+def a_scheduler_that_was_replaced_makes_itself_the_latest(patch: Patch) -> None:
+    patch(ExecutorLinkService, "_welcomed", property(lambda self: False, lambda self, welcomed: None))
 
 
 def the_client_tells_again_what_it_has_told(patch: Patch) -> None:
@@ -100,12 +105,17 @@ MUTATIONS: Final[list[Mutation]] = [
         _SERVICES + "test_resuming.py::test_what_runs_here_ends_when_its_reader_comes_back_with_other_tokens",
     ),
     Mutation(
+        a_scheduler_that_was_replaced_makes_itself_the_latest,
+        _SERVICES + "test_link_service.py::test_a_scheduler_that_was_replaced_does_not_take_its_executors_back",
+    ),
+    Mutation(
         the_client_tells_again_what_it_has_told,
         _SERVICES + "test_client.py::test_what_was_told_already_is_not_told_again",
     ),
     Mutation(
         the_client_tries_again_at_once,
-        _SERVICES + "test_client.py::test_delays_double_up_to_two_seconds_and_begin_anew_after_a_message",
+        _SERVICES
+        + "test_client.py::test_delays_double_up_to_half_a_second_where_nobody_is_and_begin_anew_after_a_message",
     ),
     Mutation(
         the_client_has_no_budget_for_retries,
