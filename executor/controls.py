@@ -27,9 +27,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from executor.resident import Resident
+from executor.sampler import SamplingColumns
 from executor.token_rules import TokenRules
 
 _NEVER: Final = np.float32(-np.inf)
+
+
+def columns(held: Resident, slots: NDArray[np.int64], indices: NDArray[np.int64]) -> SamplingColumns | None:
+    """How the rows of `slots` (S,) are sampled, each at its output index; None when all of them are greedy."""
+    temperature = held.temperature[slots]
+    if not temperature.any():
+        return None
+    return SamplingColumns(
+        temperature=temperature,
+        top_k=held.top_k[slots],
+        top_p=held.top_p[slots],
+        min_p=held.min_p[slots],
+        typical_p=held.typical_p[slots],
+        seed=held.seed[slots],
+        choice=held.choice[slots],
+        index=indices,
+    )
 
 
 def edit(logits: NDArray[np.float32], held: Resident, slots: NDArray[np.int64]) -> None:

@@ -23,7 +23,7 @@ from common.types import SlotRef, slot_of
 from executor.attention import choose
 from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.batch import InputBatch, build_batch
-from executor.controls import edit
+from executor.controls import columns, edit
 from executor.determinism import class_of
 from executor.kv_cache import KvCache, SlabFormat, block_bytes, fit_slab, free_bytes
 from executor.llama import LlamaModel
@@ -33,7 +33,7 @@ from executor.logprobs import score
 from executor.native.library import INT4, INT8, native
 from executor.resident import Resident
 from executor.runner import Report
-from executor.sampler import Choice, SamplingColumns, sample
+from executor.sampler import Choice, sample
 from executor.token_pool import TokenPool
 
 _log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class ModelRunner:
             asking = self._who_is_scored(batch)
             raw = values[asking] if asking else values  # a copy: what is asked for is of the model's own logits
             edit(values, self._resident, batch.sampled_slots)
-            chosen = sample(values, self._how(batch))
+            chosen = sample(values, columns(self._resident, batch.sampled_slots, batch.sampled_indices))
             if asking:
                 scored = self._score_sampled(batch, asking, raw, chosen)
             if len(batch.scored_slots):
@@ -241,23 +241,6 @@ class ModelRunner:
                 logprobs = score(row, int(held.token_ids[slot, position]), int(held.prompt_logprobs[slot]))
                 scored.append(Scored(SlotRef(int(held.refs[slot])), position, logprobs))
         return scored
-
-    def _how(self, batch: InputBatch) -> SamplingColumns | None:
-        """How the rows are sampled; None when all of them are greedy."""
-        held, slots = self._resident, batch.sampled_slots
-        temperature = held.temperature[slots]
-        if not temperature.any():
-            return None
-        return SamplingColumns(
-            temperature=temperature,
-            top_k=held.top_k[slots],
-            top_p=held.top_p[slots],
-            min_p=held.min_p[slots],
-            typical_p=held.typical_p[slots],
-            seed=held.seed[slots],
-            choice=held.choice[slots],
-            index=batch.sampled_indices,
-        )
 
     def _fast_model(self, loaded: Loaded, backends: list[AttentionBackend], max_model_len: int) -> Forward:
         """The fastest forward that serves this model."""

@@ -196,11 +196,12 @@ class Planner:
             return  # before anybody is looked at
         quarantined = session.is_quarantined(now_ns)
         passed_over: set[str] = set()
-        for sequence in self._line.walk(now_ns, passed_over):
+        # a slot that somebody gave up is for one alone: the rest of the line need not be looked at
+        for sequence in self._line.walk(now_ns, passed_over) if only is None else (only,):
             if draft.budget == 0 or not session.has_slot:
                 return
-            if 0 < sequence.deadline_ns <= now_ns or (only is not None and sequence is not only):
-                continue  # nobody waits for its answer | the slot was not given up for it
+            if 0 < sequence.deadline_ns <= now_ns:
+                continue  # nobody waits for its answer
             if (quarantined or sequence.avoid) and not self._placement.may_come(
                 sequence, session, now_ns, quarantined=quarantined
             ):

@@ -14,15 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common.sampling import SamplingParams
 from common.step import NewSequence, StepPlan
 from common.types import BlockId, slot_ref
-from executor.controls import edit
+from executor.controls import columns, edit
 from executor.logprobs import score
 from executor.resident import Resident
-from executor.sampler import SamplingColumns, sample
+from executor.sampler import sample
 
 _GREEDY = SamplingParams(temperature=0.0)
 _DRAWN = SamplingParams(temperature=1.0, top_p=0.95, seed=3)
@@ -67,22 +66,6 @@ def resident(rows: int, sampling: SamplingParams, *, vocab_size: int, known: int
     return held
 
 
-def columns(held: Resident, slots: NDArray[np.int64]) -> SamplingColumns | None:
-    """As the runner makes them."""
-    if not held.temperature[slots].any():
-        return None
-    return SamplingColumns(
-        temperature=held.temperature[slots],
-        top_k=held.top_k[slots],
-        top_p=held.top_p[slots],
-        min_p=held.min_p[slots],
-        typical_p=held.typical_p[slots],
-        seed=held.seed[slots],
-        choice=held.choice[slots],
-        index=held.num_tokens[slots],
-    )
-
-
 def in_turn(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float]:
     """Median seconds of each, one after the other, so that both meet the same machine."""
     times: tuple[list[float], list[float]] = ([], [])
@@ -101,12 +84,12 @@ def compare(rows: int, sampling: SamplingParams, *, vocab_size: int, known: int,
     logits = (np.random.default_rng(1).standard_normal((rows, vocab_size)) * 3).astype(np.float32)
 
     def before() -> None:
-        sample(logits, columns(held, slots))
+        sample(logits, columns(held, slots, held.num_tokens[slots]))
 
     def now() -> None:
         assert not held.scored and not held.scored_prompts  # what the runner and build_batch ask
         edit(logits, held, slots)
-        sample(logits, columns(held, slots))
+        sample(logits, columns(held, slots, held.num_tokens[slots]))
 
     return in_turn(before, now, rounds)
 
@@ -151,7 +134,7 @@ def compare_controls(
         def run() -> None:
             values = logits.copy()
             edit(values, held, slots)
-            sample(values, columns(held, slots))
+            sample(values, columns(held, slots, held.num_tokens[slots]))
 
         return run
 

@@ -158,19 +158,24 @@ async def rejoined(cluster: Cluster, name: str, *, after: int) -> None:
 # ---- the link of an executor
 
 
+async def survive_every_darkness(running: Cluster, darken: Callable[..., None], light: Callable[[], None]) -> None:
+    """The link of executor-0 goes dark both ways, then up alone, then down alone; each time it comes back."""
+    for up, down in ((True, True), (True, False), (False, True)):
+        async with readings(running, max_tokens=200) as streams:
+            before = await executors(running)
+            darken(up=up, down=down)
+            assert not any(reading.checker.is_complete for reading in streams)
+            while "executor-0" in await executors(running):
+                await asyncio.sleep(0.02)
+        light()
+        await rejoined(running, "executor-0", after=before["executor-0"])
+
+
 def test_streams_go_on_elsewhere_when_a_link_goes_dark_both_ways_or_one_way(running: Cluster) -> None:
     async def scenario() -> None:
         async with behind_a_proxy(running) as proxy:
             await start(running)
-            for up, down in ((True, True), (True, False), (False, True)):
-                async with readings(running, max_tokens=200) as streams:
-                    before = await executors(running)
-                    proxy.blackhole(up=up, down=down)
-                    assert not any(reading.checker.is_complete for reading in streams)
-                    while "executor-0" in await executors(running):
-                        await asyncio.sleep(0.02)
-                proxy.heal()
-                await rejoined(running, "executor-0", after=before["executor-0"])
+            await survive_every_darkness(running, proxy.blackhole, proxy.heal)
 
     run(scenario())
     assert running.counters()["moved"] >= 3
@@ -368,15 +373,7 @@ def test_streams_go_on_elsewhere_when_the_kernel_loses_every_packet(model: Path,
         fake = ("--fake-tokens=hash", "--fake-step-s=0.01")
         await asyncio.to_thread(running.start_executor, *fake, prefix=cable.inside)
         await asyncio.to_thread(running.start_executor, *fake)
-        for up, down in ((True, True), (True, False), (False, True)):
-            async with readings(running, max_tokens=200) as streams:
-                before = await executors(running)
-                cable.darken(up=up, down=down)
-                assert not any(reading.checker.is_complete for reading in streams)
-                while "executor-0" in await executors(running):
-                    await asyncio.sleep(0.02)
-            cable.light()
-            await rejoined(running, "executor-0", after=before["executor-0"])
+        await survive_every_darkness(running, cable.darken, cable.light)
 
     try:
         run(scenario())
