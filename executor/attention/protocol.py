@@ -47,7 +47,7 @@ class AttentionStep:
     query_start_loc: Tensor  # (N + 1,) int64
     seq_lens: Tensor  # (N,) int64
     block_tables: Tensor  # (N, M) int64, or (L, M) int32 with `table_rows`
-    table_rows: Tensor | None = None  # (N,) int32: the line of `block_tables` of each row, where it is not the row's own
+    table_rows: Tensor | None = None  # (N,) int32: each row's line of `block_tables`, where it is not the row's own
     memo: dict[object, object] = field(default_factory=dict)
 
     @classmethod

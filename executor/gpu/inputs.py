@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceTables:
-    """What the device keeps of every sequence: mirrors of the columns of executor/resident.py. L slots, and one more."""
+    """What the device keeps of every sequence: mirrors of columns of executor/resident.py. L slots, and one more."""
 
     token_ids: Tensor  # (L + 1, P) int32, the token pool: P is max_model_len
     block_tables: Tensor  # (L + 1, M) int32
@@ -35,7 +35,7 @@ class StepInputs:
     num_decodes: int  # the first rows, those with one token each
     max_query_len: int
     max_seq_len: int  # an upper bound; in a captured graph that of the longest sequence that can be served
-    token_places: Tensor  # (T,) int32, place in the flattened token pool; may exceed 2**31 nowhere
+    token_places: Tensor  # (T,) int32, place in the flattened token pool
     positions: Tensor  # (T,) int32
     slot_mapping: Tensor  # (T,) int32, -1 for padding
     query_start_loc: Tensor  # (N + 1,) int32
