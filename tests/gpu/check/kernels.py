@@ -380,7 +380,7 @@ def cuts(check: Check) -> Found:
     from executor.gpu.kernels.sampling import sample  # noqa: PLC0415 - imports triton
 
     found = Found()
-    rows, vocabulary = (4, 260) if check.fake else (128, 32_003)
+    rows, vocabulary = (2, 40) if check.fake else (128, 32_003)
     for name, how in {
         "temperature": HowSampled(temperature=0.6),
         "top_k": HowSampled(temperature=1.0, top_k=20),
@@ -421,7 +421,7 @@ def distribution(check: Check) -> Found:
     """How often each token comes, against how often it should: chi-square over its degrees of freedom, 1 if perfect."""
     from executor.gpu.kernels.sampling import sample  # noqa: PLC0415 - imports triton
 
-    rows, vocabulary = (24, 8) if check.fake else (8192, 64)
+    rows, vocabulary = (12, 8) if check.fake else (8192, 64)
     step = _sampled_step(rows, vocabulary, check.device, HowSampled(temperature=0.7))
     inputs = replace(
         step.inputs,

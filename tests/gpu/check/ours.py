@@ -13,8 +13,12 @@ def runner_for(check: Check, folder: Path, *, graphs: bool, **settings: Any) -> 
     from executor.gpu.runner import GpuRunner  # noqa: PLC0415 - imports triton
 
     if check.fake:
+        from executor.attention.triton import TritonAttention  # noqa: PLC0415
         from executor.gpu.device import HostDevice  # noqa: PLC0415
 
+        from executor import attention  # noqa: PLC0415
+
+        attention.BACKENDS = (TritonAttention(interpreted=True),)
         settings |= {
             "device": "cpu",
             "attention_backend": "triton",

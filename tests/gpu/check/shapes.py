@@ -79,7 +79,7 @@ LLAMA_3_8B: Final = Shape(
 TINY_QWEN3: Final = Shape(
     name="tiny Qwen3",
     kind="qwen3",
-    size=ModelShape(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, vocabulary=384),
+    size=ModelShape(layers=1, hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, vocabulary=384),
     tied=True,
     rope_theta=1e6,
     epsilon=1e-6,
@@ -88,7 +88,7 @@ TINY_QWEN3: Final = Shape(
 TINY_LLAMA: Final = Shape(
     name="tiny Llama",
     kind="llama",
-    size=ModelShape(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=1, head_dim=16, vocabulary=384),
+    size=ModelShape(layers=1, hidden=64, intermediate=96, heads=4, kv_heads=1, head_dim=16, vocabulary=384),
     tied=False,
     rope_theta=5e5,
     epsilon=1e-5,

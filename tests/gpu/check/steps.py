@@ -14,7 +14,7 @@ from executor.kv_cache import KvCache
 from tests.gpu.check.floors import step_floor
 from tests.gpu.check.layouts import HowSampled, Layout, layout, random_cache
 from tests.gpu.check.parts import Aim, Check, Found, Part, Skipped
-from tests.gpu.check.shapes import LLAMA_3_8B, QWEN3_0_6B, TINY_LLAMA, TINY_QWEN3, Shape, random_model
+from tests.gpu.check.shapes import LLAMA_3_8B, QWEN3_0_6B, TINY_QWEN3, Shape, random_model
 from tests.gpu.check.timing import capture, device_s, eager_s
 
 STEP_OVER_FLOOR: Final = 1.35  # at 64 rows and more
@@ -32,7 +32,7 @@ _KEPT_FREE: Final = 6 << 30  # bytes: what a prompt of 8192 tokens needs beside 
 def parts(check: Check) -> list[Part]:
     """For each shape: decode steps, prompts, and where the time of a step goes."""
     found: list[Part] = []
-    for shape in (TINY_QWEN3, TINY_LLAMA) if check.fake else (QWEN3_0_6B, LLAMA_3_8B):
+    for shape in (TINY_QWEN3,) if check.fake else (QWEN3_0_6B, LLAMA_3_8B):
         found += [
             Part(name=f"{shape.name}, made", work=partial(made, shape=shape), takes_s=8, limit_s=120),
             *(
@@ -49,7 +49,7 @@ def parts(check: Check) -> list[Part]:
                     work=partial(prefill, shape=shape, tokens=tokens),
                     takes_s=2,
                 )
-                for tokens in ((24,) if check.fake else _PROMPTS)
+                for tokens in ((5,) if check.fake else _PROMPTS)
             ),
             Part(name=f"{shape.name}, where the time goes", work=partial(breakdown, shape=shape), takes_s=4),
         ]
@@ -140,11 +140,12 @@ def prefill(check: Check, *, shape: Shape, tokens: int) -> Found:
 def breakdown(check: Check, *, shape: Shape) -> Found:
     """The kernels of one decode step and of one prompt by the time that they take, from torch's profiler."""
     made, found = _made(check, shape), Found()
-    rows = [(19, 1)] * 2 if check.fake else [(511, 1)] * 64
-    for name, each in {"decode": rows, "prompt": [(0, 24 if check.fake else 2048)]}.items():
+    steps = {"decode": [(511, 1)] * 64, "prompt": [(0, 2048)]}
+    for name, each in {"decode": [(9, 1)]}.items() if check.fake else steps.items():
         step = layout(each, check.device, vocab_size=shape.size.vocabulary, how=_HOW)
         work = _step(made, step)
-        work()
+        if not check.fake:
+            work()  # compiles
         told = _profile(work, check)
         found.values[name] = told
         first = ", ".join(f"{kernel['name'][:40]} {kernel['share']:.0%}" for kernel in told["kernels"][:3])
