@@ -280,7 +280,8 @@ def rope_and_store(check: Check, *, dtype: torch.dtype) -> Found:
             epsilon=1e-6,
             out_query=query,
         )
-        q, k, v = qkv.double().view(tokens, -1, dim).split([heads, kv_heads, kv_heads], dim=1)
+        each = qkv.double().view(tokens, -1, dim)
+        q, k, v = each[:, :heads], each[:, heads : heads + kv_heads], each[:, heads + kv_heads :]
         turned = [
             _rotated(_normed(x, norm), cos_sin[step.inputs.positions.long()])
             for x, norm in ((q, norms[0]), (k, norms[1]))

@@ -121,7 +121,7 @@ def _torchs_own(query: Tensor, kv_heads: int) -> dict[str, Callable[[], object]]
 
     def run(backend: SDPBackend) -> Tensor:
         with sdpa_kernel([backend]):
-            return scaled_dot_product_attention(q, *wide, is_causal=True)
+            return scaled_dot_product_attention(q, wide[0], wide[1], is_causal=True)
 
     if query.device.type != "cuda":
         return {"math": partial(run, SDPBackend.MATH)}

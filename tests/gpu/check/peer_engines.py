@@ -66,11 +66,13 @@ def minisgl(folder: Path) -> Play:
 def transformers(folder: Path) -> Play:
     """Transformers' continuous batching. Its generate_batch has one length for all, so requests are added by hand."""
     import torch  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import GenerationConfig as Config  # noqa: PLC0415
 
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=torch.bfloat16).to("cuda").eval()
-    config = GenerationConfig(
+    config_type: Any = Config
+    config = config_type(
         do_sample=True,
         temperature=TEMPERATURE,
         top_k=0,

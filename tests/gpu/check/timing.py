@@ -58,7 +58,8 @@ def device_s(work: Work, device: torch.device, *, rounds: int = 7) -> float:
 
 def capture(works: Sequence[Work]) -> Any:
     """A graph of these calls, one after the other. They must have run before."""
-    stream = torch.cuda.Stream()
+    cuda: Any = torch.cuda
+    stream = cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for work in works[:2]:
@@ -86,9 +87,10 @@ def _eager_guess_s(works: Sequence[Work]) -> float:
 
 
 def _median_event_s(work: Work, rounds: int) -> float:
-    seconds = []
+    cuda: Any = torch.cuda
+    seconds: list[float] = []
     for _ in range(rounds):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         begin.record()
         work()
         end.record()
