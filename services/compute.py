@@ -119,7 +119,7 @@ class ComputeThread:
             self._waiter.stop()
 
     def _serve(self, runner: Runner) -> None:
-        """Do what the inbox says until it says stop. Plans are launched at once; all else waits for what is in flight."""
+        """Do what the inbox says until it says stop. Plans are launched at once, all else when nothing is in flight."""
         orders: deque[_Order | None] = deque()
         has_spare_work = True
         while True:
