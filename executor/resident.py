@@ -56,7 +56,7 @@ class Rows:
         return spread(self.slots, self.starts, self.counts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Reserved:
     """The rows of one step that sample, their tokens still to come. S rows, in the order of the plan."""
 
@@ -209,14 +209,12 @@ class Resident:
         here = self.refs[slots] == refs
         if not here.all():
             kept_tokens = [token for token, is_here in zip(kept_tokens, here.tolist(), strict=True) if is_here]
-            slots, refs, places = slots[here], refs[here], places[here]
+            slots, places = slots[here], places[here]
         self.token_ids[slots, places] = kept_tokens
         stops = self.stop_token_ids
-        met = [
-            n for n, (slot, token) in enumerate(zip(slots.tolist(), kept_tokens, strict=True)) if token in stops[slot]
-        ]
+        met = [slot for slot, token in zip(slots.tolist(), kept_tokens, strict=True) if token in stops[slot]]
         if met or over:
-            self._end([*over, *refs[met].tolist()])
+            self._end([*over, *self.refs[met].tolist()])
         return sampled
 
     def _end(self, refs: list[SlotRef]) -> None:
