@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
+from itertools import pairwise
 from typing import Any, Final
 
 import torch
 
+from common.sampling import SamplingParams
+from common.step import StepResult
 from tests.gpu.check.driving import blocks_needed, drive
 from tests.gpu.check.ours import runner_for
 from tests.gpu.check.parts import Check, Found, Part
@@ -15,7 +19,7 @@ from tests.gpu.check.server import model_folder
 
 _ROWS: Final = (1, 8, 64, 100, 256)  # numbers of rows that are compared; 100 is not one of a graph
 _BLOCK_SIZE: Final = 16
-_captured: Final[list[Any]] = []  # the runner of the first part, for the second
+_captured: Final[list[Any]] = []  # the runner of the first part, for the others
 
 
 def parts(check: Check) -> list[Part]:
@@ -23,6 +27,7 @@ def parts(check: Check) -> list[Part]:
     return [
         Part(name="capture", work=capture_all, takes_s=20, limit_s=150),
         Part(name="replay equals eager", work=compare, takes_s=8, limit_s=120),
+        Part(name="pace", work=pace, takes_s=5, limit_s=120),
     ]
 
 
@@ -54,10 +59,7 @@ def capture_all(check: Check) -> Found:
 
 def compare(check: Check) -> Found:
     """The same prompts through graphs and without. Of so many rows as a graph has, the numbers are the same ones."""
-    graphed = _captured.pop() if _captured else _runner(check, graphs=True)
-    eager = _runner(check, graphs=False)
-    while graphed.idle():
-        pass
+    graphed, eager = _graphed(check), _runner(check, graphs=False)
     found = Found()
     for rows in (3,) if check.fake else _ROWS:
         prompts = _prompts(rows, check)
@@ -71,6 +73,48 @@ def compare(check: Check) -> Found:
     told = ", ".join(f"{each['same_answers']}/{rows}" for rows, each in found.values.items())
     found.lines.append(f"answers that are the same with and without graphs: {told}")
     return found
+
+
+def pace(check: Check) -> Found:
+    """Milliseconds from result to result while all rows decode: the device's time, and what the host adds to it.
+
+    As a server has it, but for the server: plans are there when they are wanted.
+    """
+    found, runner = Found(), _graphed(check)
+    how = SamplingParams(temperature=0.6, seed=3)
+    for rows in (2,) if check.fake else (1, 64, 256):
+        for in_flight in (2,) if check.fake else (1, 2, 3):
+            seen: list[tuple[float, StepResult]] = []
+            drive(
+                runner,
+                _prompts(rows, check),
+                _count(check),
+                block_size=_BLOCK_SIZE,
+                chunk=64,
+                in_flight=in_flight,
+                sampling=how,
+                together=True,
+                heard=lambda result, seen=seen: seen.append((time.perf_counter(), result)),  # type: ignore[misc]
+            )
+            steps = seen[-(_count(check) - 1) :]
+            gaps = [after - before for (before, _), (after, _) in pairwise(steps)] or [0.0]
+            found.values[f"{rows} rows, {in_flight} in flight"] = {
+                "ms": round(statistics.median(gaps) * 1e3, 3),
+                "compute_ms": round(statistics.median(result.compute_ns for _, result in steps) / 1e6, 3),
+                "idle_ms": round(statistics.median(result.idle_ns for _, result in steps) / 1e6, 3),
+            }
+    told = ", ".join(f"{name} {each['ms']:.2f} ({each['idle_ms']:.2f} idle)" for name, each in found.values.items())
+    found.lines.append(f"ms from result to result: {told}")
+    return found
+
+
+def _graphed(check: Check) -> Any:
+    """The runner with all its graphs."""
+    if not _captured:
+        _captured.append(_runner(check, graphs=True))
+        while _captured[0].idle():
+            pass
+    return _captured[0]
 
 
 def _runner(check: Check, *, graphs: bool) -> Any:
@@ -95,7 +139,7 @@ def _prompts(rows: int, check: Check) -> list[list[int]]:
 
 def _count(check: Check) -> int:
     """Tokens of each answer."""
-    return 2 if check.fake else 8
+    return 2 if check.fake else 24
 
 
 def _summary(runner: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,10 +34,13 @@ def drive(
     chunk: int,
     in_flight: int = 2,
     sampling: SamplingParams = GREEDY,
+    together: bool = False,
+    heard: Callable[[StepResult], None] = lambda _: None,
 ) -> list[list[int]]:
     """Answer all prompts in one session, at most `chunk` tokens of a prompt a step; the tokens of each.
 
-    The first prompt begins alone, the next one a step later, and so on: steps are mixed, and then all decode.
+    The first prompt begins alone, the next one a step later, and so on: steps are mixed, and then all decode. Or all
+    begin together. `heard` is given each result when it is there.
     """
     runner.begin_session()
     waiting = deque(_sequences(prompts, max_tokens, block_size, sampling))
@@ -48,9 +51,9 @@ def drive(
     step = 0
     while waiting or running or launched:
         if len(launched) == in_flight or not (waiting or running):
-            _fold(launched.popleft(), by_ref)
+            heard(_fold(launched.popleft(), by_ref))
             continue
-        new = [waiting.popleft().told] if waiting else []
+        new = [waiting.popleft().told for _ in range(len(waiting) if together else min(1, len(waiting)))]
         running += [by_ref[told.ref] for told in new]
         refs, granted = _rows(running, chunk, max_tokens)
         running = [each for each in running if each.planned < max_tokens]
@@ -72,13 +75,14 @@ def _rows(running: Sequence[_Sequence], chunk: int, max_tokens: int) -> tuple[li
     return refs, granted
 
 
-def _fold(launched: Any, by_ref: dict[SlotRef, _Sequence]) -> None:
+def _fold(launched: Any, by_ref: dict[SlotRef, _Sequence]) -> StepResult:
     launched.wait()
     result: StepResult = launched.result()
     if result.failed:
         raise RuntimeError(f"logits of {len(result.failed)} rows are not finite")
     for ref, token in zip(result.refs, result.tokens, strict=True):
         by_ref[ref].tokens.append(token)
+    return result
 
 
 def _sequences(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -82,22 +83,20 @@ def transformers(folder: Path) -> Play:
         max_new_tokens=1024,
     )
 
+    manager = model.continuous_batching_context_manager(generation_config=config).__enter__()  # until the process ends
+
     def play(workload: Workload) -> int:
-        count = 0
-        with model.continuous_batching_context_manager(generation_config=config, block=True, timeout=5) as manager:
-            for number, request in enumerate(workload.requests):
-                manager.add_request(
-                    list(request.prompt), request_id=f"r{number}", max_new_tokens=request.max_tokens, eos_token_id=-1
-                )
-            left = len(workload.requests)
-            while left:
-                told = manager.get_result(timeout=1)
-                if told is None:
-                    if not manager.is_running():
-                        raise RuntimeError("its thread ended")
-                elif told.is_finished():
-                    left -= 1
-                    count += len(told.generated_tokens)
+        count, left = 0, len(workload.requests)
+        for request in workload.requests:
+            manager.add_request(list(request.prompt), max_new_tokens=request.max_tokens)
+        while left:
+            told = manager.get_result(timeout=1)
+            if told is None:
+                if not manager.is_running():
+                    raise RuntimeError("its thread ended")
+            elif told.is_finished():
+                left -= 1
+                count += len(told.generated_tokens)
         return count
 
     return play
@@ -151,3 +150,4 @@ def _tell(line: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    os._exit(0)  # an engine may have threads that never end

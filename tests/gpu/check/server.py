@@ -30,6 +30,7 @@ from tests.gpu.check.shapes import QWEN3_0_6B, TINY_QWEN3
 IDLE_RATIO: Final = 0.03
 CLIENTS: Final = 8  # processes that share the requests
 RUNS: Final = 3
+_CAPTURE_S: Final = 40.0
 _RUN_S: Final = 20.0  # a run is not begun with less left
 _SETTLE_S: Final = 0.3  # from the last word that clients are ready to their common beginning
 
@@ -92,8 +93,10 @@ def _started(check: Check) -> Iterator[tuple[Cluster, float]]:
 
 async def _measure(check: Check, cluster: Cluster, ready_s: float) -> Found:
     found = Found(values={"ready_s": round(ready_s, 1), "scheduler": SCHEDULER, "executor": EXECUTOR, "runs": []})
+    log = cluster.executors[0].log
     await _play(check, cluster, alone(tiny=check.fake), -1)  # every kernel is compiled, every path was gone once
     await _play(check, cluster, offline(RUNS, tiny=True), RUNS, tiny=True)
+    await _all_captured(log)
     for run in range(1 if check.fake else RUNS):
         if run and check.until_s - time.monotonic() < _RUN_S:
             break
@@ -106,6 +109,7 @@ async def _measure(check: Check, cluster: Cluster, ready_s: float) -> Found:
         "output_tokens_per_s": middle["output_tokens_per_s"],
         "idle_ratio": middle["idle_ratio"],
         "alone": asdict(single),
+        "executor_log": log.read_text(errors="replace").split("\n")[-40:],
     }
     found.lines += [
         f"{middle['output_tokens_per_s']:,.0f} output tokens/s, the middle one of {len(runs)} runs",
@@ -121,6 +125,16 @@ async def _measure(check: Check, cluster: Cluster, ready_s: float) -> Found:
     if any(told["short_of_asked"] for told in runs):
         found.problems.append("answers are shorter than they were asked to be")
     return found
+
+
+async def _all_captured(log: Path) -> None:
+    """Wait until the executor has captured its graphs, which it does while it has nothing else to do."""
+    give_up_s = time.monotonic() + _CAPTURE_S
+    while time.monotonic() < give_up_s:
+        told = [line for line in log.read_text(errors="replace").split("\n") if "decode graphs" in line]
+        if not told or "more when" not in told[-1]:
+            return
+        await asyncio.sleep(0.2)
 
 
 async def _one_run(check: Check, cluster: Cluster, run: int) -> dict[str, Any]:
