@@ -6,6 +6,7 @@ Offline, by the engine's own Python API, with the settings of its own benchmark.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -16,6 +17,8 @@ from typing import Any, Final
 
 from tests.benchmarks.workloads import Workload
 from tests.gpu.check.offline import MAX_MODEL_LEN, NUM_REQUESTS, TEMPERATURE, offline
+
+_until_the_end: Final[list[Any]] = []  # what must not be collected
 
 Play = Callable[[Workload], int]
 """Answer all requests; return how many tokens came."""
@@ -83,7 +86,15 @@ def transformers(folder: Path) -> Play:
         max_new_tokens=1024,
     )
 
-    manager = model.continuous_batching_context_manager(generation_config=config).__enter__()  # until the process ends
+    hints: dict[str, Any] = {}
+    with contextlib.suppress(ImportError):  # what generate_batch finds out for itself
+        from transformers.generation.continuous_batching.utils import WorkloadHints  # noqa: PLC0415
+
+        lengths = {"max_prompt_length": 1024, "max_generated_length": 1024, "num_requests": NUM_REQUESTS}
+        hints["workload_hints"] = WorkloadHints(**lengths)
+    running = model.continuous_batching_context_manager(generation_config=config, **hints)
+    manager = running.__enter__()
+    _until_the_end.append(running)
 
     def play(workload: Workload) -> int:
         count, left = 0, len(workload.requests)

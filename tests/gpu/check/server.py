@@ -109,7 +109,7 @@ async def _measure(check: Check, cluster: Cluster, ready_s: float) -> Found:
         "output_tokens_per_s": middle["output_tokens_per_s"],
         "idle_ratio": middle["idle_ratio"],
         "alone": asdict(single),
-        "executor_log": log.read_text(errors="replace").split("\n")[-40:],
+        "executor_log": _lines(log)[-40:],
     }
     found.lines += [
         f"{middle['output_tokens_per_s']:,.0f} output tokens/s, the middle one of {len(runs)} runs",
@@ -131,7 +131,7 @@ async def _all_captured(log: Path) -> None:
     """Wait until the executor has captured its graphs, which it does while it has nothing else to do."""
     give_up_s = time.monotonic() + _CAPTURE_S
     while time.monotonic() < give_up_s:
-        told = [line for line in log.read_text(errors="replace").split("\n") if "decode graphs" in line]
+        told = [line for line in _lines(log) if "decode graphs" in line]
         if not told or "more when" not in told[-1]:
             return
         await asyncio.sleep(0.2)
@@ -199,6 +199,10 @@ async def _play(
         for request, row in zip(share(wanted, number, count).requests, json.loads(out), strict=True):
             answers.append(Answer(request=request, **row))
     return answers
+
+
+def _lines(log: Path) -> list[str]:
+    return log.read_text(errors="replace").split("\n")
 
 
 def _p50(spread: dict[str, float] | None) -> float:
