@@ -20,13 +20,17 @@ Report = Callable[[str, int, int], None]
 """report(stage, done, total): how far loading is. `total` is 0 while it is unknown."""
 
 
+class DeviceLost(Exception):
+    """The device answers nothing any more, whoever asks in this process: it must end, and be started anew."""
+
+
 class Launched(Protocol):
     """A step on its way through the device. Those of one runner end in the order in which they were launched."""
 
     def wait(self) -> None:
         """Return when the device is done with the step. Blocks; any one thread may call it, beside the compute thread.
 
-        Raises what went wrong on the device.
+        Raises what went wrong on the device; DeviceLost when nothing can go right on it any more.
         """
         ...
 

@@ -14,11 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from common import failpoints
 from common.log import without_texts
 from common.step import ExecutorFacts, StepPlan, StepResult
-from executor.runner import Done, Launched, Report, Runner
+from executor.runner import DeviceLost, Done, Launched, Report, Runner
+from services import watchdog
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class _Flight:
 class ComputeThread:
     """Runs a Runner. The callbacks are called from the thread: hand them on with call_soon_threadsafe.
 
+    `on_lost`, when the device is; without it the process ends, so that whoever supervises it starts it anew.
+
     A session's number must never be used twice: what is left of the one before is told apart by it.
     """
 
@@ -52,6 +56,7 @@ class ComputeThread:
         on_loaded: Callable[[ExecutorFacts | BaseException], None],
         on_result: Callable[[int, StepResult], None],
         on_failure: Callable[[int, BaseException], None],
+        on_lost: Callable[[], None] | None = None,
         tick_s: float = 0.25,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
@@ -69,6 +74,7 @@ class ComputeThread:
         self._on_loaded = on_loaded
         self._on_result = on_result
         self._on_failure = on_failure
+        self._on_lost = on_lost or _end_process
         self._tick_s = tick_s
         self._clock_ns = clock_ns
         self._inbox: queue.SimpleQueue[_Order | _Flight | None] = queue.SimpleQueue()
@@ -153,6 +159,8 @@ class ComputeThread:
             return runner.idle()
         except Exception as error:  # noqa: BLE001 - no request has to do with it; a device that is broken fails its steps
             log.error("idle work failed\n%s", "".join(without_texts(error)))
+            if isinstance(error, DeviceLost):
+                self._on_lost()
             self._idle_failed = True
             return False
 
@@ -223,6 +231,8 @@ class ComputeThread:
         log.error("step %d of session %d failed\n%s", self.next_step, session, "".join(without_texts(error)))
         self.session = -1
         self._on_failure(session, error)
+        if isinstance(error, DeviceLost):
+            self._on_lost()
 
 
 class _Waiter:
@@ -251,6 +261,10 @@ class _Waiter:
                     flight.error = error
             flight.ended_ns = self._clock_ns()
             self._tell(flight)
+
+
+def _end_process() -> NoReturn:
+    watchdog.end_process("the device is lost")
 
 
 def _is_plan(order: _Order | None) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from typing import Any
 
 import pytest
 
 from common.step import ExecutorFacts, StepPlan, StepResult
 from executor.fake_runner import FakeRunner
 from executor.resident import PlanError
-from executor.runner import Done, Report, Runner
+from executor.runner import DeviceLost, Done, Report, Runner
 from services.compute import ComputeThread
 from services.watchdog import Watchdog
 
@@ -199,7 +200,7 @@ class ScriptedRunner:
 class Told:
     """A compute thread over a runner, and what it told, in order."""
 
-    def __init__(self, runner: Runner, clock: Clock | None = None, tick_s: float = 0.25) -> None:
+    def __init__(self, runner: Runner, clock: Clock | None = None, tick_s: float = 0.25, **callbacks: Any) -> None:
         self.results: queue.SimpleQueue[tuple[int, StepResult]] = queue.SimpleQueue()
         self.failures: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # session and step
         self.compute = ComputeThread(
@@ -210,6 +211,7 @@ class Told:
             on_failure=lambda session, error: self.failures.put((session, self.compute.next_step)),
             clock_ns=clock or Clock(),
             tick_s=tick_s,
+            **callbacks,
         )
 
     def queue(self, session: int, num_plans: int) -> None:
@@ -452,3 +454,17 @@ def test_idle_work_that_fails_ends_no_session_and_is_not_tried_again(caplog: pyt
     assert told.compute.stop(TIMEOUT_S)
     assert runner.log.count("idle") == 1
     assert "idle work failed" in caplog.text and CANARY not in caplog.text
+
+
+def test_a_device_that_is_lost_ends_the_process() -> None:
+    class Lost(ScriptedRunner):
+        def launch(self, plan: StepPlan) -> Done:
+            raise DeviceLost("cuda:0 answers nothing any more in this process")
+
+    ended = threading.Event()
+    told = Told(Lost(), on_lost=ended.set)
+    told.queue(1, num_plans=1)
+    told.compute.start()
+
+    assert ended.wait(TIMEOUT_S)
+    assert told.compute.stop(TIMEOUT_S)
