@@ -32,7 +32,7 @@ from executor.loading import Forward, Loaded, open_model, transformers_forward
 from executor.logprobs import score
 from executor.native.library import INT4, INT8, native
 from executor.resident import Resident
-from executor.runner import Report
+from executor.runner import Done, Report
 from executor.sampler import Choice, sample
 from executor.token_pool import TokenPool
 
@@ -177,8 +177,12 @@ class ModelRunner:
         """Forget every resident sequence; what the KV slab holds is void."""
         self._resident.clear()
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. Raises PlanError when the plan does not fit what is resident."""
+    def idle(self) -> bool:
+        """Nothing is left for idle moments."""
+        return False
+
+    def launch(self, plan: StepPlan) -> Done:
+        """Run one step to its end. Raises PlanError when the plan does not fit what is resident."""
         started_ns = time.perf_counter_ns()
         rows = self._resident.apply(plan)
         self._pool.admit(slot_of(sequence.ref) for sequence in plan.new)
@@ -203,14 +207,16 @@ class ModelRunner:
                 scored += self._score_prompts(batch, logits[len(batch.sampled_slots) :])
             self._pool.put(batch.sampled_places, chosen.tokens)
         sampled = self._resident.advance(rows, chosen.tokens, chosen.failed)
-        return StepResult(
-            step=plan.step,
-            refs=sampled.refs,
-            tokens=sampled.tokens,
-            indices=sampled.indices,
-            failed=sampled.failed,
-            compute_ns=time.perf_counter_ns() - started_ns,
-            scored=scored,
+        return Done(
+            StepResult(
+                step=plan.step,
+                refs=sampled.refs,
+                tokens=sampled.tokens,
+                indices=sampled.indices,
+                failed=sampled.failed,
+                compute_ns=time.perf_counter_ns() - started_ns,
+                scored=scored,
+            )
         )
 
     def _who_is_scored(self, batch: InputBatch) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from common import failpoints
 from common.step import ExecutorFacts, StepPlan, StepResult
-from executor.runner import Report, Runner
+from executor.runner import Report, Runner, execute
 from tests.faults.virtual_time import Process
 
 
@@ -135,7 +135,7 @@ class VirtualCompute:
         try:
             self._host.before_step(number)
             failpoints.hit("before_forward")
-            result = self._runner.execute(plan)
+            result = execute(self._runner, plan)
         except Exception as error:  # noqa: BLE001 - as the thread does: one link ends by it
             self.session = -1
             self._host.step_failed(number, error)

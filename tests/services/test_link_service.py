@@ -16,6 +16,7 @@ from common.model_folder import ModelFolder, read_model_folder
 from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, StepPlan
 from executor.fake_runner import FakeRunner
+from executor.runner import execute
 from protos import executor_pb2 as pb
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from scheduler.suspicion import End
@@ -125,7 +126,7 @@ class Played:
 
     async def answer(self, plan: StepPlan) -> None:
         """Run a plan and send its result."""
-        result = self.runner.execute(plan)
+        result = execute(self.runner, plan)
         await self.say(result=codec_link.result_to_pb(result, self.session))
 
     async def ending(self) -> aio.AioRpcError:
@@ -346,7 +347,7 @@ def test_answers_that_arrived_before_the_link_broke_count(tmp_path: Path) -> Non
         await executor.hello(bytes(16))
         stream = room.submit(1, 2, 3, max_tokens=3)
         plan = await executor.plan()
-        room.engine.answered(1, executor.runner.execute(plan))
+        room.engine.answered(1, execute(executor.runner, plan))
         room.engine.lose(1)
         assert stream.sequences[0].num_output == 1
         assert room.core.counters.results_fenced == 0
@@ -441,7 +442,7 @@ def test_a_result_of_another_session_is_dropped_and_counted(tmp_path: Path) -> N
         await executor.hello(bytes(16))
         stream = room.submit(1, 2, 3, max_tokens=1)
         plan = await executor.plan()
-        result = executor.runner.execute(plan)
+        result = execute(executor.runner, plan)
         await executor.say(result=codec_link.result_to_pb(result, executor.session + 7))
         await executor.say(result=codec_link.result_to_pb(result, executor.session))
         assert [event.tokens for event in await stream.take()] == [[3]]
