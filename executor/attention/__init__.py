@@ -10,10 +10,16 @@ from executor.attention.native import NativeAttention
 from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.attention.reference import ReferenceAttention
 from executor.attention.torch_sdpa import SdpaAttention
+from executor.attention.triton import TritonAttention
 
 _log = logging.getLogger(__name__)
 
-BACKENDS: tuple[AttentionBackend, ...] = (NativeAttention(), SdpaAttention(), ReferenceAttention())
+BACKENDS: tuple[AttentionBackend, ...] = (
+    TritonAttention(),
+    NativeAttention(),
+    SdpaAttention(),
+    ReferenceAttention(),
+)
 """Fastest first; the last one serves everything."""
 
 

@@ -41,7 +41,7 @@ from executor.kv_cache import KvCache, SlabFormat, block_bytes, copied_together,
 from executor.loading import open_model
 from executor.resident import Reserved, Resident
 from executor.runner import DeviceLost, Launched, Report
-from executor.sampler import Choice, sample
+from executor.sampler import sample
 from executor.scoring import Asking, score_prompts, score_sampled, who_asks
 
 _log = logging.getLogger(__name__)
@@ -308,7 +308,7 @@ class GpuRunner:
         values = torch.stack([step.logits[row] for row in rows]).float().cpu().numpy()
         edit(values, held, slots[rows])
         chosen = sample(values, columns(held, slots[rows], batch.sampled_indices[rows]))
-        step.chosen = dict(zip(rows, _tokens(chosen), strict=True))
+        step.chosen = dict(zip(rows, chosen.or_none(), strict=True))
         good = [row for row, token in step.chosen.items() if token >= 0]
         where = self._device.torch_device
         places = torch.from_numpy(batch.sampled_places[good]).to(where)
@@ -589,9 +589,3 @@ def _first_scored(inputs: StepInputs, num_sampled: int) -> StepInputs:
     if len(inputs.logits_indices) <= most:
         return inputs
     return replace(inputs, logits_indices=inputs.logits_indices[:most])
-
-
-def _tokens(chosen: Choice) -> list[int]:
-    """The tokens (S,); -1 for those that failed."""
-    failed = set(chosen.failed)
-    return [-1 if row in failed else token for row, token in enumerate(chosen.tokens)]

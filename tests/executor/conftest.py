@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from executor.native.library import native
+from tests.interpreter import interpret_without_gpu
+
+interpret_without_gpu()
 
 BEST_ISA = native().isa
 SETS = ("baseline", "avx2", "avx512", "amx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from common.types import BlockId, slot_ref
 from executor.attention import BACKENDS, choose
 from executor.attention.native import NativeAttention
 from executor.attention.protocol import AttentionBackend, AttentionStep, LayerNeeds, LayerOptions
+from executor.attention.triton import TritonAttention
 from executor.batch import InputBatch, build_batch
 from executor.kv_cache import KvCache, LayerCache, LayerShape, SlabFormat
 from executor.native.library import native
@@ -89,6 +91,7 @@ CASES = {
     "int8 K and V for float32": Case(rows=((20, 3), (140, 1), (0, 6)), kv_dtype=torch.int8, head_dim=80, sinks=True),
     "256 rows": Case(rows=tuple((n, 1) for n in range(256)), num_kv_heads=1, group=1, head_dim=16),
 }
+LARGE = ("256 rows", "float32 over long rows", "bfloat16 over long rows", "decodes that share a prompt")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.int8: 4e-2}
 
 
@@ -104,9 +107,16 @@ class Path:
 
 
 def paths() -> list[Path]:
-    found = [Path(backend=backend) for backend in BACKENDS if not backend.packed]
+    found = [Path(backend=backend) for backend in BACKENDS if not backend.packed and backend.name != "triton"]
+    if importlib.util.find_spec("triton") is not None:
+        found.append(Path(backend=TritonAttention(interpreted=not torch.cuda.is_available())))
     sets = ("baseline", "avx2", "avx512", "amx")
     return found + [Path(backend=NativeAttention(), isa=isa) for isa in sets[: sets.index(BEST_ISA) + 1]]
+
+
+def device_of(backend: AttentionBackend) -> torch.device:
+    """Where it is tested: all but one on the CPU, and that one too where there is no GPU."""
+    return torch.device("cuda") if backend.name == "triton" and torch.cuda.is_available() else CPU
 
 
 BEST_ISA = native().isa
@@ -146,7 +156,7 @@ class Slots:
         place.copy_(numbers.reshape(place.shape))
 
 
-def needs_of(case: Case) -> LayerNeeds:
+def needs_of(case: Case, device: torch.device = CPU) -> LayerNeeds:
     return LayerNeeds(
         shape=LayerShape(
             num_heads=case.num_kv_heads * case.group,
@@ -155,7 +165,7 @@ def needs_of(case: Case) -> LayerNeeds:
             value_dim=case.value_dim or case.head_dim,
         ),
         dtype=case.dtype,
-        device=CPU,
+        device=device,
         window=case.window,
         softcap=case.softcap,
         sinks=case.sinks,
@@ -169,6 +179,7 @@ class Scene:
     def __init__(self, case: Case, backend: AttentionBackend, seed: int = 0) -> None:
         self.case = case
         self.backend = backend
+        self.device = device_of(backend)
         random = torch.Generator().manual_seed(seed)
         each = [-(-(before + now) // case.block_size) for before, now in case.rows]
         num_blocks = sum(each) + 3
@@ -191,15 +202,15 @@ class Scene:
 
         shape = needs_of(case).shape
         dims = (shape.key_dim, shape.value_dim)
-        self.needs = needs_of(case)
+        self.needs = needs_of(case, self.device)
         self.options = LayerOptions(
             scale=0.3,
             window=case.window,
             softcap=case.softcap,
-            sinks=torch.randn(shape.num_heads, generator=random) if case.sinks else None,
+            sinks=torch.randn(shape.num_heads, generator=random).to(self.device) if case.sinks else None,
         )
         slab = SlabFormat(dtype=case.kv_dtype or case.dtype, packed=backend.packed)
-        cache = KvCache([shape], num_blocks=num_blocks, block_size=case.block_size, format=slab, device=CPU)
+        cache = KvCache([shape], num_blocks=num_blocks, block_size=case.block_size, format=slab, device=self.device)
         self.cache: LayerCache = cache.layers[0]
         for which in (self.cache.keys, self.cache.values):
             which.fill_(255 if backend.packed else torch.nan)  # all bits set is NaN too
@@ -241,8 +252,10 @@ class Scene:
     def attend(self) -> Tensor:
         new = [torch.stack([self.past[row][which][position] for row, position in self.tokens()]) for which in (0, 1)]
         # as a projection leaves them: heads before tokens in memory, so not contiguous
-        query, key, value = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (self.query, *new))
-        return self.backend.attend(query, key, value, self.cache, AttentionStep.of(self.batch, CPU), self.options)
+        tensors = (t.to(self.device) for t in (self.query, *new))
+        query, key, value = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in tensors)
+        step = AttentionStep.of(self.batch, self.device)
+        return self.backend.attend(query, key, value, self.cache, step, self.options).cpu()
 
     def expected(self) -> Tensor:
         out = []
@@ -258,7 +271,7 @@ class Scene:
                 weights = scores.exp()
                 total = weights.sum()
                 if self.options.sinks is not None:
-                    total = total + self.options.sinks[head].double().exp()
+                    total = total + self.options.sinks[head].double().cpu().exp()
                 heads.append(weights @ values[:, kv_head] / total)
             out.append(torch.stack(heads))
         return torch.stack(out)
@@ -294,7 +307,9 @@ every_path = pytest.mark.parametrize("backend", paths(), ids=str, indirect=True)
 @every_path
 def test_every_backend_agrees_with_attention_by_hand(backend: AttentionBackend, name: str) -> None:
     case = CASES[name]
-    reason = backend.why_not(needs_of(case)) or ("int8 K and V" if case.kv_dtype and not backend.packed else None)
+    reason = backend.why_not(needs_of(case, device_of(backend))) or (
+        "int8 K and V" if case.kv_dtype and not backend.packed else None
+    )
     if reason is not None:
         pytest.skip(f"{backend.name}: {reason}")
     scene = Scene(case, backend)
@@ -383,7 +398,7 @@ def test_packed_layers_are_all_or_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "says"), [("torch", "layer 0: torch: soft cap"), ("fast", "there are: auto, native, torch")]
+    ("wanted", "says"), [("torch", "layer 0: torch: soft cap"), ("fast", "there are: auto, triton, native, torch")]
 )
 def test_a_backend_that_cannot_serve_is_refused_with_the_reason(wanted: str, says: str) -> None:
     with pytest.raises(ModelFolderError, match=says):

@@ -1,0 +1,130 @@
+"""What the attention kernels share: where a position's K and V lie, and how one tile of keys is folded in.
+
+Scores are kept in the base of 2, because that is the exponential that a GPU has: the weight of a raw score x is
+2 ** (x * factor), `factor` being scale * log2(e). With a soft cap x is a tanh, and the cap takes the scale's place.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from executor.attention.protocol import LayerOptions
+
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedRows:
+    """Which sequences a step computes. N rows, those with one token first. Any integer dtype, on the device."""
+
+    num_decodes: int
+    query_start_loc: Tensor  # (N + 1,)
+    seq_lens: Tensor  # (N,) this step's tokens included; 0 is a padding row, whose output is zeros
+    block_tables: Tensor  # (L, M) what lies behind a row's last block is never read
+    table_rows: Tensor | None = None  # (N,) each row's line of `block_tables`, where it is not the row's own
+
+    def lines(self) -> tuple[Tensor, bool]:
+        """The kernels' `table_rows`, and whether it counts: some pointer is always passed."""
+        return (self.seq_lens, False) if self.table_rows is None else (self.table_rows, True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """How a kernel is cut: from a table, never measured while serving."""
+
+    tile: int  # keys that are worked at once
+    rows: int = 0  # of a tile of queries: tokens times the heads of a group
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@triton.jit
+def find_blocks(table, start, last, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Block of each of TILE positions from `start`, (TILE,). Those behind `last` get the block of `last`."""
+    return tl.load(table + tl.minimum(start + tl.arange(0, TILE), last) // BLOCK_SIZE)
+
+
+@triton.jit
+def find_places(blocks, start, block_stride, token_stride, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Where in the slab those positions lie, (TILE,) int64: a block times its stride does not fit into 32 bits."""
+    inside = tl.arange(0, TILE)
+    if TILE % BLOCK_SIZE != 0:  # else `start` begins a block, and this is the same in every turn of the loop
+        inside += start
+    inside %= BLOCK_SIZE
+    return blocks.to(tl.int64) * block_stride + inside * token_stride
+
+
+@triton.jit
+def load_tile(slab, places, readable, DIM: tl.constexpr, PAD: tl.constexpr, MASKED: tl.constexpr):
+    """K or V of TILE positions, (TILE, PAD). Zero where not `readable`: what lies there may be NaN."""
+    lanes = tl.arange(0, PAD)[None, :]
+    pointers = slab + places[:, None] + lanes
+    if MASKED and PAD != DIM:
+        tile = tl.load(pointers, mask=readable[:, None] & (lanes < DIM), other=0.0)
+    elif MASKED:
+        tile = tl.load(pointers, mask=readable[:, None], other=0.0)
+    elif PAD != DIM:
+        tile = tl.load(pointers, mask=lanes < DIM, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def tanh(x):
+    """Not from libdevice, which the interpreter lacks. Right at both ends, because 2 ** 1000 is inf."""
+    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+
+
+@triton.jit
+def attend_tile(
+    q, keys, values, key_places, value_places, readable, visible, acc, top, total, inner, factor,
+    KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Fold one tile of keys into the running softmax: `acc` (ROWS, VALUE_PAD), `top` and `total` (ROWS,).
+
+    `readable` (TILE,) says which keys may be loaded, `visible` (ROWS or 1, TILE) who sees them; both only if MASKED.
+    """
+    # float32 is never rounded to TF32: whoever asks for float32 wants it
+    k = load_tile(keys, key_places, readable, KEY_DIM, KEY_PAD, MASKED).to(q.dtype)
+    raw = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if SOFTCAP:
+        raw = tanh(raw * inner)
+    if MASKED:
+        raw = tl.where(visible, raw, -float("inf"))
+    higher = tl.maximum(top, tl.max(raw, 1) * factor)
+    shift = higher
+    if MASKED:  # a query that has seen no key yet: inf - inf would be NaN
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+    weights = tl.exp2(raw * factor - shift[:, None])
+    fade = tl.exp2(top - shift)
+    total = total * fade + tl.sum(weights, 1)
+    v = load_tile(values, value_places, readable, VALUE_DIM, VALUE_PAD, MASKED).to(q.dtype)
+    acc = tl.dot(weights.to(q.dtype), v, acc=acc * fade[:, None], input_precision="ieee")
+    return acc, higher, total
+
+
+def padded(dim: int) -> int:
+    """The power of 2 that a dimension is worked in; a product needs at least 16."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def score_arguments(options: LayerOptions) -> tuple[float, float]:
+    """`inner` and `factor` of `attend_tile`."""
+    if options.softcap is None:
+        return 1.0, options.scale * LOG2E.value
+    return options.scale / options.softcap, options.softcap * LOG2E.value
+
+
+@lru_cache
+def sm_major(device: torch.device) -> int:
+    """Generation of the GPU: 8 is Ampere, 9 Hopper. In the interpreter, where it does not matter, 9."""
+    return 9 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
