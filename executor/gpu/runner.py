@@ -41,7 +41,7 @@ from executor.kv_cache import KvCache, SlabFormat, block_bytes, copied_together,
 from executor.loading import open_model
 from executor.resident import Reserved, Resident
 from executor.runner import DeviceLost, Launched, Report
-from executor.sampler import Choice, sample
+from executor.sampler import sample
 from executor.scoring import Asking, score_prompts, score_sampled, who_asks
 
 _log = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ class GpuRunner:
             attention=self._attention_backend,
             kind=None,
             block_size=self._block_size,
+            fused_on_gpu=self._open_forward is open_gpu_model,
         )
         needs = loaded.needs
         backends = choose(needs, self._attention_backend)
@@ -308,7 +309,7 @@ class GpuRunner:
         values = torch.stack([step.logits[row] for row in rows]).float().cpu().numpy()
         edit(values, held, slots[rows])
         chosen = sample(values, columns(held, slots[rows], batch.sampled_indices[rows]))
-        step.chosen = dict(zip(rows, _tokens(chosen), strict=True))
+        step.chosen = dict(zip(rows, chosen.or_none(), strict=True))
         good = [row for row, token in step.chosen.items() if token >= 0]
         where = self._device.torch_device
         places = torch.from_numpy(batch.sampled_places[good]).to(where)
@@ -453,6 +454,7 @@ class GpuRunner:
         counts = np.array([1] * num_decodes + prompts, np.int64)
         loc = np.concatenate((np.zeros(1, np.int64), counts.cumsum()))
         num_rows, num_tokens = len(counts), int(loc[-1])
+        num_scored = min(num_scored, num_tokens - num_rows)  # the last token of a row is sampled, and never scored
         return InputBatch(
             token_places=np.full(num_tokens, self._padding.place),
             positions=np.arange(num_tokens) - np.repeat(loc[:-1], counts),
@@ -589,9 +591,3 @@ def _first_scored(inputs: StepInputs, num_sampled: int) -> StepInputs:
     if len(inputs.logits_indices) <= most:
         return inputs
     return replace(inputs, logits_indices=inputs.logits_indices[:most])
-
-
-def _tokens(chosen: Choice) -> list[int]:
-    """The tokens (S,); -1 for those that failed."""
-    failed = set(chosen.failed)
-    return [-1 if row in failed else token for row, token in enumerate(chosen.tokens)]

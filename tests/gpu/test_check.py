@@ -50,7 +50,7 @@ def test_without_a_gpu_it_says_so_and_is_content(tmp_path: Path) -> None:
 
 
 def test_every_stage_runs_on_the_fake_device(tmp_path: Path) -> None:
-    done, report = check("--device", "fake", "--stages", "0,6,7", "--budget", "2000", out=tmp_path)
+    done, report = check("--device", "fake", "--peers", "--budget", "2000", out=tmp_path)
 
     problems = {
         f"{stage['name']}/{name}": (part["problems"], part.get("traceback"))
@@ -60,6 +60,7 @@ def test_every_stage_runs_on_the_fake_device(tmp_path: Path) -> None:
     }
     assert problems == {}
     assert done.returncode == 0, done.stdout + done.stderr
+    assert [stage["name"] for stage in report["stages"].values()] == [stage.name for stage in stages.STAGES]
     assert all(stage["parts"] for stage in report["stages"].values())
     assert "aims" in done.stdout
     assert "these numbers mean nothing" in render.markdown(report)
@@ -175,10 +176,11 @@ def test_a_stage_that_cannot_begin_does_not_keep_the_next_from_it(tmp_path: Path
 
 
 def test_stages_that_start_processes_get_one_of_their_own_and_their_share_of_the_time() -> None:
-    groups = [([s.number for s in group], reserved) for group, reserved in program._groups(stages.STAGES)]
+    groups = [([s.number for s in group], reserved) for group, reserved in program._groups(stages.STAGES, 900)]
 
     assert [numbers for numbers, _ in groups] == [[0, 1, 2, 3, 4, 5], [6], [7]]
     assert [reserved for _, reserved in groups] == [350, 240, 0]
+    assert [reserved for _, reserved in program._groups(stages.STAGES, 335)] == [175, 120, 0]  # all have half
     assert [stage.number for stage in stages.selected("", peers=False)] == [0, 1, 2, 3, 4, 5, 6]
     with pytest.raises(ValueError, match="no stage 9"):
         stages.selected("1,9", peers=False)

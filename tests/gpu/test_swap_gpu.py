@@ -167,8 +167,9 @@ class Causal:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: LayerOptions) -> Tensor:
         group = query.shape[1] // key.shape[1]
-        heads = [each.transpose(0, 1)[None] for each in (query, *(e.repeat_interleave(group, 1) for e in (key, value)))]
-        return scaled_dot_product_attention(*heads, is_causal=True, scale=options.scale)[0].transpose(0, 1)
+        q, k, v = query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=options.scale)[0].transpose(0, 1)
 
 
 @pytest.mark.parametrize(

@@ -458,7 +458,7 @@ def test_idle_work_that_fails_ends_no_session_and_is_not_tried_again(caplog: pyt
 
 def test_a_device_that_is_lost_ends_the_process() -> None:
     class Lost(ScriptedRunner):
-        def launch(self, plan: StepPlan) -> Done:
+        def launch(self, plan: StepPlan) -> Step:
             raise DeviceLost("cuda:0 answers nothing any more in this process")
 
     ended = threading.Event()

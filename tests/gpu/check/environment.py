@@ -80,7 +80,7 @@ def memory(check: Check) -> Found:
         "sum of bfloat16": bytes_ / device_s(source.sum, check.device),
         "fill": bytes_ / device_s(target.zero_, check.device),
     }
-    gb_s = {name: round(rate / 1e9, 1) for name, rate in rates.items()}
+    gb_s = {name: float(f"{rate / 1e9:.5g}") for name, rate in rates.items()}
     reading = max(rate for name, rate in gb_s.items() if name not in {"copy", "fill"})
     ceiling = max(gb_s["copy"], reading)
     return Found(
@@ -105,7 +105,7 @@ def products(check: Check) -> Found:
     rate = 2 * width**3 / seconds / 1e12
     first = 2 * width**3 / device_s(lambda: torch.matmul(*pairs[0], out=out), check.device) / 1e12
     return Found(
-        values={"tflop_s": round(rate, 3), "single_tflop_s": round(first, 3), "width": width},
+        values={"tflop_s": float(f"{rate:.4g}"), "single_tflop_s": float(f"{first:.4g}"), "width": width},
         lines=[f"matrix products: {rate:,.0f} TFLOP/s in bf16 ({width} wide, {first:,.0f} for one alone)"],
     )
 

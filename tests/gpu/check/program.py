@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from tests.gpu.check import render
 from tests.gpu.check.journal import FAILED, SKIPPED, History, Journal
-from tests.gpu.check.stages import STAGES, Stage, selected
+from tests.gpu.check.stages import STAGES, Stage, selected, within
 
 ROOT: Final = Path(__file__).resolve().parents[3]
 _LOOK_S: Final = 0.1
@@ -55,7 +55,7 @@ class Program:
     def run(self) -> dict[str, Any]:
         """Run every stage; return the report, which is on disk already."""
         try:
-            for group, reserved_s in _groups(self._settings.stages):
+            for group, reserved_s in _groups(self._settings.stages, self._settings.budget_s):
                 self._run_group(group, reserved_s)
                 if self._journal.read().no_device:
                     break
@@ -89,7 +89,7 @@ class Program:
         settings = self._settings
         command = [
             *(sys.executable, "-m", "tests.gpu.check.worker"),
-            *("--stages", ",".join(str(stage.number) for stage in group)),
+            *("--stages", ",".join(f"{stage.number}:{stage.share_s:.1f}" for stage in group)),
             *("--journal", str(settings.out / "journal.jsonl"), "--folder", str(self._folder)),
             *("--out", str(settings.out), "--until", str(until_s)),
             *(("--fake",) if settings.fake else ()),
@@ -135,10 +135,10 @@ class Program:
         return report
 
 
-def _groups(stages: Sequence[Stage]) -> Iterator[tuple[list[Stage], float]]:
+def _groups(stages: Sequence[Stage], budget_s: float) -> Iterator[tuple[list[Stage], float]]:
     """Neighbours that share a process, and the seconds that those after them should get."""
     groups: list[list[Stage]] = []
-    for stage in stages:
+    for stage in within(stages, budget_s):
         if groups and not stage.fresh and not groups[-1][-1].fresh:
             groups[-1].append(stage)
         else:

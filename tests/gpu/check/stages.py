@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 
@@ -28,6 +29,12 @@ STAGES: Final = (
     Stage(number=6, name="server", module="tests.gpu.check.server", share_s=110, fresh=True),
     Stage(number=7, name="peers", module="tests.gpu.check.peers", share_s=240, fresh=True, on_request=True),
 )
+
+
+def within(stages: Sequence[Stage], budget_s: float) -> list[Stage]:
+    """The same stages with shares that are not more than the budget together."""
+    scale = min(1.0, budget_s / max(1.0, sum(stage.share_s for stage in stages)))
+    return [replace(stage, share_s=stage.share_s * scale) for stage in stages]
 
 
 def selected(numbers: str, *, peers: bool) -> list[Stage]:

@@ -144,16 +144,18 @@ def say(line: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--stages", required=True)
+    parser.add_argument("--stages", required=True, help="NUMBER:SECONDS,... that are left for each")
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--until", type=float, required=True)
     parser.add_argument("--fake", action="store_true")
     parsed = parser.parse_args(arguments)
-    wanted = parsed.stages.split(",")
+    shares = {
+        int(number): float(share_s) for number, _, share_s in (s.partition(":") for s in parsed.stages.split(","))
+    }
     return run(
-        [stage for stage in STAGES if str(stage.number) in wanted],
+        [replace(stage, share_s=shares[stage.number]) for stage in STAGES if stage.number in shares],
         Journal(parsed.journal),
         fake=parsed.fake,
         until_s=parsed.until,
