@@ -125,6 +125,7 @@ class GpuRunner:
             attention=self._attention_backend,
             kind=None,
             block_size=self._block_size,
+            fused_on_gpu=self._open_forward is open_gpu_model,
         )
         needs = loaded.needs
         backends = choose(needs, self._attention_backend)
@@ -453,6 +454,7 @@ class GpuRunner:
         counts = np.array([1] * num_decodes + prompts, np.int64)
         loc = np.concatenate((np.zeros(1, np.int64), counts.cumsum()))
         num_rows, num_tokens = len(counts), int(loc[-1])
+        num_scored = min(num_scored, num_tokens - num_rows)  # the last token of a row is sampled, and never scored
         return InputBatch(
             token_places=np.full(num_tokens, self._padding.place),
             positions=np.arange(num_tokens) - np.repeat(loc[:-1], counts),
