@@ -449,7 +449,9 @@ class Server:
             if handler.response_streaming:
                 await handler.stream_stream(None, call)
             else:
-                call.hear(await handler.stream_unary(None, call))
+                response = await handler.stream_unary(None, call)
+                if call.code is grpc.StatusCode.OK:
+                    call.hear(response)
         except aio.AbortError:
             pass
         return call.code

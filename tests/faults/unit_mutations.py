@@ -42,6 +42,10 @@ def a_call_without_a_key_is_let_in(patch: Patch) -> None:
 
 
 def a_tenant_that_was_away_has_saved_something_up(patch: Patch) -> None:
+def what_a_refused_call_held_waits_for_the_collector(patch: Patch) -> None:
+    patch(handlers, "answer", handlers._until_told)
+
+
     patch(line._Band, "_floor", lambda self: 0.0)
 
 
@@ -122,3 +126,7 @@ MUTATIONS: Final[list[Mutation]] = [
         _SERVICES + "test_client.py::test_retries_over_the_budget_are_put_off_and_not_given_up",
     ),
 ]
+    Mutation(
+        what_a_refused_call_held_waits_for_the_collector,
+        _SERVICES + "test_handlers.py::test_what_a_refused_call_held_is_free_at_once_and_waits_for_no_collector",
+    ),

@@ -214,6 +214,7 @@ class ServerContext:
         self._task: asyncio.Task[Any] | None = None
         self._trailers: Metadata = ()
         self._client_gone = False
+        self._aborted: aio.AbortError | None = None
         self._unread = 0  # messages that the client has not read yet
         self._room: asyncio.Future[None] | None = None
 
@@ -235,7 +236,8 @@ class ServerContext:
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> Never:
         self._finish(code, details, tuple(trailing_metadata))
-        raise aio.AbortError
+        self._aborted = aio.AbortError()
+        raise self._aborted
 
     def peer(self) -> str:
         return f"simulated:{self._connection.client.name}"
@@ -310,6 +312,11 @@ class ServerContext:
         handler: Any = await self._connection.network.handler(self._connection.server, self._connection.details)
         if handler is None:
             self._finish(grpc.StatusCode.UNIMPLEMENTED, "no such method", ())
+    def _raise_if_aborted(self) -> None:
+        """As gRPC does when a handler returns."""
+        if self._aborted is not None:
+            raise self._aborted
+
             return
         try:
             if self._connection.one_message:
@@ -318,9 +325,12 @@ class ServerContext:
             if handler.response_streaming:
                 await handler.stream_stream(None, self)
             else:
-                await self.write(await handler.stream_unary(None, self))
+                response = await handler.stream_unary(None, self)
+                self._raise_if_aborted()
+                await self.write(response)
         except aio.AbortError:
             pass
+                self._raise_if_aborted()
         except asyncio.CancelledError:
             if not self._client_gone:
                 self._connection.network.broken_rules.append(f"{self._connection.details.method} left its client alone")
