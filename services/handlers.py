@@ -213,16 +213,15 @@ class _Frame:
             if (this := this_call()) is not None:
                 this.begin()
             data = await self._arrivals.message(context)
+            has_begun = False
             with self._open_call():
                 # Closed here, so that a method's `finally` runs at once and not when the garbage collector finds it.
                 async with aclosing(function(parse(request_class, data), context)) as responses:
                     async for response in responses:
-                        write = self._write(context, response.SerializeToString())
-                        if this is None:
-                            await write
-                        else:
-                            await this.undisturbed(write)
-                            this = None  # after the first message it may be cancelled at any time
+                        if not has_begun:
+                            await send_headers(context)
+                            has_begun = True
+                        await self._write(context, response.SerializeToString())
 
         async def handle(_: object, context: Context) -> None:
             await answer(call, context, respond(context))

@@ -1,7 +1,7 @@
 """A call that is open and can be ended from outside, where its client is sure to hear of it.
 
-gRPC has no status for a call whose task is cancelled before its handler runs, or while its first message is written:
-the client would wait until its own deadline. So whoever ends a call then is patient until that is over.
+gRPC has no status for a call whose task is cancelled before its handler runs, or while its headers are written: the
+client would wait until its own deadline. So whoever ends a call then is patient until that is over.
 """
 
 from __future__ import annotations

@@ -373,6 +373,9 @@ class Call:
         data = self.say()
         return aio.EOF if data is None else data
 
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        pass
+
     async def write(self, data: bytes) -> None:
         self.hear(data)
 

@@ -234,6 +234,10 @@ class ServerContext:
         self._unread += 1
         self._connection.down.send(Item("message", data))
 
+    async def send_initial_metadata(self, metadata: Metadata) -> None:
+        if self.is_over:
+            raise asyncio.CancelledError if self._client_gone else aio.UsageError("the call is over")
+
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> Never:
         self._finish(code, details, tuple(trailing_metadata))
         self._aborted = aio.AbortError()
@@ -308,15 +312,15 @@ class ServerContext:
             self.is_over = True
             self._connection.down.send(Item("status", b"", code, details, trailers))
 
-    async def _serve(self, request: bytes) -> None:
-        handler: Any = await self._connection.network.handler(self._connection.server, self._connection.details)
-        if handler is None:
-            self._finish(grpc.StatusCode.UNIMPLEMENTED, "no such method", ())
     def _raise_if_aborted(self) -> None:
         """As gRPC does when a handler returns."""
         if self._aborted is not None:
             raise self._aborted
 
+    async def _serve(self, request: bytes) -> None:
+        handler: Any = await self._connection.network.handler(self._connection.server, self._connection.details)
+        if handler is None:
+            self._finish(grpc.StatusCode.UNIMPLEMENTED, "no such method", ())
             return
         try:
             if self._connection.one_message:
@@ -324,13 +328,13 @@ class ServerContext:
                 self._inbox.end()
             if handler.response_streaming:
                 await handler.stream_stream(None, self)
+                self._raise_if_aborted()
             else:
                 response = await handler.stream_unary(None, self)
                 self._raise_if_aborted()
                 await self.write(response)
         except aio.AbortError:
             pass
-                self._raise_if_aborted()
         except asyncio.CancelledError:
             if not self._client_gone:
                 self._connection.network.broken_rules.append(f"{self._connection.details.method} left its client alone")
