@@ -21,13 +21,18 @@ help: ## list the targets
 
 setup: .venv/.kernels ## make .venv with everything at its pinned version, and the C++ kernels (once; then offline)
 
-# torch comes alone: its index is asked for nothing else, and what it holds outranks PyPI's CUDA build of the same version
+# torch comes alone: its index is asked for nothing else, and what it holds outranks PyPI's CUDA build of the same version.
+# Which of them it will be is said before it is downloaded.
+torch = --no-deps -c constraints.txt $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) torch
+
 .venv/.ok: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=...")'
-	@echo "Making .venv: about 1.3 GB, a minute or two."
+	@echo "Making .venv: about 1.3 GB, a minute or two; more where torch is the build for CUDA."
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt setuptools
-	$(PIP) install -q --no-deps -c constraints.txt $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) torch
+	@$(PIP) install -qq --dry-run --ignore-installed --report - $(torch) \
+		| TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python tests/house/torch_build.py
+	$(PIP) install -q $(torch)
 	$(PIP) install -q --no-build-isolation -c constraints.txt -e ".[dev]"
 	$(PIP) check
 	@touch $@

@@ -16,10 +16,9 @@ def runner_for(
     from executor.gpu.runner import GpuRunner  # noqa: PLC0415 - imports triton
 
     if check.fake:
+        from executor import attention  # noqa: PLC0415
         from executor.attention.triton import TritonAttention  # noqa: PLC0415
         from executor.gpu.device import HostDevice  # noqa: PLC0415
-
-        from executor import attention  # noqa: PLC0415
 
         attention.BACKENDS = (TritonAttention(interpreted=True),)
         settings |= {

@@ -206,7 +206,6 @@ def _made(check: Check, shape: Shape) -> _Made:
     if not check.fake:
         torch.cuda.empty_cache()
     from executor.gpu.llama import GpuLlama  # noqa: PLC0415 - imports triton
-
     from executor.paged_model import probe_layers  # noqa: PLC0415 - imports Transformers
 
     dtype = torch.float32 if check.fake else torch.bfloat16
