@@ -34,7 +34,9 @@ class Story:
     samplings: Sequence[SamplingParams]
     lag: int
     vocab_size: int
-    forks: bool = True
+    num_slots: int = NUM_SLOTS
+    max_step_tokens: int = MAX_STEP_TOKENS
+    num_blocks: int = NUM_BLOCKS
     _rng: random.Random = field(init=False)
     _living: dict[int, _Living] = field(default_factory=dict)
     _generations: dict[int, int] = field(default_factory=dict)
@@ -45,7 +47,7 @@ class Story:
 
     def __post_init__(self) -> None:
         self._rng = random.Random(self.seed)
-        self._free = [BlockId(block) for block in range(1, NUM_BLOCKS)]
+        self._free = [BlockId(block) for block in range(1, self.num_blocks)]
         self._rng.shuffle(self._free)
 
     def hear(self, result: StepResult) -> None:
@@ -69,8 +71,8 @@ class Story:
                 columns["released"].append(living.told.ref)
                 self._free = living.blocks + self._free if rng.random() < 0.5 else self._free + living.blocks
                 del self._living[slot]
-        budget = MAX_STEP_TOKENS
-        for slot in range(NUM_SLOTS):
+        budget = self.max_step_tokens
+        for slot in range(self.num_slots):
             if slot not in self._living and rng.random() < 0.5:
                 self._admit(slot, columns)
         order = list(self._living.items())
@@ -100,7 +102,7 @@ class Story:
         rng = self._rng
         ref = slot_ref(slot, self._generations.get(slot, -1) + 1)
         sources = [each for each in self._living.values() if each.num_computed >= len(each.told.token_ids)]
-        source = rng.choice(sources) if self.forks and sources and rng.random() < 0.4 else None
+        source = rng.choice(sources) if sources and rng.random() < 0.4 else None
         tokens = (
             source.told.token_ids if source else [rng.randrange(3, self.vocab_size) for _ in range(rng.randint(1, 24))]
         )

@@ -19,7 +19,10 @@ from common.errors import ModelFolderError
 from common.sampling import SamplingParams
 from common.step import ExecutorFacts, NewSequence, Scored, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_ref
+from executor import attention
+from executor.attention.triton import TritonAttention
 from executor.gpu.device import Event, HostDevice
+from executor.gpu.models import open_gpu_model
 from executor.gpu.runner import GpuRunner
 from executor.model_runner import ModelRunner
 from executor.resident import PlanError
@@ -70,20 +73,23 @@ class Host:
             "max_step_tokens": MAX_STEP_TOKENS,
             "max_model_len": 64,
             "attention_backend": "torch",
+            "open_forward": open_torch_forward,
             "sample": sample_as_the_host,
         }
         self.runner = GpuRunner(
             name="tiny",
             model_folder=folder,
             make_device=lambda _: self.device,
-            open_forward=open_torch_forward,
             **{**defaults, **settings},
         )
         self.facts: ExecutorFacts = self.runner.load(silent)
+        self.next_step = 0
+
+    @property
+    def forward(self) -> TorchForward:
         forward = self.runner._model
         assert isinstance(forward, TorchForward)
-        self.forward = forward
-        self.next_step = 0
+        return forward
 
     def launch(self, *rows: tuple[SlotRef, int], **columns: Any) -> Launched:
         told = StepPlan(step=self.next_step, refs=[r for r, _ in rows], num_scheduled=[n for _, n in rows])
@@ -133,6 +139,10 @@ def check_same(ours: StepResult, theirs: StepResult, gone: Set[SlotRef] = frozen
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Runner:
+    return plain_for(folder)
+
+
+def plain_for(folder: Path) -> Runner:
     runner = ModelRunner(
         name="tiny", model_folder=folder, dtype="float32", attention_backend="torch", block_size=BLOCK_SIZE,
         num_blocks=NUM_BLOCKS, max_sequences=NUM_SLOTS, max_step_tokens=MAX_STEP_TOKENS, max_model_len=64,
@@ -173,6 +183,31 @@ def test_the_tokens_are_those_of_the_other_runner(plain: Runner, host: Host, dep
     story = Story(seed=depth, samplings=PLAIN, lag=depth - 1, vocab_size=VOCAB_SIZE)
 
     assert play(story, plain, host.runner, num_steps=36, depth=depth) > 36
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by Triton, also where there is no GPU."""
+    monkeypatch.setattr(attention, "BACKENDS", (TritonAttention(interpreted=True), *attention.BACKENDS))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_the_kernels_give_the_tokens_of_the_other_runner(kind: str, tmp_path: Path) -> None:
+    folder = save_tiny(kind, tmp_path, num_hidden_layers=1)
+    sizes = {"max_sequences": 2, "max_step_tokens": 10}
+    host = Host(folder, attention_backend="triton", open_forward=open_gpu_model, sample=None, **sizes)
+    story = Story(
+        seed=6,
+        samplings=(GREEDY, SAMPLED, CONTROLLED[0]),
+        lag=1,
+        vocab_size=VOCAB_SIZE,
+        num_slots=2,
+        max_step_tokens=10,
+        num_blocks=host.facts.num_blocks,
+    )
+
+    assert play(story, plain_for(folder), host.runner, num_steps=8, depth=2) > 5
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

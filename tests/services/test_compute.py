@@ -143,7 +143,7 @@ class Step:
 
     def __init__(self, runner: ScriptedRunner, plan: StepPlan) -> None:
         self.step = plan.step
-        self.times = (0, 0)
+        self.times: tuple[int, int] = (0, 0)  # compute and idle, where the device measures them
         self._runner = runner
         self._ended = threading.Event()
         self._error: Exception | None = None
