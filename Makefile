@@ -13,7 +13,7 @@ STUBS := .venv/stubs
 stubs = $(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/*.proto
 
-.PHONY: help setup protos check test soak kill-run demo serve up bench bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming
+.PHONY: help setup protos check test soak kill-run demo serve up bench bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming gpu-check
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -88,6 +88,9 @@ bench-sampling: setup ## what sampling controls and log-probabilities cost, and 
 
 bench-split: setup ## what the border between scheduler and executor costs a step
 	$(BIN)/python -m tests.benchmarks.bench_split $(ARGS)
+
+gpu-check: setup ## on a machine with a GPU: check and measure everything there, in 8 minutes; ARGS="--peers"
+	$(BIN)/python -m tests.gpu.check --budget 480 --out build/gpu-check $(ARGS)
 
 bench-streaming: setup ## what a token costs the scheduler's process; ARGS="--minutes 5" watches memory
 	$(BIN)/python -m tests.benchmarks.bench_streaming $(ARGS)

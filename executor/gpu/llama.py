@@ -130,7 +130,9 @@ class GpuLlama:
         from executor.gpu.kernels.embedding import embed
         from executor.gpu.kernels.norm import rms_norm
 
-        rows = self._scratch.first(len(inputs.token_places))
+        num_tokens, room = len(inputs.token_places), len(self._scratch.residual)
+        assert num_tokens <= room, f"{num_tokens} tokens in memory for {room}"
+        rows = self._scratch.first(num_tokens)
         embed(tables.token_ids, inputs.token_places, self._embedding, rows.residual)
         rms_norm(rows.residual, self._first_norm, self._epsilon, out=rows.normed)
         *others, (last, cache) = zip(self._layers, self._cache.layers, strict=True)

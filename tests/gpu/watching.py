@@ -23,11 +23,11 @@ _WAITING: Final = (
 _TAKING: Final = ("empty", "zeros", "ones", "full", "arange", "clone", "_to_copy", "cat", "scalar_tensor")
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operation, and where what it returned lies and how many bytes it has."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
         self.addresses: list[int] = []
         self.sizes: list[int] = []
