@@ -90,7 +90,7 @@ class Workspace:
         num_parts = num_numbers = 0
         for layer in set(layers):
             for rows in range(1, max_rows + 1):
-                splits = num_splits(rows, layer.num_kv_heads)
+                splits = num_splits(rows, layer.num_kv_heads, device)
                 parts = rows * layer.num_heads * splits if splits > 1 else 0
                 num_parts = max(num_parts, parts)
                 num_numbers = max(num_numbers, parts * layer.value_dim)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -137,10 +138,10 @@ class CudaDevice:
 
     def capture(self, work: Work, /) -> Graph:
         """Capture on our stream. Other threads may use CUDA meanwhile: the process serves."""
-        torch.cuda.set_sync_debug_mode(
-            "error"
-        )  # said here, it breaks nothing; said while capturing, it breaks the capture
-        try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        try:  # found here, what waits breaks nothing; found while capturing, it breaks the capture
             work()
         finally:
             torch.cuda.set_sync_debug_mode("default")

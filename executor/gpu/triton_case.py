@@ -38,4 +38,5 @@ class CompileCase:
     constants: Mapping[str, object] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
+    targets: tuple[int, ...] = (90,)  # compute capabilities: 80 is Ampere, 90 Hopper
     instructions: tuple[str, ...] = ()  # one of these must be in the machine code: ("HGMMA", "HMMA")

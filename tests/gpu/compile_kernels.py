@@ -80,7 +80,7 @@ def main() -> None:
     """Read the command line and do what the module says."""
     sm, (part, parts) = int(sys.argv[1].removeprefix("sm_")), map(int, sys.argv[2].split("/"))
     named = sys.argv[3] if len(sys.argv) > 3 else ""
-    for case in [each for each in all_cases() if named in each.name][part::parts]:
+    for case in [each for each in all_cases() if sm in each.targets and named in each.name][part::parts]:
         try:
             report = compile_case(case, sm)
         except Exception as error:  # noqa: BLE001 (whatever it is, the next case is compiled too)

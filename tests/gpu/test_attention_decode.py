@@ -10,6 +10,7 @@ from torch import Tensor
 
 from executor.attention.triton import Workspace
 from executor.gpu.kernels.decode import MAX_SPLITS, decode, num_splits
+from executor.gpu.kernels.paged import num_multiprocessors
 from tests.gpu.paged_scene import Layer, PagedScene
 
 GPU = torch.cuda.is_available()
@@ -128,24 +129,23 @@ def test_queries_and_outputs_may_be_slices_of_larger_rows(device: torch.device) 
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 8, 128])
-def test_few_rows_are_read_in_shares_and_many_in_one_piece(num_kv_heads: int) -> None:
-    splits = [num_splits(rows, num_kv_heads) for rows in range(1, 1025)]
+def test_few_rows_are_read_in_shares_and_many_in_one_piece(device: torch.device, num_kv_heads: int) -> None:
+    splits = [num_splits(rows, num_kv_heads, device) for rows in range(1, 1025)]
 
     assert splits == sorted(splits, reverse=True)
-    assert splits[0] == min(MAX_SPLITS, 512 // num_kv_heads)
+    assert splits[0] == max(1, min(MAX_SPLITS, 4 * num_multiprocessors(device) // num_kv_heads))
     assert splits[-1] == 1
 
 
 def test_a_workspace_has_room_for_any_number_of_rows_up_to_its_own(device: torch.device) -> None:
-    shape = Layer(num_kv_heads=8, key_dim=128).shape
+    shape = Layer(num_kv_heads=2, group=3, key_dim=128, value_dim=64).shape
 
     workspace = Workspace([shape], max_rows=64, device=device)
 
-    needed = [
-        rows * shape.num_heads * splits for rows in range(1, 65) if (splits := num_splits(rows, 8)) > 1
-    ]  # fmt: skip
-    assert workspace.parts_lse.numel() == max(needed)
-    assert workspace.parts.numel() == max(needed) * 128
+    splits = {rows: num_splits(rows, shape.num_kv_heads, device) for rows in range(1, 65)}
+    needed = max(rows * shape.num_heads * each for rows, each in splits.items() if each > 1)
+    assert workspace.parts_lse.numel() == needed
+    assert workspace.parts.numel() == needed * shape.value_dim
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,19 @@ def test_a_stage_that_cannot_begin_does_not_keep_the_next_from_it(tmp_path: Path
 
     assert told.status == FAILED and told.problem is not None
     assert "no_such_module" in told.problem["traceback"]
+
+
+def test_a_part_that_hangs_is_ended_and_so_is_a_check_whose_time_is_over(tmp_path: Path) -> None:
+    settings = program.Settings(stages=[], fake=True, budget_s=100, out=tmp_path, command="check")
+    check, journal, now_s = program.Program(settings), Journal(tmp_path / "journal.jsonl"), time.monotonic()
+
+    assert check._should_end(now_s + 1000) is None
+    journal.write("begin", stage=0, part="patient", limit_s=1000)
+    assert check._should_end(now_s + 1000) is None
+    assert check._should_end(now_s - 1000) == "was ended: the budget is used up"
+    journal.write("end", stage=0, part="patient", status=OK)
+    journal.write("begin", stage=0, part="endless", limit_s=-1)
+    assert check._should_end(now_s + 1000) == "was ended after -1 s: it hangs"
 
 
 def test_stages_that_start_processes_get_one_of_their_own_and_their_share_of_the_time() -> None:

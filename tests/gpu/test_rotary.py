@@ -49,7 +49,8 @@ class World:
         angles = torch.arange(64)[:, None] / 100 ** torch.linspace(0, 1, case.rotary_dim // 2)
         self.cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1).to(device) if case.rotary_dim else None
         weights = (1 + torch.randn((2, case.dim), generator=draw) / 4).to(dtype).to(device)
-        self.q_norm, self.k_norm = weights if case.norms else (None, None)
+        self.q_norm = weights[0] if case.norms else None
+        self.k_norm = weights[1] if case.norms else None
         shape = (NUM_BLOCKS, case.num_kv_heads, BLOCK_SIZE, case.dim)
         self.keys, self.values = (torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(2))
 
@@ -72,8 +73,8 @@ class World:
     def wanted(self) -> tuple[Tensor, Tensor, Tensor]:
         """Q (T, num_heads, D), K and V (T, num_kv_heads, D), in float32."""
         kv = self.case.num_kv_heads
-        heads = self.qkv.float().unflatten(1, (-1, self.case.dim))
-        query, key, value = heads.split([self.case.num_heads, kv, kv], dim=1)
+        heads = self.qkv.float().view(len(self.slots), -1, self.case.dim)
+        query, key, value = torch.split(heads, [self.case.num_heads, kv, kv], dim=1)
         return self._turned(query, self.q_norm), self._turned(key, self.k_norm), value
 
     def _turned(self, heads: Tensor, weight: Tensor | None) -> Tensor:
@@ -82,7 +83,7 @@ class World:
         if self.cos_sin is None:
             return heads
         half = self.case.rotary_dim // 2
-        cos, sin = self.cos_sin[self.positions, None].split(half, dim=2)
+        cos, sin = self.cos_sin[self.positions, None].chunk(2, dim=2)
         first, second, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
@@ -94,21 +95,20 @@ def test_queries_are_turned_and_keys_and_values_lie_in_their_slots(
 ) -> None:
     world = World(case, dtype, device)
     query, key, value = world.wanted()
-    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    near = TOLERANCE[dtype]
 
     found = world.run()
 
     assert found.dtype is dtype
-    torch.testing.assert_close(found.float(), query, **close)  # also that of the token without a slot
+    torch.testing.assert_close(found.float(), query, rtol=near, atol=near)  # also that of the token without a slot
     stored = torch.tensor([slot >= 0 for slot in world.slots], device=device)
-    blocks, places = (torch.tensor([part(slot) for slot in world.slots if slot >= 0], device=device) for part in PARTS)
-    torch.testing.assert_close(world.keys[blocks, :, places].float(), key[stored], **close)
+    blocks, places = torch.tensor(
+        [divmod(slot, BLOCK_SIZE) for slot in world.slots if slot >= 0], device=device
+    ).unbind(1)
+    torch.testing.assert_close(world.keys[blocks, :, places].float(), key[stored], rtol=near, atol=near)
     assert torch.equal(world.values[blocks, :, places].float(), value[stored])
     for slab in (world.keys, world.values):
         assert (~slab.isnan()).sum() == stored.sum() * case.num_kv_heads * case.dim, "something else was written"
-
-
-PARTS = (lambda slot: slot // BLOCK_SIZE, lambda slot: slot % BLOCK_SIZE)
 
 
 def test_a_token_is_the_same_alone_and_in_a_crowd(device: torch.device) -> None:

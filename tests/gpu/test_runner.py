@@ -195,8 +195,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gemma"])
 def test_the_kernels_give_the_tokens_of_the_other_runner(kind: str, tmp_path: Path) -> None:
     folder = save_tiny(kind, tmp_path, num_hidden_layers=1)
-    sizes = {"max_sequences": 2, "max_step_tokens": 10}
-    host = Host(folder, attention_backend="triton", open_forward=open_gpu_model, sample=None, **sizes)
+    settings: dict[str, Any] = {"max_sequences": 2, "max_step_tokens": 10}
+    host = Host(folder, attention_backend="triton", open_forward=open_gpu_model, sample=None, **settings)
     story = Story(
         seed=6,
         samplings=(GREEDY, SAMPLED, CONTROLLED[0]),

@@ -7,6 +7,7 @@ lengths, and the host reads nothing. Each program finds its own share from the l
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,6 +20,7 @@ from executor.gpu.kernels.paged import (
     attend_tile,
     find_blocks,
     find_places,
+    num_multiprocessors,
     padded,
     score_arguments,
     sm_major,
@@ -27,7 +29,7 @@ from executor.gpu.triton_case import CompileCase, is_interpreted
 from executor.kv_cache import LayerCache
 
 MAX_SPLITS = 32
-_PROGRAMS = 512  # about four for each of the 132 multiprocessors of an H100: what it takes to keep its memory busy
+_PROGRAMS = 4  # for each multiprocessor: what fits at once, and more than it takes to keep the memory busy
 
 
 @triton.jit
@@ -146,17 +148,21 @@ def _combine(
     tl.store(place, acc.to(out.dtype.element_ty), mask=lanes < VALUE_DIM)
 
 
-def num_splits(num_rows: int, num_kv_heads: int) -> int:
+def num_splits(num_rows: int, num_kv_heads: int, device: torch.device) -> int:
     """In how many shares each row's keys are read: enough to keep the memory busy, one where the rows do that."""
-    return max(1, min(MAX_SPLITS, _PROGRAMS // max(1, num_rows * num_kv_heads)))
+    wanted = _PROGRAMS * num_multiprocessors(device) // max(1, num_rows * num_kv_heads)
+    return max(1, min(MAX_SPLITS, wanted))
 
 
 def launch_of(key_dim: int, value_dim: int, group: int, itemsize: int, sm: int) -> Launch:
-    """Tiles of 16 KiB of K: two of them, and two of V, are on their way in each of four programs."""
-    del sm  # Ampere and Hopper want the same: the products are small, and the bytes in flight decide
-    room = 16384 if itemsize == 2 else 8192  # float32 is worked without tensor cores, in more registers
-    tile = max(16, min(128, room // (max(padded(key_dim), padded(value_dim)) * itemsize)))
-    return Launch(tile=tile, num_warps=8 if padded(group) >= 64 else 4, num_stages=2)
+    """Tiles of 8 KiB of K. Three of them, and three of V, are on their way or at hand in each of four programs."""
+    dim = max(padded(key_dim), padded(value_dim))
+    num_warps = 8 if padded(group) >= 64 else 4
+    if sm == 0:
+        return Launch(tile=64)
+    if itemsize == 4:  # without tensor cores, in more registers: for checks, not for serving
+        return Launch(tile=max(16, 2048 // dim), num_warps=num_warps, num_stages=2)
+    return Launch(tile=max(32, min(128, 4096 // dim)), num_warps=num_warps, num_stages=4 if dim <= 128 else 3)
 
 
 def decode(
@@ -181,7 +187,7 @@ def decode(
         return
     num_kv_heads, value_dim = cache.keys.shape[1], out.shape[2]
     group = num_heads // num_kv_heads
-    splits = num_splits(num_rows, num_kv_heads) if splits is None else splits
+    splits = num_splits(num_rows, num_kv_heads, query.device) if splits is None else splits
     assert splits <= MAX_SPLITS and (splits == 1 or parts.numel() >= num_rows * num_heads * splits * value_dim)
     launch = launch or launch_of(key_dim, value_dim, group, query.itemsize, sm_major(query.device))
     lines, has_lines = rows.lines()
@@ -243,7 +249,7 @@ def compile_cases() -> list[CompileCase]:
     """As Qwen3-0.6B (groups of 2) and Llama 3 8B (groups of 4) launch it, and what differs from them most."""
     return [
         *_cases("group of 2", group=2),
-        *_cases("group of 4", group=4),
+        *_cases("group of 4", group=4, targets=(80, 90)),
         *_cases("group of 7, dim 64, window", group=7, key_dim=64, value_dim=64, WINDOW=128, SINKS=True),
         *_cases("dim 256, soft cap", group=2, key_dim=256, value_dim=256, SOFTCAP=True),
         *_cases("values narrower", group=1, key_dim=192, value_dim=128),
@@ -260,6 +266,7 @@ def _cases(
     dtype: str = "bf16",
     itemsize: int = 2,
     instructions: tuple[str, ...] = ("HMMA",),
+    targets: tuple[int, ...] = (90,),
     **flags: object,
 ) -> list[CompileCase]:
     """Of one kind of layer: rows in one piece, rows in shares, and their combination."""
@@ -289,6 +296,7 @@ def _cases(
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
             instructions=wanted,
+            targets=targets,
         )
 
     return [

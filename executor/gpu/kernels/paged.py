@@ -126,5 +126,11 @@ def score_arguments(options: LayerOptions) -> tuple[float, float]:
 
 @lru_cache
 def sm_major(device: torch.device) -> int:
-    """Generation of the GPU: 8 is Ampere, 9 Hopper. In the interpreter, where it does not matter, 9."""
-    return 9 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
+    """Generation of the GPU: 8 is Ampere, 9 Hopper. 0 is the interpreter."""
+    return 0 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
+
+
+@lru_cache
+def num_multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, but for a small factor. In the interpreter one does, but tests want shares."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

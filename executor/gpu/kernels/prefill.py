@@ -143,16 +143,18 @@ def _prefill(
 
 
 def launch_of(key_dim: int, value_dim: int, group: int, itemsize: int, sm: int) -> Launch:
-    """Two warp groups with 64 rows each on Hopper. Shared memory holds the queries, and two tiles of K and of V."""
+    """Two warp groups with 64 rows each on Hopper. Shared memory holds the queries, and a few tiles of K and V."""
     dim = max(padded(key_dim), padded(value_dim))
+    least = padded(group)
+    if sm == 0:
+        return Launch(tile=64, rows=max(64, least))
     if itemsize == 4:  # without tensor cores: for checks, not for serving
-        return Launch(tile=16, rows=max(16, padded(group)), num_warps=4, num_stages=1)
-    rows = max(128, padded(group))
-    if dim <= 64:
-        return Launch(tile=128 if sm >= 9 else 64, rows=rows, num_warps=8, num_stages=2)
-    if dim <= 128:
-        return Launch(tile=64, rows=rows, num_warps=8, num_stages=2)
-    return Launch(tile=32, rows=max(64, padded(group)), num_warps=8, num_stages=2)
+        return Launch(tile=16, rows=least, num_warps=4, num_stages=1)
+    if dim > 128:
+        return Launch(tile=32, rows=max(64, least), num_warps=8, num_stages=2)
+    if sm < 9:
+        return Launch(tile=32, rows=max(128, least), num_warps=8, num_stages=3)
+    return Launch(tile=128 if dim <= 64 else 64, rows=max(128, least), num_warps=8, num_stages=3)
 
 
 def prefill(
@@ -219,6 +221,7 @@ def compile_cases() -> list[CompileCase]:
     return [
         _case("group of 2", group=2),
         _case("group of 4", group=4),
+        _case("group of 4 on Ampere", group=4, sm=80),
         _case("group of 7, dim 64, window", group=7, key_dim=64, value_dim=64, WINDOW=128, SINKS=True),
         _case("dim 80", group=1, key_dim=80, value_dim=80),
         _case("dim 256, soft cap", group=2, key_dim=256, value_dim=256, SOFTCAP=True),
@@ -235,10 +238,11 @@ def _case(
     value_dim: int = 128,
     dtype: str = "bf16",
     itemsize: int = 2,
-    instructions: tuple[str, ...] = ("HGMMA", "HMMA"),
+    instructions: tuple[str, ...] | None = None,
+    sm: int = 90,
     **flags: object,
 ) -> CompileCase:
-    launch = launch_of(key_dim, value_dim, group, itemsize, 9)
+    launch = launch_of(key_dim, value_dim, group, itemsize, sm // 10)
     constants: dict[str, object] = {
         "GROUP": group,
         "ROWS": launch.rows,
@@ -264,5 +268,6 @@ def _case(
         constants=constants,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        instructions=instructions,
+        instructions=("HGMMA" if sm == 90 else "HMMA",) if instructions is None else instructions,
+        targets=(sm,),
     )

@@ -80,8 +80,7 @@ def _shape(num_heads: int, num_kv_heads: int, dim: int, rotary_dim: int, *, norm
 
 
 def _num_warps(shape: dict[str, int]) -> int:
-    numbers = shape["HEADS"] * triton.next_power_of_2(shape["DIM"])
-    return min(max(numbers // 256, 1), 8)
+    return min(max(shape["HEADS"] * shape["WHOLE_TILE"] // 256, 1), 8)
 
 
 @triton.jit
@@ -104,8 +103,8 @@ def _rope_and_store(
             q_norm, epsilon, cos_sin, tl.load(positions + token), DIM, HALF, NORMS, HALF_TILE, REST_TILE,
         )  # fmt: skip
     else:
-        slot = tl.load(slot_mapping + token).to(tl.int64)
-        place = slot // block_size * block_stride + slot % block_size * row_stride
+        slot = tl.load(slot_mapping + token)
+        place = (slot // block_size).to(tl.int64) * block_stride + slot % block_size * row_stride
         if group < Q_GROUPS + KV_GROUPS:
             heads = (group - Q_GROUPS) * HEADS + lanes
             _turn(
@@ -179,7 +178,7 @@ def compile_cases() -> list[CompileCase]:
         ("gpt2", 12, 12, 64, 0, False),
     ):
         shape = _shape(num_heads, num_kv_heads, dim, rotary_dim, norms=norms)
-        absent = {"cos_sin": None} if rotary_dim == 0 else {}
+        absent: dict[str, object] = {} if rotary_dim else {"cos_sin": None}
         absent |= {} if norms else {"q_norm": None, "k_norm": None}
         types = {
             "qkv": "*bf16", "positions": "*i32", "cos_sin": "*fp32", "slot_mapping": "*i32", "keys": "*bf16",
@@ -191,7 +190,7 @@ def compile_cases() -> list[CompileCase]:
                 name=f"rope_and_store-{name}",
                 kernel=_rope_and_store,
                 signature=types | dict.fromkeys([*shape, *absent], "constexpr"),
-                constants=shape | absent,
+                constants={**shape, **absent},
                 num_warps=_num_warps(shape),
             )
         )

@@ -12,10 +12,10 @@ import torch
 
 from common.sampling import SamplingParams
 from common.step import StepResult
+from tests.gpu.check.checkpoint import model_folder
 from tests.gpu.check.driving import blocks_needed, drive
 from tests.gpu.check.ours import runner_for
 from tests.gpu.check.parts import Check, Found, Part
-from tests.gpu.check.server import model_folder
 
 _ROWS: Final = (1, 8, 64, 100, 256)  # numbers of rows that are compared; 100 is not one of a graph
 _BLOCK_SIZE: Final = 16
@@ -121,7 +121,7 @@ def _runner(check: Check, *, graphs: bool) -> Any:
     most = 3 if check.fake else 256
     return runner_for(
         check,
-        model_folder(check),
+        model_folder(check.folder, check.device, fake=check.fake),
         dtype="auto",
         graphs=graphs,
         block_size=_BLOCK_SIZE,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.gpu.check.shapes import Shape
+from tests.gpu.check.shapes import QWEN3_0_6B, TINY_QWEN3, Shape
 
 SPECIAL: Final = ("<|pad|>", "<|begin|>", "<|end|>")
 _BYTE_SYMBOLS: Final = 256
@@ -49,6 +49,12 @@ def write_checkpoint(
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     _write(done, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     return folder
+
+
+def model_folder(folder: Path, device: torch.device, *, fake: bool) -> Path:
+    """The model that the stages share, inside of `folder`: Qwen3-0.6B's shape, or a tiny one."""
+    shape = TINY_QWEN3 if fake else QWEN3_0_6B
+    return write_checkpoint(shape, folder / shape.name.replace(" ", "-"), device=device)
 
 
 def tokenizer(vocabulary: int) -> dict[str, Any]:

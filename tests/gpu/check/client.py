@@ -56,8 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--number", type=int, default=0)
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--short", action="store_true")
     parsed = parser.parse_args(arguments)
-    workload = alone(tiny=parsed.tiny) if parsed.run < 0 else offline(parsed.run, tiny=parsed.tiny)
+    workload = alone(tiny=parsed.tiny) if parsed.run < 0 else offline(parsed.run, tiny=parsed.tiny, short=parsed.short)
     uvloop.run(run(parsed.address, share(workload, parsed.number, parsed.count)))
 
 

@@ -42,7 +42,7 @@ def versions(check: Check) -> Found:
         "cuda": torch.version.cuda,
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "programs": {name: bool(shutil.which(name)) for name in ("nvcc", "gcc", "g++", "ninja", "ptxas")},
-        "importable": {name: util.find_spec(name) is not None for name in ("grpc", "google.protobuf", "triton")},
+        "importable": {name: util.find_spec(name) is not None for name in ("grpc", "google", "triton")},
         "shm_free_gib": round(shutil.disk_usage("/dev/shm").free / 2**30, 1) if Path("/dev/shm").is_dir() else 0,
     }
     if not check.fake:

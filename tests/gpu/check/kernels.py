@@ -44,7 +44,9 @@ def parts(check: Check) -> list[Part]:
     every = [Part(name=name, work=work, takes_s=3, limit_s=120) for name, work in checks.items()]
     if check.fake:
         return every
-    return [Part(name="compile", work=partial(compile_all, works=list(checks.values())), limit_s=150), *every]
+    works = [work for name, work in checks.items() if not name.startswith("attention")]
+    works += [partial(attention, dtype=dtype, only=name) for dtype in TOLERANCE for name in _cases(check, dtype)]
+    return [Part(name="compile", work=partial(compile_all, works=[*works, backend]), limit_s=120), *every]
 
 
 def compile_all(check: Check, works: Sequence[Callable[[Check], Found]]) -> Found:
@@ -99,12 +101,27 @@ TINY_ATTENTION: Final = {
 }
 
 
-def attention(check: Check, *, dtype: torch.dtype) -> Found:
+_FEW: Final = {  # in other types than the one that is served most
+    torch.float32: ("decode, groups of 2", "decode, groups of 7", "mixed, groups of 2", "mixed, cap, sinks"),
+    torch.float16: ("decode, groups of 2", "mixed, groups of 4"),
+}
+_BACKEND: Final = ("decode, groups of 2", "mixed, groups of 3, window", "mixed, cap, sinks")
+
+
+def _cases(check: Check, dtype: torch.dtype) -> dict[str, AttentionCase]:
+    if check.fake:
+        return TINY_ATTENTION
+    return {name: ATTENTION[name] for name in _FEW.get(dtype, tuple(ATTENTION))}
+
+
+def attention(check: Check, *, dtype: torch.dtype, only: str = "") -> Found:
     """attend_stored, as the fused forward calls it."""
     from executor.attention.triton import Workspace, attend_stored  # noqa: PLC0415 - imports triton
 
     errors = {}
-    for name, case in (TINY_ATTENTION if check.fake else ATTENTION).items():
+    for name, case in _cases(check, dtype).items():
+        if only and name != only:
+            continue
         prepared = _Attention(case, check.device, dtype)
         out = torch.full_like(prepared.query, torch.nan)
         attend_stored(
@@ -128,11 +145,12 @@ def backend(check: Check) -> Found:
     from executor.attention.triton import TritonAttention  # noqa: PLC0415 - imports triton
 
     found, served = Found(), TritonAttention(interpreted=check.fake)
-    for dtype in TOLERANCE:
+    cases = {name: ATTENTION[name] for name in _BACKEND}
+    if check.fake:
+        cases = {name: case for name, case in TINY_ATTENTION.items() if not case.padding}
+    for dtype in (torch.float32, torch.bfloat16):
         errors = {}
-        for name, case in (TINY_ATTENTION if check.fake else ATTENTION).items():
-            if case.padding:
-                continue
+        for name, case in cases.items():
             prepared = _Attention(case, check.device, dtype)
             reason = served.why_not(
                 LayerNeeds(

@@ -16,11 +16,12 @@ NUM_REQUESTS: Final = 256
 MAX_MODEL_LEN: Final = 4096
 _LENGTHS: Final = (100, 1024)
 _LAST_TOKEN: Final = 10_000
+_SHORT: Final = 8
 _TINY: Final = 16  # how much shorter everything is where it only has to run
 
 
-def offline(run: int = 0, *, tiny: bool = False) -> Workload:
-    """The requests of one run. Tiny: eight of them, a sixteenth as long."""
+def offline(run: int = 0, *, tiny: bool = False, short: bool = False) -> Workload:
+    """The requests of one run. Tiny: eight of them, a sixteenth as long. Short: answers of 8 tokens, to warm up."""
     draw = random.Random(0)
     prompts = [[draw.randint(0, _LAST_TOKEN) for _ in range(draw.randint(*_LENGTHS))] for _ in range(NUM_REQUESTS)]
     answers = [draw.randint(*_LENGTHS) for _ in range(NUM_REQUESTS)]
@@ -30,6 +31,8 @@ def offline(run: int = 0, *, tiny: bool = False) -> Workload:
     if tiny:
         prompts = [[3 + token % 300 for token in prompt[: len(prompt) // _TINY]] for prompt in prompts[:8]]
         answers = [answer // _TINY for answer in answers[:8]]
+    if short:
+        answers = [_SHORT] * len(answers)
     requests = [Request(prompt=p, max_tokens=a) for p, a in zip(prompts, answers, strict=True)]
     return Workload(name=f"offline, run {run}", requests=requests)
 

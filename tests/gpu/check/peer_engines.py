@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ _until_the_end: Final[list[Any]] = []  # what must not be collected
 Play = Callable[[Workload], int]
 """Answer all requests; return how many tokens came."""
 
-_WARM_UP: Final = 3  # the run whose words warm it up, shortened
+_WARM_UP: Final = 3  # the run whose words warm it up
 
 
 def nanovllm(folder: Path) -> Play:
@@ -74,7 +75,9 @@ def transformers(folder: Path) -> Play:
     from transformers import GenerationConfig as Config  # noqa: PLC0415
 
     auto: Any = AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype=torch.bfloat16).to("cuda").eval()
+    how = {"attn_implementation": "flash_attention_2"} if find_spec("flash_attn") else {}
+    _tell({"attention": how.get("attn_implementation", "its default: flash_attn is not installed")})
+    model = auto.from_pretrained(folder, dtype=torch.bfloat16, **how).to("cuda").eval()
     config_type: Any = Config
     config = config_type(
         do_sample=True,
@@ -142,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     began_s = time.monotonic()
     play = ENGINES[parsed.engine](parsed.model)
-    play(offline(_WARM_UP, tiny=True))
+    play(offline(_WARM_UP, tiny=parsed.tiny, short=True))
     _tell({"ready_s": round(time.monotonic() - began_s, 2)})
     for run in range(parsed.runs):
         if run and time.monotonic() > parsed.until:

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tests.gpu.check.checkpoint import model_folder
 from tests.gpu.check.parts import Check, Found, Part, Skipped
-from tests.gpu.check.server import model_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -27,7 +27,7 @@ def peer(check: Check, *, engine: str) -> Found:
     """Its tokens a second: from handing over the first prompt to the last token of all, the middle one of its runs."""
     if engine != "pretended" and find_spec(engine) is None:
         raise Skipped(f"{engine} is not installed")
-    folder = model_folder(check)
+    folder = model_folder(check.folder, check.device, fake=check.fake)
     if not check.fake:
         import torch  # noqa: PLC0415
 

@@ -50,10 +50,11 @@ class Program:
         self._settings = settings
         self._began_s = time.monotonic()
         self._journal = Journal(settings.out / "journal.jsonl")
-        self._folder = _roomy_folder()
+        self._folder = Path()  # of the models, while it runs
 
     def run(self) -> dict[str, Any]:
         """Run every stage; return the report, which is on disk already."""
+        self._folder = _roomy_folder()
         try:
             for group, reserved_s in _groups(self._settings.stages, self._settings.budget_s):
                 self._run_group(group, reserved_s)

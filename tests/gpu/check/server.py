@@ -21,11 +21,10 @@ from tests.benchmarks.metrics import Summary, summarize
 from tests.benchmarks.playing import Answer
 from tests.benchmarks.workloads import Workload
 from tests.e2e.cluster import ROOT, Cluster
-from tests.gpu.check.checkpoint import write_checkpoint
+from tests.gpu.check.checkpoint import model_folder
 from tests.gpu.check.client import share
 from tests.gpu.check.offline import MAX_MODEL_LEN, NUM_REQUESTS, alone, offline
 from tests.gpu.check.parts import Aim, Check, Found, Part
-from tests.gpu.check.shapes import QWEN3_0_6B, TINY_QWEN3
 
 IDLE_RATIO: Final = 0.03
 CLIENTS: Final = 8  # processes that share the requests
@@ -49,18 +48,12 @@ def parts(check: Check) -> list[Part]:
 def checkpoint(check: Check) -> Found:
     """Random weights in a folder that every engine reads."""
     began_s = time.monotonic()
-    folder = model_folder(check)
+    folder = model_folder(check.folder, check.device, fake=check.fake)
     size = sum(file.stat().st_size for file in folder.iterdir())
     return Found(
         values={"seconds": round(time.monotonic() - began_s, 2), "mib": round(size / 2**20)},
         lines=[f"a folder of {size / 2**20:,.0f} MiB"],
     )
-
-
-def model_folder(check: Check) -> Path:
-    """The folder; written where it is not there yet."""
-    shape = TINY_QWEN3 if check.fake else QWEN3_0_6B
-    return write_checkpoint(shape, check.folder / shape.name.replace(" ", "-"), device=check.device)
 
 
 def workload(check: Check) -> Found:
@@ -80,7 +73,7 @@ def _started(check: Check) -> Iterator[tuple[Cluster, float]]:
     cluster: Cluster | None = None
     began_s = time.monotonic()
     try:
-        cluster = Cluster(model_folder(check), folder, flags=SCHEDULER)
+        cluster = Cluster(model_folder(check.folder, check.device, fake=check.fake), folder, flags=SCHEDULER)
         cluster.start_executor(*EXECUTOR, fake=check.fake)
         yield cluster, time.monotonic() - began_s
     finally:
@@ -95,7 +88,7 @@ async def _measure(check: Check, cluster: Cluster, ready_s: float) -> Found:
     found = Found(values={"ready_s": round(ready_s, 1), "scheduler": SCHEDULER, "executor": EXECUTOR, "runs": []})
     log = cluster.executors[0].log
     await _play(check, cluster, alone(tiny=check.fake), -1)  # every kernel is compiled, every path was gone once
-    await _play(check, cluster, offline(RUNS, tiny=True), RUNS, tiny=True)
+    await _play(check, cluster, offline(RUNS, tiny=check.fake, short=True), RUNS, "--short")
     await _all_captured(log)
     for run in range(1 if check.fake else RUNS):
         if run and check.until_s - time.monotonic() < _RUN_S:
@@ -140,7 +133,7 @@ async def _all_captured(log: Path) -> None:
 async def _one_run(check: Check, cluster: Cluster, run: int) -> dict[str, Any]:
     wanted = offline(run, tiny=check.fake)
     before = await status(cluster.admin)
-    answers = await _play(check, cluster, wanted, run, tiny=check.fake)
+    answers = await _play(check, cluster, wanted, run)
     after = await status(cluster.admin)
     summary = summarize(wanted, answers)
     return {**asdict(summary), **_delta(before, after, summary)}
@@ -163,18 +156,16 @@ def _delta(
     }
 
 
-async def _play(
-    check: Check, cluster: Cluster, wanted: Workload, run: int, *, tiny: bool | None = None
-) -> list[Answer]:
+async def _play(check: Check, cluster: Cluster, wanted: Workload, run: int, *flags: str) -> list[Answer]:
     """Have the client processes play it, all from the same moment; times are from that moment."""
     count = 1 if wanted.one_at_a_time else 2 if check.fake else CLIENTS
-    is_tiny = check.fake if tiny is None else tiny
     command = ["-m", "tests.gpu.check.client", f"--address={cluster.address}", f"--run={run}", f"--count={count}"]
+    command += [*flags, *(("--tiny",) if check.fake else ())]
     pipe = asyncio.subprocess.PIPE
     clients = [
         await asyncio.create_subprocess_exec(
             sys.executable,
-            *(*command, f"--number={number}", *(("--tiny",) if is_tiny else ())),
+            *(*command, f"--number={number}"),
             cwd=ROOT,
             stdin=pipe,
             stdout=pipe,
