@@ -13,7 +13,7 @@ STUBS := .venv/stubs
 stubs = $(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/*.proto
 
-.PHONY: help setup protos check test soak kill-run demo serve up bench bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming
+.PHONY: help setup protos check test soak kill-run demo serve up bench bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming gpu-check
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -21,13 +21,18 @@ help: ## list the targets
 
 setup: .venv/.kernels ## make .venv with everything at its pinned version, and the C++ kernels (once; then offline)
 
-# torch comes alone: its index is asked for nothing else, and what it holds outranks PyPI's CUDA build of the same version
+# torch comes alone: its index is asked for nothing else, and what it holds outranks PyPI's CUDA build of the same version.
+# Which of them it will be is said before it is downloaded.
+torch = --no-deps -c constraints.txt $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) torch
+
 .venv/.ok: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=...")'
-	@echo "Making .venv: about 1.3 GB, a minute or two."
+	@echo "Making .venv: about 1.3 GB, a minute or two; more where torch is the build for CUDA."
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt setuptools
-	$(PIP) install -q --no-deps -c constraints.txt $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) torch
+	@$(PIP) install -qq --dry-run --ignore-installed --report - $(torch) \
+		| TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python tests/house/torch_build.py
+	$(PIP) install -q $(torch)
 	$(PIP) install -q --no-build-isolation -c constraints.txt -e ".[dev]"
 	$(PIP) check
 	@touch $@
@@ -88,6 +93,9 @@ bench-sampling: setup ## what sampling controls and log-probabilities cost, and 
 
 bench-split: setup ## what the border between scheduler and executor costs a step
 	$(BIN)/python -m tests.benchmarks.bench_split $(ARGS)
+
+gpu-check: setup ## on a machine with a GPU: check and measure everything there, in 8 minutes; ARGS="--peers"
+	$(BIN)/python -m tests.gpu.check --budget 480 --out build/gpu-check $(ARGS)
 
 bench-streaming: setup ## what a token costs the scheduler's process; ARGS="--minutes 5" watches memory
 	$(BIN)/python -m tests.benchmarks.bench_streaming $(ARGS)

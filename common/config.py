@@ -127,6 +127,9 @@ class ExecutorConfig:
     kv_cache_dtype: Literal["auto", "int8"] = option("auto", "K and V: in the activations' precision, or 8 bit")
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
     attention: str = option("auto", "attention backend; auto takes the first that works")
+    cuda_graphs: Literal["auto", "off"] = option(
+        "auto", "on a GPU, launch decode steps as CUDA graphs where the model allows it; off: kernel by kernel"
+    )
     num_blocks: int = option(0, "KV blocks; 0 finds out from --kv-cache-bytes or free memory")
     kv_cache_bytes: int = option(0, "bytes of the KV cache; 0 takes a share of free memory")
     block_size: int = option(16, "tokens of a KV block", least=1)

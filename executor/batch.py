@@ -39,10 +39,14 @@ class InputBatch:
     # where prompts are scored: whose, and at which place of it is the token whose logits those are
     scored_slots: NDArray[np.int64] = field(default_factory=_nothing)  # (P,) lines in the resident tables
     scored_positions: NDArray[np.int64] = field(default_factory=_nothing)  # (P,) at least 1
+    table_rows: NDArray[np.int64] = field(default_factory=_nothing)  # (N,) each row's line in the resident tables
 
 
-def build_batch(resident: Resident, rows: Rows) -> InputBatch:
-    """Gather what the forward needs. At least one row."""
+def build_batch(resident: Resident, rows: Rows, *, gathers_tables: bool = True) -> InputBatch:
+    """Gather what the forward needs. At least one row.
+
+    A device that holds the tables itself reads them by `table_rows`: for it, `block_tables` need not be gathered.
+    """
     counts = rows.counts
     if counts.max() == 1:  # most steps; at batch 1 every call into numpy is felt
         ordered, slots, positions, loc = rows, rows.slots, rows.starts, np.arange(len(counts) + 1)
@@ -75,7 +79,7 @@ def build_batch(resident: Resident, rows: Rows) -> InputBatch:
         slot_mapping=resident.slot_mapping(slots, positions),
         query_start_loc=loc,
         seq_lens=ordered.stops,
-        block_tables=np.ascontiguousarray(resident.block_tables[ordered.slots, :longest]),
+        block_tables=np.ascontiguousarray(resident.block_tables[ordered.slots, : longest if gathers_tables else 0]),
         num_decodes=int((counts == 1).sum()),
         logits_indices=logits_indices,
         sampled_slots=sampled,
@@ -83,4 +87,5 @@ def build_batch(resident: Resident, rows: Rows) -> InputBatch:
         sampled_indices=known - resident.num_prompt[sampled],
         scored_slots=scored_slots,
         scored_positions=scored_positions,
+        table_rows=ordered.slots,
     )

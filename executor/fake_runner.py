@@ -19,8 +19,8 @@ from common import failpoints
 from common.determinism import determinism_class
 from common.step import ExecutorFacts, Logprobs, Scored, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_of
-from executor.resident import Resident, Rows, spread
-from executor.runner import Report
+from executor.resident import Resident, Rows, Sampled, spread
+from executor.runner import Done, Launched, Report
 
 _CELL: Final = np.dtype([("position", np.int64), ("token", np.int64), ("digest", np.uint64)])
 _POISON: Final = -1
@@ -72,6 +72,16 @@ def fake_logprobs(token: int, num_top: int) -> Logprobs:
     return Logprobs(-float(token), tuple(range(num_top)), tuple(-float(id) for id in range(num_top)))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computed:
+    """What a step left on the device. S sampled rows."""
+
+    rows: Rows
+    tokens: list[int]  # (S,)
+    failed: list[int]  # which of them are none
+    scored: list[Scored]
+
+
 class FakeRunner:
     """A Runner that needs no torch and no model. `step_time_s` makes a demo look alive; tests leave it at 0."""
 
@@ -114,6 +124,8 @@ class FakeRunner:
             max_model_len=max_model_len,
             vocab_size=vocab_size,
         )
+        # what the device knows: every token at once, also those that the host has not read yet
+        self._token_ids = np.zeros((max_sequences, max_model_len), np.int32)
         self._digests = np.zeros((max_sequences, max_model_len), np.uint64)  # what each row must read back
         self._next_token = next_token
         self._step_time_s = step_time_s
@@ -130,12 +142,26 @@ class FakeRunner:
         self._resident.clear()
         self._cells["position"] = _POISON
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def idle(self) -> bool:
+        """Nothing is left for idle moments."""
+        return False
+
+    def launch(self, plan: StepPlan) -> Launched:
         """Run one step. Raises PlanError for a plan that does not fit, SlabMismatch for blocks with other tokens."""
+        computed = self._compute(plan)
+        sampled = self._resident.advance(computed.rows, computed.tokens, computed.failed)
+        if self._step_time_s:
+            threading.Event().wait(self._step_time_s)
+        return Done(result_of(plan, sampled, computed.scored))
+
+    def _compute(self, plan: StepPlan) -> Computed:
+        """What the device does: all of the step but for what the host makes of its tokens."""
         rows = self._resident.apply(plan)
         for sequence in plan.new:
+            slot, num_known = slot_of(sequence.ref), len(sequence.token_ids)
+            self._token_ids[slot, :num_known] = sequence.token_ids
             digests = digests_of(int(token) for token in sequence.token_ids)
-            self._digests[slot_of(sequence.ref), : len(digests)] = np.array(digests, np.uint64)
+            self._digests[slot, :num_known] = np.array(digests, np.uint64)
         if plan.copies:
             failpoints.hit("before_block_copy")
         for source, destination in plan.copies:
@@ -146,18 +172,11 @@ class FakeRunner:
             tokens: list[int | None] = [None] * int(rows.samples.sum())
         else:
             tokens = [self._choose(slot) for slot in rows.slots[rows.samples].tolist()]
-        failed = [n for n, token in enumerate(tokens) if token is None]
-        scored = self._score(rows, tokens)
-        sampled = self._resident.advance(rows, [token or 0 for token in tokens], failed)
-        if self._step_time_s:
-            threading.Event().wait(self._step_time_s)
-        return StepResult(
-            step=plan.step,
-            refs=sampled.refs,
-            tokens=sampled.tokens,
-            indices=sampled.indices,
-            failed=sampled.failed,
-            scored=scored,
+        return Computed(
+            rows=rows,
+            tokens=[token or 0 for token in tokens],
+            failed=[n for n, token in enumerate(tokens) if token is None],
+            scored=self._score(rows, tokens),
         )
 
     def _score(self, rows: Rows, tokens: list[int | None]) -> list[Scored]:
@@ -184,7 +203,7 @@ class FakeRunner:
         if len(np.unique(places)) != len(places):
             raise SlabMismatch("two rows of one step write the same place in the slab")
         self._cells["position"][places] = positions
-        self._cells["token"][places] = self._resident.token_ids[slots, positions]
+        self._cells["token"][places] = self._token_ids[slots, positions]
         self._cells["digest"][places] = self._digests[slots, positions]
 
     def _read_back(self, rows: Rows) -> None:
@@ -194,7 +213,7 @@ class FakeRunner:
         cells = self._cells[places]
         right = (
             (cells["position"] == positions)
-            & (cells["token"] == self._resident.token_ids[slots, positions])
+            & (cells["token"] == self._token_ids[slots, positions])
             & (cells["digest"] == self._digests[slots, positions])
         )
         if not right.all():
@@ -202,7 +221,7 @@ class FakeRunner:
             raise SlabMismatch(
                 f"slot {slots[n]} position {positions[n]} is in block {places[n] // self._facts.block_size}, "
                 f"which holds token {cells['token'][n]} of position {cells['position'][n]}; wanted token "
-                f"{self._resident.token_ids[slots[n], positions[n]]}, after the same prefix"
+                f"{self._token_ids[slots[n], positions[n]]}, after the same prefix"
             )
 
     def _choose(self, slot: int) -> int | None:
@@ -222,8 +241,21 @@ class FakeRunner:
         if token is None:
             return None
         token %= self._facts.vocab_size
+        self._token_ids[slot, stop] = token
         self._digests[slot, stop] = _mix(digest, token)
         return token
+
+
+def result_of(plan: StepPlan, sampled: Sampled, scored: list[Scored]) -> StepResult:
+    """What the host makes of a step."""
+    return StepResult(
+        step=plan.step,
+        refs=sampled.refs,
+        tokens=sampled.tokens,
+        indices=sampled.indices,
+        failed=sampled.failed,
+        scored=scored,
+    )
 
 
 def _mix(state: int, value: int) -> int:

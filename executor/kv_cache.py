@@ -92,6 +92,38 @@ class KvCache:
                 layer.keys[destination].copy_(layer.keys[source])
                 layer.values[destination].copy_(layer.values[source])
 
+    def copy_together(self, sources: Tensor, destinations: Tensor) -> None:
+        """Copy C blocks at once, (C,) int64 on the device: none is written twice, or read once it is written."""
+        for layer in self.layers:
+            for slab in (layer.keys, layer.values):
+                slab.index_copy_(0, destinations, slab.index_select(0, sources))
+
+    def resize(self, num_blocks: int) -> None:
+        """Have so many blocks, all of them zero. In place: who holds a layer, or its tensors, has the new ones.
+
+        For a device whose free memory is known only once the model has run. Not of a packed slab.
+        """
+        slabs = [slab for layer in self.layers for slab in (layer.keys, layer.values)]
+        shapes = [slab.shape[1:] for slab in slabs]
+        for slab in slabs:
+            slab.data = slab.new_empty(0)  # all go before the first one comes
+        for slab, shape in zip(slabs, shapes, strict=True):
+            zeros = _zeros((num_blocks, *shape[:-1], shape[-1] * slab.dtype.itemsize), slab.device)
+            slab.data = zeros.view(slab.dtype)
+        self.num_blocks = num_blocks
+
+
+def copied_together(copies: Sequence[tuple[int, int]]) -> list[slice]:
+    """Cut (source, destination) into runs each of which may be copied at once: `KvCache.copy_together`."""
+    runs: list[slice] = []
+    begin, written = 0, set[int]()
+    for place, (source, destination) in enumerate(copies):
+        if source in written or destination in written:
+            runs.append(slice(begin, place))
+            begin, written = place, set()
+        written.add(destination)
+    return [*runs, slice(begin, len(copies))] if copies else []
+
 
 def block_bytes(layers: Sequence[LayerShape], block_size: int, format: SlabFormat) -> int:
     """Bytes that one block takes, over all layers."""

@@ -40,11 +40,16 @@ _FAMILY: Final = frozenset({
 })  # fmt: skip
 
 
+def is_of_the_family(model: PreTrainedModel | FolderLlama) -> bool:
+    """Whether the model is one whose forward is known here."""
+    return f"{type(model).__module__}.{type(model).__qualname__}" in _FAMILY
+
+
 def why_not(model: PreTrainedModel | FolderLlama, kind: int | None = None) -> str | None:
     """Return why this model cannot take the fused forward, with weights of `kind`, or None when it can."""
-    name, config = type(model).__name__, model.config
-    if f"{type(model).__module__}.{type(model).__qualname__}" not in _FAMILY:
-        return f"{name} is not of the Llama family"
+    config = model.config
+    if not is_of_the_family(model):
+        return f"{type(model).__name__} is not of the Llama family"
     if model.device.type != "cpu" or model.dtype not in KINDS:
         return f"{model.dtype} on {model.device.type}"
     if config.hidden_act != "silu":
@@ -80,11 +85,11 @@ class LlamaModel:
         lm_head: Any = model.lm_head
         config = model.config
         embedding = body.embed_tokens.weight.detach()
-        cos, sin = _rotary_tables(body.rotary_emb, max_positions)
+        cos, sin = rotary_tables(body.rotary_emb, max_positions)
         layers = (LlamaLayerStruct * len(body.layers))()
         for index, layer in enumerate(body.layers):
             layers[index] = self._layer(layer, cache, needs[index], index)
-            _forget(layer)  # a copy of the weights at a time, not two of all
+            forget(layer)  # a copy of the weights at a time, not two of all
         self.vocab_size = int(config.vocab_size)
         self._model = LlamaStruct(
             num_layers=len(layers),
@@ -156,15 +161,16 @@ class LlamaModel:
         return dense.data_ptr()
 
 
-def _rotary_tables(rotary: nn.Module, max_positions: int) -> tuple[Tensor, Tensor]:
-    """Cos and sin (max_positions, rotary_dim / 2) float32, by the model's own code."""
+def rotary_tables(rotary: nn.Module, max_positions: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Cos and sin (max_positions, rotary_dim / 2) float32, by the model's own code, on its device."""
     with torch.inference_mode():
-        cos, sin = rotary(torch.zeros(1, 1, dtype=torch.float32), torch.arange(max_positions)[None])
+        positions = torch.arange(max_positions, device=device)[None]
+        cos, sin = rotary(torch.zeros(1, 1, dtype=torch.float32, device=device), positions)
     half = cos.shape[-1] // 2
     return cos[0, :, :half].clone(), sin[0, :, :half].clone()
 
 
-def _forget(layer: nn.Module) -> None:
+def forget(layer: nn.Module) -> None:
     """Let the weights of a layer that is packed go."""
     parameters: Mapping[str, nn.Parameter] = dict(layer.named_parameters())
     for parameter in parameters.values():

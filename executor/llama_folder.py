@@ -21,7 +21,8 @@ from common.model_folder import ModelFolder
 from executor.attention.protocol import LayerNeeds
 from executor.kv_cache import LayerShape
 
-_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CPU: Final = torch.device("cpu")
 _ROPE_KEYS: Final = {"rope_type", "rope_theta"}
 _INT_KEYS: Final = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -53,9 +54,10 @@ class Tree(nn.Module):
 class Rotary(nn.Module):
     """The ordinary rotary embedding (Su et al., 2021), as Transformers' LlamaRotaryEmbedding computes it."""
 
-    def __init__(self, dim: int, theta: float) -> None:
+    def __init__(self, dim: int, theta: float, device: torch.device) -> None:
         super().__init__()
-        self._inverse = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+        inverse = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+        self._inverse = inverse.to(device)
 
     def forward(self, _: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin (1, T, dim) of `positions` (1, T)."""
@@ -65,13 +67,16 @@ class Rotary(nn.Module):
 
 
 class FolderLlama(Tree):
-    """What LlamaModel reads of a LlamaForCausalLM: weights, configuration, rotary embedding."""
+    """What a fused forward reads of a LlamaForCausalLM: weights, configuration, rotary embedding.
 
-    def __init__(self, config: SimpleNamespace, dtype: torch.dtype) -> None:
+    Its device is the one on which it is to compute: the weights stay where they are mapped until they are taken.
+    """
+
+    def __init__(self, config: SimpleNamespace, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.device = torch.device("cpu")
+        self.device = device
 
     def needs(self) -> list[LayerNeeds]:
         """What each layer asks of its attention."""
@@ -85,15 +90,18 @@ class FolderLlama(Tree):
         return [LayerNeeds(shape=shape, dtype=self.dtype, device=self.device)] * config.num_hidden_layers
 
 
-def open_llama(folder: ModelFolder, dtype: str) -> FolderLlama | None:
-    """Return the model, its weights mapped, or None when it takes Transformers to load it. `dtype` as in load_model."""
+def open_llama(folder: ModelFolder, dtype: str, device: torch.device = _CPU) -> FolderLlama | None:
+    """Return the model for `device`, its weights mapped, or None when it takes Transformers to load it.
+
+    `dtype` as in load_model.
+    """
     config = _config(folder)
     if config is None:
         return None
     wanted = str(config.dtype) if dtype == "auto" else dtype
-    if wanted not in _DTYPES:
+    if wanted not in _DTYPES or (wanted == "float16" and device.type == "cpu"):
         return None
-    model = FolderLlama(config, _DTYPES[wanted])
+    model = FolderLlama(config, _DTYPES[wanted], device)
     missing = _tensor_shapes(config)
     try:
         for file in folder.weight_files:
@@ -103,7 +111,7 @@ def open_llama(folder: ModelFolder, dtype: str) -> FolderLlama | None:
                     if missing.pop(name, None) != tuple(tensor.shape) or not tensor.is_floating_point():
                         return None
                     # the table is read for ever; a copy of its own lets the mapping of all the others go
-                    own = name == "model.embed_tokens.weight"
+                    own = device.type == "cpu" and name == "model.embed_tokens.weight"
                     model.put(name, tensor.to(model.dtype, copy=own))
     except (OSError, SafetensorError):
         return None
@@ -114,7 +122,7 @@ def open_llama(folder: ModelFolder, dtype: str) -> FolderLlama | None:
         model.put("lm_head.weight", body.embed_tokens.weight.data)
     for layer in body.layers:
         layer.self_attn.scaling = config.head_dim**-0.5
-    body.rotary_emb = Rotary(config.head_dim, config.rope_theta)
+    body.rotary_emb = Rotary(config.head_dim, config.rope_theta, device)
     return model
 
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from common.model_folder import ModelFolder
 from executor.attention.native import NativeAttention
 from executor.attention.protocol import AttentionBackend, LayerNeeds
+from executor.attention.triton import TritonAttention
 from executor.batch import InputBatch
+from executor.gpu.llama import why_not as why_not_gpu_llama
 from executor.kv_cache import KvCache
 from executor.llama import why_not as why_not_fused
 from executor.llama_folder import FolderLlama, open_llama
@@ -42,16 +44,28 @@ class Loaded(NamedTuple):
 
 
 def open_model(
-    folder: ModelFolder, *, dtype: str, device: torch.device, attention: str, kind: int | None, block_size: int
+    folder: ModelFolder,
+    *,
+    dtype: str,
+    device: torch.device,
+    attention: str,
+    kind: int | None,
+    block_size: int,
+    fused_on_gpu: bool = False,
 ) -> Loaded:
     """Load the folder. `dtype` is auto, float32, bfloat16 or float16; `kind` that of weights that are to be quantised.
 
+    `fused_on_gpu` says that the caller runs what executor/gpu/llama.py accepts by that, and by nothing else.
+
     Raises ModelFolderError when it cannot be served.
     """
+    loaded = None
     if device.type == "cpu" and attention in ("auto", NativeAttention.name):
-        loaded = _open_without_transformers(folder, dtype, kind, block_size)
-        if loaded is not None:
-            return loaded
+        loaded = _open_for_native(folder, dtype, kind, block_size)
+    elif fused_on_gpu and attention in ("auto", TritonAttention.name):
+        loaded = _open_for_gpu(folder, dtype, device, block_size)
+    if loaded is not None:
+        return loaded
     from executor.paged_model import probe_layers
     from executor.weights import load_model, max_positions
 
@@ -72,7 +86,7 @@ def transformers_forward(
     return PagedModel(loaded.model, cache, backends)
 
 
-def _open_without_transformers(folder: ModelFolder, dtype: str, kind: int | None, block_size: int) -> Loaded | None:
+def _open_for_native(folder: ModelFolder, dtype: str, kind: int | None, block_size: int) -> Loaded | None:
     """None also where the fused forward could not serve it: nothing else can run what was opened so."""
     try:
         native()
@@ -83,3 +97,12 @@ def _open_without_transformers(folder: ModelFolder, dtype: str, kind: int | None
         return None
     needs = [replace(layer, block_size=block_size) for layer in model.needs()]
     return Loaded(model, needs, None) if NativeAttention().why_not(needs[0]) is None else None
+
+
+def _open_for_gpu(folder: ModelFolder, dtype: str, device: torch.device, block_size: int) -> Loaded | None:
+    """None as above. The weights stay mapped until they are merged on the device: they are never there twice."""
+    model = open_llama(folder, dtype, device)
+    if model is None or why_not_gpu_llama(model) is not None:
+        return None
+    needs = [replace(layer, block_size=block_size) for layer in model.needs()]
+    return Loaded(model, needs, None) if TritonAttention().why_not(needs[0]) is None else None

@@ -11,29 +11,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from common import failpoints
 from common.errors import ModelFolderError
 from common.model_folder import read_model_folder
 from common.step import ExecutorFacts, Scored, StepPlan, StepResult
-from common.types import SlotRef, slot_of
+from common.types import slot_of
 from executor.attention import choose
 from executor.attention.protocol import AttentionBackend, LayerNeeds
-from executor.batch import InputBatch, build_batch
+from executor.batch import build_batch
 from executor.controls import columns, edit
 from executor.determinism import class_of
+from executor.devices import device_of
 from executor.kv_cache import KvCache, SlabFormat, block_bytes, fit_slab, free_bytes
 from executor.llama import LlamaModel
 from executor.llama import why_not as why_not_fused
 from executor.loading import Forward, Loaded, open_model, transformers_forward
-from executor.logprobs import score
 from executor.native.library import INT4, INT8, native
 from executor.resident import Resident
-from executor.runner import Report
+from executor.runner import Done, Report
 from executor.sampler import Choice, sample
+from executor.scoring import score_prompts, score_sampled, who_asks
 from executor.token_pool import TokenPool
 
 _log = logging.getLogger(__name__)
@@ -43,7 +42,6 @@ _CPU_MOST_BYTES: Final = 4 << 30
 _GPU_SHARE: Final = 0.85  # the rest is for activations
 _CPU_STEP_TOKENS: Final = 256  # a fifth of a second: what the other streams wait while a long prompt is read
 _GPU_STEP_TOKENS: Final = 8192
-_SCORED_AT_ONCE: Final = 64  # rows of logits
 _WEIGHT_KINDS: Final = {"auto": None, "int8": INT8, "int4": INT4}
 
 
@@ -78,7 +76,7 @@ class ModelRunner:
         self._name = name
         self._model_folder = model_folder
         self._dtype = dtype
-        self._device = _device(device)
+        self._device = device_of(device)
         self._block_size = block_size
         self._num_blocks = num_blocks
         self._kv_cache_bytes = kv_cache_bytes
@@ -177,8 +175,12 @@ class ModelRunner:
         """Forget every resident sequence; what the KV slab holds is void."""
         self._resident.clear()
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. Raises PlanError when the plan does not fit what is resident."""
+    def idle(self) -> bool:
+        """Nothing is left for idle moments."""
+        return False
+
+    def launch(self, plan: StepPlan) -> Done:
+        """Run one step to its end. Raises PlanError when the plan does not fit what is resident."""
         started_ns = time.perf_counter_ns()
         rows = self._resident.apply(plan)
         self._pool.admit(slot_of(sequence.ref) for sequence in plan.new)
@@ -193,54 +195,30 @@ class ModelRunner:
             if failpoints.hit("after_forward_before_sample") == "nan":
                 logits = torch.full_like(logits, torch.nan)
             values = logits[: len(batch.sampled_slots)].float().cpu().numpy()
-            asking = self._who_is_scored(batch)
-            raw = values[asking] if asking else values  # a copy: what is asked for is of the model's own logits
+            asking = who_asks(self._resident, batch.sampled_slots)
+            # a copy: what is asked for is of the model's own logits
+            raw = values[[each.row for each in asking]] if asking else values
             edit(values, self._resident, batch.sampled_slots)
             chosen = sample(values, columns(self._resident, batch.sampled_slots, batch.sampled_indices))
             if asking:
-                scored = self._score_sampled(batch, asking, raw, chosen)
+                scored = score_sampled(asking, raw, chosen.or_none())
             if len(batch.scored_slots):
-                scored += self._score_prompts(batch, logits[len(batch.sampled_slots) :])
+                scored += score_prompts(
+                    logits[len(batch.sampled_slots) :], self._resident, batch.scored_slots, batch.scored_positions
+                )
             self._pool.put(batch.sampled_places, chosen.tokens)
         sampled = self._resident.advance(rows, chosen.tokens, chosen.failed)
-        return StepResult(
-            step=plan.step,
-            refs=sampled.refs,
-            tokens=sampled.tokens,
-            indices=sampled.indices,
-            failed=sampled.failed,
-            compute_ns=time.perf_counter_ns() - started_ns,
-            scored=scored,
+        return Done(
+            StepResult(
+                step=plan.step,
+                refs=sampled.refs,
+                tokens=sampled.tokens,
+                indices=sampled.indices,
+                failed=sampled.failed,
+                compute_ns=time.perf_counter_ns() - started_ns,
+                scored=scored,
+            )
         )
-
-    def _who_is_scored(self, batch: InputBatch) -> list[int]:
-        """Sampled rows whose tokens are scored."""
-        scored = self._resident.scored
-        return [row for row, slot in enumerate(batch.sampled_slots.tolist()) if slot in scored] if scored else []
-
-    def _score_sampled(
-        self, batch: InputBatch, asking: list[int], raw: NDArray[np.float32], chosen: Choice
-    ) -> list[Scored]:
-        """How likely the chosen tokens are of the rows `asking`, whose logits are `raw`."""
-        held, failed, scored = self._resident, set(chosen.failed), list[Scored]()
-        for row, logits in zip(asking, raw, strict=True):
-            if row not in failed:
-                slot = batch.sampled_slots[row]
-                logprobs = score(logits, chosen.tokens[row], int(held.logprobs[slot]))
-                scored.append(Scored(SlotRef(int(held.refs[slot])), int(held.num_tokens[slot]), logprobs))
-        return scored
-
-    def _score_prompts(self, batch: InputBatch, logits: torch.Tensor) -> list[Scored]:
-        """How likely the tokens of prompts are. A few rows at a time: in float32, all would be as much again."""
-        held, scored = self._resident, list[Scored]()
-        for begin in range(0, len(logits), _SCORED_AT_ONCE):
-            part = slice(begin, begin + _SCORED_AT_ONCE)
-            rows = logits[part].float().cpu().numpy()
-            places = zip(batch.scored_slots[part].tolist(), batch.scored_positions[part].tolist(), rows, strict=True)
-            for slot, position, row in places:
-                logprobs = score(row, int(held.token_ids[slot, position]), int(held.prompt_logprobs[slot]))
-                scored.append(Scored(SlotRef(int(held.refs[slot])), position, logprobs))
-        return scored
 
     def _fast_model(self, loaded: Loaded, backends: list[AttentionBackend], max_model_len: int) -> Forward:
         """The fastest forward that serves this model."""
@@ -275,16 +253,3 @@ class ModelRunner:
         if self._device.type == "cpu":
             return min(int(free_bytes(self._device) * _CPU_SHARE), _CPU_MOST_BYTES)
         return int(free_bytes(self._device) * _GPU_SHARE)
-
-
-def _device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU where there is one. Raises ModelFolderError for one that is not."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ModelFolderError(f"there is no device {name!r}. Type: --device cpu, or --device cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelFolderError("there is no GPU that torch can use here. Type: --device cpu")
-    return device

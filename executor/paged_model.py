@@ -29,13 +29,19 @@ class PagedModel:
         `token_ids` (T,) int64, on the model's device.
         """
         device = token_ids.device
-        return run(
-            self._model,
+        return self.forward_on_device(
             token_ids,
             torch.from_numpy(batch.positions).to(device),
             torch.from_numpy(batch.logits_indices).to(device),
-            _SlabCalls(self._cache, self._backends, AttentionStep.of(batch, device)),
+            AttentionStep.of(batch, device),
         )
+
+    def forward_on_device(
+        self, token_ids: Tensor, positions: Tensor, logits_indices: Tensor, step: AttentionStep
+    ) -> Tensor:
+        """The same for columns that are there already, all int64."""
+        calls = _SlabCalls(self._cache, self._backends, step)
+        return run(self._model, token_ids, positions, logits_indices, calls)
 
 
 class _SlabCalls:

@@ -1,11 +1,14 @@
 """What the executor holds of each sequence between steps, kept current by the plans' deltas.
 
 Tables of numpy columns, one line per slot, so that a batch is gathered and never looped over. Knows no tensor and no
-model: `apply` makes a plan true and says which rows run, `advance` folds in what the forward produced.
+model: `apply` makes a plan true and says which rows run, `advance` folds in what the forward produced. Where steps
+follow each other on a device before the host has read a token, `advance` comes in two halves: `reserve` when a step is
+launched, for the next plan builds on its numbers, and `settle` when its tokens are there.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -53,6 +56,17 @@ class Rows:
         return spread(self.slots, self.starts, self.counts)
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class Reserved:
+    """The rows of one step that sample, their tokens still to come. S rows, in the order of the plan."""
+
+    slots: NDArray[np.int64]  # (S,) line in the resident tables
+    refs: NDArray[np.int64]  # (S,) who lived there when the step was launched
+    places: NDArray[np.int64]  # (S,) position of the token in its sequence
+    indices: NDArray[np.int64]  # (S,) its output index: 0 is the first after the prompt
+    ended: set[SlotRef]  # whose end was seen in an earlier step since: nothing of them counts
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
     """What became known in one step. S sampled rows, in the order of the plan."""
@@ -86,7 +100,8 @@ class Resident:
         slots = max_sequences
         self.refs = np.full(slots, _FREE, np.int64)  # (L,) who lives in the slot, or -1
         self.token_ids = np.zeros((slots, max_model_len), np.int32)  # (L, P) the known tokens: the token pool
-        self.num_tokens = np.zeros(slots, np.int64)  # (L,) known tokens: prompt, committed before, sampled here
+        # (L,) known tokens: prompt, committed before, sampled here or about to be; too many once it is finished
+        self.num_tokens = np.zeros(slots, np.int64)
         self.num_prompt = np.zeros(slots, np.int64)  # (L,)
         self.num_computed = np.zeros(slots, np.int64)  # (L,) tokens whose K and V are in the slab
         self.block_tables = np.zeros((slots, blocks_for(max_model_len, block_size)), np.int32)  # (L, M)
@@ -113,10 +128,12 @@ class Resident:
         self.controlled: set[int] = set()  # slots with a penalty or rules: their logits are edited
         self.scored: set[int] = set()  # slots whose sampled tokens are scored
         self.scored_prompts: set[int] = set()  # slots whose prompts are scored
+        self._reserved: deque[Reserved] = deque()  # steps that are launched and not settled
 
     def clear(self) -> None:
         """Forget every sequence."""
         self.refs.fill(_FREE)
+        self._reserved.clear()
         self.controlled.clear()
         self.scored.clear()
         self.scored_prompts.clear()
@@ -150,30 +167,63 @@ class Resident:
         `tokens` has one entry per sampling row, in row order. `failed` are indices into `tokens` for which there is
         none: the sequence ends there.
         """
+        return self.settle(self.reserve(rows), tokens, failed)
+
+    def reserve(self, rows: Rows) -> Reserved:
+        """Record that `rows` are computed, and that those that sample have one token more, which is not known yet.
+
+        The next plan may name them again. A row that is as long now as it may be is finished: its length needs no
+        token. What is reserved is settled in the same order, or forgotten by `clear`.
+        """
         self.num_computed[rows.slots] = rows.stops
         slots = rows.slots[rows.samples]
-        assert len(tokens) == len(slots), f"{len(tokens)} tokens for {len(slots)} rows that sample"
-        kept_tokens = list(tokens)
-        bad = []
-        if without := set(failed):
-            good = [n for n in range(len(slots)) if n not in without]
-            bad = self.refs[slots[sorted(without)]].tolist()
-            self.finished[slots[sorted(without)]] = True
-            slots, kept_tokens = slots[good], [kept_tokens[n] for n in good]
-
         places = self.num_tokens[slots]
         indices = places - self.num_prompt[slots]
-        self.token_ids[slots, places] = kept_tokens
         self.num_tokens[slots] = places + 1
-        stops = [token in self.stop_token_ids[slot] for slot, token in zip(slots.tolist(), kept_tokens, strict=True)]
-        full = (indices + 1 >= self.max_tokens[slots]) | (places + 1 >= self.max_model_len)
-        self.finished[slots] = full | np.array(stops, np.bool_)
-        return Sampled(
-            refs=self.refs[slots].tolist(),
-            tokens=kept_tokens,
-            indices=indices.tolist(),
-            failed=bad,
-        )
+        self.finished[slots] = (indices + 1 >= self.max_tokens[slots]) | (places + 1 >= self.max_model_len)
+        reserved = Reserved(slots=slots, refs=self.refs[slots], places=places, indices=indices, ended=set())
+        self._reserved.append(reserved)
+        return reserved
+
+    def settle(self, reserved: Reserved, tokens: Sequence[int], failed: Iterable[int] = ()) -> Sampled:
+        """Record the tokens of the oldest step that is reserved; finish rows that met a stop token, or failed.
+
+        `tokens` and `failed` as in `advance`. What comes behind the end of its sequence is dropped: the step was
+        launched before that was seen. A row whose slot has been released since is told all the same (a sequence that
+        was preempted takes its tokens with it), but no table knows it any more.
+        """
+        oldest = self._reserved.popleft()
+        assert reserved is oldest, "steps are settled in the order in which they were reserved"
+        slots, refs, places, indices = reserved.slots, reserved.refs, reserved.places, reserved.indices
+        assert len(tokens) == len(slots), f"{len(tokens)} tokens for {len(slots)} rows that sample"
+        kept_tokens, over = list(tokens), list[SlotRef]()
+        without = set(failed)
+        if without or reserved.ended:
+            named, ended = refs.tolist(), reserved.ended
+            over = [named[n] for n in sorted(without) if named[n] not in ended]
+            kept = [n for n, ref in enumerate(named) if n not in without and ref not in ended]
+            slots, refs, places, indices = slots[kept], refs[kept], places[kept], indices[kept]
+            kept_tokens = [kept_tokens[n] for n in kept]
+        sampled = Sampled(refs=refs.tolist(), tokens=kept_tokens, indices=indices.tolist(), failed=over[:])
+
+        here = self.refs[slots] == refs
+        if not here.all():
+            kept_tokens = [token for token, is_here in zip(kept_tokens, here.tolist(), strict=True) if is_here]
+            slots, places = slots[here], places[here]
+        self.token_ids[slots, places] = kept_tokens
+        stops = self.stop_token_ids
+        met = [slot for slot, token in zip(slots.tolist(), kept_tokens, strict=True) if token in stops[slot]]
+        if met or over:
+            self._end([*over, *self.refs[met].tolist()])
+        return sampled
+
+    def _end(self, refs: list[SlotRef]) -> None:
+        """Skip later rows of these, and drop what steps in flight will still bring of them."""
+        for ref in refs:
+            if self.refs[slot_of(ref)] == ref:
+                self.finished[slot_of(ref)] = True
+        for later in self._reserved:
+            later.ended.update(refs)
 
     def _release(self, ref: SlotRef) -> None:
         slot = self._slot(ref)

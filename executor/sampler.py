@@ -45,6 +45,13 @@ class Choice:
     tokens: list[int]  # (S,)
     failed: Sequence[int]  # rows whose logits hold NaN or +inf, or nothing but -inf
 
+    def or_none(self) -> list[int]:
+        """The tokens (S,); -1 for rows that failed."""
+        tokens = list(self.tokens)
+        for row in self.failed:
+            tokens[row] = -1
+        return tokens
+
 
 def sample(logits: NDArray[np.float32], how: SamplingColumns | None) -> Choice:
     """Choose one token a row. logits (S, vocab_size), contiguous. Without `how` every row is greedy."""

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+from transformers.utils.import_utils import is_accelerate_available
 
 from common.errors import ModelFolderError
 from executor.attention.protocol import LayerOptions
@@ -79,6 +80,7 @@ def load_model(folder: Path, *, dtype: str, device: torch.device) -> PreTrainedM
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **_placement(device),
         )
     except _LOAD_ERRORS as error:
         problem = f"{type(error).__name__}: {error}"
@@ -90,6 +92,14 @@ def load_model(folder: Path, *, dtype: str, device: torch.device) -> PreTrainedM
     model.requires_grad_(requires_grad=False)
     placed: PreTrainedModel = model.eval().to(device)
     return placed
+
+
+def _placement(device: torch.device) -> dict[str, Any]:
+    """How weights get to a device as they are read, one by one, without a copy of all of them before.
+
+    Transformers does it through accelerate; without that, they are mapped and then moved.
+    """
+    return {"device_map": {"": device}} if device.type != "cpu" and is_accelerate_available() else {}
 
 
 def max_positions(config: PretrainedConfig) -> int | None:

@@ -135,6 +135,7 @@ class Hello(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     DETERMINISM_FIELD_NUMBER: _builtins.int
     LAST_EPOCH_FIELD_NUMBER: _builtins.int
+    LAST_EPOCH_AGE_MS_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """the version of this contract: 1"""
     name: _builtins.str
@@ -157,6 +158,8 @@ class Hello(_message.Message):
     """16 hex digits: executors with the same ones compute the same tokens bit for bit, whatever the batch. Empty: no promise."""
     last_epoch: _builtins.int
     """the highest that this process was welcomed with; 0 is none"""
+    last_epoch_age_ms: _builtins.int
+    """how long ago the scheduler of that epoch began, at least"""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -179,10 +182,11 @@ class Hello(_message.Message):
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
         determinism: _builtins.str = ...,
         last_epoch: _builtins.int = ...,
+        last_epoch_age_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "capabilities", b"capabilities", "credit", b"credit", "determinism", b"determinism", "device", b"device", "dtype", b"dtype", "incarnation", b"incarnation", "last_epoch", b"last_epoch", "max_model_len", b"max_model_len", "max_sequences", b"max_sequences", "max_step_tokens", b"max_step_tokens", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_blocks", b"num_blocks", "protocol", b"protocol", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "capabilities", b"capabilities", "credit", b"credit", "determinism", b"determinism", "device", b"device", "dtype", b"dtype", "incarnation", b"incarnation", "last_epoch", b"last_epoch", "last_epoch_age_ms", b"last_epoch_age_ms", "max_model_len", b"max_model_len", "max_sequences", b"max_sequences", "max_step_tokens", b"max_step_tokens", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_blocks", b"num_blocks", "protocol", b"protocol", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -196,6 +200,7 @@ class Welcome(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     HEARTBEAT_MS_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
+    AGE_MS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """of the scheduler's process; a later process has a higher one"""
     session: _builtins.int
@@ -203,6 +208,8 @@ class Welcome(_message.Message):
     """send one at least this often"""
     lease_ms: _builtins.int
     """without a word from the scheduler for so long, stop and dial again; 0 is for ever"""
+    age_ms: _builtins.int
+    """how long ago the scheduler's process began"""
     def __init__(
         self,
         *,
@@ -210,10 +217,11 @@ class Welcome(_message.Message):
         session: _builtins.int = ...,
         heartbeat_ms: _builtins.int = ...,
         lease_ms: _builtins.int = ...,
+        age_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "heartbeat_ms", b"heartbeat_ms", "lease_ms", b"lease_ms", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "epoch", b"epoch", "heartbeat_ms", b"heartbeat_ms", "lease_ms", b"lease_ms", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,13 +23,21 @@ from services.chat_template import ChatTemplate
 from services.choice_text import ChoiceText
 from services.engine import Engine, RequestStream
 from services.live_requests import LiveRequest, LiveRequests
-from services.request import Chat, GenerateSpec, Input, ResumePoint, Text, TokenIds
+from services.request import (
+    CHARACTERS_A_TOKEN,
+    Chat,
+    GenerateSpec,
+    Input,
+    RequestSize,
+    ResumePoint,
+    Text,
+    TokenIds,
+)
 from services.text import Tokenizer
 from services.ticket_keys import new_key
 from services.tickets import Scope, Tickets
 from services.tickets import scope as make_scope
 
-_ENOUGH_TEXT = 8  # characters a token: more than plain text has
 _TORN_TOKENS = 64  # tokens that the end of a text that was cut short may have more than the whole
 _LONG_CHAT = 64  # messages
 _LONG_TEXT = 4096  # characters; above, tokenising would hold up other streams for a millisecond
@@ -86,8 +94,8 @@ class Answerer:
                     text = render(source.messages)
             case Text():
                 text = source.text
-        if max_tokens is not None and len(text) > _ENOUGH_TEXT * max_tokens:
-            head = await self._encode(text[: _ENOUGH_TEXT * max_tokens], add_special_tokens)
+        if max_tokens is not None and len(text) > CHARACTERS_A_TOKEN * max_tokens:
+            head = await self._encode(text[: CHARACTERS_A_TOKEN * max_tokens], add_special_tokens)
             if len(head) > max_tokens + _TORN_TOKENS:
                 raise InvalidRequest(source.field, f"more than {max_tokens} tokens, which is all the context has")
         ids = await self._encode(text, add_special_tokens)
@@ -117,15 +125,31 @@ class Answerer:
         classes = {session.facts.determinism for session in self._engine.scheduler.sessions}
         return classes.pop() if len(classes) == 1 else ""
 
+    def check_room(self, size: RequestSize, tenant: str, *, time_left_s: float | None = None) -> None:
+        """Raise what `start` and `resume` would where there is no room: Overloaded, Unavailable, DeadlineExceeded.
+
+        By the fewest tokens that the prompt can have, so with what is known before it is looked at. What runs here
+        already needs no room.
+        """
+        if size.resumable and self._live.get(tenant, size.request_id) is not None:
+            return
+        ask = Ask(
+            tenant=tenant,
+            priority=size.priority,
+            prompt_tokens=size.fewest_tokens,
+            max_tokens=size.max_tokens,
+            choices=size.n,
+            deadline_ns=self._engine.deadline_after(time_left_s),
+            resumed=size.resumed,
+        )
+        self._engine.check_room(ask)
+
     async def start(self, spec: GenerateSpec, caller: Caller, *, time_left_s: float | None = None) -> Answer:
         """Queue the request; a resumable one that runs already is taken over, from its beginning.
 
-        Raises every PagewireError that a request can meet before its first token. Where there is no room, it is refused
-        before its prompt is tokenised: by the fewest tokens that it can have.
+        Raises every PagewireError that a request can meet before its first token. `check_room` tells sooner of some.
         """
         tenant, deadline_ns = caller.tenant, self._engine.deadline_after(time_left_s)
-        if not spec.resumable or self._live.get(tenant, spec.request_id) is None:
-            self._check_room(spec, tenant, deadline_ns)
         spec, prompt, scope = await self._understand(spec, tenant)
         live = self._live.get(tenant, spec.request_id) if spec.resumable else None
         if live is not None:
@@ -148,8 +172,6 @@ class Answerer:
         Raises what `start` raises, TicketRefused or TicketStale, and RequestFailed when it was given up meanwhile.
         """
         tenant, deadline_ns = caller.tenant, self._engine.deadline_after(time_left_s)
-        if self._live.get(tenant, spec.request_id) is None:
-            self._check_room(spec, tenant, deadline_ns, resumed=any(point.token_ids for point in points))
         spec, prompt, scope = await self._understand(spec, tenant)
         failpoints.hit("on_resume_verify")
         choices: dict[int, Choice] = {}
@@ -178,18 +200,6 @@ class Answerer:
             live.stream.abort()
             self._live.end(live)
         return live is not None
-
-    def _check_room(self, spec: GenerateSpec, tenant: str, deadline_ns: int, *, resumed: bool = False) -> None:
-        ask = Ask(
-            tenant=tenant,
-            priority=spec.priority,
-            prompt_tokens=_fewest_tokens(spec.input),
-            max_tokens=spec.max_tokens or 1,
-            choices=spec.n,
-            deadline_ns=deadline_ns,
-            resumed=resumed,
-        )
-        self._engine.check_room(ask)
 
     def _submit(
         self,
@@ -307,13 +317,3 @@ def _stop(spec: GenerateSpec) -> StopConditions:
         min_tokens=spec.min_tokens,
         include_stop=spec.include_stop,
     )
-
-
-def _fewest_tokens(source: Input) -> int:
-    match source:
-        case TokenIds():
-            return len(source.ids)
-        case Chat():
-            return sum(len(message.content) for message in source.messages) // _ENOUGH_TEXT
-        case Text():
-            return len(source.text) // _ENOUGH_TEXT

@@ -153,7 +153,9 @@ def result_from_pb(message: pb.StepResult) -> StepResult:
     )
 
 
-def hello_to_pb(facts: ExecutorFacts, incarnation: bytes, last_epoch: int = 0) -> pb.Hello:
+def hello_to_pb(
+    facts: ExecutorFacts, incarnation: bytes, last_epoch: int = 0, last_epoch_age_s: float = 0.0
+) -> pb.Hello:
     """The first message of an executor whose process drew the 16 random bytes `incarnation`."""
     assert len(incarnation) == INCARNATION_BYTES, f"incarnation of {len(incarnation)} bytes"
     return pb.Hello(
@@ -174,6 +176,7 @@ def hello_to_pb(facts: ExecutorFacts, incarnation: bytes, last_epoch: int = 0) -
         capabilities=facts.capabilities,
         determinism=facts.determinism,
         last_epoch=last_epoch,
+        last_epoch_age_ms=int(1000 * last_epoch_age_s),
     )
 
 

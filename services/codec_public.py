@@ -11,6 +11,7 @@ import secrets
 import struct
 import typing
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, Final, Literal
 
 from common.errors import InvalidRequest
@@ -28,7 +29,17 @@ from common.step import Logprobs
 from common.types import Priority
 from protos import inference_pb2 as pb
 from services.answer import Delta, Finish, PromptLogprobs
-from services.request import Chat, GenerateSpec, Input, Message, ResumePoint, Text, TokenIds
+from services.request import (
+    CHARACTERS_A_TOKEN,
+    Chat,
+    GenerateSpec,
+    Input,
+    Message,
+    RequestSize,
+    ResumePoint,
+    Text,
+    TokenIds,
+)
 
 # Optional floats that are called the same in the message and in the value.
 _Number = Literal[
@@ -40,7 +51,44 @@ Spell = Callable[[int], bytes]
 
 _DEFAULTS: Final = SamplingParams()
 _MAX_REQUEST_ID: Final = 128
+_PRIORITIES: Final = frozenset(int(priority) for priority in Priority)
 _NUMBERS: Final[tuple[_Number, ...]] = typing.get_args(_Number)
+
+
+def size_from_pb(
+    message: pb.GenerateRequest | pb.GenerateStreamRequest | pb.ResumeRequest,
+    limits: RequestLimits,
+    *,
+    max_length: int,
+) -> RequestSize:
+    """What it would take to serve the request. Raises nothing."""
+    resumes = isinstance(message, pb.ResumeRequest)
+    request = message.request if isinstance(message, pb.ResumeRequest) else message
+    asked, stopping = request.sampling, request.stopping
+    n = asked.n if asked.HasField("n") else 1
+    return RequestSize(
+        request_id=request.request_id,
+        resumable=resumes or (isinstance(request, pb.GenerateStreamRequest) and request.resumable),
+        resumed=isinstance(message, pb.ResumeRequest)
+        and any(point.token_ids for point in islice(message.choices, limits.max_choices)),
+        priority=Priority(request.priority) if int(request.priority) in _PRIORITIES else Priority.NORMAL,
+        n=n if 1 <= n <= limits.max_choices else 1,
+        max_tokens=stopping.max_tokens if 1 <= stopping.max_tokens <= max_length else 1,
+        fewest_tokens=min(_fewest_tokens(request, limits), max_length),
+    )
+
+
+def _fewest_tokens(request: pb.GenerateRequest | pb.GenerateStreamRequest, limits: RequestLimits) -> int:
+    match request.WhichOneof("input"):
+        case "token_ids":
+            return len(request.token_ids.ids)
+        case "chat":
+            messages = islice(request.chat.messages, limits.max_messages)
+            return sum(len(message.content) for message in messages) // CHARACTERS_A_TOKEN
+        case "text":
+            return len(request.text) // CHARACTERS_A_TOKEN
+        case None:
+            return 0
 
 
 def request_from_pb(

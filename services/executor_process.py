@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 from common.config import ExecutorConfig
 from common.model_folder import ModelFolder, read_model_folder
@@ -76,21 +77,32 @@ def make_runner(config: ExecutorConfig, model: ModelFolder, name: str) -> Runner
     # gRPC share the cores with them. And torch's own memory lies in huge pages.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from executor.devices import device_of
+    from executor.gpu.triton_case import why_not
+
+    device = device_of(config.device)
+    settings: dict[str, Any] = {
+        "model_folder": model.path,
+        "name": name,
+        "dtype": config.dtype,
+        "device": str(device),
+        "attention_backend": config.attention,
+        "weights": config.weights,
+        "kv_cache_dtype": config.kv_cache_dtype,
+        "num_blocks": config.num_blocks or None,
+        "kv_cache_bytes": config.kv_cache_bytes or None,
+        "block_size": config.block_size,
+        "max_sequences": config.max_sequences,
+        "max_step_tokens": config.max_step_tokens or None,
+        "max_model_len": config.max_model_len or None,
+    }
+    if device.type == "cuda":
+        reason = why_not(device)
+        if reason is None:
+            from executor.gpu.runner import GpuRunner
+
+            return GpuRunner(**settings, cuda_graphs=config.cuda_graphs)
+        log.warning("the GPU is used by plain torch, one step at a time: %s", reason)
     from executor.model_runner import ModelRunner
 
-    return ModelRunner(
-        model_folder=model.path,
-        name=name,
-        dtype=config.dtype,
-        device=config.device,
-        attention_backend=config.attention,
-        weights=config.weights,
-        kv_cache_dtype=config.kv_cache_dtype,
-        num_blocks=config.num_blocks or None,
-        kv_cache_bytes=config.kv_cache_bytes or None,
-        block_size=config.block_size,
-        max_sequences=config.max_sequences,
-        max_step_tokens=config.max_step_tokens or None,
-        max_model_len=config.max_model_len or None,
-        num_threads=config.threads or usable_cores(),
-    )
+    return ModelRunner(**settings, num_threads=config.threads or usable_cores())

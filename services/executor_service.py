@@ -74,6 +74,7 @@ class ExecutorService:
         self._watchdog_s = watchdog_s
         self._incarnation = secrets.token_bytes(codec_link.INCARNATION_BYTES)
         self._epoch = 0  # the highest that was welcomed here: a scheduler with a lower one has been replaced
+        self._epoch_began_s = 0.0  # when its scheduler began, by our clock, at the latest
         self._heard_s = 0.0  # when the scheduler last said something
         self._session: int | None = None  # the one that is served, in the scheduler's words; None between links
         # The compute thread is told our own number of the session: every scheduler counts from 1, and a step of the
@@ -161,11 +162,9 @@ class ExecutorService:
             call: Call = channel.stream_stream(_METHOD)()
             try:
                 failpoints.hit("before_hello")
-                await call.write(
-                    pb.LinkRequest(
-                        hello=codec_link.hello_to_pb(facts, self._incarnation, self._epoch)
-                    ).SerializeToString()
-                )
+                age_s = time.monotonic() - self._epoch_began_s if self._epoch else 0.0
+                hello = codec_link.hello_to_pb(facts, self._incarnation, self._epoch, age_s)
+                await call.write(pb.LinkRequest(hello=hello).SerializeToString())
                 async with asyncio.timeout(_WELCOME_TIMEOUT_S):
                     first = await _read(call)
                 if first.WhichOneof("message") != "welcome":
@@ -173,7 +172,7 @@ class ExecutorService:
                 welcome = first.welcome
                 if welcome.epoch < self._epoch:
                     raise LinkLost(f"a scheduler of epoch {welcome.epoch}, but one of {self._epoch} was here since")
-                self._epoch = welcome.epoch
+                self._epoch, self._epoch_began_s = welcome.epoch, time.monotonic() - welcome.age_ms / 1000
                 self._session, self._number = welcome.session, next(self._numbers)
                 self._compute.begin_session(self._number)
                 self._on_joined(facts)

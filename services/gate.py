@@ -30,7 +30,6 @@ from services.watched_files import WatchedFiles
 _log = logging.getLogger(__name__)
 
 _OPEN: Final = f"/{health.SERVICE}/"
-_REFLECTION: Final = "/grpc.reflection."
 _MAX_HEADER: Final = 128  # characters: a key and its scheme, twice over
 _TELL_EVERY_S: Final = 60.0
 LOOK_EVERY_S: Final = 0.5
@@ -94,7 +93,7 @@ class Gate(aio.ServerInterceptor):
             if caller is None:
                 return self._refuse
             let_in(caller)
-            if self._keys is not None and not handler_call_details.method.startswith(_REFLECTION):
+            if self._keys is not None:
                 self._remember(caller)
         return await continuation(handler_call_details)
 

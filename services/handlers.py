@@ -110,12 +110,34 @@ def service_handler(
     )
 
 
-async def answer(call: str, context: Context, work: Awaitable[_T]) -> _T:
-    """Await `work`, the whole of one call, and end the call with a status whatever it raises.
+async def answer(call: str, context: Context, work: Awaitable[_T]) -> _T | None:
+    """Await `work`, the whole of one call, and end the call with a status whatever it raises; None where that is done.
 
     `call` names the method in the log. Who cancels a call's task on the server's side says why: by a PagewireError,
     which the client gets, or any message (`task.cancel("draining")`). gRPC, which speaks for the client, gives none.
     """
+    try:
+        return await _until_told(call, context, work)
+    except aio.AbortError as over:
+        # gRPC keeps it with the call, and raises it again when the handler returns. Its frames hold the call in turn: a
+        # circle that only the collector could undo, and it comes for hundreds of refused calls at once, in one pause.
+        over.__traceback__ = over.__context__ = None
+        return None
+
+
+async def send_headers(context: Context) -> None:
+    """Begin the answer of a stream.
+
+    They go alone. gRPC has no status for a call that is cancelled while they are on their way; and a first message that
+    they went with would wait for its reader as long as he likes.
+    """
+    headers = context.send_initial_metadata(())
+    this = this_call()
+    await (headers if this is None else this.undisturbed(headers))
+
+
+async def _until_told(call: str, context: Context, work: Awaitable[_T]) -> _T:
+    """As `answer`. Raises AbortError where the call was ended with a status."""
     try:
         return await work
     except (aio.AbortError, aio.InternalError):
@@ -180,7 +202,7 @@ class _Frame:
             return response.SerializeToString()
 
         async def handle(_: object, context: Context) -> bytes:
-            return await answer(call, context, respond(context))
+            return await answer(call, context, respond(context)) or b""
 
         return handle
 
@@ -191,16 +213,15 @@ class _Frame:
             if (this := this_call()) is not None:
                 this.begin()
             data = await self._arrivals.message(context)
+            has_begun = False
             with self._open_call():
                 # Closed here, so that a method's `finally` runs at once and not when the garbage collector finds it.
                 async with aclosing(function(parse(request_class, data), context)) as responses:
                     async for response in responses:
-                        write = self._write(context, response.SerializeToString())
-                        if this is None:
-                            await write
-                        else:
-                            await this.undisturbed(write)
-                            this = None  # after the first message it may be cancelled at any time
+                        if not has_begun:
+                            await send_headers(context)
+                            has_begun = True
+                        await self._write(context, response.SerializeToString())
 
         async def handle(_: object, context: Context) -> None:
             await answer(call, context, respond(context))

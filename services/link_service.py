@@ -40,6 +40,9 @@ _LATE_S: Final = 0.25
 _IDLE_S: Final = 5.0
 """How long the compute thread may not tick between steps. It does four times a second, if it gets a core."""
 
+_LAST_EPOCH: Final = 2**63 - 1
+"""Nanoseconds: in the year 2262."""
+
 _MAX_CUT: Final = 1024
 """Links that broke, whose executors may dial again."""
 
@@ -55,6 +58,10 @@ class ExecutorLost(Unavailable):
 
 class ExecutorLinkService:
     """pagewire.executor.v1.ExecutorLink. `epoch` names this scheduler process: later ones have higher ones.
+
+    By default it is the time of day at which the process began. Where that went back, the process is the later one all
+    the same, and takes a higher epoch as soon as it hears of one: by how long ago both began, so by no clock that
+    anybody sets. One that stood still while another took its place began earlier, and never does.
 
     A step is given up after `step_timeout_s`, or earlier: after eight times what steps like it took lately, but never
     before `step_patience_s`.
@@ -73,10 +80,13 @@ class ExecutorLinkService:
         lease_s: float = 5.0,
         step_timeout_s: float = 120.0,
         step_patience_s: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._model = model
         self._epoch = time.time_ns() if epoch is None else epoch
+        self._clock = clock
+        self._began_s = clock()
         self._heartbeat_ms = heartbeat_ms
         self._hello_timeout_s = hello_timeout_s
         self._suspect_s = min(suspect_s, silence_s)
@@ -87,7 +97,6 @@ class ExecutorLinkService:
         self._sessions = itertools.count(1)
         self._live: dict[str, _Link] = {}  # by the executor's name
         self._cut: dict[bytes, int] = {}  # incarnations whose link broke, and the session that ended by it
-        self._welcomed = False  # somebody was: this scheduler's epoch is known outside
         self._stopping = False
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -161,12 +170,25 @@ class ExecutorLinkService:
             )
         if facts.vocab_size != model.vocab_size:
             raise InvalidRequest("hello.vocab_size", f"must be {model.vocab_size}, got {facts.vocab_size}")
-        if hello.last_epoch > self._epoch:
-            if self._welcomed:
-                raise StaleEpoch(f"it served a scheduler of epoch {hello.last_epoch}, later than {self._epoch}")
-            # Nobody knows this one's yet. It began later, and its clock went back.
-            self._epoch = hello.last_epoch + 1
+        self._outrank(hello.last_epoch, hello.last_epoch_age_ms)
         return facts, hello.incarnation
+
+    def _outrank(self, epoch: int, age_ms: int) -> None:
+        """An executor served the scheduler of that epoch, which began so long ago.
+
+        Raises StaleEpoch when that one began after this one. Of the two ages, only the other one's can be told as less
+        than it was, by the time that messages took: whoever is in doubt is not the later one.
+        """
+        if epoch <= self._epoch:
+            return
+        if epoch > _LAST_EPOCH:
+            raise InvalidRequest("hello.last_epoch", f"must be in [0, {_LAST_EPOCH}], got {epoch}")
+        if self._age_ms() >= age_ms:
+            raise StaleEpoch(f"it served a scheduler of epoch {epoch}, later than {self._epoch}")
+        self._epoch = epoch + 1
+
+    def _age_ms(self) -> int:
+        return round(1000 * (self._clock() - self._began_s))
 
     def _enter(self, session: int, facts: ExecutorFacts, incarnation: bytes, context: Context) -> _Link:
         """One link a name. Who lives keeps it; the same process may dial again before its old link is known to be dead.
@@ -202,8 +224,8 @@ class ExecutorLinkService:
             session=link.session,
             heartbeat_ms=self._heartbeat_ms,
             lease_ms=round(1000 * self._lease_s),
+            age_ms=self._age_ms(),
         )
-        self._welcomed = True
         await context.write(pb.LinkResponse(welcome=welcome).SerializeToString())
         if link.superseded.is_set():
             raise ExecutorLost("the same process dialled again", End.LOST)

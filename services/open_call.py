@@ -1,12 +1,13 @@
 """A call that is open and can be ended from outside, where its client is sure to hear of it.
 
-gRPC has no status for a call whose task is cancelled before its handler runs, or while its first message is written:
-the client would wait until its own deadline. So whoever ends a call then is patient until that is over.
+gRPC has no status for a call whose task is cancelled before its handler runs, or while its headers are written: the
+client would wait until its own deadline. So whoever ends a call then is patient until that is over.
 """
 
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Awaitable
 from contextvars import ContextVar
 from typing import Any
@@ -20,15 +21,16 @@ class OpenCall:
 
     def __init__(self, caller: Caller, task: asyncio.Task[Any]) -> None:
         self.caller = caller
-        self._task = task
+        self._task = weakref.ref(task)  # whose context holds this: a circle would outlive the call
         self._error: PagewireError | None = None
         self._may_be_cancelled = False
 
     def end(self, error: PagewireError) -> None:
         """Its client gets this error as soon as it can be told."""
         self._error = error
-        if self._may_be_cancelled:
-            self._task.cancel(error)
+        task = self._task()
+        if self._may_be_cancelled and task is not None:
+            task.cancel(error)
 
     def begin(self) -> None:
         """The handler runs. Raises the error that the call was ended with by now."""

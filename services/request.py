@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from common.sampling import SamplingParams
 from common.types import Priority
+
+CHARACTERS_A_TOKEN: Final = 8
+"""More than plain text has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,23 @@ class GenerateSpec:
     include_stop: bool = False
     priority: Priority = Priority.NORMAL
     resumable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestSize:
+    """What one request asks for, as far as it matters whether there is room: not checked, but nowhere impossible.
+
+    Taking it costs next to nothing, so that a request is refused before anything is done for it. A number that may not
+    be asked for stands for the least: its caller hears of that, unless there is no room even so.
+    """
+
+    request_id: str
+    resumable: bool  # it may run here already
+    resumed: bool  # its caller has some of its answer
+    priority: Priority
+    n: int
+    max_tokens: int
+    fewest_tokens: int  # that the prompt can have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,6 @@ from typing import Final, NoReturn
 
 import grpc
 from grpc import aio
-from grpc_reflection.v1alpha import reflection
 
 from common.config import SchedulerConfig
 from common.log import without_texts
@@ -44,6 +43,7 @@ from services.link_service import ExecutorLinkService
 from services.live_requests import LiveRequests
 from services.model_store import home
 from services.monitoring import Monitoring
+from services.reflection import reflection_handler
 from services.scheduler_service import SchedulerService
 from services.slow_readers import SlowReaders
 from services.text import Tokenizer
@@ -142,12 +142,16 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
     )
     health_service = Health([SERVICE], max_watches=config.max_health_watches)
     clients.add_generic_rpc_handlers((health_service.handler(),))
-    reflection.enable_server_reflection((SERVICE, health.SERVICE, reflection.SERVICE_NAME), clients)
+    clients.add_generic_rpc_handlers((reflection_handler((SERVICE, health.SERVICE)),))
     executors = aio.server(options=link_options(handshake_timeout_ms=handshake_ms))
     executors.add_generic_rpc_handlers((links.handler(),))
     admins = aio.server(options=server_options(max_streams=64))
-    admins.add_generic_rpc_handlers((service_handler(MONITORING, monitoring_pb2.DESCRIPTOR, Monitoring(engine)),))
-    reflection.enable_server_reflection((MONITORING, reflection.SERVICE_NAME), admins)
+    admins.add_generic_rpc_handlers(
+        (
+            service_handler(MONITORING, monitoring_pb2.DESCRIPTOR, Monitoring(engine)),
+            reflection_handler((MONITORING,)),
+        )
+    )
 
     listen = _bind(clients, config.listen, client_tls)
     link = _bind(executors, config.link_listen, link_tls)

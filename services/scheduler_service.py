@@ -65,6 +65,7 @@ class SchedulerService:
         self, request: pb.ResumeRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The rest of an answer."""
+        self._check_room(request, context)
         vocab_size = self._answerer.model.vocab_size
         spec, points = codec_public.resume_from_pb(request, self._limits, vocab_size=vocab_size)
         answer = await self._answerer.resume(spec, points, current_caller(), time_left_s=context.time_remaining())
@@ -107,8 +108,19 @@ class SchedulerService:
         )
 
     async def _start(self, request: pb.GenerateRequest | pb.GenerateStreamRequest, context: Context) -> Answer:
+        self._check_room(request, context)
         spec = codec_public.request_from_pb(request, self._limits, vocab_size=self._answerer.model.vocab_size)
         return await self._answerer.start(spec, current_caller(), time_left_s=context.time_remaining())
+
+    def _check_room(
+        self, request: pb.GenerateRequest | pb.GenerateStreamRequest | pb.ResumeRequest, context: Context
+    ) -> None:
+        """Refuse a request for which there is no room before anything else is done for it, even before it is checked.
+
+        Where more is asked for than can be served, most of all calls end here.
+        """
+        size = codec_public.size_from_pb(request, self._limits, max_length=self._answerer.max_length)
+        self._answerer.check_room(size, current_caller().tenant, time_left_s=context.time_remaining())
 
     async def _tell(self, answer: Answer, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """Every message of the answer. Where the caller is lost before the end, a resumable request goes on."""

@@ -50,9 +50,9 @@ class Watchdog:
                 return
 
 
-def end_process() -> NoReturn:
+def end_process(why: str = "the compute thread stands still") -> NoReturn:
     """End at once, with the places where all threads stand: files and lines, and nothing that they hold."""
-    log.critical("the compute thread stands still; ending the process")
+    log.critical("%s; ending the process", why)
     faulthandler.dump_traceback(all_threads=True)
     logging.shutdown()
     os._exit(os.EX_SOFTWARE)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from executor.native.library import KINDS, LinearStruct, Native, RowsStruct
 from executor.native.packed import PANEL, PackedLinear
+from executor.shared_product import SharedProduct
 
 
 class Product:
@@ -63,39 +64,20 @@ class NativeLinear(nn.Module):
         return self.product(x)
 
 
-class SharedProduct:
-    """One product for layers that are given the same input: the first computes it, the others take their part."""
-
-    def __init__(self, whole: Product) -> None:
-        self.whole = whole
-        self.enabled = True
-        self.x: Tensor | None = None
-        self.y: Tensor | None = None
-
-
 class SharedLinear(NativeLinear):
-    """A linear layer whose product may have been computed with another's. Right in any order of calls."""
+    """A linear layer whose product may have been computed with another's."""
 
-    def __init__(self, product: Product, dtype: torch.dtype, shared: SharedProduct, first: int) -> None:
-        """Take outputs [first, first + product.outputs) of the shared product."""
+    def __init__(self, product: Product, dtype: torch.dtype, shared: SharedProduct, whole: Product, first: int) -> None:
+        """Take outputs [first, first + product.outputs) of `shared`, which computes `whole`."""
         super().__init__(product, dtype)
         self.shared: Final = shared
+        self.whole: Final = whole
         self.first: Final = first
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ w.T + bias: a view, where others need their part too."""
-        shared = self.shared
-        if not shared.enabled:
-            return self.product(x)
-        if self.first == 0:
-            shared.x, shared.y = x, shared.whole(x)
-        elif shared.x is not x:
-            return self.product(x)
-        assert shared.y is not None
-        mine = shared.y.narrow(-1, self.first, self.out_features)
-        if self.first + self.out_features == shared.whole.outputs:  # the last: nothing is kept between steps
-            shared.x = shared.y = None
-        return mine
+        mine = self.shared.part(x, self.first, self.out_features)
+        return self.product(x) if mine is None else mine
 
 
 class GatedMlp(nn.Module):

@@ -41,6 +41,7 @@ from common.config import ExecutorConfig
 from common.model_folder import ModelFolder, read_model_folder
 from common.sampling import SamplingParams, StopConditions
 from common.step import StepResult
+from executor.runner import execute
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from services.children import ROOT, Child
 from services.engine import Engine
@@ -118,7 +119,7 @@ def serve_whole(config: ExecutorConfig) -> None:
             core.add(prompt, _GREEDY, work.stop, time.monotonic_ns())
         results = []
         while (plan := core.schedule(0, time.monotonic_ns())) is not None:
-            result = runner.execute(plan)
+            result = execute(runner, plan)
             core.update(0, result, time.monotonic_ns())
             results.append((time.perf_counter_ns(), result))
         print(json.dumps(asdict(Turn.of(results, work.batch))), flush=True)

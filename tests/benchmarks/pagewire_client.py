@@ -18,8 +18,9 @@ class PagewireClient:
 
     _client: Client
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, temperature: float = 0.0) -> None:
         self._address = address
+        self._temperature = temperature
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -42,7 +43,7 @@ class PagewireClient:
         """Stream one answer."""
         message = pb.GenerateStreamRequest(
             token_ids=pb.TokenIds(ids=request.prompt),
-            sampling=pb.SamplingParams(temperature=0.0),
+            sampling=pb.SamplingParams(temperature=self._temperature),
             stopping=pb.StopConditions(max_tokens=request.max_tokens, ignore_eos=True),
         )
         async with self._client.ask(message) as stream:

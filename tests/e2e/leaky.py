@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from common.step import StepPlan, StepResult
 from executor.fake_runner import FakeRunner
+from executor.runner import Launched
 from scheduler.scheduler import Scheduler
 from services.__main__ import main
 from services.answer import Choice
@@ -26,7 +27,7 @@ IN_THE_CORE: Final = 105  # the scheduler's process ends by it
 def plant() -> None:
     """Put the bugs in."""
     understand, submit, take = Answerer._understand, Engine.submit, Choice.take
-    execute, update = FakeRunner.execute, Scheduler.update
+    launch, update = FakeRunner.launch, Scheduler.update
 
     async def _understand(self: Answerer, spec: Any, tenant: str) -> Any:
         if spec.max_tokens == IN_THE_TOKENIZER:
@@ -45,12 +46,12 @@ def plant() -> None:
             raise OSError(str(sequence.tokens), told) from cause
         return told
 
-    def _execute(self: FakeRunner, plan: StepPlan) -> StepResult:
+    def _launch(self: FakeRunner, plan: StepPlan) -> Launched:
         for new in plan.new:
             if new.max_tokens == IN_THE_EXECUTOR:
                 words = "".join(chr(33 + token) for token in new.token_ids)
                 raise RuntimeError(f"bad input {words}, {list(new.token_ids)}")
-        return execute(self, plan)
+        return launch(self, plan)
 
     def _update(self: Scheduler, session_id: int, result: StepResult, now_ns: int) -> Any:
         outputs = update(self, session_id, result, now_ns)
@@ -62,7 +63,7 @@ def plant() -> None:
     Answerer._understand = _understand  # type: ignore[method-assign]
     Engine.submit = _submit  # type: ignore[method-assign]
     Choice.take = _take  # type: ignore[method-assign]
-    FakeRunner.execute = _execute  # type: ignore[method-assign]
+    FakeRunner.launch = _launch  # type: ignore[method-assign]
     Scheduler.update = _update  # type: ignore[method-assign]
 
 

@@ -12,6 +12,7 @@ from common.sampling import SamplingParams
 from common.step import NewSequence, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_ref
 from executor.fake_runner import FakeRunner, Prefix, SlabMismatch, digests_of, prefix_hash_token
+from executor.runner import execute
 
 A, B = slot_ref(0, 0), slot_ref(1, 0)
 
@@ -44,7 +45,7 @@ class World:
     def step(self, *rows: tuple[SlotRef, int], **columns: object) -> StepResult:
         told = StepPlan(step=self.next_step, refs=[r for r, _ in rows], num_scheduled=[n for _, n in rows])
         self.next_step += 1
-        return self.runner.execute(replace(told, **columns))  # type: ignore[arg-type]
+        return execute(self.runner, replace(told, **columns))  # type: ignore[arg-type]
 
 
 def test_the_next_token_is_the_number_of_tokens_before_it() -> None:

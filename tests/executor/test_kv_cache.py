@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
 from common.errors import ModelFolderError
-from executor.kv_cache import KvCache, LayerShape, SlabFormat, block_bytes, fit_slab, free_bytes
+from executor.kv_cache import KvCache, LayerShape, SlabFormat, block_bytes, copied_together, fit_slab, free_bytes
 
 CPU = torch.device("cpu")
 WIDE = LayerShape(num_heads=8, num_kv_heads=4, key_dim=16, value_dim=16)
 NARROW = LayerShape(num_heads=8, num_kv_heads=2, key_dim=24, value_dim=8)
+
+
+def cache_of(num_blocks: int, dtype: torch.dtype) -> KvCache:
+    return KvCache([WIDE, NARROW], num_blocks=num_blocks, block_size=4, format=SlabFormat(dtype=dtype), device=CPU)
 
 
 def test_layers_may_differ_in_shape() -> None:
@@ -76,3 +82,40 @@ def test_a_length_that_the_model_does_not_have_is_refused(wanted: int) -> None:
 
 def test_free_memory_is_a_plausible_number_of_bytes() -> None:
     assert 1 << 20 < free_bytes(CPU) < 1 << 50
+
+
+def test_blocks_that_are_copied_together_come_to_the_same_as_one_after_the_other() -> None:
+    rng = random.Random(3)
+    for _ in range(50):
+        copies = [(rng.randrange(6), rng.randrange(6)) for _ in range(rng.randrange(8))]
+        slowly, together = (cache_of(6, dtype=torch.float32) for _ in range(2))
+        for cache in (slowly, together):
+            for layer in cache.layers:
+                for slab in (layer.keys, layer.values):
+                    slab.copy_(torch.arange(slab.numel()).view_as(slab))
+
+        slowly.copy_blocks(copies)
+        blocks = torch.tensor(copies, dtype=torch.int64).view(-1, 2)
+        for run in copied_together(copies):
+            together.copy_together(blocks[run, 0], blocks[run, 1])
+
+        for ours, theirs in zip(together.layers, slowly.layers, strict=True):
+            assert ours.keys.equal(theirs.keys) and ours.values.equal(theirs.values)
+
+
+def test_copies_that_have_nothing_to_do_with_each_other_are_one_run() -> None:
+    assert copied_together([(0, 1), (2, 3), (0, 4), (3, 5)]) == [slice(0, 3), slice(3, 4)]
+    assert copied_together([]) == []
+
+
+def test_a_slab_is_resized_under_the_hands_of_those_who_hold_it() -> None:
+    cache = cache_of(1, dtype=torch.bfloat16)
+    held = cache.layers[0].keys
+    shape = held.shape[1:]
+    held.fill_(1)
+
+    cache.resize(5)
+
+    assert cache.num_blocks == 5
+    assert held is cache.layers[0].keys and held.shape == (5, *shape)
+    assert held.dtype is torch.bfloat16 and not held.any() and not cache.layers[1].values.any()

@@ -18,6 +18,7 @@ from common.step import NewSequence, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_ref
 from executor.model_runner import ModelRunner
 from executor.resident import PlanError
+from executor.runner import execute
 from executor.weights import max_positions
 from tests.executor.tiny_models import VOCAB_SIZE, save_tiny
 
@@ -46,7 +47,7 @@ class World:
     def step(self, *rows: tuple[SlotRef, int], **columns: Any) -> StepResult:
         told = StepPlan(step=self.next_step, refs=[r for r, _ in rows], num_scheduled=[n for _, n in rows])
         self.next_step += 1
-        return self.runner.execute(replace(told, **columns))
+        return execute(self.runner, replace(told, **columns))
 
     def tokens(self, told: NewSequence, count: int) -> list[int]:
         """Run one sequence alone, in a session of its own, for `count` tokens."""

@@ -22,6 +22,7 @@ from executor.kv_cache import KvCache, LayerCache, SlabFormat
 from executor.model_runner import ModelRunner
 from executor.paged_model import PagedModel, probe_layers
 from executor.resident import Resident
+from executor.runner import execute
 from executor.swap import swap
 from executor.weights import load_model
 from tests.executor.tiny_models import TINY, VOCAB_SIZE, load_plain, save_tiny
@@ -140,7 +141,7 @@ def greedy_tokens(folder: Path, starts: list[list[int]]) -> list[list[int]]:
         *(StepPlan(step=step, refs=refs, num_scheduled=[1, 1]) for step in range(2, 13)),
     ]
     for plan in plans:
-        result = runner.execute(plan)
+        result = execute(runner, plan)
         assert list(result.failed) == []
         for ref, token in zip(result.refs, result.tokens, strict=True):
             tokens[ref].append(token)

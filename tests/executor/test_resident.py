@@ -149,6 +149,70 @@ def test_a_row_without_finite_logits_ends_and_disturbs_no_other() -> None:
     assert shape(held.apply(plan((A, 1), (B, 1)))) == [(1, 6, 7, True)]
 
 
+def test_a_row_runs_again_before_its_token_is_known() -> None:
+    held = resident()
+    first = held.reserve(held.apply(plan((A, 6), new=[sequence()])))
+    rows = held.apply(plan((A, 1)))
+    assert shape(rows) == [(0, 6, 7, True)]
+    second = held.reserve(rows)
+
+    told = [held.settle(step, [token]) for step, token in ((first, 41), (second, 42))]
+
+    assert [(sampled.refs, sampled.tokens, sampled.indices) for sampled in told] == [([A], [41], [0]), ([A], [42], [1])]
+    assert held.token_ids[0, 6:8].tolist() == [41, 42]
+    assert shape(held.apply(plan((A, 1)))) == [(0, 7, 8, True)]
+
+
+def test_a_row_that_is_as_long_as_it_may_be_is_not_run_again_though_its_token_is_unknown() -> None:
+    held = resident()
+    step = held.reserve(held.apply(plan((A, 6), new=[sequence(max_tokens=1)])))
+
+    assert shape(held.apply(plan((A, 1)))) == []
+    assert held.settle(step, [42]).tokens == [42]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_was_launched_before_a_sequences_end_was_seen_is_dropped(fails: bool) -> None:
+    held = resident()
+    follower = sequence(B, blocks=(5, 6, 7))
+    first = held.reserve(held.apply(plan((A, 6), (B, 6), new=[sequence(), follower])))
+    second = held.reserve(held.apply(plan((A, 1), (B, 1))))
+    third = held.reserve(held.apply(plan((A, 1), (B, 1))))
+
+    ended = held.settle(first, [0 if fails else 99, 1], failed=[0] if fails else [])
+    assert (ended.refs, ended.failed) == (([B], [A]) if fails else ([A, B], []))
+    late = held.settle(second, [99, 2])
+    assert (late.refs, late.tokens, late.indices, late.failed) == ([B], [2], [1], [])
+    late = held.settle(third, [0, 3], failed=[0])  # what comes behind a last token may well be none
+    assert (late.refs, late.tokens, late.indices, late.failed) == ([B], [3], [2], [])
+    assert shape(held.apply(plan((A, 1), (B, 1)))) == [(1, 8, 9, True)]
+
+
+def test_a_sequence_gets_no_token_of_the_one_that_had_its_slot_before() -> None:
+    held = resident()
+    again = slot_ref(0, 1)
+    first = held.reserve(held.apply(plan((A, 6), new=[sequence()])))
+    second = held.reserve(held.apply(plan((A, 1))))
+    third = held.reserve(held.apply(plan((again, 6), released=[A], new=[sequence(again, blocks=(7, 8))])))
+
+    told = held.settle(first, [41])  # it may only have been preempted: then this is its next token
+    assert (told.refs, told.tokens, told.indices) == ([A], [41], [0])
+    assert held.settle(second, [0], failed=[0]).failed == [A]
+    assert held.token_ids[0, :6].tolist() == list(range(6))
+    sampled = held.settle(third, [43])
+    assert (sampled.refs, sampled.tokens, sampled.indices) == ([again], [43], [0])
+    assert shape(held.apply(plan((again, 1)))) == [(0, 6, 7, True)]
+
+
+def test_a_session_that_is_over_leaves_nothing_to_settle() -> None:
+    held = resident()
+    held.reserve(held.apply(plan((A, 6), new=[sequence()])))
+
+    held.clear()
+
+    assert held.advance(held.apply(plan((A, 6), new=[sequence()])), [42]).tokens == [42]
+
+
 def test_the_places_in_the_slab_are_those_of_the_shared_formula() -> None:
     held = resident()
     rows = held.apply(plan((B, 3), (A, 6), new=[sequence(), sequence(B, blocks=(5, 6))]))

@@ -107,6 +107,7 @@ class Caller:
             num_prompt=len(self.drawn.prompt),
             may_fail=self.cluster.may_find_rows_unusable,
             must_be_exact=True,
+            may_resume=type(self) is not Caller,
         )
 
     def _open(self, method: str, request: bytes) -> ClientCall:

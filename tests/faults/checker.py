@@ -12,8 +12,8 @@ from typing import Final
 
 from common.sampling import SamplingParams, StopConditions
 from common.types import FinishReason
-from executor.fake_runner import NextToken
-from pagewire.answers import Delta, Finish
+from executor.fake_runner import NextToken, fake_logprobs
+from pagewire.answers import Delta, Finish, TokenLogprob
 from protos import inference_pb2 as pb
 from services.text import IncrementalDecoder, Tokenizer
 from tests.scheduler.witness import alone
@@ -33,6 +33,7 @@ class Expected:
     reason: FinishReason
     text: str | None = None  # None: the reader does not look
     matched_stop: str | None = None
+    logprobs: int | None = None  # so many of the likeliest are told with each token; None: nothing is
 
 
 def undisturbed(
@@ -76,6 +77,28 @@ def _first(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
     return end - len(stop), stop
 
 
+_Logprobs = tuple[tuple[int, float | None], list[tuple[int, float | None]]]
+
+
+def _told(delta: pb.Delta | Delta) -> list[_Logprobs]:
+    """How likely its tokens were, and the likeliest."""
+    return [(_pair(each.token), [(top.token_id, top.logprob) for top in each.top]) for each in delta.logprobs]
+
+
+def _pair(token: pb.TokenLogprob | TokenLogprob) -> tuple[int, float | None]:
+    if isinstance(token, pb.TokenLogprob) and not token.HasField("logprob"):
+        return token.token_id, None
+    return token.token_id, token.logprob
+
+
+def _to_tell(tokens: Sequence[int], num_top: int | None) -> list[_Logprobs]:
+    """What the fake model says of them."""
+    if num_top is None:
+        return []
+    said = [(token, fake_logprobs(token, num_top)) for token in tokens]
+    return [((token, each.token), list(zip(each.top_ids, each.top, strict=True))) for token, each in said]
+
+
 @dataclass(slots=True)
 class _Choice:
     tokens: list[int] = field(default_factory=list[int])
@@ -94,14 +117,17 @@ class StreamChecker:
         num_prompt: int,
         may_fail: Callable[[], bool] = lambda: False,
         must_be_exact: bool = False,
+        may_resume: bool = False,
     ) -> None:
         """`may_fail`: whether a choice may end with an error now, although nothing that it computes is one.
 
-        `must_be_exact`: all executors are of one class, so every end that is none of an error says so.
+        `must_be_exact`: all executors are of one class, so every end that is none of an error says so. `may_resume`:
+        log-probabilities may have been told to the reader before this one, by a server that is gone.
         """
         self.name = name
         self._may_fail = may_fail
         self._must_be_exact = must_be_exact
+        self._may_resume = may_resume
         self.num_tokens = 0
         self._expected = expected
         self._num_prompt = num_prompt
@@ -157,9 +183,16 @@ class StreamChecker:
             self._rule("I2", delta.index == start, f"choice {delta.choice}: index {delta.index}, not {start}")
         right = list(delta.token_ids) == list(expected.tokens[start:stop])
         self._rule("I3", right, f"choice {delta.choice}: other tokens from index {start} on")
+        told, to_tell = _told(delta), _to_tell(delta.token_ids, expected.logprobs)
+        right = len(told) == len(to_tell) and all(map(self._may_tell, told, to_tell))
+        self._rule("I3", right, f"choice {delta.choice}: other log-probabilities from index {start} on")
         choice.tokens.extend(delta.token_ids)
         choice.text.append(delta.text)
         self.num_tokens += len(delta.token_ids)
+
+    def _may_tell(self, told: _Logprobs, to_tell: _Logprobs) -> bool:
+        token = to_tell[0][0]
+        return told == to_tell or (self._may_resume and told == ((token, None), []))
 
     def _finish(self, finish: pb.Finish) -> None:
         choice, expected = self._choices[finish.choice], self._expected[finish.choice]

@@ -244,8 +244,8 @@ def the_scheduler_is_replaced(cluster: Cluster) -> None:
     Its executors know better by then. In the end somebody finds it and kills it.
     """
     old = cluster.scheduler
-    if old.process.dead or old.process.frozen or old.is_leaving or not old.links._welcomed:
-        return  # one that nobody ever came to takes itself for the latest: its clock may have gone back
+    if old.process.dead or old.process.frozen or old.is_leaving:
+        return
     cluster.excuse_all("the scheduler was frozen")
     cluster.network.freeze(old.process, 4.0)
     after = cluster.world.after

@@ -79,12 +79,14 @@ def draw_request(draw: random.Random, number: int, *, long: bool) -> DrawnReques
         text = _alone(prompt, sampling, 0, stop).text or "?"
         at = draw.randrange(max(1, len(text)))
         stop = replace(stop, stop_strings=(text[at : at + draw.randint(1, 4)] or "?",))
+    # drawn apart, so that the stories are otherwise what they were
+    logprobs = random.Random(f"{number} {prompt}").choice([None, None, 0, 2])
     return DrawnRequest(
         tenant=draw.choice(list(TENANTS)),
         message=pb.GenerateStreamRequest(
             request_id=f"{number}",
             token_ids=pb.TokenIds(ids=prompt),
-            sampling=pb.SamplingParams(temperature=sampling.temperature, seed=sampling.seed, n=n),
+            sampling=pb.SamplingParams(temperature=sampling.temperature, seed=sampling.seed, n=n, logprobs=logprobs),
             stopping=pb.StopConditions(
                 max_tokens=stop.max_tokens,
                 stop=stop.stop_strings,
@@ -92,7 +94,7 @@ def draw_request(draw: random.Random, number: int, *, long: bool) -> DrawnReques
                 ignore_eos=stop.ignore_eos,
             ),
         ),
-        expected=[_alone(prompt, sampling, choice, stop) for choice in range(n)],
+        expected=[replace(_alone(prompt, sampling, choice, stop), logprobs=logprobs) for choice in range(n)],
     )
 
 

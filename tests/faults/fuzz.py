@@ -373,6 +373,9 @@ class Call:
         data = self.say()
         return aio.EOF if data is None else data
 
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        pass
+
     async def write(self, data: bytes) -> None:
         self.hear(data)
 
@@ -449,7 +452,9 @@ class Server:
             if handler.response_streaming:
                 await handler.stream_stream(None, call)
             else:
-                call.hear(await handler.stream_unary(None, call))
+                response = await handler.stream_unary(None, call)
+                if call.code is grpc.StatusCode.OK:
+                    call.hear(response)
         except aio.AbortError:
             pass
         return call.code

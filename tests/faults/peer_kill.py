@@ -31,10 +31,11 @@ from common.config import DEFAULT_MODEL
 from services.model_store import resolve
 from services.text import Tokenizer
 from tests.benchmarks import engines, machine
-from tests.benchmarks.engines import Engine, RunningServer
+from tests.benchmarks.engines import Engine, EngineMissing, RunningServer
 from tests.faults.readers import TEXTS
 
 _PEERS: Final = {"vllm": "vllm-bf16"}
+_ENGINE: Final = b"EngineCore"  # what vLLM's engine process calls itself
 _STREAMS: Final = 8
 _MAX_TOKENS: Final = 200
 _RETRIES: Final = 2  # the OpenAI client's default, and its delays
@@ -142,6 +143,8 @@ class PeerRun:
         with (self._out / "history.jsonl").open("w") as self._history:
             try:
                 await self._start()
+                assert self._server is not None, "it was started"
+                _engine_process(self._server.pid)  # who is to be struck is there: else better now than in half an hour
                 known = [
                     Known(prompt, heard.tokens, heard.text) for prompt in prompts for heard in [await self._one(prompt)]
                 ]
@@ -184,6 +187,7 @@ class PeerRun:
             if fate == "whole":
                 row.pauses_s.append(heard.longest_pause_s)
         self._write("fates", blow=name, fates=dict(Counter(h.fate(k) for h, k in zip(streams, known, strict=True))))
+        (self._out / "table.md").write_text(self._table() + "\n")  # what a run that is broken off has shown
         print(f"{time.monotonic() - self._began_s:6.0f} s: {name}: {dict(row.fates)}", flush=True)
 
     async def _fall(self, blow: Blow) -> float:
@@ -307,13 +311,13 @@ def _engine_process(server: int) -> int:
     """The process in which it computes. Raises ProcessLookupError."""
     for pid in machine.processes(server):
         with contextlib.suppress(OSError):  # it has ended
-            if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if _ENGINE in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return pid
-    raise ProcessLookupError("no process of its calls itself EngineCore")
+    raise ProcessLookupError(f"no process of the server calls itself {_ENGINE.decode()}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run and print the table. Returns 0: what a peer loses is no failure of ours."""
+    """Run and print the table. Returns 0: what a peer loses is no failure of ours; 2 where it cannot be run here."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", choices=sorted(_PEERS), default="vllm")
     parser.add_argument("--times", type=int, default=3, help="of each fault")
@@ -321,10 +325,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for history.jsonl and the server's logs")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    (engine,) = engines.read([_PEERS[options.peer]])
-    table = asyncio.run(PeerRun(engine, options.out, times=options.times, seed=options.seed).play())
-    (options.out / "table.md").write_text(table + "\n")
-    print(table)
+    try:
+        (engine,) = engines.read([_PEERS[options.peer]])
+        print(asyncio.run(PeerRun(engine, options.out, times=options.times, seed=options.seed).play()))
+    except (EngineMissing, ProcessLookupError) as missing:
+        print(f"{missing}\nWhat a peer needs is said in tests/benchmarks/README.md.", file=sys.stderr)
+        return 2
     return 0
 
 

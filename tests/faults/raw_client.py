@@ -98,6 +98,10 @@ class Connection:
         self._send_held()
         return call
 
+    def open_window(self) -> None:
+        """From now on the server may send of every stream as much as it likes."""
+        self._out += _frame(_SETTINGS, 0, 0, struct.pack(">HI", _INITIAL_WINDOW, _LARGE))
+
     def poll(self, ended: Ended, *, read: bool = True) -> None:
         """Write, read, and tell of every call that ended; those whose deadline has passed are given up."""
         if self._out:

@@ -19,10 +19,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="go on until then, instead of --seeds")
+    parser.add_argument("--late", action="store_true", help="executors launch a step before they know the last tokens")
     parser.add_argument("--go-on", action="store_true", help="print what breaks, and look for more")
     options = parser.parse_args()
     if options.seed is not None:
-        print(run(options.seed))
+        print(run(options.seed, late=options.late))
         return
     began = time.monotonic()
     faults, happened = Counter[str](), Counter[str]()
@@ -30,7 +31,7 @@ def main() -> None:
     seed = options.first
     while (time.monotonic() - began < 60 * options.minutes) if options.minutes else (played < options.seeds):
         try:
-            story = run(seed)
+            story = run(seed, late=options.late)
         except Exception as error:
             if not options.go_on:
                 raise

@@ -46,10 +46,14 @@ _AT_ONCE_S: Final = 0.12  # the way to the scheduler, at its slowest
 
 
 class Cluster:
-    """One story. Everything that is drawn is drawn from the world's one source."""
+    """One story. Everything that is drawn is drawn from the world's one source.
 
-    def __init__(self, seed: int) -> None:
+    With `late`, the executors launch a step before they know the tokens of the last one.
+    """
+
+    def __init__(self, seed: int, *, late: bool = False) -> None:
         self.seed = seed
+        self.late = late
         self.world = World(seed)
         self.model, self.tokenizer = fake_folder()
         self.network = Network(self.world)
@@ -371,14 +375,15 @@ def _here() -> Process:
     return loop
 
 
-def run(seed: int) -> Story:
+def run(seed: int, *, late: bool = False) -> Story:
     """Play one story. Raises Violation, or what else broke, with a note that says how to replay it."""
     with simulated():
-        cluster = Cluster(seed)
+        cluster = Cluster(seed, late=late)
         try:
             cluster.play()
         except Exception as error:
-            error.add_note(f"at {cluster.world.now_s:.3f} s of seed {seed}; python -m tests.faults.simulate {seed}")
+            again = f"python -m tests.faults.simulate {seed}{' --late' if late else ''}"
+            error.add_note(f"at {cluster.world.now_s:.3f} s of seed {seed}; {again}")
             error.add_note(f"faults: {dict(cluster.faults)}")
             raise
         finally:

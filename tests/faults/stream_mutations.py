@@ -174,6 +174,11 @@ def tokens_from_before_the_cut_are_not_counted(patch: Patch) -> None:
     patch(Choice, "begin", from_zero)
 
 
+def log_probabilities_are_told_of_the_tokens_before(patch: Patch) -> None:
+    logprobs_of = Sequence.logprobs_of
+    patch(Sequence, "logprobs_of", lambda self, first, count: logprobs_of(self, max(0, first - 1), count))
+
+
 # ---- readers
 
 

@@ -14,20 +14,27 @@ from tests.faults.disasters import DISASTERS
 from tests.faults.simulation import Story, run
 
 NUM_SEEDS = 2000
+NUM_LATE = 300
 _CHUNK = 50
 
 
-def play(first: int) -> list[Story]:
+def play(first: int, late: bool = False) -> list[Story]:
     """One chunk of seeds; what breaks carries the command that replays it."""
-    return [run(seed) for seed in range(first, first + _CHUNK)]
+    return [run(seed, late=late) for seed in range(first, first + _CHUNK)]
+
+
+def play_all(num_seeds: int, *, late: bool = False) -> list[Story]:
+    """On every core there is."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    firsts = range(0, num_seeds, _CHUNK)
+    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return [story for chunk in pool.map(play, firsts, [late] * len(firsts)) for story in chunk]
 
 
 @pytest.fixture(scope="module")
 def stories() -> list[Story]:
-    """All of them, on every core there is."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return [story for chunk in pool.map(play, range(0, NUM_SEEDS, _CHUNK)) for story in chunk]
+    """All of them."""
+    return play_all(NUM_SEEDS)
 
 
 def test_no_fault_loses_changes_repeats_or_strands_a_stream(stories: list[Story]) -> None:
@@ -64,3 +71,10 @@ def test_processes_broke_at_every_failpoint(stories: list[Story]) -> None:
 def test_one_seed_is_one_story(seed: int, stories: list[Story]) -> None:
     """The same in another process and after other stories, down to each byte on each link and its moment."""
     assert run(seed) == stories[seed]
+
+
+def test_no_stream_shows_that_executors_launch_steps_before_they_know_the_last_tokens() -> None:
+    stories = play_all(NUM_LATE, late=True)
+
+    assert sum(story.moved for story in stories) > 100, "sequences that lost their executor"
+    assert sum(story.preemptions for story in stories) > 30, "memory was never short"

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 from common import log
+from common.step import NewSequence
+from executor.resident import Resident
 from pagewire.continuation import Continuation
 from pagewire.retrying import Attempts, RetryBudget
 from protos import inference_pb2 as pb
 from scheduler import line
 from services import gate, handlers
 from services.caller import ANONYMOUS
+from services.choice_text import ChoiceText
 from services.engine import Engine
 from services.link_service import ExecutorLinkService
 from services.live_requests import LiveRequest
@@ -37,6 +42,10 @@ def the_text_of_an_exception_is_logged(patch: Patch) -> None:
     patch(log, "without_texts", telling)
 
 
+def what_a_refused_call_held_waits_for_the_collector(patch: Patch) -> None:
+    patch(handlers, "answer", handlers._until_told)
+
+
 def a_call_without_a_key_is_let_in(patch: Patch) -> None:
     patch(gate.Gate, "_caller", lambda self, metadata: ANONYMOUS)
 
@@ -54,7 +63,44 @@ def a_reader_with_other_tokens_is_given_what_runs(patch: Patch) -> None:
 
 
 def a_scheduler_that_was_replaced_makes_itself_the_latest(patch: Patch) -> None:
-    patch(ExecutorLinkService, "_welcomed", property(lambda self: False, lambda self, welcomed: None))
+    patch(ExecutorLinkService, "_age_ms", lambda self: -1)
+
+
+def a_scheduler_that_nobody_knows_takes_itself_for_the_latest(patch: Patch) -> None:
+    outrank, welcome = ExecutorLinkService._outrank, ExecutorLinkService._run
+
+    def unknown(self: ExecutorLinkService, epoch: int, age_ms: int) -> None:
+        outrank(self, epoch, age_ms if getattr(self, "is_known", False) else 1 << 60)
+
+    async def known(self: ExecutorLinkService, *args: Any) -> None:
+        self.is_known = True  # type: ignore[attr-defined]
+        await welcome(self, *args)
+
+    patch(ExecutorLinkService, "_outrank", unknown)
+    patch(ExecutorLinkService, "_run", known)
+
+
+def a_scheduler_whose_clock_went_back_takes_itself_for_replaced(patch: Patch) -> None:
+    outrank = ExecutorLinkService._outrank
+    patch(ExecutorLinkService, "_outrank", lambda self, epoch, age_ms: outrank(self, epoch, 0))
+
+
+def penalties_take_the_answer_for_prompt_where_a_sequence_is_told_again(patch: Patch) -> None:
+    _told_again(patch, lambda new: replace(new, num_prompt=len(new.token_ids)))
+
+
+def min_tokens_is_counted_from_where_a_sequence_is_told_again(patch: Patch) -> None:
+    _told_again(patch, lambda new: replace(new, min_tokens=new.min_tokens + len(new.token_ids) - new.num_prompt))
+
+
+def _told_again(patch: Patch, change: Callable[[NewSequence], NewSequence]) -> None:
+    apply = Resident.apply
+    patch(Resident, "apply", lambda self, plan: apply(self, replace(plan, new=[change(new) for new in plan.new])))
+
+
+def a_stop_string_ends_an_answer_before_min_tokens(patch: Patch) -> None:
+    init = ChoiceText.__init__
+    patch(ChoiceText, "__init__", lambda self, *args, **more: init(self, *args, **{**more, "min_tokens": 0}))
 
 
 def the_client_tells_again_what_it_has_told(patch: Patch) -> None:
@@ -82,6 +128,10 @@ def the_client_has_no_budget_for_retries(patch: Patch) -> None:
 
 
 _SERVICES: Final = "tests/services/"
+_TOLD_AGAIN: Final = (
+    "tests/executor/test_controls.py"
+    "::test_a_sequence_that_is_told_again_behind_any_token_goes_on_as_if_it_had_never_moved"
+)
 MUTATIONS: Final[list[Mutation]] = [
     Mutation(
         the_text_of_an_exception_is_shown_to_the_client,
@@ -90,6 +140,10 @@ MUTATIONS: Final[list[Mutation]] = [
     Mutation(
         the_text_of_an_exception_is_logged,
         _SERVICES + "test_log.py::test_an_exception_is_logged_with_its_place_and_without_its_text",
+    ),
+    Mutation(
+        what_a_refused_call_held_waits_for_the_collector,
+        _SERVICES + "test_handlers.py::test_what_a_refused_call_held_is_free_at_once_and_waits_for_no_collector",
     ),
     Mutation(a_call_without_a_key_is_let_in, _SERVICES + "test_gate.py::test_every_reason_to_refuse_looks_the_same"),
     Mutation(
@@ -107,6 +161,25 @@ MUTATIONS: Final[list[Mutation]] = [
     Mutation(
         a_scheduler_that_was_replaced_makes_itself_the_latest,
         _SERVICES + "test_link_service.py::test_a_scheduler_that_was_replaced_does_not_take_its_executors_back",
+    ),
+    Mutation(
+        a_scheduler_that_nobody_knows_takes_itself_for_the_latest,
+        _SERVICES + "test_link_service.py"
+        "::test_one_that_stood_still_while_it_was_replaced_is_not_the_later_one_though_nobody_knows_it",
+    ),
+    Mutation(
+        a_scheduler_whose_clock_went_back_takes_itself_for_replaced,
+        _SERVICES
+        + "test_link_service.py::test_a_scheduler_that_begins_when_its_clock_went_back_is_still_the_later_one",
+    ),
+    Mutation(
+        penalties_take_the_answer_for_prompt_where_a_sequence_is_told_again,
+        "tests/executor/test_resident.py::test_a_resumed_sequence_counts_its_output_from_the_prompt",
+    ),
+    Mutation(min_tokens_is_counted_from_where_a_sequence_is_told_again, _TOLD_AGAIN),
+    Mutation(
+        a_stop_string_ends_an_answer_before_min_tokens,
+        _SERVICES + "test_choice_text.py::test_a_stop_string_before_min_tokens_is_text_like_any_other",
     ),
     Mutation(
         the_client_tells_again_what_it_has_told,

@@ -16,6 +16,7 @@ from services.executor_service import ExecutorService
 from tests.faults.checker import Violation
 from tests.faults.virtual_time import KilledHere, Process
 from tests.faults.virtual_wire import Channel, Connection
+from tests.late_runner import LateRunner
 
 if TYPE_CHECKING:
     from tests.faults.simulation import Cluster
@@ -120,7 +121,7 @@ class SimulatedExecutor:
         self._cluster.world.after(self._restart_after_s, self.start)
 
     def _make_runner(self) -> FakeRunner:
-        return FakeRunner(
+        return (LateRunner if self._cluster.late else FakeRunner)(
             name=self.name,
             model_digest=self._cluster.model.digest,
             vocab_size=self._cluster.model.vocab_size,

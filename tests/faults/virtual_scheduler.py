@@ -92,7 +92,8 @@ class SimulatedScheduler:
         self.links = ExecutorLinkService(
             self.engine,
             model,
-            epoch=epoch,
+            epoch=round(cluster.world.wall_s() * 1e9),
+            clock=self.process.time,
             heartbeat_ms=400,
             hello_timeout_s=HELLO_TIMEOUT_S,
             silence_s=SILENCE_S,

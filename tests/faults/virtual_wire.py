@@ -214,6 +214,7 @@ class ServerContext:
         self._task: asyncio.Task[Any] | None = None
         self._trailers: Metadata = ()
         self._client_gone = False
+        self._aborted: aio.AbortError | None = None
         self._unread = 0  # messages that the client has not read yet
         self._room: asyncio.Future[None] | None = None
 
@@ -233,9 +234,14 @@ class ServerContext:
         self._unread += 1
         self._connection.down.send(Item("message", data))
 
+    async def send_initial_metadata(self, metadata: Metadata) -> None:
+        if self.is_over:
+            raise asyncio.CancelledError if self._client_gone else aio.UsageError("the call is over")
+
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> Never:
         self._finish(code, details, tuple(trailing_metadata))
-        raise aio.AbortError
+        self._aborted = aio.AbortError()
+        raise self._aborted
 
     def peer(self) -> str:
         return f"simulated:{self._connection.client.name}"
@@ -306,6 +312,11 @@ class ServerContext:
             self.is_over = True
             self._connection.down.send(Item("status", b"", code, details, trailers))
 
+    def _raise_if_aborted(self) -> None:
+        """As gRPC does when a handler returns."""
+        if self._aborted is not None:
+            raise self._aborted
+
     async def _serve(self, request: bytes) -> None:
         handler: Any = await self._connection.network.handler(self._connection.server, self._connection.details)
         if handler is None:
@@ -317,8 +328,11 @@ class ServerContext:
                 self._inbox.end()
             if handler.response_streaming:
                 await handler.stream_stream(None, self)
+                self._raise_if_aborted()
             else:
-                await self.write(await handler.stream_unary(None, self))
+                response = await handler.stream_unary(None, self)
+                self._raise_if_aborted()
+                await self.write(response)
         except aio.AbortError:
             pass
         except asyncio.CancelledError:

@@ -50,4 +50,22 @@ def test_whatever_is_installed_is_pinned_also_what_the_dependencies_bring() -> N
 
     # a local version says which build of the same version it is: torch's is +cpu or +cu...
     installed = {name: metadata.version(name).partition("+")[0] for name, _ in seen}
-    assert installed.items() <= pins().items()
+    wrong = sorted(f"{name}=={version}" for name, version in installed.items() if pins().get(name) != version)
+    assert not wrong, problem(wrong)
+
+
+def problem(wrong: list[str]) -> str:
+    """What is to be done about packages that constraints.txt does not pin at that version."""
+    if any(name.startswith(("nvidia", "cuda")) for name in wrong):
+        return (
+            f"torch here is the build for CUDA, whose {len(wrong)} packages constraints.txt does not pin; "
+            "for the other one: rm -rf .venv; make setup, with PyTorch's index within reach or TORCH_INDEX=URL"
+        )
+    return f"constraints.txt does not pin {', '.join(wrong)}: name each there, or rm -rf .venv; make setup"
+
+
+def test_what_is_wrong_is_told_in_one_line() -> None:
+    cuda = problem(["nvidia-cublas==13.1.0.3", "triton==3.7.1"])
+
+    assert "the build for CUDA" in cuda and "make setup" in cuda and "\n" not in cuda
+    assert problem(["left-pad==1.3"]).startswith("constraints.txt does not pin left-pad==1.3:")

@@ -10,6 +10,7 @@ import pytest
 from common.sampling import SamplingParams
 from common.step import StepResult
 from executor.fake_runner import prefix_hash_token
+from executor.runner import execute
 from scheduler.results import ProtocolError
 from tests.scheduler.world import World
 
@@ -160,7 +161,7 @@ def test_an_answer_to_another_question_is_refused_and_commits_nothing(
     (id,) = world.add("a", prompt=4)
     plan = world.send()
     assert plan is not None
-    good = world.runners[0].execute(plan)
+    good = execute(world.runners[0], plan)
     bad = wrong(good)
 
     with pytest.raises(ProtocolError) as refused:
@@ -185,7 +186,7 @@ def test_a_result_of_a_session_that_is_over_is_dropped_and_counted() -> None:
     world.add("a", prompt=4)
     plan = world.send()
     assert plan is not None
-    result = world.runners[0].execute(plan)
+    result = execute(world.runners[0], plan)
     world.lose(0)
 
     assert world.scheduler.update(0, result, 1) == []

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from executor.runner import Done
 from scheduler.occupancy import RECENT_STEPS, Occupancy
 from tests.scheduler.world import World
 
@@ -13,12 +14,12 @@ from tests.scheduler.world import World
 def answer(world: World, *, compute_ns: int, idle_ns: int) -> None:
     """The oldest unanswered step is answered by an executor that needed and waited so long."""
     runner = world.runners[0]
-    execute = runner.execute
-    runner.execute = lambda plan: replace(  # type: ignore[method-assign]
-        execute(plan), compute_ns=compute_ns, idle_ns=idle_ns
+    launch = runner.launch
+    runner.launch = lambda plan: Done(  # type: ignore[method-assign]
+        replace(launch(plan).result(), compute_ns=compute_ns, idle_ns=idle_ns)
     )
     world.answer()
-    runner.execute = execute  # type: ignore[method-assign]
+    runner.launch = launch  # type: ignore[method-assign]
 
 
 def occupancy(world: World) -> Occupancy:

@@ -10,6 +10,7 @@ import pytest
 from common.sampling import SamplingParams, StopConditions
 from common.step import Logprobs, Scored
 from executor.fake_runner import fake_logprobs, prefix_hash_token
+from executor.runner import execute
 from scheduler.results import ProtocolError
 from scheduler.sequence import Begun
 from scheduler.sequence import Sequence as CoreSequence
@@ -150,7 +151,7 @@ def test_a_score_that_was_not_asked_for_or_leaves_a_gap_ends_the_session(
     world.add("a", PROMPT, max_tokens=3, sampling=sampling)
     plan = world.send()
     assert plan is not None
-    result = world.runners[0].execute(plan)
+    result = execute(world.runners[0], plan)
     wrong = replace(result, scored=[Scored(plan.refs[0], position, Logprobs(-1.0))])
 
     with pytest.raises(ProtocolError, match=says):
@@ -163,7 +164,7 @@ def test_a_score_of_a_row_that_there_is_not_ends_the_session() -> None:
     world.add("a", PROMPT, max_tokens=3)
     plan = world.send()
     assert plan is not None
-    result = world.runners[0].execute(plan)
+    result = execute(world.runners[0], plan)
 
     with pytest.raises(ProtocolError, match="is scored but was not asked for"):
         world.scheduler.update(0, replace(result, scored=[Scored(plan.refs[0] + 1, 3, Logprobs(-1.0))]), 1)  # type: ignore[arg-type]

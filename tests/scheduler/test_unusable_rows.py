@@ -10,6 +10,7 @@ import pytest
 from common.step import StepResult
 from common.types import FinishReason
 from executor.fake_runner import Prefix, position_token
+from executor.runner import execute
 from scheduler.reputation import Patience
 from scheduler.results import ProtocolError
 from scheduler.suspicion import End
@@ -220,7 +221,7 @@ def test_a_row_that_is_wrong_twice_in_the_same_place_ends_its_choice_and_costs_n
         plan = world.send(session)
         assert plan is not None
         with pytest.raises(ProtocolError) as error:
-            world.scheduler.update(session, wrong(world.runners[session].execute(plan)), world.now_ns)
+            world.scheduler.update(session, wrong(execute(world.runners[session], plan)), world.now_ns)
         culprit = error.value.culprit
         assert culprit is world.scheduler.sequence(id)
         losses = world.scheduler.lose(session, world.now_ns, End.WRONG, culprit=culprit)

@@ -18,6 +18,7 @@ from common.sampling import SamplingParams, StopConditions
 from common.step import StepPlan, StepResult
 from common.types import BlockId, FinishReason, Priority, SequenceId, SlotRef, slot_of
 from executor.fake_runner import NextToken, Prefix, digests_of, prefix_hash_token
+from executor.runner import execute
 from scheduler.results import ProtocolError
 from scheduler.scheduler import Losses
 from scheduler.session import Session
@@ -199,7 +200,7 @@ class Witness(World):
         found = self.docket.died(session, steps, self.ended)
         if end is End.LOST:
             self.dead.append((session, self.session(session).facts.name))
-        late = [self.runners[session].execute(plan) for plan in self.sent[session]]
+        late = [execute(self.runners[session], plan) for plan in self.sent[session]]
         losses = super().lose(session, end, step=oldest if end in (End.STUCK, End.FAILED) else step)
         del self.books[session]
         assert {request_of(self.names[request.id]) for request in losses.given_up} == found

@@ -9,6 +9,7 @@ from common.sampling import SamplingParams, StopConditions
 from common.step import StepPlan, StepResult
 from common.types import FinishReason, Priority, SequenceId, slot_of
 from executor.fake_runner import FakeRunner, NextToken, position_token
+from executor.runner import execute
 from scheduler.reputation import Patience
 from scheduler.scheduler import Losses, Scheduler, SchedulerLimits
 from scheduler.suspicion import End
@@ -18,6 +19,8 @@ GREEDY = SamplingParams(temperature=0.0)
 
 class World:
     """One scheduler, any number of executors, and what every request received."""
+
+    runner_class: type[FakeRunner] = FakeRunner
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class World:
         """Another executor; of a name of its own, unless told."""
         session = self._next_session
         self._next_session += 1
-        runner = FakeRunner(
+        runner = self.runner_class(
             name=name or f"fake-{session}",
             next_token=next_token or self._next_token,
             **{**self._shape, **changes},  # type: ignore[arg-type]
@@ -140,7 +143,7 @@ class World:
     def answer(self, session: int = 0) -> StepResult:
         """Run the oldest unanswered step and fold its result back in."""
         self.now_ns += 1
-        result = self.runners[session].execute(self.sent[session].popleft())
+        result = self._result(session)
         for output in self.scheduler.update(session, result, self.now_ns):
             name = self.names[output.id]
             assert name not in self.reasons, f"{name} got a token after its end"
@@ -149,6 +152,9 @@ class World:
             if output.reason is not FinishReason.NONE:
                 self.reasons[name] = output.reason
         return result
+
+    def _result(self, session: int) -> StepResult:
+        return execute(self.runners[session], self.sent[session].popleft())
 
     def step(self, session: int = 0) -> dict[str, int]:
         """Schedule and answer one step in lockstep; say what each row was granted."""

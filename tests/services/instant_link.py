@@ -6,6 +6,7 @@ import asyncio
 
 from common.step import ExecutorFacts, StepPlan
 from executor.fake_runner import FakeRunner
+from executor.runner import execute
 from services.engine import Engine
 
 
@@ -40,7 +41,7 @@ class InstantLink:
         while self.held and not self.closed and self._steps != 0:
             if self._steps is not None:
                 self._steps -= 1
-            self._engine.answered(self._session, self.runner.execute(self.held.pop(0)))
+            self._engine.answered(self._session, execute(self.runner, self.held.pop(0)))
 
     def close(self, why: str) -> None:
         self.closed = why

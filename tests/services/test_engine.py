@@ -16,6 +16,7 @@ from common.step import StepPlan
 from common.tenant import TenantLimits
 from common.types import FinishReason
 from executor.fake_runner import FakeRunner
+from executor.runner import execute
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from scheduler.sequence import Begun
 from services import engine as engine_module
@@ -205,7 +206,7 @@ def test_an_executor_that_breaks_the_protocol_loses_its_link_not_its_requests() 
         reading = asyncio.create_task(read(stream))
         while not engine.scheduler.session(1).outstanding:
             await asyncio.sleep(0)
-        wrong = FakeRunner(num_blocks=32).execute(StepPlan(step=7, refs=[], num_scheduled=[]))
+        wrong = execute(FakeRunner(num_blocks=32), StepPlan(step=7, refs=[], num_scheduled=[]))
         engine.answered(1, wrong)
         join(engine, 2)
         assert await reading == {0: [3, 4, 5]}

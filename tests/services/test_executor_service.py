@@ -44,11 +44,17 @@ def first_step(prompt: list[int]) -> StepPlan:
 
 
 async def welcome(
-    context: Context, *, session: int = 1, heartbeat_ms: int = 1000, epoch: int = 1, lease_ms: int = 0
+    context: Context,
+    *,
+    session: int = 1,
+    heartbeat_ms: int = 1000,
+    epoch: int = 1,
+    lease_ms: int = 0,
+    age_ms: int = 0,
 ) -> pb.Hello:
     data = await context.read()
     assert isinstance(data, bytes), "the executor left"
-    word = pb.Welcome(epoch=epoch, session=session, heartbeat_ms=heartbeat_ms, lease_ms=lease_ms)
+    word = pb.Welcome(epoch=epoch, session=session, heartbeat_ms=heartbeat_ms, lease_ms=lease_ms, age_ms=age_ms)
     await context.write(pb.LinkResponse(welcome=word).SerializeToString())
     return pb.LinkRequest.FromString(data).hello
 
@@ -190,7 +196,7 @@ def test_an_executor_keeps_to_the_later_of_two_schedulers() -> None:
     refused, found = asyncio.Event(), asyncio.Event()
 
     async def played(link: int, context: Context) -> None:
-        hellos.append(await welcome(context, epoch=(7, 6, 8)[min(link, 2)]))
+        hellos.append(await welcome(context, epoch=(7, 6, 8)[min(link, 2)], age_ms=(5000, 90_000, 0)[min(link, 2)]))
         if link == 1:
             assert not isinstance(await context.read(), bytes), "it has nothing to say to the earlier one"
             refused.set()
@@ -201,6 +207,8 @@ def test_an_executor_keeps_to_the_later_of_two_schedulers() -> None:
     run(played, found.wait)
     assert refused.is_set()
     assert [hello.last_epoch for hello in hellos[:3]] == [0, 7, 7]
+    ages_ms = [hello.last_epoch_age_ms for hello in hellos[:3]]
+    assert ages_ms[0] == 0 and 5000 <= ages_ms[1] <= ages_ms[2] < 90_000, "of the later one, which it knows"
     assert len({hello.incarnation for hello in hellos}) == 1
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import logging
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,13 +16,16 @@ import pytest
 from google.protobuf.message import Message
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from common.errors import Unauthenticated
 from protos import inference_pb2 as pb
+from services import reflection
 from services.api_keys import ApiKeys, line_of, new_key, read_api_keys
 from services.caller import ANONYMOUS, Caller, current_caller
 from services.gate import LOOK_EVERY_S, Gate, keys_in
 from services.handlers import Context, service_handler
+from services.reflection import reflection_handler
 from services.status import from_rpc_error
 from services.watched_files import WatchedFiles
 
@@ -257,9 +262,15 @@ class Patient:
 
 @asynccontextmanager
 async def patient(gate: Gate, service: Patient) -> AsyncIterator[aio.Channel]:
-    server = aio.server(interceptors=(gate,))
     name = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
-    server.add_generic_rpc_handlers((service_handler(name, pb.DESCRIPTOR, service),))
+    async with behind(gate, service_handler(name, pb.DESCRIPTOR, service)) as channel:
+        yield channel
+
+
+@asynccontextmanager
+async def behind(gate: Gate, handler: grpc.GenericRpcHandler) -> AsyncIterator[aio.Channel]:
+    server = aio.server(interceptors=(gate,))
+    server.add_generic_rpc_handlers((handler,))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -384,6 +395,75 @@ def test_a_key_that_becomes_another_tenants_ends_what_it_had_opened(tmp_path: Pa
             assert await tenant_of(stream(channel, key)) == "other"
 
     asyncio.run(scenario())
+
+
+def test_a_call_that_asks_by_reflection_ends_with_its_key_and_hears_why(tmp_path: Path) -> None:
+    key = new_key()
+    path = tmp_path / "keys"
+    keys_of(path, acme=key)
+    watched = WatchedFiles([path], lambda: read_api_keys(path), look_every_s=0)
+
+    async def scenario() -> None:
+        gate = Gate(watched.current)
+        async with behind(gate, reflection_handler(["pagewire.v1.InferenceService"])) as channel:
+            method: aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(
+                f"/{reflection.SERVICE}/ServerReflectionInfo"
+            )
+            silent, asking = method(metadata=bearer(key)), method(metadata=bearer(key))
+            await asking.write(reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString())
+            told = await asking.read()
+            assert isinstance(told, bytes)
+            names = reflection_pb2.ServerReflectionResponse.FromString(told).list_services_response.service
+            assert [name.name for name in names] == [reflection.SERVICE, "pagewire.v1.InferenceService"]
+            while gate.num_calls < 2:
+                await asyncio.sleep(0)
+
+            path.write_text("# nobody any more\n")
+            gate.look()
+            gate.look()
+            for ended in (silent, asking):
+                assert await ended.code() is grpc.StatusCode.UNAUTHENTICATED
+
+    asyncio.run(scenario())
+
+
+def test_a_call_that_asks_by_reflection_and_sends_nonsense_hears_so() -> None:
+    async def scenario() -> None:
+        async with behind(Gate(None), reflection_handler([])) as channel:
+            method: aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(
+                f"/{reflection.SERVICE}/ServerReflectionInfo"
+            )
+            asked = method(iter([b"\xff\xff"]))
+            assert await asked.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    asyncio.run(scenario())
+
+
+def test_a_call_under_a_key_is_free_when_it_ends_and_waits_for_no_collector(tmp_path: Path) -> None:
+    key = new_key()
+    keys = keys_of(tmp_path / "keys", acme=key)
+
+    async def scenario() -> None:
+        tasks: list[weakref.ref[asyncio.Task[object]]] = []
+
+        async def note(_: object, context: object) -> bytes:
+            task = asyncio.current_task()
+            assert task is not None
+            tasks.append(weakref.ref(task))
+            return b""
+
+        method: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(note)
+        handler = grpc.method_handlers_generic_handler("test.Service", {"Unary": method})
+        async with behind(Gate(lambda: keys), handler) as channel:
+            await call(channel, "Unary", bearer(key))
+            while tasks[0]() is not None:
+                await asyncio.sleep(0)
+
+    gc.disable()
+    try:
+        asyncio.run(scenario())
+    finally:
+        gc.enable()
 
 
 def test_calls_that_have_ended_are_not_kept(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -190,6 +192,33 @@ def test_a_refusal_reaches_the_client_with_its_details(method: str, error: Pagew
         retry = error_details_pb2.RetryInfo()
         assert status.details[1].Unpack(retry)
         assert retry.retry_delay.ToMilliseconds() == int(trailers[PUSHBACK_KEY]) == round(error.retry_after_s * 1000)
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+def test_what_a_refused_call_held_is_free_at_once_and_waits_for_no_collector(method: str) -> None:
+    class Held:
+        pass
+
+    async def scenario() -> None:
+        left: list[weakref.ref[Held]] = []
+
+        async def act(context: Context) -> None:
+            held = Held()
+            left.append(weakref.ref(held))
+            raise Overloaded("the queue is full", retry_after_s=2.5)
+
+        async with served(Service(act)) as channel:
+            with pytest.raises(aio.AioRpcError):
+                await call(channel, method)
+            async with asyncio.timeout(5):
+                while left[0]() is not None:
+                    await asyncio.sleep(0)
+
+    gc.disable()
+    try:
+        asyncio.run(scenario())
+    finally:
+        gc.enable()
 
 
 def test_a_long_text_of_the_callers_still_arrives_as_its_status() -> None:

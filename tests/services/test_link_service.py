@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -16,6 +17,7 @@ from common.model_folder import ModelFolder, read_model_folder
 from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, StepPlan
 from executor.fake_runner import FakeRunner
+from executor.runner import execute
 from protos import executor_pb2 as pb
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from scheduler.suspicion import End
@@ -95,9 +97,9 @@ class Played:
             "/pagewire.executor.v1.ExecutorLink/Link"
         )()
 
-    async def hello(self, incarnation: bytes, *, last_epoch: int = 0) -> pb.Welcome:
+    async def hello(self, incarnation: bytes, *, last_epoch: int = 0, last_epoch_age_s: float = 0.0) -> pb.Welcome:
         """Dial in. Raises AioRpcError when turned away."""
-        await self.say(hello=codec_link.hello_to_pb(self._facts, incarnation, last_epoch))
+        await self.say(hello=codec_link.hello_to_pb(self._facts, incarnation, last_epoch, last_epoch_age_s))
         welcome = (await self.hear()).welcome
         self.session = welcome.session
         return welcome
@@ -125,7 +127,7 @@ class Played:
 
     async def answer(self, plan: StepPlan) -> None:
         """Run a plan and send its result."""
-        result = self.runner.execute(plan)
+        result = execute(self.runner, plan)
         await self.say(result=codec_link.result_to_pb(result, self.session))
 
     async def ending(self) -> aio.AioRpcError:
@@ -184,11 +186,11 @@ class Room:
 
 
 @asynccontextmanager
-async def room(folder: Path, **settings: float) -> AsyncIterator[Room]:
+async def room(folder: Path, **settings: Any) -> AsyncIterator[Room]:
     model = read_model_folder(fake_model.write(folder / "fake"))
     engine = Engine(Scheduler(SchedulerLimits(), model="fake", eos=set(), secret=b"test"))
     server = aio.server(options=link_options())
-    service = ExecutorLinkService(engine, model, **settings)  # type: ignore[arg-type]
+    service = ExecutorLinkService(engine, model, **settings)
     server.add_generic_rpc_handlers((service.handler(),))
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
@@ -204,7 +206,7 @@ async def room(folder: Path, **settings: float) -> AsyncIterator[Room]:
         await asyncio.gather(loop, return_exceptions=True)
 
 
-def run(folder: Path, test: Callable[[Room], Awaitable[None]], **settings: float) -> None:
+def run(folder: Path, test: Callable[[Room], Awaitable[None]], **settings: Any) -> None:
     """Play one test."""
 
     async def main() -> None:
@@ -346,7 +348,7 @@ def test_answers_that_arrived_before_the_link_broke_count(tmp_path: Path) -> Non
         await executor.hello(bytes(16))
         stream = room.submit(1, 2, 3, max_tokens=3)
         plan = await executor.plan()
-        room.engine.answered(1, executor.runner.execute(plan))
+        room.engine.answered(1, execute(executor.runner, plan))
         room.engine.lose(1)
         assert stream.sequences[0].num_output == 1
         assert room.core.counters.results_fenced == 0
@@ -427,12 +429,39 @@ def test_a_scheduler_that_was_replaced_does_not_take_its_executors_back(tmp_path
     run(tmp_path, test, epoch=100)
 
 
-def test_a_scheduler_that_begins_when_its_clock_went_back_is_still_the_later_one(tmp_path: Path) -> None:
-    async def test(room: Room) -> None:
-        assert (await room.dial("one").hello(b"a" * 16, last_epoch=500)).epoch == 501
-        assert (await room.dial("two").hello(b"b" * 16, last_epoch=500)).epoch == 501
+def test_one_that_stood_still_while_it_was_replaced_is_not_the_later_one_though_nobody_knows_it(tmp_path: Path) -> None:
+    clock = Clock()
 
-    run(tmp_path, test, epoch=100)
+    async def test(room: Room) -> None:
+        clock.now_s += 10
+        with pytest.raises(aio.AioRpcError) as refusal:
+            await room.dial("one").hello(b"a" * 16, last_epoch=500, last_epoch_age_s=9)
+        assert refusal.value.code() is grpc.StatusCode.ABORTED
+        assert (await room.dial("two").hello(b"b" * 16)).epoch == 100
+
+    run(tmp_path, test, epoch=100, clock=clock)
+
+
+def test_a_scheduler_that_begins_when_its_clock_went_back_is_still_the_later_one(tmp_path: Path) -> None:
+    clock = Clock()
+
+    async def test(room: Room) -> None:
+        clock.now_s += 8
+        welcome = await room.dial("new").hello(b"n" * 16)
+        assert (welcome.epoch, welcome.age_ms) == (100, 8000)
+        assert (await room.dial("one").hello(b"a" * 16, last_epoch=500, last_epoch_age_s=9)).epoch == 501
+        assert (await room.dial("two").hello(b"b" * 16, last_epoch=500, last_epoch_age_s=9)).epoch == 501
+
+    run(tmp_path, test, epoch=100, clock=clock)
+
+
+def test_an_epoch_that_leaves_room_for_no_later_one_is_refused(tmp_path: Path) -> None:
+    async def test(room: Room) -> None:
+        with pytest.raises(aio.AioRpcError) as refusal:
+            await room.dial().hello(bytes(16), last_epoch=2**64 - 1, last_epoch_age_s=3600)
+        assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    run(tmp_path, test)
 
 
 def test_a_result_of_another_session_is_dropped_and_counted(tmp_path: Path) -> None:
@@ -441,7 +470,7 @@ def test_a_result_of_another_session_is_dropped_and_counted(tmp_path: Path) -> N
         await executor.hello(bytes(16))
         stream = room.submit(1, 2, 3, max_tokens=1)
         plan = await executor.plan()
-        result = executor.runner.execute(plan)
+        result = execute(executor.runner, plan)
         await executor.say(result=codec_link.result_to_pb(result, executor.session + 7))
         await executor.say(result=codec_link.result_to_pb(result, executor.session))
         assert [event.tokens for event in await stream.take()] == [[3]]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from common.errors import InvalidRequest, Overloaded
 from common.model_folder import read_model_folder
 from common.sampling import RequestLimits
 from protos import inference_pb2 as pb
 from scheduler.scheduler import Scheduler, SchedulerLimits
+from services import codec_public
+from services.admission import Admission, AdmissionLimits
 from services.answering import Answerer
 from services.engine import Engine
 from services.handlers import Context
@@ -34,8 +37,9 @@ CONTEXT = cast("Context", NoDeadline())
 
 @pytest.fixture
 def engine() -> Engine:
-    """An engine that no executor has joined: every request waits."""
-    return Engine(Scheduler(SchedulerLimits(), model="fake", eos=set(), secret=b"test"))
+    """An engine that no executor has joined: every request waits, and three may."""
+    admission = Admission(AdmissionLimits(max_waiting=3))
+    return Engine(Scheduler(SchedulerLimits(), model="fake", eos=set(), secret=b"test"), admission=admission)
 
 
 @pytest.fixture
@@ -77,3 +81,98 @@ def test_a_call_that_is_cancelled_leaves_nothing_running(engine: Engine, service
         assert engine.num_requests == 0
 
     run(cancel())
+
+
+async def ask(service: SchedulerService, request: pb.GenerateRequest | pb.GenerateStreamRequest) -> None:
+    """Hear its answer, which has no end here."""
+    if isinstance(request, pb.GenerateRequest):
+        await service.Generate(request, CONTEXT)
+    else:
+        async with aclosing(service.GenerateStream(request, CONTEXT)) as messages:
+            async for _ in messages:
+                pass
+
+
+@asynccontextmanager
+async def filled(engine: Engine, service: SchedulerService) -> AsyncIterator[None]:
+    """As many wait as may."""
+    missing = range(3 - engine.num_requests)
+    waiting = [asyncio.create_task(ask(service, pb.GenerateRequest(text="x"))) for _ in missing]
+    while engine.num_requests < 3:
+        await asyncio.sleep(0)
+    try:
+        yield
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+
+
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        lambda kind: kind(text="word " * 100_000),
+        lambda kind: kind(token_ids=pb.TokenIds(ids=[1] * 100_000)),
+        lambda kind: kind(chat=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="word ")] * 10_000)),
+        lambda kind: kind(text="x", sampling=pb.SamplingParams(n=2, top_p=7.0)),
+        lambda kind: kind(),
+    ],
+    ids=["text", "token ids", "chat", "bad parameters", "nothing"],
+)
+@pytest.mark.parametrize("kind", [pb.GenerateRequest, pb.GenerateStreamRequest])
+def test_a_request_for_which_there_is_no_room_is_refused_before_it_is_looked_at(
+    kind: Any, request_of: Any, engine: Engine, service: SchedulerService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with filled(engine, service):
+
+            def look(*_: object, **__: object) -> None:
+                raise AssertionError("it was looked at")
+
+            monkeypatch.setattr(codec_public, "request_from_pb", look)
+            monkeypatch.setattr(Tokenizer, "encode", look)
+            with pytest.raises(Overloaded, match="3 sequences wait already, at most 3 may") as refusal:
+                await ask(service, request_of(kind))
+            assert refusal.value.retry_after_s > 0
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("field", "request_"),
+    [
+        ("n", pb.GenerateRequest(text="x", sampling=pb.SamplingParams(n=1_000_000))),
+        ("n", pb.GenerateRequest(text="x", sampling=pb.SamplingParams(n=0))),
+        ("max_tokens", pb.GenerateRequest(text="x", stopping=pb.StopConditions(max_tokens=2**32 - 1))),
+        ("max_tokens", pb.GenerateRequest(text="x", stopping=pb.StopConditions(max_tokens=0))),
+        ("priority", pb.GenerateRequest(text="x", priority=cast("Any", 77))),
+        ("token_ids", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 10_000))),
+        ("input", pb.GenerateRequest()),
+    ],
+)
+def test_where_there_is_room_for_something_what_is_wrong_is_told(
+    field: str, request_: pb.GenerateRequest, service: SchedulerService
+) -> None:
+    async def test() -> None:
+        with pytest.raises(InvalidRequest) as problem:
+            await ask(service, request_)
+        assert problem.value.field == field
+
+    run(test())
+
+
+def test_what_runs_here_already_needs_no_room(engine: Engine, service: SchedulerService) -> None:
+    async def test() -> None:
+        async with aclosing(
+            service.GenerateStream(pb.GenerateStreamRequest(text="x", request_id="r", resumable=True), CONTEXT)
+        ) as first:
+            told = (await anext(first)).prompt
+            again = pb.GenerateStreamRequest(
+                text="x", request_id="r", resumable=True, sampling=pb.SamplingParams(seed=told.seed)
+            )
+            async with filled(engine, service), aclosing(service.GenerateStream(again, CONTEXT)) as second:
+                with pytest.raises(Overloaded):
+                    await ask(service, pb.GenerateRequest(text="x"))
+                assert (await anext(second)).prompt.request_id == "r"
+
+    run(test())

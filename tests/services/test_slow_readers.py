@@ -15,7 +15,9 @@ from protos import inference_pb2 as pb
 from services.handlers import Context, service_handler
 from services.slow_readers import SlowReaders
 from services.status import from_rpc_error
+from tests.faults.raw_client import RESOURCE_EXHAUSTED, Call, Connection, messages_of
 
+FIRST = pb.GenerateStreamResponse(prompt=pb.PromptInfo(request_id="r", ticket=b"good"))
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 
@@ -146,9 +148,50 @@ class Flood:
     Generate = Resume = Cancel = Tokenize = Detokenize = GetModel = GenerateStream
 
 
+class Patient(Flood):
+    """Every stream has one small message, and then waits."""
+
+    async def GenerateStream(self, request: Any, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:  # noqa: N802
+        try:
+            yield FIRST
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self.ended.set()
+
+
 async def read_all(call: Any, into: list[bytes]) -> None:
     while (message := await call.read()) is not aio.EOF:
         into.append(message)
+
+
+def test_one_who_does_not_take_the_first_message_finds_it_and_why_there_is_no_other() -> None:
+    async def scenario() -> None:
+        patient = Patient()
+        server = aio.server()
+        write = SlowReaders(0.05).write
+        server.add_generic_rpc_handlers((service_handler(SERVICE, pb.DESCRIPTOR, patient, write=write),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        reader = Connection(f"127.0.0.1:{port}", f"/{SERVICE}/GenerateStream", window=0)
+        ends: list[Call] = []
+        try:
+            async with asyncio.timeout(30):
+                call = reader.start(b"", keep=True)
+                while not patient.ended.is_set():
+                    reader.poll(ends.append)
+                    await asyncio.sleep(0.001)
+                assert not ends and not call.messages
+                reader.open_window()
+                while not ends:
+                    reader.poll(ends.append)
+                    await asyncio.sleep(0.001)
+        finally:
+            reader.close()
+            await server.stop(0)
+        assert call.status == RESOURCE_EXHAUSTED
+        assert list(messages_of(call)) == [FIRST.SerializeToString()]
+
+    asyncio.run(scenario())
 
 
 def test_over_a_socket_a_stream_that_nobody_reads_ends_and_its_reader_hears_why_when_it_reads() -> None:

@@ -1,0 +1,128 @@
+"""Steps as the device sees them, made of nothing but how long their rows are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.blocks import blocks_for
+from executor.gpu.inputs import DeviceTables, StepInputs
+from executor.kv_cache import KvCache, LayerShape, SlabFormat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """One step: row n lives in slot n; its blocks lie scattered."""
+
+    inputs: StepInputs
+    tables: DeviceTables
+    num_blocks: int  # that the rows need together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HowSampled:
+    """Of every row."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+GREEDY = HowSampled()
+
+
+def layout(
+    rows: Sequence[tuple[int, int]],
+    device: torch.device,
+    *,
+    block_size: int = 16,
+    vocab_size: int = 256,
+    max_model_len: int = 0,
+    how: HowSampled = GREEDY,
+    padding: int = 0,
+) -> Layout:
+    """A step of rows (tokens computed before, tokens computed now), those with one token first; all are sampled.
+
+    `max_model_len` is what the host says of the longest sequence: 0 is the longest one there is. `padding` rows follow,
+    as a captured graph has them; only where all rows have one token.
+    """
+    assert [now == 1 for _, now in rows] == sorted((now == 1 for _, now in rows), reverse=True), "decodes lie first"
+    draw = np.random.default_rng(0)
+    before = np.array([row[0] for row in rows], np.int64)
+    now = np.array([row[1] for row in rows], np.int64)
+    known, count = before + now, len(rows)
+    longest = max(int(known.max()), max_model_len)
+    positions_wide = longest + 1
+    each = np.array([blocks_for(int(total) + 1, block_size) for total in known])
+    num_blocks = int(each.sum())
+    names = draw.permutation(num_blocks).astype(np.int32)
+    tables = np.full((count + 1, blocks_for(positions_wide, block_size)), -1, np.int32)
+    for row, (begin, width) in enumerate(zip(np.cumsum(each) - each, each, strict=True)):
+        tables[row, :width] = names[begin : begin + width]
+
+    row_of = np.repeat(np.arange(count), now)
+    loc = np.concatenate(([0], np.cumsum(now)))
+    positions = np.arange(now.sum()) - loc[:-1][row_of] + before[row_of]
+    blocks = tables[row_of, positions // block_size].astype(np.int64)
+    slots = blocks * block_size + positions % block_size
+    pad = np.zeros(padding, np.int64)
+    nobody = np.full(padding, count)
+
+    def column(*values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.concatenate(values).astype(np.int32)).to(device)
+
+    inputs = StepInputs(
+        num_decodes=int((now == 1).sum()) + padding,
+        max_query_len=int(now.max()),
+        max_seq_len=longest,
+        token_places=column(row_of * positions_wide + positions, nobody * positions_wide),
+        positions=column(positions, pad),
+        slot_mapping=column(slots, pad - 1),
+        query_start_loc=column(loc, loc[-1] + 1 + np.arange(padding)),
+        seq_lens=column(known, pad),
+        table_rows=column(np.arange(count), nobody),
+        logits_indices=column(loc[1:] - 1, loc[-1] + np.arange(padding)),
+        sampled_slots=column(np.arange(count), nobody),
+        sampled_places=column(np.arange(count) * positions_wide + known, nobody * positions_wide),
+        sampled_indices=column(np.arange(count) % 7, pad),
+    )
+
+    def each_slot(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((count + 1,), value, dtype=dtype, device=device)
+
+    seeds = draw.integers(-(1 << 31), 1 << 31, (count + 1, 2)).astype(np.int32)
+    return Layout(
+        inputs=inputs,
+        tables=DeviceTables(
+            token_ids=torch.randint(0, vocab_size, (count + 1, positions_wide), dtype=torch.int32, device=device),
+            block_tables=torch.from_numpy(tables).to(device),
+            temperature=each_slot(how.temperature, torch.float32),
+            top_k=each_slot(how.top_k, torch.int32),
+            top_p=each_slot(how.top_p, torch.float32),
+            min_p=each_slot(how.min_p, torch.float32),
+            seed=torch.from_numpy(seeds).to(device),
+            choice=each_slot(0, torch.int32),
+        ),
+        num_blocks=num_blocks,
+    )
+
+
+def random_cache(
+    layers: Sequence[LayerShape],
+    *,
+    num_blocks: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    block_size: int = 16,
+) -> KvCache:
+    """A slab full of noise, so that nothing that is read costs less power than it would."""
+    cache = KvCache(layers, num_blocks=num_blocks, block_size=block_size, format=SlabFormat(dtype=dtype), device=device)
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+    return cache
