@@ -7,7 +7,7 @@ who that was. Rows are worked sixteen at a time, because a tensor core has no fe
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
@@ -85,7 +85,7 @@ def _shape(outputs: int, inputs: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _launch(shape: dict[str, int]) -> dict[str, int]:
+def _launch(shape: dict[str, int]) -> dict[str, Any]:
     return {"num_warps": 4 if shape["BLOCK_N"] == 32 else 2, "num_stages": 4}
 
 
