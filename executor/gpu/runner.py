@@ -32,7 +32,7 @@ from executor.attention import choose
 from executor.batch import InputBatch, build_batch
 from executor.controls import columns, edit
 from executor.gpu.device import CudaDevice, Device
-from executor.gpu.graphs import DecodeGraph, DecodeGraphs, buckets_for
+from executor.gpu.graphs import StepGraph, StepGraphs, buckets_for, mixed_shapes
 from executor.gpu.inputs import DeviceTables, StepInputs
 from executor.gpu.models import OpenModel, open_gpu_model
 from executor.gpu.packing import NO_ROWS, Layout, Padding, Shape, Staging, StagingBuffer
@@ -167,9 +167,9 @@ class GpuRunner:
         self._make_tables(num_blocks=num_blocks, max_model_len=max_model_len, vocab_size=folder.vocab_size)
         report("KV cache", 1, 1)
         if self._graphs is not None:
-            report("decode graphs", 0, 1)
+            report("graphs", 0, 1)
             self._graphs.capture_first()
-            report("decode graphs", 1, 1)
+            report("graphs", 1, 1)
         facts = ExecutorFacts(
             name=self._name,
             model=folder.name,
@@ -223,7 +223,7 @@ class GpuRunner:
         step.buffer.begun.record()
         if plan.copies:
             failpoints.hit("before_block_copy")
-        self._queue(step, batch, self._tables.updates(plan), plan.copies, all_sample=bool(rows.samples.all()))
+        self._queue(step, batch, self._tables.updates(plan), plan.copies)
         self._choose_on_the_host(step, batch)
         self._score_prompts(step, batch)
         step.reserved = held.reserve(rows)
@@ -237,26 +237,20 @@ class GpuRunner:
         batch: InputBatch,
         updates: Updates,
         copies: Sequence[tuple[BlockId, BlockId]],
-        *,
-        all_sample: bool,
     ) -> None:
         """Queue what the device does for `step`: one copy to it, what the plan changed, forward, sampling, tokens."""
         poisoned = bool(len(batch.seq_lens)) and failpoints.hit("after_forward_before_sample") == "nan"
-        graph = None
-        if all_sample and not poisoned and not copies:
-            graph = self._graph_for(batch, len(updates.places))
-        if graph is None:
-            layout = Layout(Shape.of(batch), num_updates=len(updates.places), num_copies=len(copies))
-        else:
-            layout = graph.layout(len(updates.places))
+        graph = None if poisoned else self._graph_for(Shape.of(batch))
+        shape = Shape.of(batch) if graph is None else graph.shape
+        layout = Layout(shape, num_updates=len(updates.places), num_copies=len(copies))
         layout.write(step.buffer.room(layout.size), batch, self._padding, updates, copies)
         runs = copied_together(copies)
 
         def work() -> None:
-            if graph is None:
-                on_device = torch.empty(layout.size, dtype=torch.int32, device=self._device.torch_device)
-            else:
+            if graph is not None and layout.size <= len(graph.buffer):
                 on_device = graph.buffer[: layout.size]
+            else:
+                on_device = torch.empty(layout.size, dtype=torch.int32, device=self._device.torch_device)
             step.buffer.copy_to(on_device)
             if len(updates.places):
                 self._tables.apply(*layout.updates(on_device))
@@ -265,6 +259,8 @@ class GpuRunner:
                 for run in runs:
                     self._cache.copy_together(blocks[run, 0], blocks[run, 1])
             if graph is not None:
+                if layout.size > len(graph.buffer):  # a long list of updates
+                    graph.buffer[: layout.columns_size].copy_(on_device[: layout.columns_size])
                 graph.replay()
                 step.give(graph.tokens, graph.logits, self._device.pinned)
             elif len(batch.seq_lens):
@@ -275,13 +271,9 @@ class GpuRunner:
 
         self._device.queue(work)
 
-    def _graph_for(self, batch: InputBatch, num_updates: int) -> DecodeGraph | None:
-        """The graph for a step of rows that all sample, if they are decode rows and there is one."""
-        num_rows = len(batch.seq_lens)
-        if self._graphs is None or not num_rows or batch.num_decodes != num_rows or len(batch.scored_slots):
-            return None
-        graph = self._graphs.fitting(num_rows)
-        return graph if graph is not None and num_updates <= graph.max_updates else None
+    def _graph_for(self, shape: Shape) -> StepGraph | None:
+        """The graph for a step of the shape, if there is one."""
+        return self._graphs.fitting(shape) if self._graphs is not None and shape.num_rows else None
 
     def _compute(
         self, inputs: StepInputs, tokens: Tensor, batch: InputBatch | None = None, *, poisoned: bool = False
@@ -419,6 +411,7 @@ class GpuRunner:
         most = Shape(
             num_tokens=self._max_step_tokens,
             num_rows=self._max_sequences,
+            num_decodes=self._max_sequences,
             num_sampled=self._max_sequences,
         )
         self._staging = Staging(
@@ -428,10 +421,11 @@ class GpuRunner:
             max_sampled=self._max_sequences,
         )
         if self._has_graphs and not self._model.reads_host:
-            self._graphs = DecodeGraphs(
+            self._graphs = StepGraphs(
                 self._device,
                 self._compute,
                 max_rows=self._max_sequences,
+                max_tokens=self._max_step_tokens,
                 padding=self._padding,
                 max_seq_len=max_model_len,
             )
@@ -500,7 +494,7 @@ class GpuRunner:
         graphs = self._graph_bytes()
         free, spare = device.free_bytes(), int(device.total_bytes() * _LEFT_FREE)
         _log.info(
-            "memory: %.1f GiB free beside the weights; a step takes %.2f, decode graphs %.2f, %.2f stay free",
+            "memory: %.1f GiB free beside the weights; a step takes %.2f, graphs %.2f, %.2f stay free",
             free / 2**30, activations / 2**30, graphs / 2**30, spare / 2**30,
         )  # fmt: skip
         return max(0, free - activations - graphs - spare)
@@ -510,13 +504,14 @@ class GpuRunner:
         if self._graphs is None:
             return 0
         before = self._device.free_bytes()
-        self._graphs.capture_next()
+        self._graphs.capture_largest()
         self._device.release_unused()
         largest = before - self._device.free_bytes()
         self._graphs = None
         self._device.forget_graphs()
         self._device.release_unused()
-        return max(0, largest) + len(buckets_for(self._max_sequences)) * _GRAPH_BYTES
+        count = len(buckets_for(self._max_sequences)) + len(mixed_shapes(self._max_step_tokens, self._max_sequences))
+        return max(0, largest) + count * _GRAPH_BYTES
 
     def _refuse_what_is_for_the_cpu(self) -> None:
         if self._weights != "auto":
@@ -579,7 +574,6 @@ def _inputs(layout: Layout, buffer: Tensor, batch: InputBatch) -> StepInputs:
     counts = np.diff(batch.query_start_loc)
     return layout.inputs(
         buffer,
-        num_decodes=batch.num_decodes,
         max_query_len=int(counts.max()),
         max_seq_len=int(batch.seq_lens.max()),
     )
