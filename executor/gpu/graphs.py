@@ -49,7 +49,7 @@ class StepGraph:
     """One step of a shape."""
 
     def __init__(self, device: Device, compute: Compute, shape: Shape, *, padding: Padding, max_seq_len: int) -> None:
-        """Run it once over rows of nobody, and capture it. Sequences may be as long as `max_seq_len`."""
+        """Capture it over rows of nobody. Sequences may be as long as `max_seq_len`."""
         self.shape = shape
         where = device.torch_device
         size = Layout(shape, num_updates=max(2 * shape.num_tokens, _LEAST_UPDATES)).size
@@ -67,8 +67,6 @@ class StepGraph:
         def work() -> None:
             self.logits = compute(self._inputs, self.tokens)
 
-        device.queue(work)
-        device.synchronize()
         self._graph = device.capture(work)
 
     def replay(self) -> None:

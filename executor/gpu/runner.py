@@ -11,10 +11,12 @@ typical-p, which only the host's sampler knows, and prompts that are scored.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -114,6 +116,7 @@ class GpuRunner:
         Raises ModelFolderError when the folder or the settings do not allow it.
         """
         self._refuse_what_is_for_the_cpu()
+        clock = _Clock()
         self._device = self._make_device(torch.device(self._wanted_device))
         where = self._device.torch_device
         folder = read_model_folder(self._model_folder)
@@ -143,6 +146,7 @@ class GpuRunner:
             max_positions=longest,
             max_rows=max_rows,
             max_tokens=max(self._max_step_tokens, max_rows),
+            report=partial(report, "weights"),
         )
         del loaded  # the forward has taken the weights
         if self._sample is None:
@@ -150,8 +154,13 @@ class GpuRunner:
 
             self._sample = sample_on_device
         report("weights", 1, 1)
+        clock.tell("weights")
 
         self._make_tables(num_blocks=1, max_model_len=self._max_model_len or longest, vocab_size=folder.vocab_size)
+        report("kernels", 0, 1)
+        self._compile()
+        report("kernels", 1, 1)
+        clock.tell("kernels")
         report("KV cache", 0, 1)
         self._warm_up()
         num_blocks, max_model_len = fit_slab(
@@ -166,10 +175,12 @@ class GpuRunner:
         self._cache.resize(num_blocks)
         self._make_tables(num_blocks=num_blocks, max_model_len=max_model_len, vocab_size=folder.vocab_size)
         report("KV cache", 1, 1)
+        clock.tell("memory")
         if self._graphs is not None:
             report("graphs", 0, 1)
             self._graphs.capture_first()
             report("graphs", 1, 1)
+            clock.tell("graphs")
         facts = ExecutorFacts(
             name=self._name,
             model=folder.name,
@@ -189,6 +200,7 @@ class GpuRunner:
             folder.architecture, facts.dtype, where, num_blocks, self._block_size,
             num_blocks * block_bytes(shapes, self._block_size, slab) / 2**30, max_model_len,
         )  # fmt: skip
+        _log.info("ready after %s", clock)
         return facts
 
     def begin_session(self) -> None:
@@ -430,8 +442,21 @@ class GpuRunner:
                 max_seq_len=max_model_len,
             )
 
+    def _compile(self) -> None:
+        """Compile the kernels of whatever is run or captured, beside each other. What they would compute is void."""
+        if self._device.torch_device.type != "cuda":
+            return
+        from executor.gpu.compiling import compiling_ahead
+
+        most = min(self._max_step_tokens, self._resident.max_model_len * self._max_sequences)
+        with compiling_ahead():
+            for rows in buckets_for(self._max_sequences):
+                self._run_once(self._nobody(0, num_decodes=rows))
+            for num_tokens in {min(most, 64), min(most, 512), most}:
+                self._run_once(self._nobody(num_tokens - 1, num_decodes=1))
+
     def _warm_up(self) -> None:
-        """Run steps of nobody, the largest first: kernels are compiled, and it shows what memory a step takes."""
+        """Run steps of nobody, the largest first: it shows what memory a step takes."""
         most = min(self._max_step_tokens, self._resident.max_model_len * self._max_sequences)
         for batch in (
             self._nobody(most, num_scored=min(most, _SCORED_AT_ONCE)),
@@ -518,6 +543,23 @@ class GpuRunner:
             raise ModelFolderError(f"{self._weights} weights are for a CPU. Type: --weights auto, or --device cpu")
         if self._kv_cache_dtype != "auto":
             raise ModelFolderError("an int8 KV cache is for a CPU. Type: --kv-cache-dtype auto, or --device cpu")
+
+
+class _Clock:
+    """Seconds that parts of a start take, in words."""
+
+    def __init__(self) -> None:
+        self._began_s = self._last_s = time.perf_counter()
+        self._parts: list[str] = []
+
+    def tell(self, part: str) -> None:
+        """What was done since the part before."""
+        now_s = time.perf_counter()
+        self._parts.append(f"{part} {now_s - self._last_s:.1f}")
+        self._last_s = now_s
+
+    def __str__(self) -> str:
+        return f"{self._last_s - self._began_s:.1f} s: {', '.join(self._parts)}"
 
 
 class _Flying:

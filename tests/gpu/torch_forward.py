@@ -5,7 +5,7 @@ Shapes depend on shapes alone and every address may be captured, as of the kerne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,7 @@ def open_torch_forward(
     max_positions: int,
     max_rows: int,
     max_tokens: int,
+    report: Callable[[int, int], None],
 ) -> TorchForward:
     return TorchForward(loaded.model, cache)
 
