@@ -29,7 +29,6 @@ MOST_GATED: Final = 16  # rows: each program gates all of them again
 MOST_HELD: Final = 4  # blocks of inputs
 _PADDED: Final = (1, 16, 32, 64)
 _PROGRAMS: Final = 528  # four for each multiprocessor of an H100
-_PREFETCHED = tl.constexpr(2)  # blocks of inputs that are called to the cache before the wait
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +214,8 @@ def _skinny(
             sums = _fold(sums, w3, x, rows, within + 3 * BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST)
     else:
         if OVERLAP:
-            for step in tl.static_range(STEPS if STEPS < _PREFETCHED else _PREFETCHED):
+            FIRST: tl.constexpr = 2 if STEPS > 1 else 1
+            for step in tl.static_range(FIRST):
                 lines = split * STEPS * BLOCK_K + step * BLOCK_K + tl.arange(0, (BLOCK_K + 63) // 64) * 64
                 prefetch(matrix + tl.minimum(lines, K - 1)[None, :], columns[:, None] < N)
         wait_for_previous(OVERLAP)

@@ -127,7 +127,7 @@ def cases(*, fake: bool) -> Iterator[tuple[int, int, int]]:
     seen = set[tuple[int, int, int]]()
     for shape in shapes(fake=fake):
         for rows in classes(fake=fake):
-            for outputs, inputs in matrices(shape):
+            for outputs, inputs in matrices(shape)[3:4] if fake else matrices(shape):
                 if (outputs, inputs, rows) not in seen:
                     seen.add((outputs, inputs, rows))
                     yield outputs, inputs, rows
@@ -405,8 +405,7 @@ class Measurer:
             self._task(f"gated {outputs} {inputs} {rows}", partial(gated, cut))
 
     def _steps(self, shape: Shape) -> None:
-        rows_of = (1, 2) if self._fake else ROWS
-        tasks = [(rows, *mode) for rows in rows_of for mode in MODES]
+        tasks = [(2, *mode) for mode in MODES[-2:]] if self._fake else [(n, *mode) for n in ROWS for mode in MODES]
         if self._done.keys() >= {f"step {shape.name} {rows} {which} {int(on)}" for rows, which, on in tasks}:
             return
         made: list[_Model] = []
