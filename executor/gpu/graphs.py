@@ -184,7 +184,7 @@ def mixed_shapes(max_tokens: int, max_rows: int) -> list[Shape]:
                 num_tokens=num_tokens,
                 num_rows=num_decodes + num_prefills,
                 num_decodes=num_decodes,
-                num_sampled=min(max_rows, num_decodes + num_prefills),
+                num_sampled=min(max_rows, num_tokens, num_decodes + num_prefills),  # each row has a token
             )
             shapes.append(shape)
     return shapes

@@ -341,6 +341,7 @@ class _Scratch:
         They go where nothing is read any more: to the query's place, and to that of what was normed; that moves to the
         old residual's.
         """
+        assert len(indices) <= len(self.query), f"{len(indices)} rows of {len(self.query)}"
         rows = self.first(len(indices))
         torch.index_select(self.attended, 0, indices, out=rows.query)
         torch.index_select(self.residual, 0, indices, out=rows.normed)
