@@ -279,14 +279,19 @@ def _cases(
 ) -> list[CompileCase]:
     """Of one kind of layer: rows in one piece, rows in shares, and their combination."""
     launch = launch_of(key_dim, value_dim, group, itemsize, 9)
-    values = {
+    values: dict[str, object] = {
         "BLOCK_SIZE": 16,
         "TILE": launch.tile,
         "VALUE_DIM": value_dim,
         "VALUE_PAD": padded(value_dim),
         "WINDOW": 0,
     }
-    constants = values | {"GROUP": group, "GROUP_PAD": padded(group), "KEY_DIM": key_dim, "KEY_PAD": padded(key_dim)}
+    constants: dict[str, object] = values | {
+        "GROUP": group,
+        "GROUP_PAD": padded(group),
+        "KEY_DIM": key_dim,
+        "KEY_PAD": padded(key_dim),
+    }
     constants |= {"SOFTCAP": False, "SINKS": False, "TABLE_ROWS": True, "UPCAST": False, "OVERLAP": True} | flags
     types = dict.fromkeys(("query", "keys", "values", "sinks", "out"), f"*{dtype}")
     types |= dict.fromkeys(("block_tables", "table_rows", "seq_lens"), "*i32")

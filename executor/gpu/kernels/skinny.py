@@ -13,7 +13,7 @@ all lanes; more of them by tensor cores, padded to 16, 32 or 64.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
@@ -171,7 +171,7 @@ def _constants(outputs: int, inputs: int, rows: int, cut: Cut, *, gated: bool) -
     }  # fmt: skip
 
 
-def _options(cut: Cut) -> dict[str, int]:
+def _options(cut: Cut) -> dict[str, Any]:
     return {"num_warps": cut.num_warps, "num_stages": cut.num_stages}
 
 
