@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from executor.llama_folder import FolderLlama
 
 _DTYPES: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_MEASURED: Final = (9, 0)  # compute capability from which on our products were held against torch's
 _ALIGNMENT: Final = 128  # tokens: so many rows of any width end at a multiple of 256 bytes
 
 
@@ -63,6 +64,15 @@ class MatmulLinear:
         return self(middle, out)
 
 
+def linears_for(device: torch.device) -> Callable[[Tensor, Tensor | None], Linear]:
+    """What makes the products on `device`: our own for few rows on Hopper and later, where it was measured."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _MEASURED:
+        return MatmulLinear
+    from executor.gpu.kernels.skinny import SkinnyLinears
+
+    return SkinnyLinears(device).make
+
+
 def why_not(model: PreTrainedModel | FolderLlama) -> str | None:
     """Return why this model cannot take the fused forward on its device, or None when it can."""
     if not is_of_the_family(model):
@@ -94,13 +104,14 @@ class GpuLlama:
         max_positions: int,
         max_rows: int,
         max_tokens: int,
-        linear: Callable[[Tensor, Tensor | None], Linear] = MatmulLinear,
+        linear: Callable[[Tensor, Tensor | None], Linear] | None = None,
         report: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> None:
         """Bring the weights to the slab's device, a layer at a time, those of one input merged.
 
         A step has at most `max_tokens` tokens and `max_rows` rows, at positions below `max_positions`. `linear` makes
-        the product with a weight and a bias; `report` is told how many of the layers are done.
+        the product with a weight and a bias, where it is not `linears_for` the device; `report` is told how many of the
+        layers are done.
         """
         from executor.attention.triton import Workspace
 
@@ -108,7 +119,7 @@ class GpuLlama:
         lm_head: Any = model.lm_head
         self._device = cache.layers[0].keys.device
         self._cache = cache  # its tensors may still be exchanged for larger ones, until a graph is captured
-        self._linear = linear
+        self._linear = linear or linears_for(self._device)
         self._epsilon = float(model.config.rms_norm_eps)
         self._widths = _Widths.of(model)
         self._embedding = self._bring(body.embed_tokens.weight)
@@ -123,7 +134,7 @@ class GpuLlama:
             report(index + 1, len(body.layers))
         tied = lm_head.weight.data_ptr() == body.embed_tokens.weight.data_ptr()
         head = self._embedding if tied else self._bring(lm_head.weight)
-        self._head = linear(head, None if lm_head.bias is None else self._bring(lm_head.bias))
+        self._head = self._linear(head, None if lm_head.bias is None else self._bring(lm_head.bias))
         self._logits = head.new_empty(max_rows, len(head))
         self._scratch = _Scratch.take(self._widths, max_tokens, self._embedding)
         self._workspace = Workspace([layer.shape for layer in needs], max_rows=max_rows, device=self._device)

@@ -136,7 +136,7 @@ class SkinnyLinear:
         assert weight.is_contiguous()
         self._linears = linears
         self._weight, self._bias = weight, bias
-        self.most_rows = most_rows_of(*weight.shape)
+        self.most_rows = most_rows_of(*weight.shape) if weight.itemsize == 2 or is_interpreted() else 0
         self.most_gated = MOST_GATED
 
     def __call__(self, x: Tensor, out: Tensor) -> object:
