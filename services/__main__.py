@@ -486,7 +486,9 @@ def _follow_parent(parsed: argparse.Namespace) -> None:
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
     import uvloop
 
-    return uvloop.run(work)
+    from services.event_loop import EventLoop
+
+    return uvloop.run(work, loop_factory=EventLoop)
 
 
 def _invitation(address: str, config: SchedulerConfig) -> str:

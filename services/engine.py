@@ -2,8 +2,9 @@
 
 Everything here runs on one event loop. Calls from handlers and links change the core at once and wake the loop. An
 executor never waits for readers: when a result arrives, the next plan is sent before anybody hears of a token, and
-readers are woken a few at a time, so that the next result is seen after one turn of theirs at most. What a reader has
-not taken by then is merged into one event: under load tokens share messages, and an idle loop delays none.
+readers take a few at a time, also those that come back and find something, so that the next result is seen after one
+turn of theirs at most. What a reader has not taken by then is merged into one event: under load tokens share messages,
+and an idle loop delays none.
 """
 
 from __future__ import annotations
@@ -35,9 +36,8 @@ log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S: Final = 1.0
 _DRAINING_WAIT_S: Final = 2.0  # a link that broke is back by then
-_READERS_AT_ONCE: Final = (
-    4  # each makes a message and writes it; gRPC hands over one new call a turn, so turns are short
-)
+# Each makes a message and writes it. gRPC hands over one new call a turn, so turns are short.
+READERS_AT_ONCE: Final = 8
 
 
 class Link(Protocol):
@@ -82,7 +82,7 @@ class RequestStream:
         self._open = set(self.sequences)  # those whose end the reader has not taken
         self._error: PagewireError | None = None
         self._superseded = False
-        self._wake = asyncio.Event()
+        self._called: asyncio.Future[None] | None = None  # its reader waits for this
         for choice, sequence in self.sequences.items():
             if sequence.reason or sequence.num_output > self._taken[choice]:
                 self._news[choice] = None
@@ -112,12 +112,12 @@ class RequestStream:
     def wake(self) -> None:
         """Let the reader take what is there, if it has not yet."""
         if self._news:
-            self._wake.set()
+            self._call()
 
     def fail(self, error: PagewireError) -> None:
         """The whole request ends with an error, once what is there was taken."""
         self._error = error
-        self._wake.set()
+        self._call()
 
     def supersede(self, error: PagewireError) -> None:
         """Another reader takes over: this one gets the error and nothing more, and ends nothing by leaving."""
@@ -133,17 +133,10 @@ class RequestStream:
         self._engine.finish(self.sequences[choice].id, reason)
 
     async def take(self) -> list[ChoiceEvent]:
-        """Wait for something new, and take all of it. Raises the error that the request failed with."""
+        """Wait for something new and for a turn, and take all of it. Raises the error that the request failed with."""
         assert self._open, "every choice has ended: nothing will ever come"
-        while not self._news:
-            if self._error is not None:
-                raise self._error
-            self.is_waited_for = True
-            try:
-                await self._wake.wait()
-            finally:
-                self.is_waited_for = False
-            self._wake.clear()
+        if not self._news or not self._engine.lets_pass():
+            await self._turn()
         events: list[ChoiceEvent] = []
         for choice in self._news:
             sequence = self.sequences[choice]
@@ -159,6 +152,27 @@ class RequestStream:
                 self._open.discard(choice)
         self._news.clear()
         return events
+
+    async def _turn(self) -> None:
+        """Return when there is something to take, and the loop lets this reader take it."""
+        while True:
+            if self._news:
+                self._engine.line_up(self)
+            elif self._error is not None:
+                raise self._error
+            else:
+                self.is_waited_for = True
+            self._called = asyncio.get_running_loop().create_future()
+            try:
+                await self._called
+            finally:
+                self._called, self.is_waited_for = None, False
+            if self._news:
+                return
+
+    def _call(self) -> None:
+        if self._called is not None and not self._called.done():
+            self._called.set_result(None)
 
     def abort(self) -> None:
         """End what still runs. Who reads it hears that it was aborted."""
@@ -207,6 +221,7 @@ class Engine:
         self._streams: dict[SequenceId, RequestStream] = {}
         self._answers: deque[tuple[int, StepResult]] = deque()
         self._due: dict[RequestStream, None] = {}  # readers that are to be woken, in order
+        self._may_pass = READERS_AT_ONCE  # readers that may take something before the loop's next turn, unasked
         self._work = asyncio.Event()
         self._changed = asyncio.Event()  # a sequence ended
         self._executors_changed = asyncio.Event()
@@ -414,26 +429,50 @@ class Engine:
         self._answers.append((session, result))
         self._work.set()
 
+    # ---- readers
+
+    def lets_pass(self) -> bool:
+        """Whether a reader that comes back may take what is there at once. Else it lines up.
+
+        Where all come back at once, and each wrote what there is, the executors would wait for hundreds of them.
+        """
+        if self._due or not self._may_pass:
+            return False
+        self._may_pass -= 1
+        return True
+
+    def line_up(self, stream: RequestStream) -> None:
+        """Wake this reader when those before it were."""
+        if not self._due:
+            self._work.set()
+        self._due[stream] = None
+
     # ---- the loop
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            await self._wait_for_work()
-            while self._answers:
-                session, result = self._answers.popleft()
-                self._fold(session, result)
-                self._send_steps(session)
-            for session in list(self._links):
-                self._send_steps(session)
-            line = self.scheduler.waiting
-            self.admission.rate.observe(self._clock_ns(), line.tokens_admitted, waiting=line.has_new)
+            if await self._wait_for_work():
+                while self._answers:
+                    session, result = self._answers.popleft()
+                    outputs = self._fold(session, result)
+                    self._send_steps(session)
+                    self._hand_out(outputs)
+                for session in list(self._links):
+                    self._send_steps(session)
+                line = self.scheduler.waiting
+                self.admission.rate.observe(self._clock_ns(), line.tokens_admitted, waiting=line.has_new)
             self._wake_readers()
 
-    async def _wait_for_work(self) -> None:
-        """Also looks again now and then while requests wait for the best of several executors: it may be stuck."""
+    async def _wait_for_work(self) -> bool:
+        """Return whether there is any: else there are only readers to be woken.
+
+        Also looks again now and then while requests wait for the best of several executors: it may be stuck.
+        """
         if self._due:
             await asyncio.sleep(0)  # a turn for the readers that were woken; then it is the others'
+            if not self._work.is_set():
+                return False
         elif look_again_s := self._look_again_s():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(look_again_s):
@@ -441,6 +480,7 @@ class Engine:
         else:
             await self._work.wait()
         self._work.clear()
+        return True
 
     def _look_again_s(self) -> float:
         """Seconds until the core might decide otherwise although nothing happens; 0 is never."""
@@ -452,7 +492,8 @@ class Engine:
         return held_back_s
 
     def _wake_readers(self) -> None:
-        for stream in list(islice(self._due, _READERS_AT_ONCE)):
+        self._may_pass = READERS_AT_ONCE
+        for stream in list(islice(self._due, READERS_AT_ONCE)):
             del self._due[stream]
             stream.wake()
 
@@ -472,20 +513,19 @@ class Engine:
         if mine:
             self._answers = deque(answer for answer in self._answers if answer[0] != session)
             for result in mine:
-                self._fold(session, result)
+                self._hand_out(self._fold(session, result))
 
-    def _fold(self, session: int, result: StepResult) -> None:
+    def _fold(self, session: int, result: StepResult) -> Sequence[TokenOutput]:
         failpoints.hit("before_commit")
         self.last_result_ns = self._clock_ns()
         try:
-            outputs = self.scheduler.update(session, result, self.last_result_ns)
+            return self.scheduler.update(session, result, self.last_result_ns)
         except ProtocolError as error:
             log.error("executor of session %d broke the protocol: %s", session, error)
             link = self._links[session]
             self.lose(session, End.WRONG, culprit=error.culprit)
             link.close(str(error))
-            return
-        self._hand_out(outputs)
+            return ()
 
     def _hand_out(self, outputs: Sequence[TokenOutput]) -> None:
         failpoints.hit("after_commit_before_outbox")

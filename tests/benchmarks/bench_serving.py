@@ -27,6 +27,7 @@ from typing import Any, Final
 import uvloop
 
 from common.config import DEFAULT_MODEL
+from services.event_loop import EventLoop
 from services.model_store import resolve
 from tests.benchmarks import engines, machine, plot, report, workloads
 from tests.benchmarks.engines import Engine, EngineMissing, RunningServer
@@ -320,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = f"python -m tests.benchmarks.bench_serving {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     bench = Bench(settings, command)
     try:
-        uvloop.run(bench.run())
+        uvloop.run(bench.run(), loop_factory=EventLoop)
     except asyncio.CancelledError:
         print("interrupted")
     return _write(bench.results, settings.out)

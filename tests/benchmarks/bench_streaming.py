@@ -31,6 +31,7 @@ from grpc import aio
 from protos import inference_pb2 as pb
 from protos import monitoring_pb2
 from services.client import status
+from services.event_loop import EventLoop
 from services.model_store import find
 from tests.e2e import fake_model
 from tests.e2e.cluster import Cluster, cluster
@@ -245,7 +246,7 @@ def main() -> None:
             step_ms = None if options.real else options.step_ms[0]
             load = Load(streams=int(options.streams[0]), step_ms=step_ms, max_tokens=options.max_tokens)
             with servers(model, load.step_ms) as running:
-                uvloop.run(watch_memory(running, load, options.minutes))
+                uvloop.run(watch_memory(running, load, options.minutes), loop_factory=EventLoop)
             return
         print(f"tokenizer of {model.name}; the scheduler's CPU time, client and executor on the same cores")
         print("  ".join(head for head, _, _ in _COLUMNS))
@@ -259,7 +260,7 @@ def main() -> None:
                         connections=min(options.connections, int(count)),
                         seconds=options.seconds,
                     )
-                    reports.append(uvloop.run(measure(running, load)))
+                    reports.append(uvloop.run(measure(running, load), loop_factory=EventLoop))
                     print(_line(reports[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps([asdict(report) for report in reports], indent=2) + "\n")

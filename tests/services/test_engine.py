@@ -185,6 +185,63 @@ def test_results_are_seen_between_the_turns_of_many_readers() -> None:
     run(test)
 
 
+def test_readers_that_all_come_back_at_once_line_up_behind_the_next_plan() -> None:
+    async def test(engine: Engine) -> None:
+        link = join(engine, steps=1, num_blocks=1024)
+        streams = [engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=9)) for _ in range(60)]
+        written = asyncio.Event()
+        writing: list[RequestStream] = []
+        taken: list[list[int]] = []
+        taken_before_plan = 0
+
+        async def hear(stream: RequestStream) -> None:
+            await stream.take()
+            writing.append(stream)
+            await written.wait()
+            (event,) = await stream.take()
+            taken.append(event.tokens)
+            if len(taken) == 1:
+                link.allow(1)
+
+        def send(plan: StepPlan) -> None:
+            nonlocal taken_before_plan
+            taken_before_plan = len(taken)
+
+        readers = [asyncio.create_task(hear(stream)) for stream in streams]
+        while len(writing) < len(streams):
+            await asyncio.sleep(0)
+        link.allow(1)
+        while any(stream.sequences[0].num_output < 2 for stream in streams):
+            await asyncio.sleep(0)
+        link.send = send  # type: ignore[method-assign]
+        written.set()
+        await asyncio.gather(*readers)
+        assert 1 <= taken_before_plan <= 2 * engine_module.READERS_AT_ONCE
+        assert taken[0] == [4], "it came back first, and takes what is there"
+        assert taken[-1] == [4, 5], "the token that came before its turn is in the same event"
+
+    run(test)
+
+
+def test_a_reader_in_the_line_hears_of_a_failure_after_what_is_there() -> None:
+    async def test(engine: Engine) -> None:
+        link = join(engine, steps=1)
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=9))
+        assert [event.tokens for event in await stream.take()] == [[3]]
+        link.allow(1)
+        while stream.sequences[0].num_output < 2:
+            await asyncio.sleep(0)
+        engine.lets_pass = lambda: False  # type: ignore[method-assign]
+        reader = asyncio.create_task(stream.take())
+        await asyncio.sleep(0)
+        stream.fail(Unavailable("over"))
+        assert [event.tokens for event in await reader] == [[4]]
+        with pytest.raises(Unavailable):
+            await stream.take()
+
+    run(test)
+
+
 def test_a_lost_executor_is_a_pause_for_the_reader() -> None:
     async def test(engine: Engine) -> None:
         join(engine, 1, steps=3)

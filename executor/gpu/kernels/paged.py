@@ -49,7 +49,7 @@ class Launch:
 @triton.jit
 def find_blocks(table, start, last, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """Block of each of TILE positions from `start`, (TILE,). Those behind `last` get the block of `last`."""
-    return tl.load(table + tl.minimum(start + tl.arange(0, TILE), last) // BLOCK_SIZE)
+    return tl.load(table + tl.minimum(start + tl.arange(0, TILE), last) // BLOCK_SIZE, cache_modifier=".cg")
 
 
 @triton.jit

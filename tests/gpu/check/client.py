@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import uvloop
 
+from services.event_loop import EventLoop
 from tests.benchmarks.pagewire_client import PagewireClient
 from tests.benchmarks.playing import play
 from tests.benchmarks.workloads import Workload
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--short", action="store_true")
     parsed = parser.parse_args(arguments)
     workload = alone(tiny=parsed.tiny) if parsed.run < 0 else offline(parsed.run, tiny=parsed.tiny, short=parsed.short)
-    uvloop.run(run(parsed.address, share(workload, parsed.number, parsed.count)))
+    uvloop.run(run(parsed.address, share(workload, parsed.number, parsed.count)), loop_factory=EventLoop)
 
 
 if __name__ == "__main__":
