@@ -139,6 +139,7 @@ def _attend(
     from executor.gpu.kernels.decode import decode
     from executor.gpu.kernels.prefill import prefill
 
+    # in this order: a padding row among the decode rows leaves zeros at a token that may be one of the rows behind them
     decode(query, cache, rows, options, out, workspace.parts, workspace.parts_lse)
     prefill(query, cache, rows, options, out)
 

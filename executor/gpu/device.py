@@ -70,7 +70,7 @@ class Device(Protocol):
         ...
 
     def capture(self, work: Work, /) -> Graph:
-        """Make a graph of `work`, which was done before as it is: what a first time compiles is no part of a graph.
+        """Do `work` once, so that what a first time compiles is no part of it, and make a graph of it.
 
         Raises RuntimeError when it cannot be: it waits for the device, or memory is out.
 
@@ -233,7 +233,9 @@ class HostDevice:
         return torch.empty(size, dtype=dtype)
 
     def capture(self, work: Work, /) -> Graph:
-        """Remember `work`; replayed, it is called again."""
+        """Do `work`, and remember it; replayed, it is called again."""
+        self.synchronize()
+        work()
         self.num_graphs += 1
         return _HostGraph(work)
 

@@ -1,7 +1,8 @@
 """One forward pass as the device sees it, and the tables that it reads. All that a captured graph needs is in here.
 
-Every integer column is int32. A padding row has sequence length 0, slot -1 and samples into line `num_slots`, which
-belongs to nobody.
+Every integer column is int32. A step may be padded. A padding row has sequence length 0, no token, and a line that
+belongs to nobody. Tokens of rows lie one behind the other; padding tokens are the last ones, with slot -1, and of no
+row. Padding samples read any token's logits, and write to the line of nobody.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class StepInputs:
     The numbers are known to the host when the step is launched; a graph is captured for one set of them.
     """
 
-    num_decodes: int  # the first rows, those with one token each
+    num_decodes: int  # the first rows: row n's only token is token n, but for padding rows, which are the last of them
     max_query_len: int
     max_seq_len: int  # an upper bound; in a captured graph that of the longest sequence that can be served
     token_places: Tensor  # (T,) int32, place in the flattened token pool

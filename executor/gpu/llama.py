@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,18 @@ if TYPE_CHECKING:
 _DTYPES: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _ALIGNMENT: Final = 128  # tokens: so many rows of any width end at a multiple of 256 bytes
 
-Linear = Callable[[Tensor, Tensor], object]
-"""Writes the product with one matrix: of rows (T, inputs), to rows (T, outputs)."""
+
+class Linear(Protocol):
+    """The product with one matrix: of rows (T, inputs), to rows (T, outputs)."""
+
+    def __call__(self, x: Tensor, out: Tensor) -> object:
+        """Write x @ weight.T + bias to `out`."""
+
+    def gated(self, gate_up: Tensor, middle: Tensor, out: Tensor) -> object:
+        """Write the product of silu(gate) * up to `out`: gate_up (T, 2 * inputs) is [gate | up].
+
+        `middle` (T, inputs) is room for what is multiplied.
+        """
 
 
 class MatmulLinear:
@@ -44,6 +54,13 @@ class MatmulLinear:
         if self._bias is None:
             return torch.mm(x, self._weight, out=out)
         return torch.addmm(self._bias, x, self._weight, out=out)
+
+    def gated(self, gate_up: Tensor, middle: Tensor, out: Tensor) -> object:
+        """Gate by a kernel of its own."""
+        from executor.gpu.kernels.activation import silu_mul
+
+        silu_mul(gate_up, out=middle)
+        return self(middle, out)
 
 
 def why_not(model: PreTrainedModel | FolderLlama) -> str | None:
@@ -186,14 +203,12 @@ class GpuLlama:
 
     def _project(self, layer: _Layer, rows: _Scratch) -> None:
         """From what is attended through the MLP to what the next layer, or the last product, is given."""
-        from executor.gpu.kernels.activation import silu_mul
         from executor.gpu.kernels.norm import add_rms_norm
 
         layer.o(rows.attended, rows.x)
         add_rms_norm(rows.x, rows.residual, layer.mlp_norm, self._epsilon, out=rows.normed)
         layer.gate_up(rows.normed, rows.gate_up)
-        silu_mul(rows.gate_up, out=rows.middle)
-        layer.down(rows.middle, rows.x)
+        layer.down.gated(rows.gate_up, rows.middle, rows.x)
         add_rms_norm(rows.x, rows.residual, layer.next_norm, self._epsilon, out=rows.normed)
 
     def _by_heads(self, rows: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -46,8 +46,12 @@ class OpenModel(Protocol):
         max_positions: int,
         max_rows: int,
         max_tokens: int,
+        report: Callable[[int, int], None],
     ) -> GpuModel:
-        """A step has at most `max_tokens` tokens of `max_rows` rows at positions below `max_positions`."""
+        """A step has at most `max_tokens` tokens of `max_rows` rows at positions below `max_positions`.
+
+        `report` may be told how many of the layers are there.
+        """
         ...
 
 
@@ -59,6 +63,7 @@ def open_gpu_model(
     max_positions: int,
     max_rows: int,
     max_tokens: int,
+    report: Callable[[int, int], None],
 ) -> GpuModel:
     """The fastest forward that serves this model. Takes the weights of `loaded`."""
     from executor.gpu.llama import GpuLlama, why_not
@@ -76,6 +81,7 @@ def open_gpu_model(
                 max_positions=max_positions,
                 max_rows=max_rows,
                 max_tokens=max_tokens,
+                report=report,
             )
         )
     _log.info("forward: Transformers' own (not fused: %s)", reason)

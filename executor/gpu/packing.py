@@ -28,6 +28,7 @@ class Shape:
 
     num_tokens: int  # T
     num_rows: int  # N
+    num_decodes: int  # the first of them
     num_sampled: int  # S
     num_scored: int = 0  # P
 
@@ -37,6 +38,7 @@ class Shape:
         return cls(
             num_tokens=len(batch.positions),
             num_rows=len(batch.seq_lens),
+            num_decodes=batch.num_decodes,
             num_sampled=len(batch.sampled_slots),
             num_scored=len(batch.scored_slots),
         )
@@ -44,7 +46,22 @@ class Shape:
     @classmethod
     def of_decodes(cls, num_rows: int) -> Shape:
         """That of rows with one token each, all of which sample."""
-        return cls(num_tokens=num_rows, num_rows=num_rows, num_sampled=num_rows)
+        return cls(num_tokens=num_rows, num_rows=num_rows, num_decodes=num_rows, num_sampled=num_rows)
+
+    @property
+    def num_prefills(self) -> int:
+        """Rows with several tokens."""
+        return self.num_rows - self.num_decodes
+
+    def holds(self, other: Shape) -> bool:
+        """Whether a step of the other shape, padded, is one of this shape."""
+        return (
+            self.num_tokens >= other.num_tokens
+            and self.num_decodes >= other.num_decodes
+            and self.num_prefills >= other.num_prefills
+            and self.num_sampled >= other.num_sampled
+            and self.num_scored == other.num_scored
+        )
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -64,21 +81,27 @@ class Shape:
 
 
 class Layout:
-    """Where in a buffer a step's columns lie, and behind them what changes in the tables and is copied in the slab."""
+    """Where in a buffer a step's columns lie, and behind them what changes in the tables and is copied in the slab.
+
+    A step may be smaller than the shape: then its decode rows are followed by empty ones up to `shape.num_decodes`, and
+    so are its other rows. The tokens of all rows still lie one behind the other; those at the end belong to no row.
+    """
 
     def __init__(self, shape: Shape, *, num_updates: int = 0, num_copies: int = 0) -> None:
+        self._num_decodes = shape.num_decodes
         self._columns: dict[str, slice] = {}
         self.size = 0  # int32
         for name, length in shape.lengths.items():
             self._columns[name] = self._take(length)
+        self.columns_size = self.size  # of that, what is not updates and copies
         self._places, self._values = self._take(num_updates), self._take(num_updates)
         self._copies = self._take(2 * num_copies)
 
-    def inputs(self, buffer: Tensor, *, num_decodes: int, max_query_len: int, max_seq_len: int) -> StepInputs:
+    def inputs(self, buffer: Tensor, *, max_query_len: int, max_seq_len: int) -> StepInputs:
         """The columns, as views of `buffer`."""
         columns = {name: buffer[where] for name, where in self._columns.items()}
         return StepInputs(
-            num_decodes=num_decodes, max_query_len=max_query_len, max_seq_len=max_seq_len, **columns
+            num_decodes=self._num_decodes, max_query_len=max_query_len, max_seq_len=max_seq_len, **columns
         )  # fmt: skip
 
     def updates(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,15 +120,12 @@ class Layout:
         updates: Updates = NO_UPDATES,
         copies: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """Fill `buffer`. A batch with fewer rows than there is room for is padded: it is of `Shape.of_decodes`."""
+        """Fill `buffer` with a batch that the shape holds, and what is left of the shape with what is nobody's."""
         columns = {
             "token_places": (batch.token_places, padding.place),
             "positions": (batch.positions, 0),
             "slot_mapping": (batch.slot_mapping, -1),
-            "query_start_loc": (batch.query_start_loc, None),
-            "seq_lens": (batch.seq_lens, 0),
-            "table_rows": (batch.table_rows, padding.line),
-            "logits_indices": (batch.logits_indices, None),
+            "logits_indices": (batch.logits_indices, 0),  # any token's: nobody reads what is sampled from them
             "sampled_slots": (batch.sampled_slots, padding.line),
             "sampled_places": (batch.sampled_places, padding.place),
             "sampled_indices": (batch.sampled_indices, 0),
@@ -114,13 +134,33 @@ class Layout:
             column = buffer[self._columns[name]]
             column[: len(values)] = values
             if len(values) < len(column):
-                # a padding row is one token too: they are numbered on
-                rest = np.arange(len(values), len(column)) if filler is None else filler
-                column[len(values) :] = rest
+                column[len(values) :] = filler
+        self._write_rows(buffer[self._columns["seq_lens"]], batch.seq_lens, batch.num_decodes, 0, 0)
+        self._write_rows(
+            buffer[self._columns["table_rows"]], batch.table_rows, batch.num_decodes, padding.line, padding.line
+        )
+        loc = batch.query_start_loc
+        place = buffer[self._columns["query_start_loc"]]
+        place[0] = 0
+        self._write_rows(place[1:], loc[1:], batch.num_decodes, loc[batch.num_decodes], loc[-1])  # where each row ends
         buffer[self._places] = updates.places
         buffer[self._values] = updates.values
         if copies:
             buffer[self._copies] = np.asarray(copies).reshape(-1)
+
+    def _write_rows(
+        self, column: NDArray[np.int32], values: NDArray[np.int64], num_decodes: int, empty_decode: int, empty: int
+    ) -> None:
+        """Write a value a row, those of decode rows first, and behind each of the two parts what empty rows have."""
+        if len(values) == len(column):
+            column[:] = values
+            return
+        begin = self._num_decodes
+        end = begin + len(values) - num_decodes
+        column[:num_decodes] = values[:num_decodes]
+        column[num_decodes:begin] = empty_decode
+        column[begin:end] = values[num_decodes:]
+        column[end:] = empty
 
     def _take(self, length: int) -> slice:
         begin, self.size = self.size, _aligned(self.size + length)

@@ -11,10 +11,12 @@ typical-p, which only the host's sampler knows, and prompts that are scored.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -32,7 +34,7 @@ from executor.attention import choose
 from executor.batch import InputBatch, build_batch
 from executor.controls import columns, edit
 from executor.gpu.device import CudaDevice, Device
-from executor.gpu.graphs import DecodeGraph, DecodeGraphs, buckets_for
+from executor.gpu.graphs import StepGraph, StepGraphs, buckets_for, mixed_shapes
 from executor.gpu.inputs import DeviceTables, StepInputs
 from executor.gpu.models import OpenModel, open_gpu_model
 from executor.gpu.packing import NO_ROWS, Layout, Padding, Shape, Staging, StagingBuffer
@@ -114,6 +116,7 @@ class GpuRunner:
         Raises ModelFolderError when the folder or the settings do not allow it.
         """
         self._refuse_what_is_for_the_cpu()
+        clock = _Clock()
         self._device = self._make_device(torch.device(self._wanted_device))
         where = self._device.torch_device
         folder = read_model_folder(self._model_folder)
@@ -143,6 +146,7 @@ class GpuRunner:
             max_positions=longest,
             max_rows=max_rows,
             max_tokens=max(self._max_step_tokens, max_rows),
+            report=partial(report, "weights"),
         )
         del loaded  # the forward has taken the weights
         if self._sample is None:
@@ -150,8 +154,13 @@ class GpuRunner:
 
             self._sample = sample_on_device
         report("weights", 1, 1)
+        clock.tell("weights")
 
         self._make_tables(num_blocks=1, max_model_len=self._max_model_len or longest, vocab_size=folder.vocab_size)
+        report("kernels", 0, 1)
+        self._compile()
+        report("kernels", 1, 1)
+        clock.tell("kernels")
         report("KV cache", 0, 1)
         self._warm_up()
         num_blocks, max_model_len = fit_slab(
@@ -166,10 +175,12 @@ class GpuRunner:
         self._cache.resize(num_blocks)
         self._make_tables(num_blocks=num_blocks, max_model_len=max_model_len, vocab_size=folder.vocab_size)
         report("KV cache", 1, 1)
+        clock.tell("memory")
         if self._graphs is not None:
-            report("decode graphs", 0, 1)
+            report("graphs", 0, 1)
             self._graphs.capture_first()
-            report("decode graphs", 1, 1)
+            report("graphs", 1, 1)
+            clock.tell("graphs")
         facts = ExecutorFacts(
             name=self._name,
             model=folder.name,
@@ -189,6 +200,7 @@ class GpuRunner:
             folder.architecture, facts.dtype, where, num_blocks, self._block_size,
             num_blocks * block_bytes(shapes, self._block_size, slab) / 2**30, max_model_len,
         )  # fmt: skip
+        _log.info("ready after %s", clock)
         return facts
 
     def begin_session(self) -> None:
@@ -223,7 +235,7 @@ class GpuRunner:
         step.buffer.begun.record()
         if plan.copies:
             failpoints.hit("before_block_copy")
-        self._queue(step, batch, self._tables.updates(plan), plan.copies, all_sample=bool(rows.samples.all()))
+        self._queue(step, batch, self._tables.updates(plan), plan.copies)
         self._choose_on_the_host(step, batch)
         self._score_prompts(step, batch)
         step.reserved = held.reserve(rows)
@@ -237,26 +249,20 @@ class GpuRunner:
         batch: InputBatch,
         updates: Updates,
         copies: Sequence[tuple[BlockId, BlockId]],
-        *,
-        all_sample: bool,
     ) -> None:
         """Queue what the device does for `step`: one copy to it, what the plan changed, forward, sampling, tokens."""
         poisoned = bool(len(batch.seq_lens)) and failpoints.hit("after_forward_before_sample") == "nan"
-        graph = None
-        if all_sample and not poisoned and not copies:
-            graph = self._graph_for(batch, len(updates.places))
-        if graph is None:
-            layout = Layout(Shape.of(batch), num_updates=len(updates.places), num_copies=len(copies))
-        else:
-            layout = graph.layout(len(updates.places))
+        graph = None if poisoned else self._graph_for(Shape.of(batch))
+        shape = Shape.of(batch) if graph is None else graph.shape
+        layout = Layout(shape, num_updates=len(updates.places), num_copies=len(copies))
         layout.write(step.buffer.room(layout.size), batch, self._padding, updates, copies)
         runs = copied_together(copies)
 
         def work() -> None:
-            if graph is None:
-                on_device = torch.empty(layout.size, dtype=torch.int32, device=self._device.torch_device)
-            else:
+            if graph is not None and layout.size <= len(graph.buffer):
                 on_device = graph.buffer[: layout.size]
+            else:
+                on_device = torch.empty(layout.size, dtype=torch.int32, device=self._device.torch_device)
             step.buffer.copy_to(on_device)
             if len(updates.places):
                 self._tables.apply(*layout.updates(on_device))
@@ -265,6 +271,8 @@ class GpuRunner:
                 for run in runs:
                     self._cache.copy_together(blocks[run, 0], blocks[run, 1])
             if graph is not None:
+                if layout.size > len(graph.buffer):  # a long list of updates
+                    graph.buffer[: layout.columns_size].copy_(on_device[: layout.columns_size])
                 graph.replay()
                 step.give(graph.tokens, graph.logits, self._device.pinned)
             elif len(batch.seq_lens):
@@ -275,13 +283,9 @@ class GpuRunner:
 
         self._device.queue(work)
 
-    def _graph_for(self, batch: InputBatch, num_updates: int) -> DecodeGraph | None:
-        """The graph for a step of rows that all sample, if they are decode rows and there is one."""
-        num_rows = len(batch.seq_lens)
-        if self._graphs is None or not num_rows or batch.num_decodes != num_rows or len(batch.scored_slots):
-            return None
-        graph = self._graphs.fitting(num_rows)
-        return graph if graph is not None and num_updates <= graph.max_updates else None
+    def _graph_for(self, shape: Shape) -> StepGraph | None:
+        """The graph for a step of the shape, if there is one."""
+        return self._graphs.fitting(shape) if self._graphs is not None and shape.num_rows else None
 
     def _compute(
         self, inputs: StepInputs, tokens: Tensor, batch: InputBatch | None = None, *, poisoned: bool = False
@@ -419,6 +423,7 @@ class GpuRunner:
         most = Shape(
             num_tokens=self._max_step_tokens,
             num_rows=self._max_sequences,
+            num_decodes=self._max_sequences,
             num_sampled=self._max_sequences,
         )
         self._staging = Staging(
@@ -428,16 +433,30 @@ class GpuRunner:
             max_sampled=self._max_sequences,
         )
         if self._has_graphs and not self._model.reads_host:
-            self._graphs = DecodeGraphs(
+            self._graphs = StepGraphs(
                 self._device,
                 self._compute,
                 max_rows=self._max_sequences,
+                max_tokens=self._max_step_tokens,
                 padding=self._padding,
                 max_seq_len=max_model_len,
             )
 
+    def _compile(self) -> None:
+        """Compile the kernels of whatever is run or captured, beside each other. What they would compute is void."""
+        if self._device.torch_device.type != "cuda":
+            return
+        from executor.gpu.compiling import compiling_ahead
+
+        most = min(self._max_step_tokens, self._resident.max_model_len * self._max_sequences)
+        with compiling_ahead():
+            for rows in buckets_for(self._max_sequences):
+                self._run_once(self._nobody(0, num_decodes=rows))
+            for num_tokens in {min(most, 64), min(most, 512), most}:
+                self._run_once(self._nobody(num_tokens - 1, num_decodes=1))
+
     def _warm_up(self) -> None:
-        """Run steps of nobody, the largest first: kernels are compiled, and it shows what memory a step takes."""
+        """Run steps of nobody, the largest first: it shows what memory a step takes."""
         most = min(self._max_step_tokens, self._resident.max_model_len * self._max_sequences)
         for batch in (
             self._nobody(most, num_scored=min(most, _SCORED_AT_ONCE)),
@@ -500,7 +519,7 @@ class GpuRunner:
         graphs = self._graph_bytes()
         free, spare = device.free_bytes(), int(device.total_bytes() * _LEFT_FREE)
         _log.info(
-            "memory: %.1f GiB free beside the weights; a step takes %.2f, decode graphs %.2f, %.2f stay free",
+            "memory: %.1f GiB free beside the weights; a step takes %.2f, graphs %.2f, %.2f stay free",
             free / 2**30, activations / 2**30, graphs / 2**30, spare / 2**30,
         )  # fmt: skip
         return max(0, free - activations - graphs - spare)
@@ -510,19 +529,37 @@ class GpuRunner:
         if self._graphs is None:
             return 0
         before = self._device.free_bytes()
-        self._graphs.capture_next()
+        self._graphs.capture_largest()
         self._device.release_unused()
         largest = before - self._device.free_bytes()
         self._graphs = None
         self._device.forget_graphs()
         self._device.release_unused()
-        return max(0, largest) + len(buckets_for(self._max_sequences)) * _GRAPH_BYTES
+        count = len(buckets_for(self._max_sequences)) + len(mixed_shapes(self._max_step_tokens, self._max_sequences))
+        return max(0, largest) + count * _GRAPH_BYTES
 
     def _refuse_what_is_for_the_cpu(self) -> None:
         if self._weights != "auto":
             raise ModelFolderError(f"{self._weights} weights are for a CPU. Type: --weights auto, or --device cpu")
         if self._kv_cache_dtype != "auto":
             raise ModelFolderError("an int8 KV cache is for a CPU. Type: --kv-cache-dtype auto, or --device cpu")
+
+
+class _Clock:
+    """Seconds that parts of a start take, in words."""
+
+    def __init__(self) -> None:
+        self._began_s = self._last_s = time.perf_counter()
+        self._parts: list[str] = []
+
+    def tell(self, part: str) -> None:
+        """What was done since the part before."""
+        now_s = time.perf_counter()
+        self._parts.append(f"{part} {now_s - self._last_s:.1f}")
+        self._last_s = now_s
+
+    def __str__(self) -> str:
+        return f"{self._last_s - self._began_s:.1f} s: {', '.join(self._parts)}"
 
 
 class _Flying:
@@ -579,7 +616,6 @@ def _inputs(layout: Layout, buffer: Tensor, batch: InputBatch) -> StepInputs:
     counts = np.diff(batch.query_start_loc)
     return layout.inputs(
         buffer,
-        num_decodes=batch.num_decodes,
         max_query_len=int(counts.max()),
         max_seq_len=int(batch.seq_lens.max()),
     )

@@ -91,7 +91,6 @@ CASES = {
     "int8 K and V for float32": Case(rows=((20, 3), (140, 1), (0, 6)), kv_dtype=torch.int8, head_dim=80, sinks=True),
     "256 rows": Case(rows=tuple((n, 1) for n in range(256)), num_kv_heads=1, group=1, head_dim=16),
 }
-LARGE = ("256 rows", "float32 over long rows", "bfloat16 over long rows", "decodes that share a prompt")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.int8: 4e-2}
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.knobs import nvidia
 
 import executor.gpu.kernels
 from executor.gpu.triton_case import CompileCase
@@ -72,7 +73,7 @@ def attributes(kernel: Any, signature: dict[str, str]) -> dict[tuple[int], list[
 
 def tool(name: str, *arguments: str | Path) -> str:
     """Run one of the programs that come with Triton."""
-    path = getattr(triton.knobs.nvidia, name).path
+    path = getattr(nvidia, name).path
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 

@@ -80,7 +80,7 @@ class PagedScene:
         values = torch.full((len(blocks), shape.num_kv_heads, size, shape.value_dim), torch.nan, dtype=layer.dtype)
         self.keys = [noise(length, shape.num_kv_heads, shape.key_dim) for length in self.lens]
         self.values = [noise(length, shape.num_kv_heads, shape.value_dim) for length in self.lens]
-        for row, own in enumerate(blocks[: sum(each)].split(each)):
+        for row, own in enumerate(torch.split(blocks[: sum(each)], each)):
             first_new = self.lens[row] - counts[row]
             first = 0 if layer.window is None else max(0, first_new + 1 - layer.window) // size
             tables[lines[row], first : len(own)] = own[first:].int()

@@ -100,3 +100,26 @@ def test_a_row_gets_the_same_bits_in_any_company(device: torch.device) -> None:
     crowd.query, crowd.inputs = crowd.query[31:106], alone
 
     assert torch.equal(crowd.attend(), wanted)
+
+
+def test_empty_rows_behind_the_decodes_and_at_the_end_change_nothing(device: torch.device) -> None:
+    scene = PagedScene([*MIXED[:6], (0, 70)], Layer(num_kv_heads=1, group=1, dtype=torch.float16), device)
+    expected, inputs, num_tokens = scene.expected(), scene.inputs, len(scene.query)
+
+    def padded(column: torch.Tensor, decode: int, last: int) -> torch.Tensor:
+        parts = column[:2], torch.full_like(column[:3], decode), column[2:], torch.full_like(column[:2], last)
+        return torch.cat(parts)
+
+    scene.inputs = replace(
+        inputs,
+        num_decodes=5,  # the last three of them are rows of nobody, whose places are those of the rows behind them
+        seq_lens=padded(inputs.seq_lens, 0, 0),
+        table_rows=padded(inputs.table_rows, 0, 0),
+        query_start_loc=torch.cat((inputs.query_start_loc[:1], padded(inputs.query_start_loc[1:], 2, num_tokens))),
+    )
+    scene.query = torch.cat((scene.query, scene.query[:40]))
+
+    out = scene.attend()
+
+    torch.testing.assert_close(out[:num_tokens].double(), expected, rtol=2e-3, atol=2e-3)
+    assert out[num_tokens:].isnan().all()

@@ -51,7 +51,7 @@ def packed(layout: Layout, batch: InputBatch) -> tuple[Tensor, StepInputs]:
     numbers = np.full(layout.size, -77, np.int32)
     layout.write(numbers, batch, PADDING, UPDATES)
     buffer = torch.from_numpy(numbers)
-    return buffer, layout.inputs(buffer, num_decodes=batch.num_decodes, max_query_len=5, max_seq_len=12)
+    return buffer, layout.inputs(buffer, max_query_len=5, max_seq_len=12)
 
 
 def test_the_columns_of_a_batch_come_out_as_they_went_in() -> None:
@@ -84,8 +84,8 @@ def test_what_is_left_of_a_larger_step_is_rows_of_nobody() -> None:
 
     assert inputs.seq_lens.tolist() == [12, 12, 0, 0]
     assert inputs.slot_mapping.tolist()[2:] == [-1, -1]
-    assert inputs.query_start_loc.tolist() == [0, 1, 2, 3, 4]
-    assert inputs.logits_indices.tolist() == [0, 1, 2, 3]
+    assert inputs.query_start_loc.tolist() == [0, 1, 2, 2, 2]  # they have no token; the last two tokens have no row
+    assert inputs.logits_indices.tolist() == [0, 1, 0, 0]
     assert inputs.table_rows.tolist() == inputs.sampled_slots.tolist() == [0, 1, 8, 8]
     assert inputs.token_places.tolist()[2:] == inputs.sampled_places.tolist()[2:] == [8 * 32, 8 * 32]
 
@@ -94,16 +94,49 @@ def test_a_step_of_nobody_is_all_padding() -> None:
     _, inputs = packed(Layout(Shape.of_decodes(2), num_updates=3), NO_ROWS)
 
     assert inputs.seq_lens.tolist() == [0, 0]
-    assert inputs.query_start_loc.tolist() == [0, 1, 2]
+    assert inputs.query_start_loc.tolist() == [0, 0, 0]
+
+
+def test_decode_rows_and_prompts_are_padded_each_behind_its_own() -> None:
+    shape = Shape(num_tokens=12, num_rows=7, num_decodes=4, num_sampled=6)
+    batch = batch_of(1, 5, 1, 3)
+
+    _, inputs = packed(Layout(shape, num_updates=3), batch)
+
+    assert inputs.num_decodes == 4
+    assert inputs.table_rows.tolist() == [0, 2, 8, 8, 1, 3, 8]
+    assert inputs.seq_lens.tolist() == [12, 12, 0, 0, 12, 12, 0]
+    assert inputs.query_start_loc.tolist() == [0, 1, 2, 2, 2, 7, 10, 10]
+    assert inputs.positions.tolist() == [11, 11, *range(7, 12), 9, 10, 11, 0, 0]
+    assert inputs.slot_mapping.tolist()[-2:] == [-1, -1] and -1 not in inputs.slot_mapping.tolist()[:-2]
+    assert inputs.token_places.tolist()[-2:] == [8 * 32] * 2
+    assert inputs.logits_indices.tolist() == [0, 6, 1, 9, 0, 0]  # in the plan's order
+    assert inputs.sampled_slots.tolist() == [0, 1, 2, 3, 8, 8]
+    assert inputs.sampled_places.tolist()[4:] == [8 * 32] * 2
+
+
+@pytest.mark.parametrize(
+    ("counts", "fits"),
+    [
+        ((1, 1, 5, 3), True),
+        ((5, 3), True),
+        ((1,) * 4, True),
+        ((1,) * 5, False),
+        ((2, 2, 2, 2), False),
+        ((1, 12), False),
+    ],
+)
+def test_a_shape_holds_what_is_smaller_in_everything(counts: tuple[int, ...], fits: bool) -> None:
+    shape = Shape(num_tokens=12, num_rows=7, num_decodes=4, num_sampled=6)
+
+    assert shape.holds(Shape.of(batch_of(*counts))) is fits
 
 
 def test_columns_lie_where_they_lay_however_many_updates_there_are() -> None:
     buffer = torch.zeros(Layout(Shape.of_decodes(3), num_updates=20).size, dtype=torch.int32)
 
     def addresses(num_updates: int) -> list[int]:
-        inputs = Layout(Shape.of_decodes(3), num_updates=num_updates).inputs(
-            buffer, num_decodes=3, max_query_len=1, max_seq_len=32
-        )
+        inputs = Layout(Shape.of_decodes(3), num_updates=num_updates).inputs(buffer, max_query_len=1, max_seq_len=32)
         columns = [getattr(inputs, field.name) for field in fields(inputs)]
         return [column.data_ptr() for column in columns if isinstance(column, Tensor)]
 

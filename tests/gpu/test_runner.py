@@ -271,30 +271,89 @@ def test_a_row_that_ended_while_it_was_in_flight_says_nothing_more(host: Host) -
     assert [list(step.result().refs) for step in steps] == [[A, B], [A, B], [B], [B], [B]]
 
 
-def test_decode_steps_take_a_graph_and_prompts_do_not(host: Host) -> None:
+def three_prompts() -> list[NewSequence]:
+    return [sequence(A, PROMPT, [3, 9, 4]), sequence(B, PROMPT[:3], [7, 8]), sequence(C, PROMPT[:2], [5, 6])]
+
+
+def test_decode_steps_take_a_graph_of_their_rows(host: Host) -> None:
     host.runner.begin_session()
+    host.step((A, 7), (B, 3), (C, 2), new=three_prompts())
     host.forward.seen.clear()
 
-    host.step((A, 7), (B, 3), (C, 2), new=[
-        sequence(A, PROMPT, [3, 9, 4]), sequence(B, PROMPT[:3], [7, 8]), sequence(C, PROMPT[:2], [5, 6]),
-    ])  # fmt: skip
     host.step((A, 1), (B, 1), (C, 1))
     host.step((B, 1), (A, 1))
     host.step((B, 1), (A, 1))
     host.step((B, 1), (A, 1), released=[C], new=[sequence(slot_ref(2, 1), PROMPT, [5, 6])])
 
-    assert [len(inputs.seq_lens) for inputs in host.forward.seen] == [3, 4, 2, 2, 2]
     seen = host.forward.seen
-    assert seen[2] is seen[3] is seen[4]
-    assert seen[1].max_seq_len == host.facts.max_model_len
+    assert [len(inputs.seq_lens) for inputs in seen] == [4, 2, 2, 2]
+    assert seen[1] is seen[2] is seen[3]
+    assert seen[0].max_seq_len == host.facts.max_model_len
+
+
+def test_steps_with_prompts_take_one_of_their_tokens(host: Host) -> None:
+    host.runner.begin_session()
+    host.forward.seen.clear()
+
+    host.step((A, 7), (B, 3), new=three_prompts())
+    host.step((C, 2), (B, 1), (A, 1), copies=[(BlockId(3), BlockId(30))])
+    unlike = SamplingParams(temperature=0.0, prompt_logprobs=0)
+    later = slot_ref(0, 1)
+    host.step((later, 7), released=[A], new=[sequence(later, PROMPT, [3, 9], sampling=unlike)])
+
+    first, second, scored = host.forward.seen
+    assert first is second
+    assert (len(first.positions), first.num_decodes, len(first.seq_lens)) == (MAX_STEP_TOKENS, NUM_SLOTS, 2 * NUM_SLOTS)
+    assert first.seq_lens.tolist() == [4, 8, *[0] * 4, 2, *[0] * 5]
+    assert len(scored.positions) == 7  # launched as it is
+
+
+def test_a_long_list_of_what_changed_does_not_keep_a_step_from_its_graph(host: Host) -> None:
+    host.runner.begin_session()
+    long = PROMPT * 8
+    told = [sequence(slot_ref(slot, 0), long, list(range(1 + 15 * slot, 15 + 15 * slot))) for slot in range(6)]
+    host.forward.seen.clear()
+
+    first = host.step((A, 20), new=told[:1]).tokens, host.step((A, len(long) - 20)).tokens
+    host.runner.begin_session()
+    again = host.step((A, 20), new=told).tokens, host.step((A, len(long) - 20)).tokens
+
+    assert first == again
+    assert [len(inputs.positions) for inputs in host.forward.seen] == [MAX_STEP_TOKENS] * 4
+
+
+def test_padding_writes_to_nobodys_blocks_and_tokens(host: Host) -> None:
+    host.runner.begin_session()
+    tables, layers = host.runner._tables.tables, host.runner._cache.layers
+    slabs = [slab for layer in layers for slab in (layer.keys, layer.values)]
+    for slab in slabs:
+        slab.zero_()
+    tables.token_ids[:NUM_SLOTS] = -7
+    host.step((A, 7), (B, 3), (C, 1), new=three_prompts())
+    before, tokens, blocks = [slab.clone() for slab in slabs], tables.token_ids.clone(), tables.block_tables.clone()
+    host.forward.seen.clear()
+
+    host.step((A, 1), (C, 1), (B, 1))
+    other = slot_ref(3, 0)
+    host.step((other, 5), (B, 1), new=[sequence(other, PROMPT, [20, 21])])
+
+    assert [len(inputs.positions) for inputs in host.forward.seen] == [4, MAX_STEP_TOKENS]
+    places = {(9, 3), (5, 1), (7, 3), (8, 0), (20, 0), (20, 1), (20, 2), (20, 3), (21, 0)}  # block, offset
+    for slab, old in zip(slabs, before, strict=True):
+        changed = (slab != old).any(dim=3).any(dim=1).nonzero().tolist()
+        assert {(block, offset) for block, offset in changed} == places
+    changed = (tables.token_ids[:NUM_SLOTS] != tokens[:NUM_SLOTS]).nonzero().tolist()
+    assert changed == [[0, 8], [1, 4], [1, 5], [2, 2], *([3, place] for place in range(7))]
+    assert torch.equal(tables.block_tables[:3], blocks[:3]) and torch.equal(tables.block_tables[4:], blocks[4:])
 
 
 def test_more_graphs_are_captured_when_there_is_nothing_to_do(folder: Path) -> None:
     host = Host(folder, max_sequences=40)
     before = host.device.num_graphs
 
+    assert host.runner.idle()
     assert not host.runner.idle()
-    assert host.device.num_graphs == before + 1
+    assert host.device.num_graphs == before + 2
 
 
 def test_a_decode_step_waits_for_nothing_on_the_host(folder: Path) -> None:
@@ -434,8 +493,8 @@ def test_an_error_that_stays_is_told_from_one_that_does_not(folder: Path) -> Non
 
 def test_the_slab_takes_the_memory_that_model_graphs_and_driver_leave(folder: Path) -> None:
     block = 2 * 2 * 2 * 16 * BLOCK_SIZE * 4  # layers, K and V, heads, numbers, tokens, bytes
-    graphs = 4 * (4 << 20)  # of 1, 2, 4 and 8 rows
-    for cuda_graphs, memory in (("off", 128 << 10), ("auto", graphs + (440 << 10))):
+    graphs = 5 * (4 << 20)  # of 1, 2, 4 and 8 rows, and of 48 tokens
+    for cuda_graphs, memory in (("off", 128 << 10), ("auto", graphs + (520 << 10))):
         facts = Host(folder, HostDevice(memory), num_blocks=None, cuda_graphs=cuda_graphs).facts
         taken = (graphs if cuda_graphs == "auto" else 0) + int(memory * 0.02)
         assert facts.num_blocks == (memory - taken) // block

@@ -1,15 +1,30 @@
-"""The product of a few rows against torch's."""
+"""The product of a few rows against torch's, cut in every way that a table may say."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from executor.gpu.kernels.skinny import SkinnyLinears
+from executor.gpu.kernels.activation import silu_mul
+from executor.gpu.kernels.skinny import MAX_ROWS, Cut, SkinnyLinears, cut_of, padded_rows
 from tests.gpu.steps import DEVICE
 
 # Few outputs and many inputs are cut into splits; sizes that are no multiple of a block have an edge.
 SHAPES = [(64, 96), (40, 1024), (16, 1300), (70, 33)]
+CUTS = {
+    "in a loop": Cut(block_n=16, block_k=64),
+    "in splits": Cut(block_n=16, block_k=32, splits=3),
+    "turned": Cut(block_n=64, block_k=64, turned=True),
+    "turned, in splits": Cut(block_n=64, block_k=32, splits=2, turned=True),
+    "held in one block": Cut(block_n=16, block_k=128, held=True),
+    "held in four blocks": Cut(block_n=16, block_k=32, held=True),
+    "held in splits of two blocks": Cut(block_n=8, block_k=32, splits=2, held=True),
+}
+
+
+def wanted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -19,15 +34,47 @@ def test_the_product_is_that_of_torch(shape: tuple[int, int], bias: bool) -> Non
     outputs, inputs = shape
     weight, shift = torch.randn(outputs, inputs, device=DEVICE), torch.randn(outputs, device=DEVICE)
     linear = SkinnyLinears(DEVICE).make(weight, shift if bias else None)
-    for count in (1, 3, 16, 17):
+    for count in (1, 3, 16, 17, 40, MAX_ROWS + 1):
         x = torch.randn(count, inputs, device=DEVICE)
-        wanted = torch.nn.functional.linear(x.double(), weight.double(), shift.double() if bias else None)
         for _ in range(2):  # what one product leaves behind must not be in the next one
             out = torch.full((count, outputs), torch.nan, device=DEVICE)
 
             linear(x, out)
 
-            torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(out.double(), wanted(x, weight, shift if bias else None), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("shape", [(128, 128), (70, 100)], ids=str)
+def test_every_cut_gives_the_same(shape: tuple[int, int], name: str) -> None:
+    torch.manual_seed(4)
+    (outputs, inputs), cut = shape, CUTS[name]
+    weight, bias = torch.randn(outputs, inputs, device=DEVICE), torch.randn(outputs, device=DEVICE)
+    linears = SkinnyLinears(DEVICE)
+    for count in (1, 5, 30):
+        linears.reserve(outputs, padded_rows(count), cut)
+        x = torch.randn(count, inputs, device=DEVICE)
+        out = torch.full((count, outputs), torch.nan, device=DEVICE)
+
+        linears.launch(x, weight, bias, out, cut=cut)
+
+        torch.testing.assert_close(out.double(), wanted(x, weight, bias), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 4, 20])
+@pytest.mark.parametrize("shape", [(48, 128), (40, 100)], ids=str)
+def test_rows_that_are_gated_on_the_way_in_are_those_of_silu_mul(shape: tuple[int, int], count: int) -> None:
+    torch.manual_seed(5)
+    outputs, inputs = shape
+    weight = torch.randn(outputs, inputs, device=DEVICE).half()
+    gate_up = torch.randn(count, 2 * inputs, device=DEVICE).half()
+    linear = SkinnyLinears(DEVICE).make(weight, None)
+    middle, out = gate_up.new_full((count, inputs), torch.nan), gate_up.new_full((count, outputs), torch.nan)
+
+    linear.gated(gate_up, middle, out)
+
+    torch.testing.assert_close(out.double(), wanted(silu_mul(gate_up), weight), rtol=2e-3, atol=2e-2)
+    assert bool(middle.isnan().all()) == (count <= linear.most_gated)  # no kernel of its own for few rows
 
 
 def test_products_of_one_device_share_their_memory() -> None:
@@ -45,9 +92,22 @@ def test_products_of_one_device_share_their_memory() -> None:
 
 def test_half_precision_is_summed_in_float32() -> None:
     torch.manual_seed(3)
-    weight, x = (torch.randn(count, 2048, device=DEVICE).half() for count in (24, 5))
-    out = torch.empty(5, 24, dtype=torch.float16, device=DEVICE)
+    weight = torch.randn(24, 2048, device=DEVICE).half()
+    linear = SkinnyLinears(DEVICE).make(weight, None)
+    for count in (1, 5):
+        x = torch.randn(count, 2048, device=DEVICE).half()
+        out = torch.empty(count, 24, dtype=torch.float16, device=DEVICE)
 
-    SkinnyLinears(DEVICE).make(weight, None)(x, out)
+        linear(x, out)
 
-    torch.testing.assert_close(out.double(), x.double() @ weight.double().t(), rtol=2e-3, atol=2e-2)
+        torch.testing.assert_close(out.double(), wanted(x, weight), rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32, 64])
+@pytest.mark.parametrize("shape", [(4096, 1024), (1024, 3072), (4096, 14336), (151936, 1024), (576, 1536)], ids=str)
+def test_every_program_of_a_cut_has_work(shape: tuple[int, int], rows: int) -> None:
+    outputs, inputs = shape
+    cut = cut_of(outputs, inputs, rows)
+    a_split = cut.steps(inputs) * cut.block_k
+
+    assert (cut.splits - 1) * a_split < inputs <= cut.splits * a_split

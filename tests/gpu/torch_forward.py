@@ -5,7 +5,7 @@ Shapes depend on shapes alone and every address may be captured, as of the kerne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class _Attention:
         self._slots = inputs.slot_mapping.long()
         tokens = torch.arange(len(inputs.positions))
         rows = torch.searchsorted(inputs.query_start_loc[1:].long(), tokens, right=True)
+        self._of_no_row = rows == len(inputs.seq_lens)
+        rows = rows.clamp(max=len(inputs.seq_lens) - 1)
         self._blocks = tables.block_tables[inputs.table_rows.long()][rows].long()  # (T, M)
         self._positions = inputs.positions.long()[:, None]  # (T, 1)
         self._seq_lens = inputs.seq_lens.long()[rows][:, None]
@@ -60,7 +62,8 @@ class _Attention:
         values = values.masked_fill(~visible[:, None, :, None], 0).repeat_interleave(group, dim=1)
         scores = torch.einsum("thd,thpd->thp", query, keys.repeat_interleave(group, dim=1)) * options.scale
         weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(dim=-1).nan_to_num()
-        return torch.einsum("thp,thpd->thd", weights, values)
+        out = torch.einsum("thp,thpd->thd", weights, values)
+        return out.masked_fill(self._of_no_row[:, None, None], torch.nan)  # no kernel writes them: they may be anything
 
     def _store(self, slab: Tensor, new: Tensor) -> None:
         """Slot -1 goes behind the end."""
@@ -82,6 +85,7 @@ def open_torch_forward(
     max_positions: int,
     max_rows: int,
     max_tokens: int,
+    report: Callable[[int, int], None],
 ) -> TorchForward:
     return TorchForward(loaded.model, cache)
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from executor.gpu.kernels.overlap import begin_next, overlap, wait_for_previous
 from executor.gpu.triton_case import CompileCase
 
 _BLOCK: Final = 1024  # columns a program: 8 a lane of 4 warps
@@ -22,13 +23,17 @@ def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     assert out.shape == (count, width) and out.is_contiguous()
     if count:
         grid = (count, triton.cdiv(width, _BLOCK))
-        _silu_mul[grid](gate_up, out, gate_up.stride(0), WIDTH=width, BLOCK=_BLOCK, num_warps=4)
+        _silu_mul[grid](
+            gate_up, out, gate_up.stride(0), WIDTH=width, BLOCK=_BLOCK, num_warps=4, **overlap(gate_up.device)
+        )
     return out
 
 
 @triton.jit
-def _silu_mul(gate_up, out, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, out, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """BLOCK columns of one row a program."""
+    begin_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -46,8 +51,9 @@ def compile_cases() -> list[CompileCase]:
             kernel=_silu_mul,
             signature={
                 "gate_up": "*bf16", "out": "*bf16", "stride": "i32", "WIDTH": "constexpr", "BLOCK": "constexpr",
+                "OVERLAP": "constexpr",
             },
-            constants={"WIDTH": width, "BLOCK": _BLOCK},
+            constants={"WIDTH": width, "BLOCK": _BLOCK, "OVERLAP": True},
             num_warps=4,
         )
         for width in (1536, 3072, 14336)

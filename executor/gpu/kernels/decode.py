@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from executor.attention.protocol import LayerOptions
+from executor.gpu.kernels.overlap import begin_next, overlap, wait_for_previous
 from executor.gpu.kernels.paged import (
     LOG2E,
     Launch,
@@ -52,29 +53,34 @@ def _decode(
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TABLE_ROWS: tl.constexpr,
-    SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    SPLIT: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: one row, one K and V head with its group of query heads, one share of the row's tiles."""
+    begin_next(OVERLAP)
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    seq_len = tl.load(seq_lens + row).to(tl.int32)
+    seq_len = tl.load(seq_lens + row, cache_modifier=".cg").to(tl.int32)
     begin, _, per_split = _share(seq_len, splits, TILE, BLOCK_SIZE, WINDOW)
     begin += split * per_split * TILE
     end = tl.minimum(begin + per_split * TILE, seq_len)
     if SPLIT:  # noqa: SIM102 (the compiler knows SPLIT, the device knows the rest)
         if begin >= end:  # `_combine` does not look for this part
+            wait_for_previous(OVERLAP)
             return
 
     line = row
     if TABLE_ROWS:
-        line = tl.load(table_rows + row)
+        line = tl.load(table_rows + row, cache_modifier=".cg")
     table = block_tables + line.to(tl.int64) * table_stride
     keys += kv_head * keys_head_stride
     values += kv_head * values_head_stride
     members = tl.arange(0, GROUP_PAD)
     heads = kv_head * GROUP + members
     lanes = tl.arange(0, KEY_PAD)
+    last = seq_len - 1
+    blocks = find_blocks(table, begin, tl.maximum(last, 0), TILE, BLOCK_SIZE)
+    wait_for_previous(OVERLAP)
     q = tl.load(
         query + row.to(tl.int64) * query_token_stride + heads[:, None] * query_head_stride + lanes[None, :],
         mask=(members < GROUP)[:, None] & (lanes < KEY_DIM)[None, :],
@@ -92,8 +98,6 @@ def _decode(
     acc = tl.zeros((GROUP_PAD, VALUE_PAD), tl.float32)
 
     # the blocks of the next tile are looked up while this one is worked
-    last = seq_len - 1
-    blocks = find_blocks(table, begin, tl.maximum(last, 0), TILE, BLOCK_SIZE)
     for start in range(begin, end, TILE):
         key_places = find_places(blocks, start, keys_block_stride, keys_token_stride, TILE, BLOCK_SIZE)
         value_places = key_places
@@ -126,15 +130,17 @@ def _decode(
 def _combine(
     parts, parts_lse, seq_lens, out, splits, out_token_stride, out_head_stride,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    WINDOW: tl.constexpr, MOST: tl.constexpr,
+    WINDOW: tl.constexpr, MOST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: one row, one query head. Parts are weighted by the sums of their softmax."""
+    begin_next(OVERLAP)
     row = tl.program_id(0)
     head = tl.program_id(1)
-    seq_len = tl.load(seq_lens + row).to(tl.int32)
+    seq_len = tl.load(seq_lens + row, cache_modifier=".cg").to(tl.int32)
     _, tiles, per_split = _share(seq_len, splits, TILE, BLOCK_SIZE, WINDOW)
     used = tl.cdiv(tiles, tl.maximum(per_split, 1))
     number = tl.arange(0, MOST)
+    wait_for_previous(OVERLAP)
     part = (row.to(tl.int64) * tl.num_programs(1) + head) * splits + number
     lse = tl.load(parts_lse + part, mask=number < used, other=-float("inf"))
     top = tl.max(lse, 0)
@@ -230,6 +236,7 @@ def decode(
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         **constants,
+        **overlap(query.device),
     )
     if splits > 1:
         _combine[(num_rows, num_heads)](
@@ -242,6 +249,7 @@ def decode(
             MOST=MAX_SPLITS,
             num_warps=4,
             **constants,
+            **overlap(query.device),
         )
 
 
@@ -271,15 +279,20 @@ def _cases(
 ) -> list[CompileCase]:
     """Of one kind of layer: rows in one piece, rows in shares, and their combination."""
     launch = launch_of(key_dim, value_dim, group, itemsize, 9)
-    values = {
+    values: dict[str, object] = {
         "BLOCK_SIZE": 16,
         "TILE": launch.tile,
         "VALUE_DIM": value_dim,
         "VALUE_PAD": padded(value_dim),
         "WINDOW": 0,
     }
-    constants = values | {"GROUP": group, "GROUP_PAD": padded(group), "KEY_DIM": key_dim, "KEY_PAD": padded(key_dim)}
-    constants |= {"SOFTCAP": False, "SINKS": False, "TABLE_ROWS": True, "UPCAST": False} | flags
+    constants: dict[str, object] = values | {
+        "GROUP": group,
+        "GROUP_PAD": padded(group),
+        "KEY_DIM": key_dim,
+        "KEY_PAD": padded(key_dim),
+    }
+    constants |= {"SOFTCAP": False, "SINKS": False, "TABLE_ROWS": True, "UPCAST": False, "OVERLAP": True} | flags
     types = dict.fromkeys(("query", "keys", "values", "sinks", "out"), f"*{dtype}")
     types |= dict.fromkeys(("block_tables", "table_rows", "seq_lens"), "*i32")
     types |= dict.fromkeys(("parts", "parts_lse"), "*fp32") | dict.fromkeys(("inner", "factor"), "fp32")
@@ -305,7 +318,8 @@ def _cases(
         case(
             "combine",
             _combine,
-            {each: values[each] for each in values} | {"WINDOW": constants["WINDOW"], "MOST": MAX_SPLITS},
+            {each: values[each] for each in values}
+            | {"WINDOW": constants["WINDOW"], "MOST": MAX_SPLITS, "OVERLAP": True},
             (),
         ),
     ]

@@ -8,13 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from executor.gpu.kernels.overlap import begin_next, overlap
 from executor.gpu.triton_case import CompileCase
 
 _BLOCK: Final = 1024  # columns that one program copies
 
 
 @triton.jit
-def _embed(token_ids, places, table, out, vocab_size, hidden, BLOCK: tl.constexpr):
+def _embed(token_ids, places, table, out, vocab_size, hidden, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    begin_next(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(token_ids + tl.load(places + row).to(tl.int64)).to(tl.int64)
@@ -32,7 +34,8 @@ def embed(token_ids: Tensor, token_places: Tensor, table: Tensor, out: Tensor) -
     """
     vocab_size, hidden = table.shape
     grid = (len(token_places), triton.cdiv(hidden, _BLOCK))
-    _embed[grid](token_ids, token_places, table, out, vocab_size, hidden, BLOCK=_BLOCK)
+    may_overlap = overlap(out.device)["OVERLAP"]  # only its successor: it is the step's first, and waits for all before
+    _embed[grid](token_ids, token_places, table, out, vocab_size, hidden, BLOCK=_BLOCK, OVERLAP=may_overlap)
     return out
 
 
@@ -40,6 +43,7 @@ def compile_cases() -> list[CompileCase]:
     """What serving launches."""
     signature = {
         "token_ids": "*i32", "places": "*i32", "table": "*bf16", "out": "*bf16",
-        "vocab_size": "i32", "hidden": "i32", "BLOCK": "constexpr",
+        "vocab_size": "i32", "hidden": "i32", "BLOCK": "constexpr", "OVERLAP": "constexpr",
     }  # fmt: skip
-    return [CompileCase(name="embed", kernel=_embed, signature=signature, constants={"BLOCK": _BLOCK})]
+    constants = {"BLOCK": _BLOCK, "OVERLAP": True}
+    return [CompileCase(name="embed", kernel=_embed, signature=signature, constants=constants)]

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from executor.gpu.kernels.overlap import begin_next, overlap, wait_for_previous
 from executor.gpu.triton_case import CompileCase
 
 
@@ -54,6 +55,7 @@ def _launch(
     _rms_norm[(count,)](
         x, residual, weight, out, x.stride(0), residual.stride(0), epsilon,
         OFFSET=offset, ADDS=adds, HIDDEN=hidden, BLOCK=block, num_warps=num_warps,
+        **overlap(x.device),
     )  # fmt: skip
 
 
@@ -67,11 +69,15 @@ def _shape(hidden: int) -> tuple[int, int]:
 def _rms_norm(
     x, residual, weight, out, x_stride, residual_stride, epsilon,
     OFFSET: tl.constexpr, ADDS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row a program."""
+    begin_next(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < HIDDEN
+    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    wait_for_previous(OVERLAP)
     values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
         place = residual + row * residual_stride + columns
@@ -79,7 +85,6 @@ def _rms_norm(
         tl.store(place, added, mask=inside)
         values = added.to(tl.float32)
     values *= tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + epsilon)
-    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     if OFFSET == 0:
         values = values.to(out.dtype.element_ty).to(tl.float32) * gain
     else:
@@ -95,7 +100,7 @@ def compile_cases() -> list[CompileCase]:
     for hidden in (576, 1024, 2560, 4096, 8192):
         for adds in (False, True):
             block, num_warps = _shape(hidden)
-            constants = {"OFFSET": 0.0, "ADDS": adds, "HIDDEN": hidden, "BLOCK": block}
+            constants = {"OFFSET": 0.0, "ADDS": adds, "HIDDEN": hidden, "BLOCK": block, "OVERLAP": True}
             cases.append(
                 CompileCase(
                     name=f"{'add_' if adds else ''}rms_norm-{hidden}",

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from executor.attention.protocol import LayerOptions
 
-LOG2E = tl.constexpr(math.log2(math.e))
+_LOG2E = math.log2(math.e)
+LOG2E = tl.constexpr(_LOG2E)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,7 @@ class Launch:
 @triton.jit
 def find_blocks(table, start, last, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """Block of each of TILE positions from `start`, (TILE,). Those behind `last` get the block of `last`."""
-    return tl.load(table + tl.minimum(start + tl.arange(0, TILE), last) // BLOCK_SIZE)
+    return tl.load(table + tl.minimum(start + tl.arange(0, TILE), last) // BLOCK_SIZE, cache_modifier=".cg")
 
 
 @triton.jit
@@ -114,14 +115,14 @@ def attend_tile(
 
 def padded(dim: int) -> int:
     """The power of 2 that a dimension is worked in; a product needs at least 16."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def score_arguments(options: LayerOptions) -> tuple[float, float]:
     """`inner` and `factor` of `attend_tile`."""
     if options.softcap is None:
-        return 1.0, options.scale * LOG2E.value
-    return options.scale / options.softcap, options.softcap * LOG2E.value
+        return 1.0, options.scale * _LOG2E
+    return options.scale / options.softcap, options.softcap * _LOG2E
 
 
 @lru_cache

@@ -168,9 +168,10 @@ def prefill(
 ) -> None:
     """Attend the tokens of the rows behind `rows.num_decodes`: query (T, num_heads, key_dim), out (.., value_dim).
 
-    Their K and V are in the slab already. The other rows have one token each, and their outputs are not touched.
+    Their K and V are in the slab already. The other rows have one token each, and their outputs are not touched; where
+    some of those are padding and have none, the rows behind them begin sooner.
     """
-    num_rows, num_tokens = len(rows.seq_lens) - rows.num_decodes, query.shape[0] - rows.num_decodes
+    num_rows, num_tokens = len(rows.seq_lens) - rows.num_decodes, query.shape[0]
     if num_rows == 0:
         return
     num_heads, key_dim = query.shape[1:]

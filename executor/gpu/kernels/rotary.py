@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from executor.gpu.kernels.overlap import begin_next, overlap, wait_for_previous
 from executor.gpu.triton_case import CompileCase
 
 _HEADS: Final = 8  # a program's at most: at 128 numbers a head, 8 numbers a lane of 4 warps
@@ -59,7 +60,7 @@ def rope_and_store(
     _rope_and_store[grid](
         qkv, positions, cos_sin, slot_mapping, keys, values, q_norm, k_norm, out_query, epsilon,
         qkv.stride(0), keys.stride(0), keys.stride(1), keys.stride(2), keys.shape[2],
-        **shape, num_warps=_num_warps(shape),
+        **shape, num_warps=_num_warps(shape), **overlap(qkv.device),
     )  # fmt: skip
     return out_query
 
@@ -89,28 +90,32 @@ def _rope_and_store(
     qkv_stride, block_stride, head_stride, row_stride, block_size,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, NORMS: tl.constexpr,
     HEADS: tl.constexpr, HALF_TILE: tl.constexpr, REST_TILE: tl.constexpr, WHOLE_TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A few heads of one token a program: those of Q come first, then K's, then V's."""
     Q_GROUPS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     KV_GROUPS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
+    begin_next(OVERLAP)
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = qkv + token * qkv_stride
     lanes = tl.arange(0, HEADS)
+    position = tl.load(positions + token, cache_modifier=".cg")
+    slot = tl.load(slot_mapping + token, cache_modifier=".cg")
+    wait_for_previous(OVERLAP)
     if group < Q_GROUPS:
         heads = group * HEADS + lanes
         _turn(
             row + heads * DIM, query + (token * NUM_HEADS + heads) * DIM, heads < NUM_HEADS,
-            q_norm, epsilon, cos_sin, tl.load(positions + token), DIM, HALF, NORMS, HALF_TILE, REST_TILE,
+            q_norm, epsilon, cos_sin, position, DIM, HALF, NORMS, HALF_TILE, REST_TILE,
         )  # fmt: skip
     else:
-        slot = tl.load(slot_mapping + token)
         place = (slot // block_size).to(tl.int64) * block_stride + slot % block_size * row_stride
         if group < Q_GROUPS + KV_GROUPS:
             heads = (group - Q_GROUPS) * HEADS + lanes
             _turn(
                 row + (NUM_HEADS + heads) * DIM, keys + place + heads * head_stride,
                 (heads < NUM_KV_HEADS) & (slot >= 0),
-                k_norm, epsilon, cos_sin, tl.load(positions + token), DIM, HALF, NORMS, HALF_TILE, REST_TILE,
+                k_norm, epsilon, cos_sin, position, DIM, HALF, NORMS, HALF_TILE, REST_TILE,
             )  # fmt: skip
         else:
             heads = (group - Q_GROUPS - KV_GROUPS) * HEADS + lanes
@@ -178,7 +183,7 @@ def compile_cases() -> list[CompileCase]:
         ("gpt2", 12, 12, 64, 0, False),
     ):
         shape = _shape(num_heads, num_kv_heads, dim, rotary_dim, norms=norms)
-        absent: dict[str, object] = {} if rotary_dim else {"cos_sin": None}
+        absent: dict[str, object] = {"OVERLAP": True} | ({} if rotary_dim else {"cos_sin": None})
         absent |= {} if norms else {"q_norm": None, "k_norm": None}
         types = {
             "qkv": "*bf16", "positions": "*i32", "cos_sin": "*fp32", "slot_mapping": "*i32", "keys": "*bf16",

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from executor.gpu.inputs import DeviceTables, StepInputs
+from executor.gpu.kernels.overlap import begin_next, overlap, wait_for_previous
 from executor.gpu.triton_case import CompileCase
 
 _RUN: Final = 128  # neighbours of which the maximum and the sum are kept
@@ -65,13 +66,14 @@ def sample(logits: Tensor, inputs: StepInputs, tables: DeviceTables, out: Tensor
     listed = torch.empty((count, shape["NUM_RUNS"]), dtype=torch.int32, device=logits.device)
     _survey[(shape["NUM_CHUNKS"], count)](
         logits, logits.stride(0), inputs.sampled_slots, tables.temperature, highs, sums,
-        **shape, CHUNK_RUNS=_CHUNK_RUNS, RUN=_RUN, num_warps=_SURVEY_WARPS,
+        **shape, CHUNK_RUNS=_CHUNK_RUNS, RUN=_RUN, num_warps=_SURVEY_WARPS, **overlap(logits.device),
     )  # fmt: skip
     _choose[(count,)](
         logits, logits.stride(0), inputs.sampled_slots, inputs.sampled_places, inputs.sampled_indices,
         tables.temperature, tables.top_k, tables.top_p, tables.min_p, tables.seed, tables.choice,
         highs, sums, listed, out, tables.token_ids,
         **shape, **_tiles(shape), CHUNK_RUNS=_CHUNK_RUNS, RUN=_RUN, num_warps=_CHOOSE_WARPS,
+        **overlap(logits.device),
     )  # fmt: skip
 
 
@@ -105,13 +107,16 @@ def _tiles(shape: dict[str, int]) -> dict[str, int]:
 def _survey(
     logits, stride, slots, temperatures, highs, sums,
     VOCAB: tl.constexpr, NUM_RUNS: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK_RUNS: tl.constexpr, RUN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one row a program. Of each row, `highs` and `sums` hold the chunks' numbers, then the runs'.
 
     A sum is one of weights exp((logit - the chunk's highest) / temperature). NaN counts as +inf: both fail the row.
     """
+    begin_next(OVERLAP)
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    temperature = tl.load(temperatures + tl.load(slots + row))
+    temperature = tl.load(temperatures + tl.load(slots + row, cache_modifier=".cg"), cache_modifier=".cg")
+    wait_for_previous(OVERLAP)
     runs = chunk * CHUNK_RUNS + tl.arange(0, CHUNK_RUNS)
     tokens = runs[:, None] * RUN + tl.arange(0, RUN)[None, :]
     values = tl.load(logits + row * stride + tokens, mask=tokens < VOCAB, other=-_INFINITY).to(tl.float32)
@@ -134,19 +139,21 @@ def _choose(
     logits, stride, slots, places, indices, temperatures, top_ks, top_ps, min_ps, seeds, choices,
     highs, sums, listed, out, token_pool,
     VOCAB: tl.constexpr, NUM_RUNS: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK_RUNS: tl.constexpr, RUN: tl.constexpr,
-    RUNS_TILE: tl.constexpr, CHUNKS_TILE: tl.constexpr, LISTED_TILE: tl.constexpr,
+    RUNS_TILE: tl.constexpr, CHUNKS_TILE: tl.constexpr, LISTED_TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row a program."""
+    begin_next(OVERLAP)
     CHUNK: tl.constexpr = CHUNK_RUNS * RUN
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + row)
+    slot = tl.load(slots + row, cache_modifier=".cg")
+    temperature = tl.load(temperatures + slot, cache_modifier=".cg")
+    wait_for_previous(OVERLAP)
     logits += row * stride
     highs += row * (NUM_CHUNKS + NUM_RUNS)
     sums += row * (NUM_CHUNKS + NUM_RUNS)
     chunks = tl.arange(0, CHUNKS_TILE)
     chunk_highs = tl.load(highs + chunks, mask=chunks < NUM_CHUNKS, other=-_INFINITY)
     high = tl.max(chunk_highs, axis=0)
-    temperature = tl.load(temperatures + slot)
     token = tl.full([], -1, tl.int32)
     if tl.abs(high) < _INFINITY:
         if temperature > 0:
@@ -395,7 +402,7 @@ def compile_cases() -> list[CompileCase]:
     types |= dict.fromkeys(("temperatures", "top_ps", "min_ps", "highs", "sums"), "*fp32")
     types |= {"token_pool": "*i32", "stride": "i32"}
     for vocab_size, dtype in ((151936, "bf16"), (128256, "bf16"), (49152, "fp32"), (50257, "fp16")):
-        shape = _shape(vocab_size) | {"CHUNK_RUNS": _CHUNK_RUNS, "RUN": _RUN}
+        shape = _shape(vocab_size) | {"CHUNK_RUNS": _CHUNK_RUNS, "RUN": _RUN, "OVERLAP": True}
         tiles = _tiles(shape)
         for kernel, constants, num_warps in ((_survey, shape, _SURVEY_WARPS), (_choose, shape | tiles, _CHOOSE_WARPS)):
             kinds = types | {"logits": f"*{dtype}"} | dict.fromkeys(constants, "constexpr")

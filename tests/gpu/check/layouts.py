@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.blocks import blocks_for
 from executor.gpu.inputs import DeviceTables, StepInputs
+from executor.gpu.packing import Shape
 from executor.kv_cache import KvCache, LayerShape, SlabFormat
 
 
@@ -109,6 +110,41 @@ def layout(
             choice=each_slot(0, torch.int32),
         ),
         num_blocks=num_blocks,
+    )
+
+
+def padded(step: Layout, shape: Shape) -> Layout:
+    """The step as a captured graph of the shape has it: empty rows behind decode rows and others, tokens of no row."""
+    inputs, line = step.inputs, len(step.tables.temperature) - 1
+    place = line * step.tables.token_ids.shape[1]
+    decodes, tokens = inputs.num_decodes, len(inputs.positions)
+
+    def longer(column: Tensor, length: int, filler: int) -> Tensor:
+        return torch.cat((column, column.new_full((length - len(column),), filler)))
+
+    def rows(column: Tensor, filler: int, last: int) -> Tensor:
+        return longer(
+            torch.cat((longer(column[:decodes], shape.num_decodes, filler), column[decodes:])), shape.num_rows, last
+        )
+
+    sampled = shape.num_sampled
+    return replace(
+        step,
+        inputs=replace(
+            inputs,
+            num_decodes=shape.num_decodes,
+            max_query_len=shape.num_tokens,
+            token_places=longer(inputs.token_places, shape.num_tokens, place),
+            positions=longer(inputs.positions, shape.num_tokens, 0),
+            slot_mapping=longer(inputs.slot_mapping, shape.num_tokens, -1),
+            query_start_loc=torch.cat((inputs.query_start_loc[:1], rows(inputs.query_start_loc[1:], decodes, tokens))),
+            seq_lens=rows(inputs.seq_lens, 0, 0),
+            table_rows=rows(inputs.table_rows, line, line),
+            logits_indices=longer(inputs.logits_indices, sampled, 0),
+            sampled_slots=longer(inputs.sampled_slots, sampled, line),
+            sampled_places=longer(inputs.sampled_places, sampled, place),
+            sampled_indices=longer(inputs.sampled_indices, sampled, 0),
+        ),
     )
 
 

@@ -16,7 +16,7 @@ from executor.kv_cache import LayerShape
 from tests.gpu.check.layouts import HowSampled, layout, random_cache
 from tests.gpu.check.parts import Aim, Check, Found, Part
 from tests.gpu.check.shapes import LLAMA_3_8B, QWEN3_0_6B, TINY_QWEN3, Shape
-from tests.gpu.check.timing import copies_beyond_cache, device_s, graph_s
+from tests.gpu.check.timing import copies_beyond_cache, device_s, graph_s, launch_costs
 
 ROWS: Final = (1, 64, 256)
 CONTEXTS: Final = (512, 2048)
@@ -33,6 +33,10 @@ def parts(check: Check) -> list[Part]:
         *(Part(name=f"prefill attention, {name}", work=partial(prefill, shape=s), takes_s=4) for s, name in groups),
         Part(name="sampling", work=sampling, takes_s=5),
         *(Part(name=f"fused, {shape.name}", work=partial(fused, shape=shape), takes_s=3) for shape in shapes),
+        *(
+            Part(name=f"launching, {shape.name}", work=partial(launching, shape=shape), takes_s=2)
+            for shape in shapes[:1]
+        ),
         *(Part(name=f"matrices, {shape.name}", work=partial(matrices, shape=shape), takes_s=3) for shape in shapes),
     ]
 
@@ -215,6 +219,55 @@ def fused(check: Check, *, shape: Shape) -> Found:
             found.values[f"{name}, {tokens}"] = {"us": _us(seconds), "gb_s": round(rate / 1e9, 1)}
     told = ", ".join(f"{name}: {each['us']:.1f} µs" for name, each in islice(found.values.items(), 3))
     found.lines.append(f"fused, {shape.name}: {told}")
+    return found
+
+
+def launching(check: Check, *, shape: Shape) -> Found:
+    """Microseconds of the host for one launch of our kernels, few rows: what a graph saves.
+
+    All of it, of that in Triton, and what a launch of the compiled kernel takes, whose arguments nobody looks at again.
+    """
+    from executor.attention.triton import Workspace, attend_stored  # noqa: PLC0415 - imports triton
+    from executor.gpu.kernels.activation import silu_mul  # noqa: PLC0415
+    from executor.gpu.kernels.norm import add_rms_norm  # noqa: PLC0415
+
+    if check.fake:
+        return Found(lines=["launching: a graphics processor is needed"])
+    size, found, heads = shape.size, Found(), _heads(shape)
+    x, residual, out = torch.randn(3, 16, size.hidden, device=check.device).bfloat16()
+    gate_up = torch.randn(16, 2 * size.intermediate, device=check.device).bfloat16()
+    middle = gate_up[:, : size.intermediate].contiguous()
+    query = torch.randn(16, size.heads, size.head_dim, device=check.device).bfloat16()
+    attended = torch.empty_like(query)
+
+    def attend(rows: list[tuple[int, int]]) -> Callable[[], object]:
+        step = layout(rows, check.device)
+        return partial(
+            attend_stored,
+            query,
+            random_cache([heads], num_blocks=step.num_blocks, device=check.device).layers[0],
+            step.inputs,
+            step.tables.block_tables,
+            scale=size.head_dim**-0.5,
+            out=attended,
+            workspace=Workspace([heads], max_rows=16, device=check.device),
+        )
+
+    works: dict[str, Callable[[], object]] = {
+        "add_rms_norm": partial(add_rms_norm, x, residual, x[0].contiguous(), 1e-6, out=out),
+        "silu_mul": partial(silu_mul, gate_up, out=middle),
+        "decode attention, two kernels": attend([(20, 1)] * 16),
+        "prefill attention": attend([(0, 16)]),
+        "a product of torch": partial(torch.mm, x, x.t(), out=torch.empty(16, 16, device=x.device, dtype=x.dtype)),
+    }
+    for name, work in works.items():
+        seconds, in_triton, compiled = launch_costs(work)
+        found.values[name] = {"us": _us(seconds), "in_triton_us": _us(in_triton), "compiled_us": _us(compiled)}
+    told = ", ".join(
+        f"{name} {each['us']:.0f} ({each['in_triton_us']:.0f} in Triton, {each['compiled_us']:.0f} compiled)"
+        for name, each in found.values.items()
+    )
+    found.lines.append(f"launching, µs of the host: {told}")
     return found
 
 

@@ -9,10 +9,12 @@ from typing import Any, Final
 
 import torch
 
+from executor.gpu.graphs import mixed_shapes
 from executor.gpu.inputs import StepInputs
+from executor.gpu.packing import Shape as PackedShape
 from executor.kv_cache import KvCache
 from tests.gpu.check.floors import step_floor
-from tests.gpu.check.layouts import HowSampled, Layout, layout, random_cache
+from tests.gpu.check.layouts import HowSampled, Layout, layout, padded, random_cache
 from tests.gpu.check.parts import Aim, Check, Found, Part, Skipped
 from tests.gpu.check.shapes import LLAMA_3_8B, QWEN3_0_6B, TINY_QWEN3, Shape, random_model
 from tests.gpu.check.timing import capture, device_s, eager_s
@@ -23,6 +25,7 @@ PREFILL_SHARE: Final = {"Llama-3-8B": 0.6}  # of the floor's rate
 
 _DECODES: Final = tuple((rows, context) for context in (512, 2048) for rows in (1, 8, 64, 256))
 _PROMPTS: Final = (512, 2048, 8192)
+_MIXED: Final = (64, 512, 512)  # decode rows, their context, tokens of a prompt beside them
 _LONGEST: Final = 4096  # what a captured graph is made for, as in serving
 _HOW: Final = HowSampled(temperature=0.6)
 _KERNELS_TOLD: Final = 12
@@ -51,6 +54,7 @@ def parts(check: Check) -> list[Part]:
                 )
                 for tokens in ((5,) if check.fake else _PROMPTS)
             ),
+            Part(name=f"{shape.name}, mixed step", work=partial(mixed, shape=shape), takes_s=2),
             Part(name=f"{shape.name}, where the time goes", work=partial(breakdown, shape=shape), takes_s=4),
         ]
     return found
@@ -114,27 +118,53 @@ def decode(check: Check, *, shape: Shape, rows: int, context: int) -> Found:
 
 
 def prefill(check: Check, *, shape: Shape, tokens: int) -> Found:
-    """One prompt in one step, launched kernel by kernel."""
+    """One prompt in one step, from the graph that serves it, and launched kernel by kernel."""
     made, rows = _made(check, shape), [(0, tokens)]
-    step = layout(rows, check.device, vocab_size=shape.size.vocabulary, how=_HOW)
-    _check_room(made, step)
-    seconds = eager_s(_step(made, step), check.device)
-    floor = step_floor(shape, rows, bytes_per_s=check.bytes_per_s, flop_per_s=check.flop_per_s)
-    share = floor.ms / seconds / 1e3
-    found = Found(
-        values={
-            "ms": round(seconds * 1e3, 3),
-            "floor_ms": round(floor.ms, 3),
-            "share_of_floor_rate": round(share, 4),
-            "tokens_per_s": round(tokens / seconds),
-        },
-        lines=[f"{shape.name}, prompt of {tokens}: {seconds * 1e3:.2f} ms, {share:.0%} of the floor's rate"],
-    )
+    _check_room(made, layout(rows, check.device))
+    seconds, found = _with_prompts(check, made, rows, f"{shape.name}, prompt of {tokens}")
+    share = found.values["share_of_floor_rate"]
+    found.values["tokens_per_s"] = round(tokens / seconds)
     if shape.name in PREFILL_SHARE and tokens >= 2048:
         what = f"{shape.name}, prompt of {tokens}: share of the floor's rate"
         aim = Aim(what=what, measured=round(share, 3), bound=PREFILL_SHARE[shape.name], at_most=False)
         found.aims.append(aim)
     return found
+
+
+def mixed(check: Check, *, shape: Shape) -> Found:
+    """A prompt that arrives while others decode: how long their tokens wait for it."""
+    decodes, context, tokens = (2, 9, 4) if check.fake else _MIXED
+    made, rows = _made(check, shape), [(context - 1, 1)] * decodes + [(0, tokens)]
+    _check_room(made, layout(rows, check.device))
+    _, found = _with_prompts(check, made, rows, f"{shape.name}, {decodes} x {context} and a prompt of {tokens}")
+    return found
+
+
+def _with_prompts(check: Check, made: _Made, rows: Sequence[tuple[int, int]], name: str) -> tuple[float, Found]:
+    """Seconds of a step from its graph, padded as that is, and what was found."""
+    shape, longest = made.shape, 40 if check.fake else max(_LONGEST, *(sum(row) for row in rows))
+    step = layout(rows, check.device, vocab_size=shape.size.vocabulary, max_model_len=longest, how=_HOW)
+    eager = eager_s(_step(made, step), check.device)
+    counts = [now for _, now in rows]
+    exact = PackedShape(num_tokens=sum(counts), num_rows=len(rows), num_decodes=counts.count(1), num_sampled=len(rows))
+    most = (64, 4) if check.fake else (max(_PROMPTS), 256)
+    fitting = next(each for each in mixed_shapes(*most) if each.holds(exact))
+    work = _step(made, padded(step, fitting))
+    seconds = eager_s(work, check.device) if check.fake else device_s(capture([work]).replay, check.device)
+    floor = step_floor(shape, rows, bytes_per_s=check.bytes_per_s, flop_per_s=check.flop_per_s)
+    share = floor.ms / seconds / 1e3
+    found = Found(
+        values={
+            "ms": round(seconds * 1e3, 3),
+            "eager_ms": round(eager * 1e3, 3),
+            "floor_ms": round(floor.ms, 3),
+            "share_of_floor_rate": round(share, 4),
+            "graph_tokens": fitting.num_tokens,
+            "graph_decodes": fitting.num_decodes,
+        },
+        lines=[f"{name}: {seconds * 1e3:.2f} ms, {share:.0%} of the floor's rate; {eager * 1e3:.2f} eager"],
+    )
+    return seconds, found
 
 
 def breakdown(check: Check, *, shape: Shape) -> Found:

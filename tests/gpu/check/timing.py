@@ -56,6 +56,51 @@ def device_s(work: Work, device: torch.device, *, rounds: int = 7) -> float:
     return _median_event_s(work, rounds)
 
 
+def launch_costs(work: Work, *, count: int = 200) -> tuple[float, float, float]:
+    """Seconds of the host for a call that launches kernels, of these in Triton, and those of its kernels once compiled.
+
+    The work must be short: the queue of the device must not fill up.
+    """
+    from triton.runtime.jit import JITFunction  # noqa: PLC0415 - optional
+
+    jit: Any = JITFunction
+    run, launched, spent = jit.run, list[Work](), 0.0
+
+    def recorded(self: Any, *arguments: Any, grid: Any, **keywords: Any) -> Any:
+        kernel = run(self, *arguments, grid=grid, **keywords)
+        values = [*arguments, *(keywords[name] for name in self.arg_names[len(arguments) :])]
+        whole = (*grid, 1, 1)[:3]
+        launched.append(lambda: kernel[whole](*values))
+        return kernel
+
+    def timed(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal spent
+        began = time.perf_counter()
+        kernel = run(*arguments, **keywords)
+        spent += time.perf_counter() - began
+        return kernel
+
+    work()
+    try:
+        jit.run = recorded
+        work()
+        jit.run = timed
+        _host_s(work, count)
+    finally:
+        jit.run = run
+    return _host_s(work, count), spent / count, sum(_host_s(each, count) for each in launched)
+
+
+def _host_s(work: Work, count: int) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(count):
+        work()
+    seconds = (time.perf_counter() - began) / count
+    torch.cuda.synchronize()
+    return seconds
+
+
 def capture(works: Sequence[Work]) -> Any:
     """A graph of these calls, one after the other. They must have run before."""
     cuda: Any = torch.cuda
