@@ -145,7 +145,7 @@ class RequestStream:
             self._taken[choice] += len(tokens)
             logprobs = () if sequence.sampling.logprobs is None else sequence.logprobs_of(first, len(tokens))
             reason = sequence.reason
-            if reason in (FinishReason.ABORTED, FinishReason.ERROR) and self._error is not None:
+            if self._error is not None and reason in (FinishReason.ABORTED, FinishReason.ERROR):
                 reason = FinishReason.NONE  # the error is the end, and it comes next
             events.append(ChoiceEvent(choice, tokens, reason, logprobs))
             if reason:
