@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.model_folder import read_model_folder
+from executor.gpu.kernels.skinny import SkinnyLinears
 from executor.gpu.llama import GpuLlama, MatmulLinear, scratch_bytes, why_not
 from executor.llama_folder import open_llama
 from executor.paged_model import probe_layers
@@ -95,6 +96,14 @@ def plain_greedy(folder: Path, count: int) -> list[list[int]]:
     return answers
 
 
+def alone(steps: Steps) -> list[Tensor]:
+    """Logits of every prompt, its tokens by themselves or in chunks: never in the other's company."""
+    found: dict[tuple[int, int], Tensor] = {}
+    for counts in ({0: 16}, {0: 1}, {0: 1}, {1: 1}, {1: 1}, {1: 3}):
+        found |= {(row, position): logits for row, position, logits in steps.every(counts)}
+    return [torch.stack([found[row, position] for position in range(len(p))]) for row, p in enumerate(PROMPTS)]
+
+
 def worst(found: list[Tensor], wanted: list[Tensor]) -> float:
     """Largest difference relative to the largest logit."""
     return max(float((f - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted, strict=True))
@@ -107,6 +116,16 @@ def test_the_fused_logits_are_those_of_transformers(name: str, dtype: str, tmp_p
     folder = save_tiny(kind, tmp_path, **changes)
 
     assert worst(mixed(Steps(opened(folder, dtype).forward, PROMPTS)), plain(folder)) < MOST[dtype]
+
+
+@pytest.mark.parametrize("name", ["llama with biases and a scaled rotary embedding", "qwen3"])
+def test_our_own_products_give_the_same_logits_with_norms_and_additions_inside(name: str, tmp_path: Path) -> None:
+    kind, changes = FAMILY[name]
+    folder = save_tiny(kind, tmp_path, **changes)
+    model = opened(folder, linear=SkinnyLinears(DEVICE).make)
+
+    assert model._most_fused == 1
+    assert worst(alone(Steps(model.forward, PROMPTS)), plain(folder)) < MOST["float32"]
 
 
 def test_greedy_answers_are_those_of_transformers(tmp_path: Path) -> None:
