@@ -36,6 +36,8 @@ _ALIGNMENT: Final = 128  # tokens: so many rows of any width end at a multiple o
 class Linear(Protocol):
     """The product with one matrix: of rows (T, inputs), to rows (T, outputs)."""
 
+    most_fused: int  # rows up to which `fused` may be called
+
     def __call__(self, x: Tensor, out: Tensor) -> object:
         """Write x @ weight.T + bias to `out`."""
 
@@ -45,9 +47,23 @@ class Linear(Protocol):
         `middle` (T, inputs) is room for what is multiplied.
         """
 
+    def fused(
+        self,
+        x: Tensor,
+        out: Tensor,
+        *,
+        norm: Tensor | None = None,
+        epsilon: float = 0.0,
+        gated: bool = False,
+        adds: bool = False,
+    ) -> object:
+        """The product of RMS-normed rows, where there is a `norm` (inputs,), or of `gated` ones. May add to `out`."""
+
 
 class MatmulLinear:
     """torch's own product."""
+
+    most_fused = 0
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """`weight` (outputs, inputs) and `bias` (outputs,), of one dtype and on one device."""
@@ -65,6 +81,19 @@ class MatmulLinear:
 
         silu_mul(gate_up, out=middle)
         return self(middle, out)
+
+    def fused(
+        self,
+        x: Tensor,
+        out: Tensor,
+        *,
+        norm: Tensor | None = None,
+        epsilon: float = 0.0,
+        gated: bool = False,
+        adds: bool = False,
+    ) -> object:
+        """Of no rows at all."""
+        raise NotImplementedError
 
 
 def linears_for(device: torch.device) -> Callable[[Tensor, Tensor | None], Linear]:
@@ -138,6 +167,8 @@ class GpuLlama:
         tied = lm_head.weight.data_ptr() == body.embed_tokens.weight.data_ptr()
         head = self._embedding if tied else self._bring(lm_head.weight)
         self._head = self._linear(head, None if lm_head.bias is None else self._bring(lm_head.bias))
+        every = [each for layer in self._layers for each in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        self._most_fused = min(each.most_fused for each in (*every, self._head))
         self._logits = head.new_empty(max_rows, len(head))
         self._scratch = _Scratch.take(self._widths, max_tokens, self._embedding)
         self._workspace = Workspace([layer.shape for layer in needs], max_rows=max_rows, device=self._device)
@@ -165,24 +196,27 @@ class GpuLlama:
         assert num_tokens <= room, f"{num_tokens} tokens in memory for {room}"
         rows = self._scratch.first(num_tokens)
         embed(tables.token_ids, inputs.token_places, self._embedding, rows.residual)
-        rms_norm(rows.residual, self._first_norm, self._epsilon, out=rows.normed)
+        if not self._fuses(rows):
+            rms_norm(rows.residual, self._first_norm, self._epsilon, out=rows.normed)
         *others, (last, cache) = zip(self._layers, self._cache.layers, strict=True)
+        norm = self._first_norm
         for layer, layer_cache in others:
-            self._store(layer, layer_cache, rows, inputs)
+            self._store(layer, norm, layer_cache, rows, inputs)
             self._attend(layer, layer_cache, rows, inputs, tables)
             self._project(layer, rows)
-        self._store(last, cache, rows, inputs)
+            norm = layer.next_norm
+        self._store(last, norm, cache, rows, inputs)
         if len(logits):  # else a part of a prompt: what is stored is all that is wanted of it
             self._attend(last, cache, rows, inputs, tables)
             rows = rows.pick(inputs.logits_indices)
             self._project(last, rows)
-            self._head(rows.normed, logits)
+            self._multiply(self._head, last.next_norm, rows, logits)
 
-    def _store(self, layer: _Layer, cache: LayerCache, rows: _Scratch, inputs: StepInputs) -> None:
-        """From what is normed to the query, and to K and V in the slab."""
+    def _store(self, layer: _Layer, norm: Tensor, cache: LayerCache, rows: _Scratch, inputs: StepInputs) -> None:
+        """From the residual, or what is normed of it, to the query, and to K and V in the slab."""
         from executor.gpu.kernels.rotary import rope_and_store
 
-        layer.qkv(rows.normed, rows.qkv)
+        self._multiply(layer.qkv, norm, rows, rows.qkv)
         rope_and_store(
             rows.qkv,
             inputs.positions,
@@ -221,11 +255,27 @@ class GpuLlama:
         """From what is attended through the MLP to what the next layer, or the last product, is given."""
         from executor.gpu.kernels.norm import add_rms_norm
 
+        if self._fuses(rows):  # the residual is added to by one product, and normed by the next
+            layer.o.fused(rows.attended, rows.residual, adds=True)
+            self._multiply(layer.gate_up, layer.mlp_norm, rows, rows.gate_up)
+            layer.down.fused(rows.gate_up, rows.residual, gated=True, adds=True)
+            return
         layer.o(rows.attended, rows.x)
         add_rms_norm(rows.x, rows.residual, layer.mlp_norm, self._epsilon, out=rows.normed)
-        layer.gate_up(rows.normed, rows.gate_up)
+        self._multiply(layer.gate_up, layer.mlp_norm, rows, rows.gate_up)
         layer.down.gated(rows.gate_up, rows.middle, rows.x)
         add_rms_norm(rows.x, rows.residual, layer.next_norm, self._epsilon, out=rows.normed)
+
+    def _multiply(self, linear: Linear, norm: Tensor, rows: _Scratch, out: Tensor) -> None:
+        """The product of the normed residual."""
+        if self._fuses(rows):
+            linear.fused(rows.residual, out, norm=norm, epsilon=self._epsilon)
+        else:
+            linear(rows.normed, out)
+
+    def _fuses(self, rows: _Scratch) -> bool:
+        """Whether the products do norms and additions, too: `normed` and `x` are not written then."""
+        return len(rows.residual) <= self._most_fused
 
     def _by_heads(self, rows: Tensor) -> Tensor:
         return rows.view(-1, self._widths.num_heads, self._widths.head_dim)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.model_folder import read_model_folder
 from executor.gpu.kernels import rotary
+from executor.gpu.kernels.skinny import SkinnyLinears
 from executor.gpu.llama import GpuLlama, MatmulLinear, scratch_bytes, why_not
 from executor.llama_folder import open_llama
 from executor.paged_model import probe_layers
@@ -96,6 +97,14 @@ def plain_greedy(folder: Path, count: int) -> list[list[int]]:
     return answers
 
 
+def alone(steps: Steps) -> list[Tensor]:
+    """Logits of every prompt, its tokens by themselves or in chunks: never in the other's company."""
+    found: dict[tuple[int, int], Tensor] = {}
+    for counts in ({0: 16}, {0: 1}, {0: 1}, {1: 1}, {1: 1}, {1: 3}):
+        found |= {(row, position): logits for row, position, logits in steps.every(counts)}
+    return [torch.stack([found[row, position] for position in range(len(p))]) for row, p in enumerate(PROMPTS)]
+
+
 def worst(found: list[Tensor], wanted: list[Tensor]) -> float:
     """Largest difference relative to the largest logit."""
     return max(float((f - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted, strict=True))
@@ -129,6 +138,16 @@ def test_a_slab_of_8_bits_gives_the_logits_of_keys_and_values_that_were_rounded_
 
     assert worst(found, rounded) < 1e-4
     assert 1e-3 < worst(rounded, plain(folder)) < 0.1
+
+
+@pytest.mark.parametrize("name", ["llama with biases and a scaled rotary embedding", "qwen3"])
+def test_our_own_products_give_the_same_logits_with_norms_and_additions_inside(name: str, tmp_path: Path) -> None:
+    kind, changes = FAMILY[name]
+    folder = save_tiny(kind, tmp_path, **changes)
+    model = opened(folder, linear=SkinnyLinears(DEVICE).make)
+
+    assert model._most_fused == 1
+    assert worst(alone(Steps(model.forward, PROMPTS)), plain(folder)) < MOST["float32"]
 
 
 def test_greedy_answers_are_those_of_transformers(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from executor.gpu.kernels.activation import silu_mul
+from executor.gpu.kernels.norm import rms_norm
 from executor.gpu.kernels.skinny import MAX_ROWS, Cut, SkinnyLinears, cut_of, padded_rows
 from tests.gpu.steps import DEVICE
 
@@ -75,6 +76,27 @@ def test_rows_that_are_gated_on_the_way_in_are_those_of_silu_mul(shape: tuple[in
 
     torch.testing.assert_close(out.double(), wanted(silu_mul(gate_up), weight), rtol=2e-3, atol=2e-2)
     assert bool(middle.isnan().all()) == (count <= linear.most_gated)  # no kernel of its own for few rows
+
+
+@pytest.mark.parametrize("name", ["in a loop", "in splits", "held in one block", "held in splits of two blocks"])
+@pytest.mark.parametrize("shape", [(48, 128), (40, 100)], ids=str)
+def test_one_row_is_normed_on_the_way_in_and_added_to_another(shape: tuple[int, int], name: str) -> None:
+    torch.manual_seed(6)
+    (outputs, inputs), cut = shape, CUTS[name]
+    weight, norm = torch.randn(outputs, inputs, device=DEVICE).half(), torch.randn(inputs, device=DEVICE).half()
+    x, residual = torch.randn(1, inputs, device=DEVICE).half(), torch.randn(1, outputs, device=DEVICE).half()
+    linears = SkinnyLinears(DEVICE)
+    linears.reserve(outputs, 1, cut)
+    normed = rms_norm(x, norm, 1e-5)
+    apart = torch.empty_like(residual)
+    linears.launch(normed, weight, None, apart, cut=cut)
+    out, added = torch.empty_like(apart), residual.clone()
+
+    linears.launch(x, weight, None, out, norm=norm, epsilon=1e-5, cut=cut)
+    linears.launch(normed, weight, None, added, adds=True, cut=cut)
+
+    assert torch.equal(out, apart)
+    assert torch.equal(added, residual + apart)
 
 
 def test_products_of_one_device_share_their_memory() -> None:

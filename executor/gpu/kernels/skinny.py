@@ -113,20 +113,26 @@ class SkinnyLinears:
         out: Tensor,
         *,
         gated: bool = False,
+        adds: bool = False,
+        norm: Tensor | None = None,
+        epsilon: float = 0.0,
         cut: Cut | None = None,
     ) -> None:
         """Write x @ weight.T + bias to `out`: x (T, inputs), T from 1 to MAX_ROWS, out (T, outputs), both dense.
 
         Where `gated`, x (T, 2 * inputs) is [gate | up] and silu(gate) * up is multiplied, rounded as `silu_mul` does.
+        With a `norm` (inputs,), x is one row and its RMS norm is multiplied, rounded as `rms_norm` does. Where it
+        `adds`, `out` becomes its sum with what would be written, rounded as `add_rms_norm` does.
         """
         outputs, inputs = weight.shape
         rows = padded_rows(len(x))
+        assert norm is None or (rows == 1 and not gated), "each program would compute the statistics of all rows"
         assert x.shape[1] == (2 * inputs if gated else inputs) and x.is_contiguous() and out.is_contiguous()
         cut = cut or cut_of(outputs, inputs, rows)
-        constants, options = _constants(outputs, inputs, rows, cut, gated=gated), _options(cut)
+        constants, options = _constants(outputs, inputs, rows, cut, gated=gated, adds=adds), _options(cut)
         grid = (triton.cdiv(outputs, cut.block_n), cut.splits)
         _skinny[grid](
-            x, weight, bias, out, self._parts, self._counters, len(x),
+            x, weight, bias, norm, out, self._parts, self._counters, len(x), epsilon,
             UPCAST=is_interpreted(), **constants, **options, **overlap(x.device),
         )  # fmt: skip
 
@@ -141,6 +147,7 @@ class SkinnyLinear:
         most_rows = min(linears.most_rows, most_rows_of(*weight.shape))
         self.most_rows = most_rows if weight.itemsize == 2 or is_interpreted() else 0
         self.most_gated = min(MOST_GATED, linears.most_rows)
+        self.most_fused = min(self.most_rows, 1)
 
     def __call__(self, x: Tensor, out: Tensor) -> object:
         """Write x @ weight.T + bias to `out`."""
@@ -160,17 +167,34 @@ class SkinnyLinear:
         silu_mul(gate_up, out=middle)
         return self(middle, out)
 
+    def fused(
+        self,
+        x: Tensor,
+        out: Tensor,
+        *,
+        norm: Tensor | None = None,
+        epsilon: float = 0.0,
+        gated: bool = False,
+        adds: bool = False,
+    ) -> object:
+        """The product with what lies around it, of at most `most_fused` rows. As `SkinnyLinears.launch`."""
+        self._linears.launch(
+            x, self._weight, self._bias, out, norm=norm, epsilon=epsilon, gated=gated, adds=adds
+        )  # fmt: skip
+        return out
+
 
 def _at_least(tensor: Tensor, size: int) -> Tensor:
     return tensor if len(tensor) >= size else tensor.new_zeros(size)
 
 
-def _constants(outputs: int, inputs: int, rows: int, cut: Cut, *, gated: bool) -> dict[str, object]:
+def _constants(outputs: int, inputs: int, rows: int, cut: Cut, *, gated: bool, adds: bool) -> dict[str, object]:
     steps = cut.steps(inputs)
     assert not cut.held or steps <= MOST_HELD
     return {
         "N": outputs, "K": inputs, "ROWS": rows, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k, "STEPS": steps,
         "SPLITS": cut.splits, "HELD": cut.held, "TURNED": cut.turned, "STAGES": cut.num_stages, "GATED": gated,
+        "ADDS": adds, "K_PAD": triton.next_power_of_2(inputs),
     }  # fmt: skip
 
 
@@ -180,10 +204,10 @@ def _options(cut: Cut) -> dict[str, Any]:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _skinny(
-    x, weight, bias, out, parts, counters, num_rows,
+    x, weight, bias, norm, out, parts, counters, num_rows, epsilon,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STEPS: tl.constexpr, SPLITS: tl.constexpr, HELD: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
+    GATED: tl.constexpr, ADDS: tl.constexpr, K_PAD: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of all rows a program, over STEPS * BLOCK_K inputs."""
     WHOLE: tl.constexpr = N % BLOCK_N == 0 and K % (STEPS * SPLITS * BLOCK_K) == 0
@@ -208,13 +232,14 @@ def _skinny(
         if STEPS > 3:
             w3 = _weights(matrix, within + 3 * BLOCK_K, wanted, K, WHOLE)
         wait_for_previous(OVERLAP)
-        sums = _fold(sums, w0, x, rows, within, num_rows, K, ROWS, TURNED, GATED, UPCAST)
+        scale = _scale(x, norm, epsilon, K, K_PAD)
+        sums = _fold(sums, w0, x, norm, scale, rows, within, num_rows, K, ROWS, TURNED, GATED, UPCAST)
         if STEPS > 1:
-            sums = _fold(sums, w1, x, rows, within + BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST)
+            sums = _fold(sums, w1, x, norm, scale, rows, within + BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST)
         if STEPS > 2:
-            sums = _fold(sums, w2, x, rows, within + 2 * BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST)
+            sums = _fold(sums, w2, x, norm, scale, rows, within + 2 * BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST)
         if STEPS > 3:
-            sums = _fold(sums, w3, x, rows, within + 3 * BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST)
+            sums = _fold(sums, w3, x, norm, scale, rows, within + 3 * BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST)
     else:
         if OVERLAP:
             FIRST: tl.constexpr = 2 if STEPS > 1 else 1
@@ -222,9 +247,12 @@ def _skinny(
                 lines = split * STEPS * BLOCK_K + step * BLOCK_K + tl.arange(0, (BLOCK_K + 63) // 64) * 64
                 prefetch(matrix + tl.minimum(lines, K - 1)[None, :], columns[:, None] < N)
         wait_for_previous(OVERLAP)
+        scale = _scale(x, norm, epsilon, K, K_PAD)
         for step in tl.range(0, STEPS, num_stages=STAGES):
             w = _weights(matrix, within + step * BLOCK_K, wanted, K, WHOLE)
-            sums = _fold(sums, w, x, rows, within + step * BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST)
+            sums = _fold(
+                sums, w, x, norm, scale, rows, within + step * BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST
+            )
     if ROWS == 1:
         sums = tl.sum(sums, axis=1)[None, :]
     elif TURNED:
@@ -239,10 +267,22 @@ def _skinny(
             total = tl.zeros((ROWS, BLOCK_N), tl.float32)
             for part in range(SPLITS):
                 total += tl.load(places + part * ROWS * N, mask=asked, other=0.0, cache_modifier=".cg")
-            _finish(total, bias, out, rows, columns, asked, N)
+            _finish(total, bias, out, rows, columns, asked, N, ADDS)
             tl.store(counters + tile, 0)  # for the next product
     else:
-        _finish(sums, bias, out, rows, columns, asked, N)
+        _finish(sums, bias, out, rows, columns, asked, N, ADDS)
+
+
+@triton.jit
+def _scale(x, norm, epsilon, K: tl.constexpr, K_PAD: tl.constexpr):
+    """1 / rms of the row; nothing where it is not normed."""
+    if norm is None:
+        scale = 1.0
+    else:
+        lanes = tl.arange(0, K_PAD)
+        row = tl.load(x + lanes, mask=lanes < K, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(row * row, axis=0) / K + epsilon)
+    return scale
 
 
 @triton.jit
@@ -258,7 +298,7 @@ def _weights(matrix, within, wanted, K: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def _fold(
-    sums, w, x, rows, within, num_rows,
+    sums, w, x, norm, scale, rows, within, num_rows,
     K: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr, GATED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add the products with a block of the matrix."""
@@ -271,6 +311,9 @@ def _fold(
         a = (gate * up).to(x.dtype.element_ty)
     else:
         a = tl.load(x + rows[:, None] * K + within[None, :], mask=there, other=0.0)
+    if norm is not None:
+        gain = tl.load(norm + within, mask=within < K, other=0.0).to(tl.float32)[None, :]
+        a = ((a.to(tl.float32) * scale).to(x.dtype.element_ty).to(tl.float32) * gain).to(x.dtype.element_ty)
     if UPCAST:
         a, w = a.to(tl.float32), w.to(tl.float32)
     if ROWS == 1:
@@ -283,10 +326,14 @@ def _fold(
 
 
 @triton.jit
-def _finish(sums, bias, out, rows, columns, asked, N: tl.constexpr):
+def _finish(sums, bias, out, rows, columns, asked, N: tl.constexpr, ADDS: tl.constexpr):
     if bias is not None:
         sums += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + rows[:, None] * N + columns[None, :], sums.to(out.dtype.element_ty), mask=asked)
+    places, numbers = out + rows[:, None] * N + columns[None, :], sums.to(out.dtype.element_ty)
+    if ADDS:
+        before = tl.load(places, mask=asked, other=0.0).to(tl.float32)
+        numbers = (before + numbers.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(places, numbers, mask=asked)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -299,19 +346,29 @@ def compile_cases() -> list[CompileCase]:
     ):  # fmt: skip
         for rows in _PADDED:
             cut = cut_of(outputs, inputs, rows)
-            cases.append(case_of(outputs, inputs, rows, cut, has_bias=has_bias, gated=gated))
+            adds = rows == 1 and outputs <= inputs  # as the products behind attention and the gate do
+            normed = rows == 1 and outputs > inputs
+            cases.append(case_of(outputs, inputs, rows, cut, has_bias=has_bias, gated=gated, adds=adds, normed=normed))
     return cases
 
 
 def case_of(
-    outputs: int, inputs: int, rows: int, cut: Cut, *, has_bias: bool = False, gated: bool = False
+    outputs: int,
+    inputs: int,
+    rows: int,
+    cut: Cut,
+    *,
+    has_bias: bool = False,
+    gated: bool = False,
+    adds: bool = False,
+    normed: bool = False,
 ) -> CompileCase:
     """One product as it is launched on Hopper."""
-    constants = _constants(outputs, inputs, rows, cut, gated=gated) | {"UPCAST": False, "OVERLAP": True}
-    constants |= {} if has_bias else {"bias": None}
+    constants = _constants(outputs, inputs, rows, cut, gated=gated, adds=adds) | {"UPCAST": False, "OVERLAP": True}
+    constants |= ({} if has_bias else {"bias": None}) | ({} if normed else {"norm": None})
     types = {
-        "x": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*bf16", "parts": "*fp32", "counters": "*i32",
-        "num_rows": "i32",
+        "x": "*bf16", "weight": "*bf16", "bias": "*bf16", "norm": "*bf16", "out": "*bf16", "parts": "*fp32",
+        "counters": "*i32", "num_rows": "i32", "epsilon": "fp32",
     }  # fmt: skip
     return CompileCase(
         name=f"skinny-{outputs}x{inputs}-{rows}{'-gated' if gated else ''}",
