@@ -81,6 +81,11 @@ class SchedulerConfig:
     executor_wait_s: float = option(30.0, "seconds a request waits while no executor could run it")
     default_max_tokens: int = option(0, "max_tokens where a request gives none; 0 is the room the context has left")
     max_choices: int = option(8, "largest n of a request", least=1)
+    max_grammar_bytes: int = option(
+        65_536, "largest schema, pattern or grammar that an answer may have to be of", least=1
+    )
+    grammar_cpu_s: float = option(0.25, "seconds of a processor that its compilation may take", least=0.01)
+    grammar_memory_mib: int = option(512, "MiB of memory that its compilation may take", least=16)
     max_message_bytes: int = option(4 << 20, "largest message from a client", least=1024)
     max_streams: int = option(4096, "calls that may be open at once", least=1)
     handshake_s: float = option(5.0, "seconds that a connection may take to begin to speak HTTP/2", least=0.1)

@@ -10,10 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from common.errors import InvalidRequest
 
 MAX_SEED = (1 << 64) - 1
+
+Syntax = Literal["json_schema", "regex", "lark"]
+
+
+class Grammar(NamedTuple):
+    """What an answer must be, in the words of who asks. executor/grammar.py compiles it."""
+
+    syntax: Syntax
+    source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +45,7 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that are not completed
     logprobs: int | None = None  # not None: each output token is scored, beside so many of the likeliest
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
+    grammar: Grammar | None = None  # what the answer must be
 
     @property
     def greedy(self) -> bool:
@@ -73,6 +84,8 @@ class RequestLimits:
     max_bad_words: int = 64
     max_bad_word_bytes: int = 256
     max_logprobs: int = 20  # likeliest tokens beside each one
+    max_structured_bytes: int = 65_536  # of a schema, pattern, grammar, or of all choices
+    max_structured_choices: int = 1024
 
 
 def check_sampling(params: SamplingParams, limits: RequestLimits) -> None:
@@ -119,6 +132,18 @@ def check_bad_words(words: Sequence[str], limits: RequestLimits) -> None:
     _check_texts("bad_words", words, limits.max_bad_word_bytes)
 
 
+def check_structured(field: str, texts: Sequence[str], limits: RequestLimits) -> None:
+    """Raise InvalidRequest when there are too many, none, an empty one, or too many bytes of them together."""
+    if not texts:
+        raise InvalidRequest(field, "is empty")
+    _check_length(field, len(texts), limits.max_structured_choices)
+    if not all(texts):
+        raise InvalidRequest(field, "must not be empty" if len(texts) == 1 else "has an empty string")
+    size, most = sum(len(text.encode()) for text in texts), limits.max_structured_bytes
+    if size > most:
+        raise InvalidRequest(field, f"at most {most} bytes, got {size}")
+
+
 def check_stop(stop: StopConditions, limits: RequestLimits, vocab_size: int) -> None:
     """Raise InvalidRequest naming the first stop condition that is out of its range."""
     if stop.max_tokens < 1:
@@ -134,6 +159,8 @@ def check_choosable(params: SamplingParams, stop: StopConditions, eos: Set[int],
     """Raise InvalidRequest when the request's own words leave no token to choose, or none before min_tokens."""
     if stop.min_tokens > stop.max_tokens:
         raise InvalidRequest("min_tokens", f"must be at most max_tokens, {stop.max_tokens}, got {stop.min_tokens}")
+    if params.grammar is not None:
+        _check_can_end(params, stop, eos)
     ends = {*stop.stop_token_ids, *(() if stop.ignore_eos else eos)} if stop.min_tokens else set[int]()
     if params.allowed_token_ids:
         if ends.issuperset(params.allowed_token_ids):
@@ -141,6 +168,20 @@ def check_choosable(params: SamplingParams, stop: StopConditions, eos: Set[int],
             raise InvalidRequest("allowed_token_ids", problem)
     elif len(ends.union(params.banned_token_ids)) >= vocab_size:
         raise InvalidRequest("banned_token_ids", f"leaves none of {vocab_size} tokens to choose")
+
+
+def _check_can_end(params: SamplingParams, stop: StopConditions, eos: Set[int]) -> None:
+    """An answer of a grammar ends by itself: raise InvalidRequest for what would never let it."""
+    if stop.ignore_eos:
+        raise InvalidRequest("ignore_eos", "must be false with structured output, which ends when it is complete")
+    if not eos:
+        raise InvalidRequest("structured", "needs a model that has an end-of-sequence token")
+    ends = {*eos, *stop.stop_token_ids}
+    if ends.issubset(params.banned_token_ids):
+        raise InvalidRequest("banned_token_ids", "has every token that ends an answer, and structured output must end")
+    if params.allowed_token_ids and ends.isdisjoint(params.allowed_token_ids):
+        problem = "has no token that ends an answer, and structured output must end"
+        raise InvalidRequest("allowed_token_ids", problem)
 
 
 def _check_range(field: str, value: float, low: float, high: float) -> None:

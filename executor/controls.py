@@ -9,11 +9,14 @@ The order is that of Transformers' processors (transformers/generation/utils.py,
   5. min_tokens                           MinNewTokensLengthLogitsProcessor, for every token that ends the sequence
   6. banned_token_ids                     SuppressTokensLogitsProcessor
   7. allowed_token_ids                    what PrefixConstrainedLogitsProcessor does with a list that never changes
+  8. a grammar (structured output)        PrefixConstrainedLogitsProcessor, and vLLM's and SGLang's masks
 
 and then, where a token is drawn, executor/sampler.py: temperature, top-k, top-p, min-p, typical-p.
 
-4 to 7 take tokens away, so among them the order does not matter, and bad words go last here: where nothing would be
-left, they do not count in that step. (That 5 to 7 leave something is checked where the request comes in.)
+4 to 8 take tokens away, so among them the order does not matter, and two of them can give way. The grammar wins: where
+5 to 7 leave none of the tokens that it allows, those do not count in that step. So a complete answer ends, also
+before min_tokens. (Without a grammar it is checked where the request comes in that 5 to 7 leave something.) Bad words
+go last here: where nothing would be left, they do not count in that step.
 
 All of it is a function of the known tokens, which the resident tables hold, and of nothing else. So it is the same
 after a preemption, on another executor, and in a stream that was resumed.
@@ -63,6 +66,14 @@ def edit(logits: NDArray[np.float32], held: Resident, slots: NDArray[np.int64]) 
             _edit(logits[row], held, slot)
 
 
+def look_ahead(held: Resident, slots: NDArray[np.int64]) -> None:
+    """Find out what the grammars of these rows allow, while a device computes their logits: `edit` need not then."""
+    for slot in slots.tolist():
+        guide = held.guides[slot]
+        if guide is not None:
+            guide.allowed(held.token_ids[slot, held.num_prompt[slot] : held.num_tokens[slot]])
+
+
 def _edit(row: NDArray[np.float32], held: Resident, slot: int) -> None:
     known, num_prompt, rules = int(held.num_tokens[slot]), int(held.num_prompt[slot]), held.rules[slot]
     tokens = held.token_ids[slot, :known]
@@ -74,8 +85,14 @@ def _edit(row: NDArray[np.float32], held: Resident, slot: int) -> None:
     if presence or frequency:
         said, counts = np.unique(tokens[num_prompt:], return_counts=True)
         row[said] -= (presence + frequency * counts).astype(np.float32)
+    guide = held.guides[slot]
+    free = row.copy() if rules is not None and guide is not None else row
     if rules is not None:
-        _take_away(row, tokens, known - num_prompt, rules)
+        _take_away(row, known - num_prompt, rules)
+    if guide is not None:
+        _keep_grammatical(row, guide.allowed(tokens[num_prompt:]), free)
+    if rules is not None and rules.bad_words.longest:
+        _take_bad_words(row, tokens, rules)
 
 
 def _penalise_repetition(row: NDArray[np.float32], tokens: NDArray[np.int32], penalty: np.float32) -> None:
@@ -84,7 +101,7 @@ def _penalise_repetition(row: NDArray[np.float32], tokens: NDArray[np.int32], pe
     row[tokens] = np.where(values < 0, values * penalty, values / penalty)
 
 
-def _take_away(row: NDArray[np.float32], tokens: NDArray[np.int32], num_output: int, rules: TokenRules) -> None:
+def _take_away(row: NDArray[np.float32], num_output: int, rules: TokenRules) -> None:
     """Tokens that may not be chosen: their logits become -inf."""
     if num_output < rules.min_tokens:
         row[rules.ends] = _NEVER
@@ -93,10 +110,25 @@ def _take_away(row: NDArray[np.float32], tokens: NDArray[np.int32], num_output: 
         kept = row[rules.allowed]
         row.fill(_NEVER)
         row[rules.allowed] = kept
-    if rules.bad_words.longest:
-        bad = rules.bad_words.next(tokens[-rules.bad_words.longest :].tolist())
-        if bad:
-            kept = row[bad]
-            row[bad] = _NEVER
-            if row.max() == _NEVER:
-                row[bad] = kept
+
+
+def _keep_grammatical(row: NDArray[np.float32], allowed: NDArray[np.bool_] | None, free: NDArray[np.float32]) -> None:
+    """Leave what the grammar allows; of the row before tokens were taken away, `free`, where that would be nothing.
+
+    A row whose grammar cannot go on is left nothing at all: it fails, and nobody else does.
+    """
+    if allowed is None:
+        row.fill(_NEVER)
+        return
+    row[~allowed] = _NEVER
+    if free is not row and row.max() == _NEVER:
+        row[allowed] = free[allowed]
+
+
+def _take_bad_words(row: NDArray[np.float32], tokens: NDArray[np.int32], rules: TokenRules) -> None:
+    bad = rules.bad_words.next(tokens[-rules.bad_words.longest :].tolist())
+    if bad:
+        kept = row[bad]
+        row[bad] = _NEVER
+        if row.max() == _NEVER:
+            row[bad] = kept

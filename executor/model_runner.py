@@ -24,6 +24,7 @@ from executor.batch import build_batch
 from executor.controls import columns, edit
 from executor.determinism import class_of
 from executor.devices import device_of
+from executor.guide import Grammars
 from executor.kv_cache import KvCache, SlabFormat, block_bytes, fit_slab, free_bytes
 from executor.llama import LlamaModel
 from executor.llama import why_not as why_not_fused
@@ -99,6 +100,7 @@ class ModelRunner:
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         folder = read_model_folder(self._model_folder)
+        grammars = Grammars(folder.path / "tokenizer.json", vocab_size=folder.vocab_size, eos=folder.eos_token_ids)
         report("weights", 0, 1)
         loaded = open_model(
             folder,
@@ -140,6 +142,7 @@ class ModelRunner:
             max_step_tokens=self._max_step_tokens,
             max_model_len=max_model_len,
             vocab_size=folder.vocab_size,
+            grammars=grammars,
         )
         self._pool = TokenPool(self._resident.token_ids, self._device)
         report("KV cache", 1, 1)

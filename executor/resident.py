@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from common.blocks import blocks_for
 from common.step import NewSequence, StepPlan
 from common.types import MAX_SLOTS, BlockId, SlotRef, generation_of, slot_of
+from executor.guide import Grammars, Guide
 from executor.token_rules import TokenRules, rules_of
 
 _FREE: Final = -1
@@ -89,13 +90,16 @@ class Resident:
         max_step_tokens: int,
         max_model_len: int,
         vocab_size: int,
+        grammars: Grammars | None = None,
     ) -> None:
+        """Without `grammars` nobody is guided: for runners that have no logits."""
         assert 0 < max_sequences <= MAX_SLOTS, f"{max_sequences} sequences in at most {MAX_SLOTS} slots"
         self.num_slab_blocks = num_blocks
         self.block_size = block_size
         self.max_step_tokens = max_step_tokens
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
+        self._grammars = grammars
 
         slots = max_sequences
         self.refs = np.full(slots, _FREE, np.int64)  # (L,) who lives in the slot, or -1
@@ -122,10 +126,11 @@ class Resident:
         self.presence_penalty = np.zeros(slots, np.float64)  # (L,)
         self.frequency_penalty = np.zeros(slots, np.float64)  # (L,)
         self.rules: list[TokenRules | None] = [None] * slots  # (L,)
+        self.guides: list[Guide | None] = [None] * slots  # (L,) of those whose answer has a grammar
         self.logprobs = np.full(slots, _NONE, np.int64)  # (L,) likeliest tokens beside each sampled one, or -1
         self.prompt_logprobs = np.full(slots, _NONE, np.int64)  # (L,) beside each one of the prompt, or -1
         # plain sets: most batches have nobody in them, and ask for next to nothing
-        self.controlled: set[int] = set()  # slots with a penalty or rules: their logits are edited
+        self.controlled: set[int] = set()  # slots with a penalty, rules or a guide: their logits are edited
         self.scored: set[int] = set()  # slots whose sampled tokens are scored
         self.scored_prompts: set[int] = set()  # slots whose prompts are scored
         self._reserved: deque[Reserved] = deque()  # steps that are launched and not settled
@@ -133,6 +138,7 @@ class Resident:
     def clear(self) -> None:
         """Forget every sequence."""
         self.refs.fill(_FREE)
+        self.guides[:] = [None] * len(self.guides)
         self._reserved.clear()
         self.controlled.clear()
         self.scored.clear()
@@ -228,6 +234,7 @@ class Resident:
     def _release(self, ref: SlotRef) -> None:
         slot = self._slot(ref)
         self.refs[slot] = _FREE
+        self.guides[slot] = None
         self.controlled.discard(slot)
         self.scored.discard(slot)
         self.scored_prompts.discard(slot)
@@ -281,11 +288,13 @@ class Resident:
         self.presence_penalty[slot] = sampling.presence_penalty
         self.frequency_penalty[slot] = sampling.frequency_penalty
         self.rules[slot] = rules
+        if sampling.grammar is not None and self._grammars is not None:
+            self.guides[slot] = self._grammars.guide(sampling.grammar, ends)
         self.logprobs[slot] = _NONE if sampling.logprobs is None else sampling.logprobs
         self.prompt_logprobs[slot] = _NONE if sampling.prompt_logprobs is None else sampling.prompt_logprobs
         penalised = sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty
         for slots, belongs in (
-            (self.controlled, rules is not None or penalised),
+            (self.controlled, rules is not None or self.guides[slot] is not None or penalised),
             (self.scored, sampling.logprobs is not None),
             (self.scored_prompts, sampling.prompt_logprobs is not None),
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -33,6 +34,11 @@ class Settings(TypedDict, total=False):
     allowed_token_ids: Sequence[int]  # no other token is chosen
     banned_token_ids: Sequence[int]
     bad_words: str | Sequence[str]  # texts that the answer does not contain
+    json_schema: str | Mapping[str, Any]  # the answer is JSON that is valid by it; one of these five at most
+    json_object: bool  # the answer is any JSON object
+    regex: str  # the whole answer matches it
+    grammar: str  # the answer is a `start` of it, in Lark's syntax
+    choices: Sequence[str]  # the answer is one of these
     logprobs: int  # so many of the likeliest tokens are told beside each token of the answer
     prompt_logprobs: int  # the same for the prompt
     seed: int
@@ -49,6 +55,7 @@ class Settings(TypedDict, total=False):
 
 _SAMPLING = frozenset(pb.SamplingParams.DESCRIPTOR.fields_by_name)
 _STOPPING = frozenset(pb.StopConditions.DESCRIPTOR.fields_by_name)
+_STRUCTURED = frozenset(pb.StructuredOutput.DESCRIPTOR.fields_by_name)
 _LISTS = frozenset({"allowed_token_ids", "banned_token_ids", "bad_words", "stop", "stop_token_ids"})
 
 
@@ -58,6 +65,9 @@ def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamReque
     if unknown:
         raise TypeError(f"there is no setting {min(unknown)!r}; there are: {', '.join(Settings.__annotations__)}")
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    structured = sorted(_STRUCTURED & given.keys())
+    if len(structured) > 1:
+        raise TypeError(f"give one of {' and '.join(f'{name}=' for name in structured)}")
     inputs = [name for name in ("messages", "token_ids") if name in given]
     if len(inputs) + (prompt is not None) != 1:
         raise TypeError("give one of: a prompt in words, messages=, token_ids=")
@@ -70,6 +80,8 @@ def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamReque
         elif name == "token_ids":
             _extend(request.token_ids.ids, name, value)
             request.token_ids.SetInParent()
+        elif name in _STRUCTURED:
+            _set_structured(request.sampling.structured, name, value)
         else:
             part = request.sampling if name in _SAMPLING else request.stopping if name in _STOPPING else request
             if name in _LISTS:
@@ -89,6 +101,19 @@ def _set_messages(request: pb.GenerateStreamRequest, messages: Sequence[Mapping[
         added = request.chat.messages.add()
         for name, value in message.items():
             _set(added, name, value, f"messages[{number}].{name}")
+
+
+def _set_structured(structured: pb.StructuredOutput, name: str, value: Any) -> None:
+    if name == "choices":
+        _extend(structured.choices.values, name, [value] if isinstance(value, str) else value)
+        structured.choices.SetInParent()
+        return
+    if name == "json_schema" and not isinstance(value, str):
+        try:
+            value = json.dumps(value)
+        except (TypeError, ValueError, RecursionError):
+            raise errors.InvalidRequest(name, f"cannot be {_shown(value)}") from None
+    _set(structured, name, value)
 
 
 def _set(message: Any, name: str, value: Any, told: str = "") -> None:

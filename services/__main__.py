@@ -318,6 +318,12 @@ def _add_client_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allowed-token-ids", type=_ids, default=[], metavar="ID,ID,…", help="choose no other tokens")
     parser.add_argument("--banned-token-ids", type=_ids, default=[], metavar="ID,ID,…", help="do not choose these")
     parser.add_argument("--bad-words", action="append", default=[], help="never write this text; repeatable")
+    structured = parser.add_mutually_exclusive_group()
+    structured.add_argument("--json-schema", default=None, metavar="JSON", help="answer in JSON that is valid by this")
+    structured.add_argument("--json-object", action="store_true", default=None, help="answer with a JSON object")
+    structured.add_argument("--regex", default=None, help="the whole answer matches it")
+    structured.add_argument("--grammar", default=None, metavar="LARK", help="the answer is a `start` of it")
+    structured.add_argument("--choices", action="append", default=[], help="answer with this text; repeatable")
     parser.add_argument("--logprobs", type=int, default=None, metavar="K", help="show each token beside K likely ones")
     parser.add_argument("--prompt-logprobs", type=int, default=None, metavar="K", help="the same for the prompt")
     parser.add_argument("--seed", type=int, default=None)
@@ -421,6 +427,11 @@ def _sampling(parsed: argparse.Namespace) -> Any:
             raise PagewireError(f"--logit-bias: {token} is out of range") from None
     for text in parsed.bad_words:
         sampling.bad_words.append(_text(text, "--bad-words"))
+    for name in ("json_schema", "json_object", "regex", "grammar"):
+        if (value := getattr(parsed, name)) is not None:
+            _set(sampling.structured, name, value, _typed(name))
+    for text in parsed.choices:
+        sampling.structured.choices.values.append(_text(text, "--choices"))
     return sampling
 
 

@@ -22,6 +22,7 @@ from services.caller import Caller
 from services.chat_template import ChatTemplate
 from services.choice_text import ChoiceText
 from services.engine import Engine, RequestStream
+from services.grammar_checker import GrammarChecker
 from services.live_requests import LiveRequest, LiveRequests
 from services.request import (
     CHARACTERS_A_TOKEN,
@@ -57,9 +58,13 @@ class Answerer:
         default_max_tokens: int = 0,
         tickets: Tickets | None = None,
         live: LiveRequests | None = None,
+        grammars: GrammarChecker | None = None,
         clock_s: Callable[[], float] = time.time,
     ) -> None:
-        """`tickets`: by default signed with a key that nobody else has, so good for this process alone."""
+        """`tickets`: by default signed with a key that nobody else has, so good for this process alone.
+
+        Without `grammars` no structured output can be asked for.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self._engine = engine
@@ -67,6 +72,7 @@ class Answerer:
         self._default_max_tokens = default_max_tokens
         self._tickets = tickets or Tickets([new_key()], lifetime_s=_A_DAY_S)
         self._live = LiveRequests() if live is None else live
+        self._grammars = grammars
         self._clock_s = clock_s
 
     def check_model(self, name: str) -> None:
@@ -235,6 +241,10 @@ class Answerer:
             raise InvalidRequest("max_tokens", problem)
         spec = replace(spec, max_tokens=max_tokens)
         check_choosable(spec.sampling, _stop(spec), set(self.model.eos_token_ids), self.model.vocab_size)
+        if spec.sampling.grammar is not None:
+            if self._grammars is None:
+                raise InvalidRequest(spec.structured, "structured output is not served here")
+            await self._grammars.check(spec.structured, spec.sampling.grammar, tenant)
         scope = make_scope(tenant, spec.request_id, spec, prompt, self.model.digest)  # of what was asked for
         if spec.bad_words:
             bad = await self._bad_words(spec.bad_words)

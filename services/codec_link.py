@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from common.determinism import is_determinism_class
 from common.errors import ExecutorRejected, InvalidRequest
-from common.sampling import RequestLimits, SamplingParams, check_sampling
+from common.sampling import Grammar, RequestLimits, SamplingParams, check_sampling
 from common.step import ExecutorFacts, Logprobs, NewSequence, Scored, StepPlan, StepResult
 from common.types import MAX_SLOTS, BlockId, SlotRef
 from protos import executor_pb2 as pb
@@ -215,6 +215,19 @@ def facts_from_pb(hello: pb.Hello) -> ExecutorFacts:
     )
 
 
+def grammar_to_pb(grammar: Grammar) -> pb.Grammar:
+    """The grammar as a message."""
+    return pb.Grammar(**{grammar.syntax: grammar.source})
+
+
+def grammar_from_pb(message: pb.Grammar, path: str) -> Grammar:
+    """The grammar of the message at `path`. Raises WireError where there is none."""
+    syntax = message.WhichOneof("source")
+    if syntax is None:
+        raise WireError(path, "has no source")
+    return Grammar(syntax, getattr(message, syntax))
+
+
 def _new_to_pb(new: NewSequence) -> pb.NewSequence:
     return pb.NewSequence(
         ref=new.ref,
@@ -270,6 +283,7 @@ def _sampling_to_pb(sampling: SamplingParams) -> pb.SamplingParams:
         bad_words=[pb.TokenSequence(token_ids=word) for word in sampling.bad_words],
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
+        grammar=grammar_to_pb(sampling.grammar) if sampling.grammar is not None else None,
     )
 
 
@@ -293,6 +307,7 @@ def _sampling_from_pb(message: pb.SamplingParams, path: str) -> SamplingParams:
         bad_words=tuple(tuple(word.token_ids) for word in message.bad_words),
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        grammar=grammar_from_pb(message.grammar, f"{path}.grammar") if message.HasField("grammar") else None,
     )
     try:
         check_sampling(sampling, _COMPUTABLE)

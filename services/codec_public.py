@@ -6,16 +6,19 @@ the field's name and the limit, in the numbers that the caller sent.
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 import struct
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Final, Literal
 
 from common.errors import InvalidRequest
 from common.sampling import (
+    Grammar,
     RequestLimits,
     SamplingParams,
     StopConditions,
@@ -24,6 +27,7 @@ from common.sampling import (
     check_listed,
     check_sampling,
     check_stop,
+    check_structured,
 )
 from common.step import Logprobs
 from common.types import Priority
@@ -103,7 +107,8 @@ def request_from_pb(
         banned=len(asked.banned_token_ids),
         bad_words=len(asked.bad_words),
     )
-    sampling = sampling_from_pb(asked)
+    structured, grammar = structured_from_pb(asked, limits)
+    sampling = replace(sampling_from_pb(asked), grammar=grammar)
     check_sampling(sampling, limits)
     check_listed(sampling, vocab_size)
     bad_words = tuple(asked.bad_words)
@@ -129,6 +134,7 @@ def request_from_pb(
         bad_words=bad_words,
         min_tokens=stopping.min_tokens,
         include_stop=stopping.include_stop,
+        structured=structured,
     )
     stop = StopConditions(
         max_tokens=1 if max_tokens is None else max_tokens,
@@ -166,7 +172,7 @@ def resume_from_pb(
 def sampling_from_pb(sampling: pb.SamplingParams) -> SamplingParams:
     """Sampling parameters with their defaults; a seed is drawn where there is none. Not checked.
 
-    Bad words are left out: their tokens are not known here.
+    Bad words are left out: their tokens are not known here. So is the grammar, which is `structured_from_pb`'s.
     """
     given: dict[str, Any] = {name: _shortest(getattr(sampling, name)) for name in _NUMBERS if sampling.HasField(name)}
     return SamplingParams(
@@ -179,6 +185,37 @@ def sampling_from_pb(sampling: pb.SamplingParams) -> SamplingParams:
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
     )
+
+
+def structured_from_pb(sampling: pb.SamplingParams, limits: RequestLimits) -> tuple[str, Grammar | None]:
+    """The field that says what the answer must be, and that as a grammar; not compiled. Empty and None without one.
+
+    Raises InvalidRequest naming the field where it is too long, or says nothing.
+    """
+    if not sampling.HasField("structured"):
+        return "", None
+    asked = sampling.structured
+    field = asked.WhichOneof("kind")
+    match field:
+        case None:
+            raise InvalidRequest("structured", f"one of {', '.join(asked.DESCRIPTOR.fields_by_name)} must be set")
+        case "json_object":
+            if not asked.json_object:
+                raise InvalidRequest(field, "must be true, or not set")
+            grammar = Grammar("json_schema", '{"type": "object"}')
+        case "choices":
+            check_structured(field, asked.choices.values, limits)
+            choices = dict.fromkeys(asked.choices.values)
+            # a string of Lark is written as one of JSON
+            grammar = Grammar("lark", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in choices))
+        case "grammar":
+            check_structured(field, [asked.grammar], limits)
+            grammar = Grammar("lark", asked.grammar)
+        case "json_schema" | "regex":
+            source: str = getattr(asked, field)
+            check_structured(field, [source], limits)
+            grammar = Grammar(field, source)
+    return field, grammar
 
 
 def input_from_pb(

@@ -64,6 +64,7 @@ class GenerateSpec:
     bad_words: tuple[str, ...] = ()  # as they were asked for; `sampling` has their tokens once those are known
     min_tokens: int = 0
     include_stop: bool = False
+    structured: str = ""  # the field that says what the answer must be, which is `sampling.grammar`
     priority: Priority = Priority.NORMAL
     resumable: bool = False
 

@@ -35,6 +35,7 @@ from services.chat_template import ChatTemplate
 from services.draining import drain
 from services.engine import Engine
 from services.gate import Gate, keys_in
+from services.grammar_checker import GrammarChecker
 from services.grpc_options import link_options, server_options
 from services.handlers import Arrivals, service_handler
 from services.health import Health
@@ -96,6 +97,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         executor_wait_s=config.executor_wait_s,
         max_request_s=config.max_request_s,
     )
+    grammars = GrammarChecker(model, cpu_s=config.grammar_cpu_s, memory_mib=config.grammar_memory_mib)
     answerer = Answerer(
         engine,
         model,
@@ -104,8 +106,10 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         default_max_tokens=config.default_max_tokens,
         tickets=Tickets(_ticket_keys(config.ticket_keys), lifetime_s=config.ticket_lifetime_s),
         live=LiveRequests(linger_s=config.linger_s, max_lingering=config.max_lingering),
+        grammars=grammars,
     )
-    service = SchedulerService(answerer, RequestLimits(max_choices=config.max_choices), lambda: len(core.sessions))
+    request_limits = RequestLimits(max_choices=config.max_choices, max_structured_bytes=config.max_grammar_bytes)
+    service = SchedulerService(answerer, request_limits, lambda: len(core.sessions))
     readers = SlowReaders(config.reader_timeout_s)
     links = ExecutorLinkService(
         engine,
@@ -185,6 +189,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         for task in (loop_task, *others):
             task.cancel()
         await asyncio.gather(loop_task, *others, return_exceptions=True)
+        await grammars.close()
     log.info("stopped: %s", core.counters, extra={"fields": dataclasses.asdict(core.counters)})
 
 

@@ -33,13 +33,14 @@ from common.types import BlockId, slot_of
 from executor.attention import choose
 from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.batch import InputBatch, build_batch
-from executor.controls import columns, edit
+from executor.controls import columns, edit, look_ahead
 from executor.gpu.device import CudaDevice, Device
 from executor.gpu.graphs import StepGraph, StepGraphs, buckets_for, mixed_shapes
 from executor.gpu.inputs import DeviceTables, StepInputs
 from executor.gpu.models import OpenModel, open_gpu_model
 from executor.gpu.packing import NO_ROWS, Layout, Padding, Shape, Staging, StagingBuffer
 from executor.gpu.tables import MirroredTables, Updates
+from executor.guide import Grammars
 from executor.kv_cache import KvCache, SlabFormat, block_bytes, copied_together, fit_slab
 from executor.loading import open_model
 from executor.resident import Reserved, Resident
@@ -122,6 +123,9 @@ class GpuRunner:
         self._device = self._make_device(torch.device(self._wanted_device))
         where = self._device.torch_device
         folder = read_model_folder(self._model_folder)
+        self._grammars = Grammars(
+            folder.path / "tokenizer.json", vocab_size=folder.vocab_size, eos=folder.eos_token_ids
+        )
         report("weights", 0, 1)
         loaded = open_model(
             folder,
@@ -310,6 +314,7 @@ class GpuRunner:
         rows = sorted({*rows, *np.flatnonzero(typical).tolist()})
         if not rows:
             return
+        look_ahead(held, slots[rows])
         self._device.synchronize()
         assert step.logits is not None
         values = torch.stack([step.logits[row] for row in rows]).float().cpu().numpy()
@@ -419,6 +424,7 @@ class GpuRunner:
             max_step_tokens=self._max_step_tokens,
             max_model_len=max_model_len,
             vocab_size=vocab_size,
+            grammars=self._grammars,
         )
         self._tables = MirroredTables(self._resident, self._device.torch_device)
         self._padding = Padding(line=self._max_sequences, place=self._max_sequences * max_model_len)

@@ -8,6 +8,7 @@ control costs a batch in which every row has it.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,13 +16,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from common.sampling import SamplingParams
+from common.config import DEFAULT_MODEL
+from common.model_folder import read_model_folder
+from common.sampling import Grammar, SamplingParams
 from common.step import NewSequence, StepPlan
 from common.types import BlockId, slot_ref
 from executor.controls import columns, edit
+from executor.guide import Grammars
 from executor.logprobs import score
 from executor.resident import Resident
 from executor.sampler import sample
+from services.model_store import pull
 
 _GREEDY = SamplingParams(temperature=0.0)
 _DRAWN = SamplingParams(temperature=1.0, top_p=0.95, seed=3)
@@ -34,6 +39,17 @@ _CONTROLS = {
     "allowed_token_ids, 1024": replace(_GREEDY, allowed_token_ids=tuple(range(1024))),
     "typical_p": replace(_DRAWN, typical_p=0.9),
 }
+_SCHEMA = json.dumps(
+    {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "kind": {"enum": ["one", "other"]}},
+            "required": ["name", "age", "kind"],
+            "additionalProperties": False,
+        },
+    }
+)
 
 
 def resident(rows: int, sampling: SamplingParams, *, vocab_size: int, known: int) -> Resident:
@@ -118,6 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"| {name} | {told[0]:.0f} | {told[1]:.0f} | {told[2]:.1f} |")
     logits = np.random.default_rng(1).standard_normal(asked.vocab_size).astype(np.float32)
     alone, top = in_turn(lambda: score(logits, 5, 0), lambda: score(logits, 5, 20), asked.rounds)
+    usual, worst = grammar_cost(asked.rows, steps=asked.rounds)
+    print(f"| a JSON schema (a step at worst {worst * 1e3:.1f} ms) | | | {usual * 1e6 / asked.rows:.1f} |")
     print(f"| logprobs=0 | | | {alone * 1e6:.1f} |\n| logprobs=20 | | | {top * 1e6:.1f} |")
 
 
@@ -139,6 +157,52 @@ def compare_controls(
         return run
 
     return in_turn(of(plain), of(sampling), max(10, rounds // 10))
+
+
+def grammar_cost(rows: int, *, steps: int) -> tuple[float, float]:
+    """Seconds that `edit` takes in a step in which each of the rows has a grammar: the median, and the worst.
+
+    Over the default model's vocabulary, each row at a place of its own; the tokens that are sampled are taken in.
+    """
+    folder = read_model_folder(pull(DEFAULT_MODEL, lambda what, done, total: None))
+    held = Resident(
+        num_blocks=rows,
+        block_size=4096,
+        max_sequences=256,
+        max_step_tokens=1,
+        max_model_len=4096,
+        vocab_size=folder.vocab_size,
+        grammars=Grammars(folder.path / "tokenizer.json", vocab_size=folder.vocab_size, eos=folder.eos_token_ids),
+    )
+    new = [
+        NewSequence(
+            ref=slot_ref(row, 0),
+            attempt=0,
+            token_ids=[5],
+            num_prompt=1,
+            num_computed=0,
+            block_table=[BlockId(row)],
+            sampling=replace(_DRAWN, seed=row, grammar=Grammar("json_schema", _SCHEMA)),
+            choice=0,
+            max_tokens=4000,
+            stop_token_ids=(),
+        )
+        for row in range(rows)
+    ]
+    held.apply(StepPlan(step=0, refs=(), num_scheduled=(), new=new))
+    slots = np.arange(rows)
+    noise = np.random.default_rng(1)
+    found: list[float] = []
+    for _ in range(steps):
+        logits = (noise.standard_normal((rows, folder.vocab_size)) * 3).astype(np.float32)
+        logits[:, list(folder.eos_token_ids)] -= 100  # nobody ends
+        began = time.perf_counter()
+        edit(logits, held, slots)
+        found.append(time.perf_counter() - began)
+        tokens = sample(logits, columns(held, slots, held.num_tokens[slots])).tokens
+        held.token_ids[slots, held.num_tokens[slots]] = tokens
+        held.num_tokens[slots] += 1
+    return statistics.median(found[1:]), max(found[1:])  # in the first, the grammars are compiled
 
 
 if __name__ == "__main__":

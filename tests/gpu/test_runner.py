@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import executor.gpu.runner as gpu_runner
 from common import failpoints
 from common.errors import ModelFolderError
-from common.sampling import SamplingParams
+from common.sampling import Grammar, SamplingParams
 from common.step import ExecutorFacts, NewSequence, Scored, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_ref
 from executor import attention
@@ -239,6 +240,23 @@ def test_rows_that_need_the_host_run_among_the_others(plain: Runner, host: Host,
     story = Story(seed=3 + depth, samplings=PLAIN + CONTROLLED, lag=depth - 1, vocab_size=VOCAB_SIZE)
 
     assert play(story, plain, host.runner, num_steps=36, depth=depth) > 36
+
+
+def test_rows_with_a_grammar_run_among_the_others(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path)
+    letters = {chr(ord("!") + number): 3 + number for number in range(VOCAB_SIZE - 3)}
+    tokenizer = Tokenizer(models.BPE(vocab={"<pad>": 0, "<s>": 1, "</s>": 2, **letters}, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    guided = [
+        SamplingParams(temperature=0.0, grammar=Grammar("regex", "[^aeiou]*")),
+        SamplingParams(temperature=1.0, seed=6, grammar=Grammar("regex", "([^xyz]{2}[A-Za-z])*"), presence_penalty=1.0),
+    ]
+    story = Story(seed=12, samplings=[*PLAIN, *guided, *guided], lag=1, vocab_size=VOCAB_SIZE)
+
+    # tokens that they have from elsewhere are of no grammar at times: those rows fail, in both
+    assert play(story, plain_for(folder), Host(folder).runner, num_steps=36, depth=2) > 36
 
 
 def test_without_graphs_the_tokens_are_the_same(plain: Runner, folder: Path) -> None:

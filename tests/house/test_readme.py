@@ -66,8 +66,13 @@ def test_every_control_stands_in_the_table_with_its_limit_and_its_default() -> N
     assert limit["logprobs"] == limit["prompt_logprobs"] == f"{request.max_logprobs}"
     assert limit["banned_token_ids"] == limit["allowed_token_ids"] == f"{request.max_listed_token_ids}"
 
-    fields_of = (pb.SamplingParams.DESCRIPTOR, pb.StopConditions.DESCRIPTOR)
-    named = {name for message in fields_of for name in message.fields_by_name} - {"n", "max_tokens"}
+    kibibytes = f"{request.max_structured_bytes >> 10} KiB"
+    assert limit["json_schema"] == f"{kibibytes} (`--max-grammar-bytes`)"
+    assert limit["regex"] == limit["grammar"] == kibibytes
+    assert limit["choices"] == f"{request.max_structured_choices} strings, {kibibytes} together"
+
+    fields_of = (pb.SamplingParams.DESCRIPTOR, pb.StructuredOutput.DESCRIPTOR, pb.StopConditions.DESCRIPTOR)
+    named = {name for message in fields_of for name in message.fields_by_name} - {"n", "max_tokens", "structured"}
     assert set(table) == named, "every field of the API, and no other"
     given = SamplingParams()
     for name, row in table.items():
@@ -79,7 +84,13 @@ def test_every_flag_and_target_that_is_named_exists() -> None:
     settings = {field.name for config in (SchedulerConfig, ExecutorConfig, ClientConfig) for field in fields(config)}
     flags = {
         flag.replace("-", "_")
-        for part in ("Limits", "Keys, TLS and tenants", "Restarts that nobody notices", "Not there yet")
+        for part in (
+            "Limits",
+            "What a request may ask for",
+            "Keys, TLS and tenants",
+            "Restarts that nobody notices",
+            "Not there yet",
+        )
         for flag in re.findall(r"--([a-z]+[a-z-]*)", section(part))
         if flag != "address"
     }

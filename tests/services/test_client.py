@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -61,7 +61,8 @@ def test_what_is_not_given_is_not_sent() -> None:
 
 
 def test_every_control_of_the_api_is_a_setting_of_that_name() -> None:
-    fields = {*pb.SamplingParams.DESCRIPTOR.fields_by_name, *pb.StopConditions.DESCRIPTOR.fields_by_name}
+    parts = (pb.SamplingParams, pb.StructuredOutput, pb.StopConditions)
+    fields = {name for part in parts for name in part.DESCRIPTOR.fields_by_name} - {"structured"}  # by its parts
 
     assert fields <= Settings.__annotations__.keys()
 
@@ -96,9 +97,29 @@ def test_controls_reach_the_request() -> None:
     assert request.stopping == pb.StopConditions(min_tokens=2, include_stop=True)
 
 
+def test_what_an_answer_must_be_reaches_the_request() -> None:
+    def asked(**settings: Any) -> pb.StructuredOutput:
+        return request_of("hi", cast("Settings", settings)).sampling.structured
+
+    assert asked(json_schema={"type": "null"}) == pb.StructuredOutput(json_schema='{"type": "null"}')
+    assert asked(json_schema='{"type":"null"}') == pb.StructuredOutput(json_schema='{"type":"null"}')
+    assert asked(json_object=True) == pb.StructuredOutput(json_object=True)
+    assert asked(regex="a+") == pb.StructuredOutput(regex="a+")
+    assert asked(grammar='start: "a"') == pb.StructuredOutput(grammar='start: "a"')
+    assert asked(choices=["a", "b"]) == pb.StructuredOutput(choices=pb.StringList(values=["a", "b"]))
+    assert asked(choices=[]).WhichOneof("kind") == "choices"
+    assert not request_of("hi", {}).sampling.HasField("structured")
+
+
 @pytest.mark.parametrize(
     ("prompt", "settings"),
-    [(None, {}), ("a", {"token_ids": [1]}), (None, {"token_ids": [1], "messages": []}), ("a", {"temprature": 1})],
+    [
+        (None, {}),
+        ("a", {"token_ids": [1]}),
+        (None, {"token_ids": [1], "messages": []}),
+        ("a", {"temprature": 1}),
+        ("a", {"regex": "a", "choices": ["a"]}),
+    ],
     ids=str,
 )
 def test_a_mistake_in_the_call_is_a_type_error(prompt: str | None, settings: Any) -> None:
@@ -120,6 +141,10 @@ def test_a_mistake_in_the_call_is_a_type_error(prompt: str | None, settings: Any
         ({"banned_token_ids": ["a"]}, "banned_token_ids"),
         ({"bad_words": [1]}, "bad_words"),
         ({"min_tokens": -1}, "min_tokens"),
+        ({"json_schema": {1, 2}}, "json_schema"),
+        ({"regex": 1}, "regex"),
+        ({"choices": [1]}, "choices"),
+        ({"choices": 1}, "choices"),
     ],
     ids=str,
 )

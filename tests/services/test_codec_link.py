@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import ExecutorRejected
-from common.sampling import SamplingParams
+from common.sampling import Grammar, SamplingParams
 from common.step import ExecutorFacts, Logprobs, NewSequence, Scored, StepPlan, StepResult
 from common.types import MAX_SLOTS, BlockId, SlotRef, slot_ref
 from protos import executor_pb2 as pb
@@ -54,6 +54,7 @@ SAMPLING = st.builds(
     bad_words=st.lists(st.lists(U32, min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
     logprobs=st.none() | U32,
     prompt_logprobs=st.none() | U32,
+    grammar=st.none() | st.builds(Grammar, st.sampled_from(["json_schema", "regex", "lark"]), st.text(max_size=9)),
 )
 
 LOGPROB = st.floats(-1000, 0, width=32) | st.just(-math.inf)

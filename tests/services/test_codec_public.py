@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import InvalidRequest
-from common.sampling import MAX_SEED, RequestLimits, SamplingParams
+from common.sampling import MAX_SEED, Grammar, RequestLimits, SamplingParams
 from common.step import Logprobs
 from common.types import FinishReason, Priority
 from protos import inference_pb2 as pb
@@ -135,6 +135,52 @@ def test_what_is_not_set_takes_its_default(kind: type[Request]) -> None:
         skip_special_tokens=True,
     )
     assert spec.request_id != ""
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "grammar"),
+    [
+        (pb.StructuredOutput(json_schema="{}"), "json_schema", Grammar("json_schema", "{}")),
+        (pb.StructuredOutput(regex="a|b"), "regex", Grammar("regex", "a|b")),
+        (pb.StructuredOutput(grammar="start: x"), "grammar", Grammar("lark", "start: x")),
+        (pb.StructuredOutput(json_object=True), "json_object", Grammar("json_schema", '{"type": "object"}')),
+        (
+            pb.StructuredOutput(choices=pb.StringList(values=["a", 'ü"\\\n', "a"])),
+            "choices",
+            Grammar("lark", 'start: "a" | "ü\\"\\\\\\n"'),
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else "",
+)
+def test_every_kind_of_structured_output_becomes_a_grammar(
+    asked: pb.StructuredOutput, field: str, grammar: Grammar
+) -> None:
+    spec = spec_of(pb.GenerateRequest(text="hi", sampling=pb.SamplingParams(structured=asked)))
+
+    assert (spec.structured, spec.sampling.grammar) == (field, grammar)
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "problem"),
+    [
+        (pb.StructuredOutput(), "structured", "one of json_schema, regex, grammar, choices, json_object must be set"),
+        (pb.StructuredOutput(json_object=False), "json_object", "must be true, or not set"),
+        (pb.StructuredOutput(regex=""), "regex", "must not be empty"),
+        (pb.StructuredOutput(json_schema="ü" * 32_769), "json_schema", "at most 65536 bytes, got 65538"),
+        (pb.StructuredOutput(choices=pb.StringList()), "choices", "is empty"),
+        (pb.StructuredOutput(choices=pb.StringList(values=["a", ""])), "choices", "has an empty string"),
+        (pb.StructuredOutput(choices=pb.StringList(values=["a"] * 1025)), "choices", "at most 1024, got 1025"),
+        (pb.StructuredOutput(choices=pb.StringList(values=["a" * 999] * 66)), "choices", "at most 65536 bytes"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else "",
+)
+def test_structured_output_that_says_nothing_or_too_much_is_refused(
+    asked: pb.StructuredOutput, field: str, problem: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=problem) as refusal:
+        spec_of(pb.GenerateRequest(text="hi", sampling=pb.SamplingParams(structured=asked)))
+
+    assert refusal.value.field == field
 
 
 @pytest.mark.parametrize("kind", [pb.GenerateRequest, pb.GenerateStreamRequest])

@@ -1,0 +1,159 @@
+"""Whether a caller's grammar can be compiled: asked of a worker, which compiles it within limits. Nothing does here.
+
+The worker (services/grammar_worker.py) is a process that is started with the first question, and again should it ever
+be lost. Its answers are remembered, so that most requests wait for none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import struct
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections import OrderedDict
+from hashlib import blake2b
+from typing import Final
+from weakref import WeakValueDictionary
+
+from common.errors import InvalidRequest, Overloaded, Unavailable
+from common.model_folder import ModelFolder
+from common.sampling import Grammar
+from services.children import ROOT
+from services.codec_link import grammar_to_pb
+
+_log = logging.getLogger(__name__)
+
+_LENGTH: Final = struct.Struct("<I")
+_LATE: Final = "\0"  # the worker's LATE, which is not imported: it would bring the executor's packages
+_START_S: Final = 30.0  # a large vocabulary on a busy machine
+_SLACK_S: Final = 2.0  # beyond what the worker allows a grammar: then the worker itself is stuck
+_MAX_LINE: Final = 64  # grammars that wait to be compiled
+_REMEMBERED_BYTES: Final = 1 << 20  # of answers and keys
+_ENTRY_BYTES: Final = 200  # what an entry takes beside its text
+
+
+class GrammarChecker:
+    """Asks one worker, one grammar at a time; tenants take turns."""
+
+    def __init__(self, model: ModelFolder, *, cpu_s: float = 0.25, memory_mib: int = 512) -> None:
+        """A grammar may take `cpu_s` of a processor's time, and `memory_mib` of memory."""
+        self._cpu_s = cpu_s
+        self._memory_mib = memory_mib
+        self._arguments = [str(model.path / "tokenizer.json"), str(model.vocab_size), *map(str, model.eos_token_ids)]
+        self._worker: asyncio.Task[Process] | None = None
+        self._no_tokenizer = ""  # what is wrong with it: nothing will ever be compiled
+        self._one_at_a_time = asyncio.Lock()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._asked: dict[bytes, asyncio.Task[str]] = {}  # those that wait or are compiled
+        self._known: OrderedDict[bytes, str] = OrderedDict()  # digest → what is wrong with it; the last used is last
+        self._known_bytes = 0
+
+    async def check(self, field: str, grammar: Grammar, tenant: str) -> None:
+        """Raise InvalidRequest, naming `field`, for a grammar that no text can be of, or that asks too much.
+
+        Raises Overloaded where too many wait or the machine is busy, Unavailable where the worker cannot be started.
+        """
+        message = grammar_to_pb(grammar).SerializeToString()
+        key = blake2b(message, digest_size=32).digest()
+        problem = self._known.get(key)
+        if problem is not None:
+            self._known.move_to_end(key)
+        else:
+            task = self._asked.get(key)
+            if task is None:
+                if len(self._asked) >= _MAX_LINE:
+                    raise Overloaded(f"{field}: {len(self._asked)} others wait to be compiled")
+                task = self._asked[key] = asyncio.create_task(self._ask(key, message, tenant))
+                task.add_done_callback(lambda _: self._asked.pop(key))
+            problem = await asyncio.shield(task)  # who leaves does not tear a frame in two
+        if problem:
+            raise InvalidRequest(field, problem)
+
+    async def close(self) -> None:
+        """End the worker."""
+        if self._worker is not None:
+            self._worker.cancel()
+            if self._worker.done() and not self._worker.cancelled() and self._worker.exception() is None:
+                await _kill(self._worker.result())
+
+    async def _ask(self, key: bytes, message: bytes, tenant: str) -> str:
+        """What is wrong with the grammar; empty when nothing is. Raises Unavailable, Overloaded."""
+        turn = self._turns.setdefault(tenant, asyncio.Lock())
+        async with turn, self._one_at_a_time:
+            worker = await self._ready()
+            if self._no_tokenizer:
+                return self._no_tokenizer
+            try:
+                async with asyncio.timeout(4 * self._cpu_s + _SLACK_S):
+                    problem = await _exchange(worker, message)
+            except (TimeoutError, asyncio.IncompleteReadError, OSError) as error:
+                _log.error("the worker for grammars is lost: %s", type(error).__name__)
+                self._worker = None
+                await _kill(worker)
+                raise Unavailable("structured output cannot be checked now") from None
+            if problem == _LATE:
+                raise Overloaded("the machine is too busy to check structured output")
+            self._remember(key, problem)
+            return problem
+
+    def _remember(self, key: bytes, problem: str) -> None:
+        self._known[key] = problem
+        self._known_bytes += len(problem) + _ENTRY_BYTES
+        while self._known_bytes > _REMEMBERED_BYTES:
+            _, oldest = self._known.popitem(last=False)
+            self._known_bytes -= len(oldest) + _ENTRY_BYTES
+
+    async def _ready(self) -> Process:
+        worker = self._worker or self._start()
+        try:
+            return await asyncio.shield(worker)
+        except (TimeoutError, asyncio.IncompleteReadError, OSError) as error:
+            _log.error("the worker for grammars cannot be started: %s", type(error).__name__)
+            self._worker = None
+            raise Unavailable("structured output cannot be checked now") from None
+
+    def _start(self) -> asyncio.Task[Process]:
+        self._worker = asyncio.create_task(self._run())
+        return self._worker
+
+    async def _run(self) -> Process:
+        """A worker that has loaded the tokenizer."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "services.grammar_worker", *self._arguments),
+            *("--cpu-s", str(self._cpu_s), "--memory-mib", str(self._memory_mib)),
+            *("--die-with-parent", str(os.getpid())),
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=DEVNULL,  # a library that fails may print a caller's words
+            env={  # nothing of ours: no key, no failpoint
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+            },
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+        try:
+            async with asyncio.timeout(_START_S):
+                self._no_tokenizer = await _frame(process)
+        except BaseException:
+            await _kill(process)
+            raise
+        return process
+
+
+async def _exchange(process: Process, message: bytes) -> str:
+    assert process.stdin is not None
+    process.stdin.write(_LENGTH.pack(len(message)) + message)
+    return await _frame(process)
+
+
+async def _frame(process: Process) -> str:
+    assert process.stdout is not None
+    (length,) = _LENGTH.unpack(await process.stdout.readexactly(_LENGTH.size))
+    return (await process.stdout.readexactly(length)).decode()
+
+
+async def _kill(process: Process) -> None:
+    if process.returncode is None:
+        process.kill()
+    await process.wait()
