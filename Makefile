@@ -13,7 +13,7 @@ STUBS := .venv/stubs
 stubs = $(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/*.proto
 
-.PHONY: help setup protos check test soak kill-run demo serve up bench bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming gpu-check
+.PHONY: help setup protos check test test-kernels test-compile soak kill-run demo serve up bench bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming gpu-check
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -60,6 +60,12 @@ check: setup ## format, lint, types, imports, protos
 
 test: setup ## run every test
 	$(BIN)/python -m pytest $(ARGS)
+
+test-kernels: setup ## of these, the GPU's: kernels in Triton's interpreter and what drives them
+	$(BIN)/python -m pytest tests/gpu --ignore tests/gpu/test_compile.py $(ARGS)
+
+test-compile: setup ## of these, that every kernel compiles for the GPUs it is for
+	$(BIN)/python -m pytest tests/gpu/test_compile.py $(ARGS)
 
 soak: setup ## search for faults that hurt, an hour; ARGS="--minutes 600 --first 2000000"
 	$(BIN)/python -m tests.faults.simulate --minutes 60 --first 100000 $(ARGS)

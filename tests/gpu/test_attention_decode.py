@@ -38,8 +38,12 @@ def test_rows_of_every_length_around_blocks_and_tiles(device: torch.device) -> N
     scene.check(scene.attend())
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 4, MAX_SPLITS])
-@pytest.mark.parametrize("layer", [Layer(), Layer(window=100, sinks=True, softcap=3.0)], ids=["plain", "all"])
+EVERYTHING = Layer(window=100, sinks=True, softcap=3.0)
+
+
+@pytest.mark.parametrize(
+    ("splits", "layer"), [*((splits, Layer()) for splits in (1, 2, 3, MAX_SPLITS)), (1, EVERYTHING), (3, EVERYTHING)]
+)
 def test_any_number_of_shares_gives_the_same(device: torch.device, splits: int, layer: Layer) -> None:
     scene = PagedScene(decodes((1, 65, 300)), replace(layer, num_kv_heads=1), device)
 
@@ -48,28 +52,28 @@ def test_any_number_of_shares_gives_the_same(device: torch.device, splits: int, 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 29])
 def test_every_group_size(device: torch.device, group: int) -> None:
-    scene = PagedScene(decodes((17, 90)), Layer(num_kv_heads=1, group=group), device)
+    scene = PagedScene(decodes((90,)), Layer(num_kv_heads=1, group=group), device)
 
     scene.check(scene.attend())
 
 
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(16, 16), (64, 64), (80, 80), (128, 128), (192, 128), (48, 64)])
 def test_every_head_dimension(device: torch.device, key_dim: int, value_dim: int) -> None:
-    scene = PagedScene(decodes((17, 90)), Layer(key_dim=key_dim, value_dim=value_dim, num_kv_heads=1), device)
+    scene = PagedScene(decodes((90,)), Layer(key_dim=key_dim, value_dim=value_dim, num_kv_heads=1), device)
 
     scene.check(scene.attend())
 
 
 @pytest.mark.parametrize("block_size", [4, 16, 32, 48, 256])
 def test_every_block_size(device: torch.device, block_size: int) -> None:
-    scene = PagedScene(decodes((1, 47, 48, 49, 257)), Layer(block_size=block_size, num_kv_heads=1), device)
+    scene = PagedScene(decodes((48, 49, 257)), Layer(block_size=block_size, num_kv_heads=1), device)
 
     scene.check(scene.attend())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_dtype(device: torch.device, dtype: torch.dtype) -> None:
-    scene = PagedScene(decodes((1, 150)), Layer(dtype=dtype, key_dim=128), device)
+    scene = PagedScene(decodes((1, 150)), Layer(dtype=dtype, key_dim=128, num_kv_heads=1), device)
 
     scene.check(scene.attend())
 
@@ -78,13 +82,13 @@ def test_every_dtype(device: torch.device, dtype: torch.dtype) -> None:
 def test_a_window_may_begin_anywhere_in_a_block_and_nothing_before_that_block_is_read(
     device: torch.device, window: int
 ) -> None:
-    scene = PagedScene(decodes((3, 40, 41, 90, 170)), Layer(window=window, num_kv_heads=1), device)
+    scene = PagedScene(decodes((3, 41, 170)), Layer(window=window, num_kv_heads=1), device)
 
     scene.check(scene.attend())
 
 
 def test_sinks_and_soft_caps_change_the_scores(device: torch.device) -> None:
-    scene = PagedScene(decodes((1, 30, 200)), Layer(sinks=True, softcap=2.0), device)
+    scene = PagedScene(decodes((1, 100)), Layer(sinks=True, softcap=2.0), device)
 
     scene.check(scene.attend())
 
@@ -101,7 +105,7 @@ def test_padding_rows_give_zeros(device: torch.device, splits: int) -> None:
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_a_row_gets_the_same_bits_at_any_place_of_the_batch(device: torch.device, splits: int) -> None:
-    scene = PagedScene(decodes((70, 5, 130, 16)), Layer(dtype=torch.bfloat16), device)
+    scene = PagedScene(decodes((70, 5, 130, 16)), Layer(dtype=torch.bfloat16, num_kv_heads=1), device)
     wanted = in_shares(scene, splits)
     order = torch.tensor([2, 0, 3, 1])
     scene.query = scene.query[order]

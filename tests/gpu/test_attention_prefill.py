@@ -28,8 +28,13 @@ def test_every_group_size(device: torch.device, group: int) -> None:
     scene.check(scene.attend())
 
 
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(16, 16), (64, 64), (80, 80), (128, 128), (192, 128), (48, 64)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim", "dtype"),
+    [
+        *((*dims, torch.float16) for dims in [(16, 16), (64, 64), (80, 80), (128, 128), (192, 128), (48, 64)]),
+        *((80, 80, dtype) for dtype in (torch.bfloat16, torch.float32)),
+    ],
+)
 def test_every_head_dimension_and_dtype(device: torch.device, key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
     layer = Layer(key_dim=key_dim, value_dim=value_dim, num_kv_heads=1, dtype=dtype)
     scene = PagedScene([(20, 7), (0, 35)], layer, device)
@@ -40,7 +45,7 @@ def test_every_head_dimension_and_dtype(device: torch.device, key_dim: int, valu
 @pytest.mark.parametrize("block_size", [4, 16, 32, 48, 256])
 def test_every_block_size(device: torch.device, block_size: int) -> None:
     layer = Layer(block_size=block_size, num_kv_heads=1, dtype=torch.float16)
-    scene = PagedScene([(47, 2), (250, 90), (0, 49)], layer, device)
+    scene = PagedScene([(47, 2), (250, 30)], layer, device)
 
     scene.check(scene.attend())
 
@@ -50,7 +55,7 @@ def test_a_window_may_begin_anywhere_in_a_block_and_nothing_before_that_block_is
     device: torch.device, window: int
 ) -> None:
     layer = Layer(window=window, num_kv_heads=1, dtype=torch.float16)
-    scene = PagedScene([(90, 1), (40, 3), (0, 100), (150, 30)], layer, device)
+    scene = PagedScene([(40, 3), (0, 70), (150, 9)], layer, device)
 
     scene.check(scene.attend())
 

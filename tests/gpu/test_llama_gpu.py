@@ -28,6 +28,7 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with biases and a scaled rotary embedding": (
         "llama",
         {
+            "num_hidden_layers": 1,
             "attention_bias": True,
             "mlp_bias": True,
             "rope_parameters": {
@@ -42,9 +43,9 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama of one KV head and its own output matrix": (
         "llama",
-        {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": False},
+        {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": False},
     ),
-    "mistral in a window": ("mistral", {"sliding_window": 6}),
+    "mistral in a window": ("mistral", {"num_hidden_layers": 1, "sliding_window": 6}),
     "qwen2, its second layer in a window": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
@@ -122,7 +123,7 @@ def test_the_fused_logits_are_those_of_transformers(name: str, dtype: str, tmp_p
 def test_a_slab_of_8_bits_gives_the_logits_of_keys_and_values_that_were_rounded_to_8_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = save_tiny("qwen3", tmp_path, head_dim=32)
+    folder = save_tiny("qwen3", tmp_path, head_dim=32, num_hidden_layers=1)
     found = mixed(Steps(opened(folder, kv_dtype=torch.float8_e4m3fn).forward, PROMPTS))
     stored = rotary.rope_and_store
 
@@ -151,7 +152,7 @@ def test_our_own_products_give_the_same_logits_with_norms_and_additions_inside(n
 
 
 def test_greedy_answers_are_those_of_transformers(tmp_path: Path) -> None:
-    folder = save_tiny("mistral", tmp_path)
+    folder = save_tiny("mistral", tmp_path, num_hidden_layers=1)
     steps = Steps(opened(folder).forward, PROMPTS)
 
     steps.every({0: 12})  # a chunk

@@ -23,6 +23,7 @@ class Case:
     norms: bool = False
 
 
+HALF = (torch.float16, torch.bfloat16)
 CASES = [
     Case(),
     Case(norms=True),
@@ -88,8 +89,14 @@ class World:
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, torch.float32) for case in CASES),
+        *((case, dtype) for case in (Case(norms=True), Case(dim=80, rotary_dim=32)) for dtype in HALF),
+    ],
+    ids=str,
+)
 def test_queries_are_turned_and_keys_and_values_lie_in_their_slots(
     case: Case, dtype: torch.dtype, device: torch.device
 ) -> None:

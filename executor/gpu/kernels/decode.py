@@ -322,9 +322,14 @@ def _cases(
             targets=targets,
         )
 
-    return [
+    attending = [
         case("decode", _decode, constants | {"SPLIT": False}, instructions),
         case("decode in shares", _decode, constants | {"SPLIT": True}, instructions),
+    ]
+    if slab:  # parts are combined as with any other slab
+        return attending
+    return [
+        *attending,
         case(
             "combine",
             _combine,
