@@ -12,6 +12,8 @@ static_assert(kFewestOnTiles <= kTileHeight, "the other kernel finds the scales 
 constexpr int64_t kGroupWords = kGroup / 4;  // of a row of the operand, and steps of a panel of bytes
 template <int KIND>
 constexpr int64_t kGroupScales = KIND == kInt8 ? 32 : 64;
+template <int KIND>
+constexpr int64_t kFetched = KIND == kInt8 ? 512 : 256;  // bytes of a group of half a panel
 
 static inline void shape_byte_tiles(int64_t rows) {
   TileShape shape;
@@ -44,10 +46,11 @@ static void sign_panel(const Linear& l, int64_t panel, uint32_t* to) {
 }
 
 // All rows, 16 by 16, through G groups of half a panel, to the float sums in `total`. While the sums of one group are added by
-// vector instructions, the tile unit is at the next but one, and those of the next are stored.
+// vector instructions, the tile unit is at the next but one, and those of the next are stored. `next`: what is fetched
+// meanwhile, half of the next panel, or null.
 template <int KIND, int G>
 static inline void multiply_groups(const Operand& a, int64_t rows, int64_t group, const uint32_t* words,
-                                   const uint16_t* scales, float (*total)[32]) {
+                                   const uint16_t* scales, const uint8_t* next, float (*total)[32]) {
   constexpr int64_t kStored = kGroupWords * 32;  // words of a group of a panel
   alignas(64) int32_t sums[4][kTileHeight][16];
   const int64_t stride = a.stride * 4, blocks = (rows + kTileHeight - 1) / kTileHeight, count = blocks * G;
@@ -108,6 +111,8 @@ static inline void multiply_groups(const Operand& a, int64_t rows, int64_t group
     for (int g = 0; g < G; g++) {
       if (item + g + 1 < count) keep(item + g + 1, (g + 1) % G);
       if (item + g + 2 < count) sum(block + (g + 2) / G, (g + 2) % G);
+      if (next && block == 0)
+        for (int64_t at = 0; at < kFetched<KIND>; at += 64) __builtin_prefetch(next + (group + g) * kFetched<KIND> + at, 0, 2);
       const int32_t(*const whole)[16] = sums[(item + g) % 4];
       const int64_t at = (block * a.groups + group + g) * kTileHeight;
       const float* const units = a.scales + at;
@@ -138,13 +143,15 @@ static void multiply_bytes_on_tiles(const Linear& l, const Operand& a, int64_t r
       const Operand some = a.from(from);
       for (int64_t half = 0; half < 32; half += 16) {
         float(*const to)[32] = (float(*)[32])(total[0] + half);
+        const uint8_t* const next =  // the first rows bring it
+            from == row ? (const uint8_t*)(l.words + (panel + 1) * panel_words(l)) + half / 16 * a.groups * kFetched<KIND> : nullptr;
         int64_t group = 0;
         for (; group + 4 <= a.groups; group += 4)
-          multiply_groups<KIND, 4>(some, count, group, words + half, scales + half, to);
+          multiply_groups<KIND, 4>(some, count, group, words + half, scales + half, next, to);
         switch (a.groups - group) {
-          case 3: multiply_groups<KIND, 3>(some, count, group, words + half, scales + half, to); break;
-          case 2: multiply_groups<KIND, 2>(some, count, group, words + half, scales + half, to); break;
-          case 1: multiply_groups<KIND, 1>(some, count, group, words + half, scales + half, to);
+          case 3: multiply_groups<KIND, 3>(some, count, group, words + half, scales + half, next, to); break;
+          case 2: multiply_groups<KIND, 2>(some, count, group, words + half, scales + half, next, to); break;
+          case 1: multiply_groups<KIND, 1>(some, count, group, words + half, scales + half, next, to);
         }
       }
       for (int64_t r = 0; r < count; r += kTileHeight)
