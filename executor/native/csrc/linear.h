@@ -102,7 +102,7 @@ static inline void multiply_bytes(const Linear& l, const Operand& a, const uint3
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int v = 0; v < 2 * P; v++) whole[r][v] = splat(KIND == kInt8 ? -128 * a.sums[r * a.groups + g] : 0);
+      for (int v = 0; v < 2 * P; v++) whole[r][v] = splat(KIND == kInt8 ? -128 * a.sums[a.at(r, g)] : 0);
     for (int64_t s = g * kPerGroup; s < (g + 1) * kPerGroup; s++) {
       u32x16 b[2 * P];
       fetch.step(s);
@@ -130,9 +130,9 @@ static inline void multiply_bytes(const Linear& l, const Operand& a, const uint3
       if (KIND == kInt4) least = widen(load<u16x16>(at + 32));
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-        const float unit = a.scales[r * a.groups + g];
+        const float unit = a.scales[a.at(r, g)];
         acc[r][v] += __builtin_convertvector(whole[r][v], f32x16) * (scale * unit);
-        if (KIND == kInt4) acc[r][v] += least * (unit * (float)a.sums[r * a.groups + g]);
+        if (KIND == kInt4) acc[r][v] += least * (unit * (float)a.sums[a.at(r, g)]);
       }
     }
   }
@@ -209,6 +209,8 @@ static void multiply_panels(const Linear& l, const Operand& a, int64_t row, int6
 
 #if defined(PAGEWIRE_AMX)
 #include "tiles.h"
+
+#include "byte_tiles.h"
 #else
 struct Tiles {};
 #endif
@@ -219,6 +221,8 @@ static void multiply(Team& team, int phase, const Linear& l, const Operand& a, i
   const int64_t panels = (l.n + 31) / 32, bands = (rows + kBandRows - 1) / kBandRows;
 #if defined(PAGEWIRE_AMX)
   if (l.kind == kBfloat16) shape_tiles(rows);
+  const bool on_byte_tiles = l.kind >= kInt8 && rows >= kFewestOnTiles;
+  if (on_byte_tiles) shape_byte_tiles(rows);
 #endif
   team.share(phase, panels * bands, rows <= kTileRows ? 8 : 4, [&](int64_t from, int64_t to) {
     while (from < to) {
@@ -226,6 +230,15 @@ static void multiply(Team& team, int phase, const Linear& l, const Operand& a, i
       const int64_t last = std::min(panels, first + (to - from));
       from += last - first;
       const int64_t row = band * kBandRows, count = std::min(rows - row, kBandRows);
+#if defined(PAGEWIRE_AMX)
+      if (on_byte_tiles) {
+        if (l.kind == kInt8)
+          multiply_bytes_on_tiles<kInt8>(l, a, row, count, first, last, e);
+        else
+          multiply_bytes_on_tiles<kInt4>(l, a, row, count, first, last, e);
+        continue;
+      }
+#endif
       switch (l.kind) {
         case kFloat32: multiply_panels<kFloat32Words>(l, a, row, count, first, last, e); break;
         case kBfloat16:

@@ -27,8 +27,8 @@ struct Workspace {
 
   Operand shared(const Linear& l) const { return operand(l, shared_words, shared_scales, shared_sums); }
   Operand own(const Linear& l, int thread) const {
-    return operand(l, own_words + thread * operand_rows(kFewRows) * words, own_scales + thread * kFewRows * groups,
-                   own_sums + thread * kFewRows * groups);
+    return operand(l, own_words + thread * operand_rows(kFewRows) * words, own_scales + thread * operand_rows(kFewRows) * groups,
+                   own_sums + thread * operand_rows(kFewRows) * groups);
   }
   LayerSpace layer(int64_t n, const float* in) const {
     LayerSpace space;
@@ -94,10 +94,10 @@ static Workspace lay_out_workspace(const Llama& m, int64_t T, int threads, int64
     take(w.normed, threads * w.widest);
     take(w.shared_words, operand_rows(T) * w.words);
     take(w.own_words, threads * operand_rows(kFewRows) * w.words);
-    take(w.shared_scales, T * w.groups);
-    take(w.own_scales, threads * kFewRows * w.groups);
-    take(w.shared_sums, T * w.groups);
-    take(w.own_sums, threads * kFewRows * w.groups);
+    take(w.shared_scales, operand_rows(T) * w.groups);
+    take(w.own_scales, threads * operand_rows(kFewRows) * w.groups);
+    take(w.shared_sums, operand_rows(T) * w.groups);
+    take(w.own_sums, threads * operand_rows(kFewRows) * w.groups);
     take(w.layers, w.layer_bytes ? w.layer_bytes * m.num_layers : layer_bytes);
     return take.bytes();
   };

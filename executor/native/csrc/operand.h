@@ -1,16 +1,3 @@
-// The left side of a product: rows of words, and for int8 their scales and (shifted) sums by group.
-struct Operand {
-  uint32_t* words;
-  int64_t stride;  // words a row
-  float* scales;   // (rows, groups)
-  int32_t* sums;   // (rows, groups) of the bytes
-  int64_t groups;
-
-  Operand from(int64_t row) const {
-    return {words + row * stride, stride, scales + row * groups, sums + row * groups, groups};
-  }
-};
-
 static inline int per_word(int32_t kind) { return kind == kFloat32 ? 1 : kind == kBfloat16 ? 2 : 4; }
 
 // Sixteen columns of one row of `x` to the operand of a product; float32 and bfloat16 only.
@@ -31,6 +18,23 @@ constexpr int64_t kTileHeight = 1, kTileWords = 1;
 static inline bool lies_in_tiles(int32_t) { return false; }
 #endif
 
+// The left side of a product: rows of words, and for int8 their scales and (shifted) sums by group.
+struct Operand {
+  uint32_t* words;
+  int64_t stride;  // words a row
+  float* scales;   // by tiles of rows: (operand_rows / kTileHeight, groups, kTileHeight)
+  int32_t* sums;   // the same, of the bytes
+  int64_t groups;
+
+  int64_t at(int64_t row, int64_t group) const {
+    return (row / kTileHeight * groups + group) * kTileHeight + row % kTileHeight;
+  }
+  // The rows from `row` on; of a kind with scales, those of the same tile.
+  Operand from(int64_t row) const {
+    return {words + row * stride, stride, scales + at(row, 0), sums + at(row, 0), groups};
+  }
+};
+
 static inline int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
 static inline int64_t operand_rows(int64_t rows) { return whole(rows, kTileHeight); }  // that there must be room for
 static inline int64_t operand_stride(int32_t kind, int64_t k) {
@@ -46,26 +50,26 @@ static inline void put_operand(int32_t kind, uint32_t* words, int64_t stride, in
 }
 
 // Quantise one row to signed bytes, a scale for each group.
-static inline void quantise(const float* x, const Operand& to) {
+static inline void quantise(const float* x, const Operand& to, int64_t row) {
   for (int64_t g = 0; g < to.groups; g++) {
     const f32x16 a = load<f32x16>(x + g * kGroup), b = load<f32x16>(x + g * kGroup + 16);
     const float top = highest(vmax(vmax(a, -a), vmax(b, -b)));
     const float inverse = top > 0 ? 127.f / top : 0.f;
     const i32x16 p = __builtin_convertvector(rounded(a * inverse), i32x16);
     const i32x16 q = __builtin_convertvector(rounded(b * inverse), i32x16);
-    int8_t* bytes = (int8_t*)to.words + g * kGroup;
+    int8_t* bytes = (int8_t*)(to.words + row * to.stride) + g * kGroup;
     store(bytes, __builtin_convertvector(p, i8x16));
     store(bytes + 16, __builtin_convertvector(q, i8x16));
     const i32x16 both = p + q;
     int32_t total = 0;
     for (int i = 0; i < 16; i++) total += both[i];
-    to.scales[g] = top == top ? top / 127.f : top;  // NaN stays NaN
-    to.sums[g] = total;
+    to.scales[to.at(row, g)] = top == top ? top / 127.f : top;  // NaN stays NaN
+    to.sums[to.at(row, g)] = total;
   }
 }
 
 static inline void prepare(const float* x, const Linear& l, const Operand& to, int64_t row) {
-  if (l.kind >= kInt8) return quantise(x, to.from(row));
+  if (l.kind >= kInt8) return quantise(x, to, row);
   for (int64_t i = 0; i < l.k; i += 16) put_operand(l.kind, to.words, to.stride, row, i, load<f32x16>(x + i));
 }
 

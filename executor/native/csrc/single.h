@@ -5,14 +5,14 @@ static void linear(const Linear& l, const Rows& x, const Rows& y, int64_t rows) 
   const int64_t words = operand_stride(l.kind, l.k), groups = l.kind >= kInt8 ? l.k / kGroup : 0;
   const int threads = num_threads();
   const int64_t out_bytes = y.kind == kFloat32 ? 0 : rows * l.n * 4;
-  char* at = scratch(operand_rows(rows) * words * 4 + rows * groups * 8 + threads * l.k * 4 + out_bytes + 256);
+  char* at = scratch(operand_rows(rows) * words * 4 + operand_rows(rows) * groups * 8 + threads * l.k * 4 + out_bytes + 256);
   const auto take = [&](int64_t bytes) {
     char* p = at;
     at += (bytes + 63) / 64 * 64;
     return p;
   };
-  const Operand in{(uint32_t*)take(operand_rows(rows) * words * 4), words, (float*)take(rows * groups * 4),
-                   (int32_t*)take(rows * groups * 4), groups};
+  const Operand in{(uint32_t*)take(operand_rows(rows) * words * 4), words, (float*)take(operand_rows(rows) * groups * 4),
+                   (int32_t*)take(operand_rows(rows) * groups * 4), groups};
   float* const row_of = (float*)take(threads * l.k * 4);
   float* const out = y.kind == kFloat32 ? (float*)y.data : (float*)take(out_bytes);
   on_team(4, [&](Team& team, int thread) {

@@ -1,0 +1,68 @@
+"""Weights of 8 and 4 bits: a row has the same products, bit for bit, alone and among as many as there may be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from executor.native.library import INT4, INT8, native
+from executor.native.packed import PackedLinear, Pages, pack
+
+ROWS = (
+    2,
+    6,
+    7,
+    12,
+    13,
+    15,
+    16,
+    17,
+    32,
+    50,
+    130,
+    400,
+)  # every way to deal rows to tiles, and more than go through at once
+INPUTS = (32, 64, 96, 128, 160, 288)  # one group to nine: four of them lie in tiles at a time
+
+
+def product(linear: PackedLinear, x: Tensor) -> Tensor:
+    y = torch.empty(len(x), linear.struct.n)
+    native().linear(linear.struct, x, y)
+    return y
+
+
+@pytest.mark.parametrize("kind", [INT8, INT4], ids=["int8", "int4"])
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_a_row_among_many_has_the_bits_that_it_has_alone(isa: str, inputs: int, kind: int) -> None:
+    torch.manual_seed(inputs)
+    x = torch.randn(max(ROWS), inputs) * torch.rand(max(ROWS), 1) * 10
+    linear = pack(native(), Pages(), torch.randn(70, inputs), torch.randn(70), kind=kind)  # the last panel is padded
+
+    alone = torch.cat([product(linear, row) for row in x.split(1)])
+
+    for rows in ROWS:
+        assert torch.equal(product(linear, x[:rows]), alone[:rows]), rows
+
+
+@pytest.mark.parametrize(("kind", "most"), [(INT8, 0.02), (INT4, 0.15)], ids=["int8", "int4"])
+def test_the_products_are_nearly_those_of_the_weights_as_they_were(isa: str, kind: int, most: float) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 320), torch.randn(96, 320)
+
+    found, wanted = product(pack(native(), Pages(), weight, kind=kind), x), x @ weight.T
+
+    assert (found - wanted).norm() / wanted.norm() < most
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_row_that_is_no_number_spoils_no_other(isa: str, rows: int) -> None:
+    torch.manual_seed(0)
+    x, linear = torch.randn(rows, 64), pack(native(), Pages(), torch.randn(32, 64), kind=INT8)
+    spoiled = x.clone()
+    spoiled[-1] = torch.nan
+
+    found = product(linear, spoiled)
+
+    assert found[-1].isnan().all()
+    assert torch.equal(found[:-1], product(linear, x)[:-1])
