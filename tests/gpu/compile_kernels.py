@@ -39,7 +39,10 @@ def compile_case(case: CompileCase, sm: int) -> dict[str, Any]:
     """Compile for compute capability `sm`; return what the machine code takes and which instructions it has."""
     kernel = case.kernel
     signature = {name: case.signature.get(name, "constexpr") for name in kernel.arg_names}
-    constants = {(kernel.arg_names.index(name),): value for name, value in case.constants.items()}
+    given = dict(case.constants)
+    if "OVERLAP" in given:
+        given["OVERLAP"] = sm >= 90  # as executor/gpu/kernels/overlap.py has it
+    constants = {(kernel.arg_names.index(name),): value for name, value in given.items()}
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes(kernel, signature)),
         target=GPUTarget("cuda", sm, 32),
