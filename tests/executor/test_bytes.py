@@ -9,20 +9,7 @@ from torch import Tensor
 from executor.native.library import INT4, INT8, native
 from executor.native.packed import PackedLinear, Pages, pack
 
-ROWS = (
-    2,
-    6,
-    7,
-    12,
-    13,
-    15,
-    16,
-    17,
-    32,
-    50,
-    130,
-    400,
-)  # every way to deal rows to tiles, and more than go through at once
+ROWS = (2, 6, 7, 15, 16, 17, 32, 50, 64, 130, 400)  # every way to deal rows to tiles, and more than go through at once
 INPUTS = (32, 64, 96, 128, 160, 288)  # one group to nine: four of them lie in tiles at a time
 
 
@@ -39,7 +26,7 @@ def test_a_row_among_many_has_the_bits_that_it_has_alone(isa: str, inputs: int, 
     x = torch.randn(max(ROWS), inputs) * torch.rand(max(ROWS), 1) * 10
     linear = pack(native(), Pages(), torch.randn(70, inputs), torch.randn(70), kind=kind)  # the last panel is padded
 
-    alone = torch.cat([product(linear, row) for row in x.split(1)])
+    alone = torch.cat([product(linear, x[row : row + 1]) for row in range(len(x))])
 
     for rows in ROWS:
         assert torch.equal(product(linear, x[:rows]), alone[:rows]), rows

@@ -5,9 +5,9 @@
 //
 // Tiles: 0 and 1 sums; 2 and 3 rows of the operand; 4 to 7 groups of weights, which stay while rows go through them.
 
-constexpr int64_t kFewestOnTiles = 13;  // rows: fewer take the tile unit as long as 16, and AVX-512 less
-constexpr int64_t kRowsAtOnce = 128;    // that go through four groups before the next four
-static_assert(kFewestOnTiles <= kTileHeight, "the other kernel finds the scales of one tile of rows");
+// Rows: fewer take the tile unit as long, and AVX-512 less. Of 4 bits a group's sums need a fourth instruction.
+constexpr int64_t fewest_on_tiles(int32_t kind) { return kind == kInt8 ? 16 : 64; }
+constexpr int64_t kRowsAtOnce = 128;  // that go through four groups before the next four
 
 constexpr int64_t kGroupWords = kGroup / 4;  // of a row of the operand, and steps of a panel of bytes
 template <int KIND>

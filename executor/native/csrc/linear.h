@@ -90,8 +90,8 @@ static inline void multiply_words(const Linear& l, const Operand& a, const uint3
 }
 
 template <int KIND, int R, int P>
-static inline void multiply_bytes(const Linear& l, const Operand& a, const uint32_t* w, int64_t panel, const Fetch& fetch,
-                                  f32x16 (&acc)[R][2 * P]) {
+static inline void multiply_bytes(const Linear& l, const Operand& a, int64_t row, const uint32_t* w, int64_t panel,
+                                  const Fetch& fetch, f32x16 (&acc)[R][2 * P]) {
   constexpr int kPerGroup = KIND == kInt8 ? 8 : 4;  // stored steps of a group
   const int64_t stride = panel_words(l), group_scales = KIND == kInt8 ? 32 : 64;
   const uint16_t* scales = l.scales + panel * a.groups * group_scales;
@@ -102,7 +102,7 @@ static inline void multiply_bytes(const Linear& l, const Operand& a, const uint3
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int v = 0; v < 2 * P; v++) whole[r][v] = splat(KIND == kInt8 ? -128 * a.sums[a.at(r, g)] : 0);
+      for (int v = 0; v < 2 * P; v++) whole[r][v] = splat(KIND == kInt8 ? -128 * a.sums[a.at(row + r, g)] : 0);
     for (int64_t s = g * kPerGroup; s < (g + 1) * kPerGroup; s++) {
       u32x16 b[2 * P];
       fetch.step(s);
@@ -110,7 +110,7 @@ static inline void multiply_bytes(const Linear& l, const Operand& a, const uint3
       for (int v = 0; v < 2 * P; v++) b[v] = load<u32x16>(w + (v / 2) * stride + s * 32 + (v % 2) * 16);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-        const uint32_t* x = a.words + r * a.stride + (KIND == kInt8 ? s : 2 * s);
+        const uint32_t* x = a.words + (row + r) * a.stride + (KIND == kInt8 ? s : 2 * s);
 #pragma GCC unroll 8
         for (int v = 0; v < 2 * P; v++) {
           if (KIND == kInt8) {
@@ -130,9 +130,9 @@ static inline void multiply_bytes(const Linear& l, const Operand& a, const uint3
       if (KIND == kInt4) least = widen(load<u16x16>(at + 32));
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-        const float unit = a.scales[a.at(r, g)];
+        const float unit = a.scales[a.at(row + r, g)];
         acc[r][v] += __builtin_convertvector(whole[r][v], f32x16) * (scale * unit);
-        if (KIND == kInt4) acc[r][v] += least * (unit * (float)a.sums[a.at(r, g)]);
+        if (KIND == kInt4) acc[r][v] += least * (unit * (float)a.sums[a.at(row + r, g)]);
       }
     }
   }
@@ -149,15 +149,14 @@ static void multiply_tile(const Linear& l, const Operand& a, const uint32_t* wor
     fetch.from = (const uint8_t*)(words + panel_words(l));
     if (SOURCE == kExpandedWords || SOURCE == kCompactWords) fetch = {compact_panel(l, panel + 1), kPairBytes / 2};
   }
-  const Operand rows = a.from(row);
   if constexpr (SOURCE == kInt8Words)
-    multiply_bytes<kInt8, R, P>(l, rows, words, panel, fetch, acc);
+    multiply_bytes<kInt8, R, P>(l, a, row, words, panel, fetch, acc);
   else if constexpr (SOURCE == kInt4Words)
-    multiply_bytes<kInt4, R, P>(l, rows, words, panel, fetch, acc);
+    multiply_bytes<kInt4, R, P>(l, a, row, words, panel, fetch, acc);
   else if constexpr (SOURCE == kCompactWords || SOURCE == kKeptWords)
-    multiply_compact<R, P, SOURCE == kKeptWords>(l, rows, panel, fetch, const_cast<uint32_t*>(words), acc);
+    multiply_compact<R, P, SOURCE == kKeptWords>(l, a.from(row), panel, fetch, const_cast<uint32_t*>(words), acc);
   else
-    multiply_words<SOURCE == kFloat32Words, R, P>(l, rows, words, fetch, acc);
+    multiply_words<SOURCE == kFloat32Words, R, P>(l, a.from(row), words, fetch, acc);
   finish<R, P>(l, e, row, panel, acc);
 }
 
@@ -221,7 +220,7 @@ static void multiply(Team& team, int phase, const Linear& l, const Operand& a, i
   const int64_t panels = (l.n + 31) / 32, bands = (rows + kBandRows - 1) / kBandRows;
 #if defined(PAGEWIRE_AMX)
   if (l.kind == kBfloat16) shape_tiles(rows);
-  const bool on_byte_tiles = l.kind >= kInt8 && rows >= kFewestOnTiles;
+  const bool on_byte_tiles = l.kind >= kInt8 && rows >= fewest_on_tiles(l.kind);
   if (on_byte_tiles) shape_byte_tiles(rows);
 #endif
   team.share(phase, panels * bands, rows <= kTileRows ? 8 : 4, [&](int64_t from, int64_t to) {

@@ -29,7 +29,7 @@ struct Operand {
   int64_t at(int64_t row, int64_t group) const {
     return (row / kTileHeight * groups + group) * kTileHeight + row % kTileHeight;
   }
-  // The rows from `row` on; of a kind with scales, those of the same tile.
+  // The rows from `row` on; of a kind with scales, `row` is a multiple of kTileHeight.
   Operand from(int64_t row) const {
     return {words + row * stride, stride, scales + at(row, 0), sums + at(row, 0), groups};
   }
