@@ -6,6 +6,7 @@ memory is taken, so that a step of decode rows can be captured as a CUDA graph.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
@@ -25,17 +26,22 @@ if TYPE_CHECKING:
 
     from executor.llama_folder import FolderLlama
 
+_log = logging.getLogger(__name__)
+
 _DTYPES: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _MEASURED: Final = (9, 0)  # compute capability from which on our products were held against torch's
 # On an H200 a step of one row takes 0.78 ms with ours and 1.35 with torch's (Qwen3-0.6B), 4.27 and 4.50 (Llama 3 8B).
 # With 8 rows and more, cut by rule of thumb, ours are never faster.
 _MOST_SKINNY_ROWS: Final = 1
+_MOST_DISTANCE: Final = {torch.float32: 1e-2}  # of logits, to the largest of them: what ways to round add up to
+_MOST_DISTANCE_HALF: Final = 0.1
 _ALIGNMENT: Final = 128  # tokens: so many rows of any width end at a multiple of 256 bytes
 
 
 class Linear(Protocol):
     """The product with one matrix: of rows (T, inputs), to rows (T, outputs)."""
 
+    most_rows: int  # rows up to which it is a kernel of our own
     most_fused: int  # rows up to which `fused` may be called
 
     def __call__(self, x: Tensor, out: Tensor) -> object:
@@ -59,11 +65,14 @@ class Linear(Protocol):
     ) -> object:
         """The product of RMS-normed rows, where there is a `norm` (inputs,), or of `gated` ones. May add to `out`."""
 
+    def give_up(self) -> None:
+        """Leave every product to torch from now on."""
+
 
 class MatmulLinear:
     """torch's own product."""
 
-    most_fused = 0
+    most_rows = most_fused = 0
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """`weight` (outputs, inputs) and `bias` (outputs,), of one dtype and on one device."""
@@ -94,6 +103,9 @@ class MatmulLinear:
     ) -> object:
         """Of no rows at all."""
         raise NotImplementedError
+
+    def give_up(self) -> None:
+        """There is nothing to give up."""
 
 
 def linears_for(device: torch.device) -> Callable[[Tensor, Tensor | None], Linear]:
@@ -167,11 +179,30 @@ class GpuLlama:
         tied = lm_head.weight.data_ptr() == body.embed_tokens.weight.data_ptr()
         head = self._embedding if tied else self._bring(lm_head.weight)
         self._head = self._linear(head, None if lm_head.bias is None else self._bring(lm_head.bias))
-        every = [each for layer in self._layers for each in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        self._most_fused = min(each.most_fused for each in (*every, self._head))
+        self._most_fused = min(each.most_fused for each in self._linears())
         self._logits = head.new_empty(max_rows, len(head))
         self._scratch = _Scratch.take(self._widths, max_tokens, self._embedding)
         self._workspace = Workspace([layer.shape for layer in needs], max_rows=max_rows, device=self._device)
+
+    def check_products(self, tables: DeviceTables) -> None:
+        """Hold a step of one row, where products may be our own, against one of several, where they are torch's.
+
+        Where the two disagree, torch does all from then on, and the log says so: a compiler for a GPU that nobody tried
+        may make of a kernel what no test has seen. Before any step: `tables` are empty, the slab's first block is
+        overwritten, and the device is waited for.
+        """
+        own_rows = max(linear.most_rows for linear in self._linears())
+        if own_rows == 0:
+            return
+        one, several = (
+            self.forward(_nobody(rows, self._device), tables)[0].float().clone() for rows in (1, own_rows + 1)
+        )
+        distance = float((one - several).abs().max() / several.abs().max())
+        if not distance <= _MOST_DISTANCE.get(self._logits.dtype, _MOST_DISTANCE_HALF):  # NaN, too
+            _log.warning("our own products are off by %.2g on this device: torch does them all", distance)
+            self._most_fused = 0
+            for linear in self._linears():
+                linear.give_up()
 
     def forward(self, inputs: StepInputs, tables: DeviceTables) -> Tensor:
         """Compute every token of the step; return logits (S + P, vocab_size) in the model's dtype.
@@ -277,6 +308,9 @@ class GpuLlama:
         """Whether the products do norms and additions, too: `normed` and `x` are not written then."""
         return len(rows.residual) <= self._most_fused
 
+    def _linears(self) -> list[Linear]:
+        return [*(each for layer in self._layers for each in layer.linears), self._head]
+
     def _by_heads(self, rows: Tensor) -> Tensor:
         return rows.view(-1, self._widths.num_heads, self._widths.head_dim)
 
@@ -331,6 +365,10 @@ class _Layer:
     cos_sin: Tensor | None  # (max_positions, rotary_dim) float32; None in a layer without positions
     scale: float
     window: int | None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -412,6 +450,20 @@ class _Scratch:
         torch.index_select(self.attended, 0, indices, out=rows.query)
         torch.index_select(self.residual, 0, indices, out=rows.normed)
         return replace(rows, attended=rows.query, residual=rows.normed, normed=rows.residual)
+
+
+def _nobody(rows: int, device: torch.device) -> StepInputs:
+    """So many rows of one token each, all of them the same, in the first block."""
+    zeros, ones = (
+        torch.zeros(rows, dtype=torch.int32, device=device),
+        torch.ones(rows, dtype=torch.int32, device=device),
+    )
+    order = torch.arange(rows + 1, dtype=torch.int32, device=device)
+    return StepInputs(
+        num_decodes=rows, max_query_len=1, max_seq_len=1,
+        token_places=zeros, positions=zeros, slot_mapping=zeros, query_start_loc=order, seq_lens=ones, table_rows=zeros,
+        logits_indices=order[:-1], sampled_slots=zeros, sampled_places=zeros, sampled_indices=zeros,
+    )  # fmt: skip
 
 
 def _starts(widths: Iterable[int]) -> list[int]:

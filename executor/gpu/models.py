@@ -33,6 +33,10 @@ class GpuModel(Protocol):
         """Compute every token of the step; return logits (S + P, V), void at the next call. Waits for nothing."""
         ...
 
+    def check(self, tables: DeviceTables) -> None:
+        """See whether what was made for this device computes what it should; called once, before any step."""
+        ...
+
 
 class OpenModel(Protocol):
     """Makes the forward of a model that was loaded."""
@@ -91,6 +95,8 @@ def open_gpu_model(
 class _Fused(Protocol):
     def forward(self, inputs: StepInputs, tables: DeviceTables, /) -> Tensor: ...
 
+    def check_products(self, tables: DeviceTables, /) -> None: ...
+
 
 class FusedForward:
     """A forward that is made for the device, and knows nothing of the host."""
@@ -103,6 +109,10 @@ class FusedForward:
     def forward(self, inputs: StepInputs, tables: DeviceTables, batch: InputBatch | None = None) -> Tensor:
         """As in GpuModel."""
         return self._model.forward(inputs, tables)
+
+    def check(self, tables: DeviceTables) -> None:
+        """As in GpuModel."""
+        self._model.check_products(tables)
 
 
 class PagedForward:
@@ -128,6 +138,9 @@ class PagedForward:
         return self._model.forward_on_device(
             token_ids, inputs.positions.long(), inputs.logits_indices.long(), self._step(inputs, tables, batch)
         )
+
+    def check(self, tables: DeviceTables) -> None:
+        """What was swapped was held against the model's own modules when it was."""
 
     def _step(self, inputs: StepInputs, tables: DeviceTables, batch: InputBatch | None) -> AttentionStep:
         if not self.reads_host:

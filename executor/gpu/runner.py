@@ -169,6 +169,7 @@ class GpuRunner:
         clock.tell("kernels")
         report("KV cache", 0, 1)
         self._warm_up()
+        self._model.check(self._tables.tables)
         num_blocks, max_model_len = fit_slab(
             shapes,
             block_size=self._block_size,

@@ -151,6 +151,30 @@ def test_our_own_products_give_the_same_logits_with_norms_and_additions_inside(n
     assert worst(alone(Steps(model.forward, PROMPTS)), plain(folder)) < MOST["float32"]
 
 
+@pytest.mark.parametrize(("factor", "kept"), [(1.0, True), (1.5, False)])
+def test_own_products_that_compute_something_else_here_are_left_to_torch(
+    factor: float, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    launch = SkinnyLinears.launch
+
+    def miscompiled(
+        self: SkinnyLinears, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, **told: Any
+    ) -> None:
+        launch(self, x, weight, bias, out, **told)
+        out *= factor
+
+    monkeypatch.setattr(SkinnyLinears, "launch", miscompiled)
+    folder = save_tiny("llama", tmp_path, num_hidden_layers=1)
+    model = opened(folder, linear=SkinnyLinears(DEVICE, most_rows=1).make)
+
+    tables = Steps(model.forward, PROMPTS).tables()
+    model.check_products(replace(tables, block_tables=torch.zeros_like(tables.block_tables)))
+
+    assert model._most_fused == int(kept)
+    assert ("torch does them all" in caplog.text) is not kept
+    assert worst(alone(Steps(model.forward, PROMPTS)), plain(folder)) < MOST["float32"]
+
+
 def test_greedy_answers_are_those_of_transformers(tmp_path: Path) -> None:
     folder = save_tiny("mistral", tmp_path, num_hidden_layers=1)
     steps = Steps(opened(folder).forward, PROMPTS)

@@ -30,6 +30,9 @@ class TorchForward:
         self._cache = cache
         self.seen: list[StepInputs] = []  # of every forward
 
+    def check(self, tables: DeviceTables) -> None:
+        """There is nothing to doubt."""
+
     def forward(self, inputs: StepInputs, tables: DeviceTables, batch: InputBatch | None = None) -> Tensor:
         self.seen.append(inputs)
         token_ids = tables.token_ids.view(-1)[inputs.token_places].long()

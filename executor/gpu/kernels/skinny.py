@@ -159,6 +159,10 @@ class SkinnyLinear:
             torch.addmm(self._bias, x, self._weight.t(), out=out)
         return out
 
+    def give_up(self) -> None:
+        """Leave every product to torch from now on. Not once a graph was captured: it keeps what it has."""
+        self.most_rows = self.most_gated = self.most_fused = 0
+
     def gated(self, gate_up: Tensor, middle: Tensor, out: Tensor) -> object:
         """Write the product of silu(gate) * up to `out`, gated on the way in for very few rows, else in `middle`."""
         if 0 < len(gate_up) <= min(self.most_gated, self.most_rows):
