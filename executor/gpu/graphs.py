@@ -33,8 +33,12 @@ _FIRST_TOKENS: Final = frozenset({64, 128, 256, 512, 1024, 2048})
 _LEAST_UPDATES: Final = 64  # entries of the tables that may change in a step of few tokens, and still be one copy
 
 _SMALL_MIXED: Final = (64, 128, 256, 384)  # tokens: the device waits for weights and launches, and padding is free
-_FEW_DECODES: Final = 16  # more of them mean more programs of nobody, and fewer shares for each row's keys
-_FEW_DECODES_UP_TO: Final = 2048  # tokens: behind them the rest of the step takes so long that it makes no difference
+_FEW_DECODES: Final = {16: 2048, 64: 1024}
+"""Decode rows that there is room for in graphs of up to so many tokens, beside those for all rows.
+
+More rows mean more programs and logits of nobody, and fewer shares for each row's keys. In larger steps the rest takes
+so long that it makes no difference.
+"""
 _PREFILLS: Final = (8, 64)  # rows with several tokens that a mixed graph has at least and at most
 _TOKENS_A_PREFILL: Final = 16
 
@@ -174,13 +178,13 @@ def mixed_shapes(max_tokens: int, max_rows: int) -> list[Shape]:
         least, most = _PREFILLS
         num_prefills = min(max_rows, max(least, min(most, num_tokens // _TOKENS_A_PREFILL)))
         widest = min(max_rows, num_tokens)
-        few = {min(widest, _FEW_DECODES)} if num_tokens <= _FEW_DECODES_UP_TO else set[int]()
+        few = {min(widest, rows) for rows, most_tokens in _FEW_DECODES.items() if num_tokens <= most_tokens}
         for num_decodes in sorted({widest, *few}):
             shape = Shape(
                 num_tokens=num_tokens,
                 num_rows=num_decodes + num_prefills,
                 num_decodes=num_decodes,
-                num_sampled=min(max_rows, num_decodes + num_prefills),
+                num_sampled=min(max_rows, num_tokens, num_decodes + num_prefills),  # each row has a token
             )
             shapes.append(shape)
     return shapes

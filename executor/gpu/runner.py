@@ -444,12 +444,13 @@ class GpuRunner:
 
     def _compile(self) -> None:
         """Compile the kernels of whatever is run or captured, beside each other. What they would compute is void."""
-        if self._device.torch_device.type != "cuda":
+        where = self._device.torch_device
+        if where.type != "cuda":
             return
         from executor.gpu.compiling import compiling_ahead
 
         most = min(self._max_step_tokens, self._resident.max_model_len * self._max_sequences)
-        with compiling_ahead():
+        with compiling_ahead(lambda: torch.cuda.set_device(where)):
             for rows in buckets_for(self._max_sequences):
                 self._run_once(self._nobody(0, num_decodes=rows))
             for num_tokens in {min(most, 64), min(most, 512), most}:

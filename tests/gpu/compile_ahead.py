@@ -17,6 +17,22 @@ from executor.gpu.kernels import activation, norm
 class NoDevice:
     """What Triton asks of a driver until it launches."""
 
+    def __init__(self) -> None:
+        self.utils = self
+        self.loaded: list[str] = []
+
+    def launcher_cls(self, _source: Any, metadata: Any) -> Any:
+        """Makes what launches a kernel."""
+        return lambda: metadata.name
+
+    def get_device_properties(self, _device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 << 10}
+
+    def load_binary(self, name: str, _binary: bytes, _shared: int, _device: int) -> tuple[int, int, int, int, int]:
+        """Returns handles, then registers, spills, threads at most."""
+        self.loaded.append(name)
+        return 1, 1, 32, 0, 1024
+
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
 
@@ -28,9 +44,10 @@ class NoDevice:
 
 
 def main() -> None:
-    """Print what was compiled, whether a later launch finds it, and whether anything ran."""
+    """Print what was compiled and loaded, whether a later launch finds it, and whether anything ran."""
     active: Any = driver
-    active.set_active(NoDevice())
+    device = NoDevice()
+    active.set_active(device)
     jit: Any = JITFunction
     run = jit.run
     x = torch.full((4, 64), 3.0)
@@ -52,6 +69,7 @@ def main() -> None:
     told = {
         "compiled": compiled,
         "again": again == compiled,
+        "loaded": sorted(device.loaded),
         "untouched": bool((x == 3).all()) and bool((out == 3).all()),
     }
     print(json.dumps(told))

@@ -28,3 +28,4 @@ def test_what_is_launched_inside_is_compiled_and_not_run(tmp_path: Path) -> None
     told = json.loads(ran.stdout)
     assert [len(keys) for keys in told["compiled"].values()] == [1, 1]
     assert told["again"] and told["untouched"]
+    assert told["loaded"] == sorted(told["compiled"])

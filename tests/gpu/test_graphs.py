@@ -118,7 +118,9 @@ def test_a_step_takes_the_smallest_graph_that_holds_it() -> None:
         (step(65, decodes=0, prompts=1), (128, 16)),
         (step(64, decodes=0, prompts=9), (256, 16)),  # room for more rows of several tokens
         (step(513, decodes=1, prompts=1), (640, 16)),
+        (step(600, decodes=60, prompts=1), (640, 64)),
         (step(600, decodes=100, prompts=1), (640, 256)),
+        (step(1100, decodes=60, prompts=1), (1280, 256)),
         (step(2100, decodes=1, prompts=1), (2560, 256)),
         (step(8192, decodes=192, prompts=64), (8192, 256)),
         (step(8192, decodes=0, prompts=65), None),

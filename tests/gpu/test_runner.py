@@ -21,6 +21,7 @@ from common.step import ExecutorFacts, NewSequence, Scored, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_ref
 from executor import attention
 from executor.attention.triton import TritonAttention
+from executor.gpu import graphs
 from executor.gpu.device import Event, HostDevice
 from executor.gpu.models import open_gpu_model
 from executor.gpu.runner import GpuRunner
@@ -183,6 +184,29 @@ def test_the_tokens_are_those_of_the_other_runner(plain: Runner, host: Host, dep
     story = Story(seed=depth, samplings=PLAIN, lag=depth - 1, vocab_size=VOCAB_SIZE)
 
     assert play(story, plain, host.runner, num_steps=36, depth=depth) > 36
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_the_tokens_are_the_same_from_graphs_of_many_shapes(
+    plain: Runner, folder: Path, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "_SMALL_MIXED", (4, 8, 12, 16, 24, 32))
+    monkeypatch.setattr(graphs, "_FEW_DECODES", {1: 24, 3: 16})
+    monkeypatch.setattr(graphs, "_PREFILLS", (2, 4))
+    host = Host(folder)
+    while host.runner.idle():
+        pass
+    host.forward.seen.clear()
+    story = Story(seed=10 + depth, samplings=PLAIN + CONTROLLED, lag=depth - 1, vocab_size=VOCAB_SIZE)
+
+    assert play(story, plain, host.runner, num_steps=60, depth=depth) > 60
+    seen = {(len(inputs.positions), inputs.num_decodes) for inputs in host.forward.seen if inputs.max_query_len > 1}
+    assert len({shape for shape in seen if shape in _captured(host)}) > 8
+
+
+def _captured(host: Host) -> set[tuple[int, int]]:
+    assert host.runner._graphs is not None
+    return {(graph.shape.num_tokens, graph.shape.num_decodes) for graph in host.runner._graphs._mixed}
 
 
 @pytest.fixture

@@ -86,7 +86,9 @@ _MOST_ROWS: Final[dict[tuple[int, int], int]] = {}
 class SkinnyLinears:
     """Makes products for one device, which share the memory in which parts of sums lie: they run one after another."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, most_rows: int = MAX_ROWS) -> None:
+        """For more than `most_rows` rows torch's product is taken."""
+        self.most_rows = most_rows
         self._parts = torch.empty(0, dtype=torch.float32, device=device)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
 
@@ -142,8 +144,9 @@ class SkinnyLinear:
         assert weight.is_contiguous()
         self._linears = linears
         self._weight, self._bias = weight, bias
-        self.most_rows = most_rows_of(*weight.shape) if weight.itemsize == 2 or is_interpreted() else 0
-        self.most_gated = MOST_GATED
+        most_rows = min(linears.most_rows, most_rows_of(*weight.shape))
+        self.most_rows = most_rows if weight.itemsize == 2 or is_interpreted() else 0
+        self.most_gated = min(MOST_GATED, linears.most_rows)
         self.most_fused = min(self.most_rows, 1)
 
     def __call__(self, x: Tensor, out: Tensor) -> object:

@@ -416,7 +416,7 @@ class Measurer:
         tasks = (
             [(1, *mode) for mode in (MODES[0], *MODES[-2:])]
             if self._fake
-            else [(n, *mode) for n in ROWS for mode in MODES if n == 1 or mode[0] != "fused"]
+            else [(n, *mode) for n in ROWS for mode in MODES if n == 1 or "fused" not in mode]
         )
         if self._done.keys() >= {f"step {shape.name} {rows} {which} {int(on)}" for rows, which, on in tasks}:
             return
