@@ -199,10 +199,10 @@ def compile_model(name: str, overlapped: bool) -> None:
         model.step(1)()
 
 
-def compile_all(out: Path, budget_s: float, say: Callable[[str], None]) -> None:
+def compile_all(out: Path, budget_s: float, say: Callable[[str], None], *, only: str) -> None:
     """In processes of their own. Those that are not done in time are ended: what is left is compiled when needed."""
-    what = [f"model:{shape.name}:{on}" for shape in shapes(fake=False) for on in (0, 1)]
-    what += [f"cuts:{part}:{_COMPILERS}" for part in range(_COMPILERS)]
+    what = [f"model:{shape.name}:{on}" for shape in shapes(fake=False) for on in (0, 1) if only != "cuts"]
+    what += [f"cuts:{part}:{_COMPILERS}" for part in range(_COMPILERS) if only != "steps"]
     began_s = time.monotonic()
     with (out / "compile.log").open("w") as log:
         running = [_start("--compile", each, stdout=log) for each in what]
@@ -228,12 +228,12 @@ def _start(*arguments: str, stdout: Any = None) -> subprocess.Popen[bytes]:
 class Measurer:
     """The process that has the device for itself."""
 
-    def __init__(self, out: Path, *, fake: bool, until_s: float) -> None:
+    def __init__(self, out: Path, *, fake: bool, until_s: float, only: str = "") -> None:
         import torch  # noqa: PLC0415 - seconds
 
         from executor.gpu.kernels.skinny import SkinnyLinears  # noqa: PLC0415 - imports triton
 
-        self._fake, self._until_s = fake, until_s
+        self._fake, self._until_s, self._only = fake, until_s, only
         self._device = torch.device("cpu") if fake else torch.device("cuda", 0)
         self._dtype = torch.float32 if fake else torch.bfloat16
         self._notes = Notes(out / "sweep.jsonl")
@@ -247,9 +247,11 @@ class Measurer:
         self._task("overlap", self._overlap)
         works = "problem" not in self._done.get("overlap", {})
         with contextlib.nullcontext() if works else without_overlap():
-            for case in cases(fake=self._fake):
-                if self._until_s - time.monotonic() > (0 if self._fake else _STEPS_S):
+            for case in cases(fake=self._fake) if self._only != "steps" else ():
+                if self._until_s - time.monotonic() > (0 if self._fake or self._only else _STEPS_S):
                     self._matrix(*case)
+        if self._only == "cuts":
+            return
         self.put_in_force()
         if not self._fake:
             self._done.pop("compile", None)
@@ -662,6 +664,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("sweep"))
     parser.add_argument("--budget", type=float, default=120, help="seconds")
     parser.add_argument("--device", choices=["cuda", "fake"], default="cuda")
+    parser.add_argument("--only", choices=["cuts", "steps"], default="", help="what is measured; else both")
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=0, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
@@ -676,12 +679,12 @@ def main(arguments: list[str] | None = None) -> int:
             compile_model(first, second == "1")
         return 0
     if asked.until:
-        Measurer(asked.out, fake=fake, until_s=asked.until).run()
+        Measurer(asked.out, fake=fake, until_s=asked.until, only=asked.only).run()
         return 0
-    return _sweep(asked.out, asked.budget, fake=fake)
+    return _sweep(asked.out, asked.budget, fake=fake, only=asked.only)
 
 
-def _sweep(out: Path, budget_s: float, *, fake: bool) -> int:
+def _sweep(out: Path, budget_s: float, *, fake: bool, only: str) -> int:
     began_s = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     notes = Notes(out / "sweep.jsonl")
@@ -690,10 +693,11 @@ def _sweep(out: Path, budget_s: float, *, fake: bool) -> int:
         print(f"{time.monotonic() - began_s:5.0f} s  {text}", flush=True)
 
     if not fake:
-        compile_all(out, _COMPILE_SHARE * budget_s, say)
+        compile_all(out, _COMPILE_SHARE * budget_s, say, only=only)
     until_s = began_s + budget_s
+    wanted = ["--only", only] if only else []
     for _ in range(_LIVES):
-        process = _start("--out", str(out), "--device", "fake" if fake else "cuda", "--until", str(until_s))
+        process = _start("--out", str(out), "--device", "fake" if fake else "cuda", "--until", str(until_s), *wanted)
         try:
             code = process.wait(max(1.0, until_s + 10 - time.monotonic()))
         except subprocess.TimeoutExpired:
