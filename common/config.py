@@ -124,7 +124,9 @@ class ExecutorConfig:
     weights: Literal["auto", "int8", "int4"] = option(
         "auto", "weights of the linear layers: as they are, or quantised on load"
     )
-    kv_cache_dtype: Literal["auto", "int8"] = option("auto", "K and V: in the activations' precision, or 8 bit")
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = option(
+        "auto", "K and V: in the activations' precision, or in 8 bits: int8 on a CPU, fp8 (e4m3) on a GPU"
+    )
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
     attention: str = option("auto", "attention backend; auto takes the first that works")
     cuda_graphs: Literal["auto", "off"] = option(

@@ -37,7 +37,9 @@ class LayerShape:
 class SlabFormat:
     """What one head of a block is made of."""
 
-    dtype: torch.dtype  # int8 only if packed: each token's numbers then share a float32 scale
+    dtype: (
+        torch.dtype
+    )  # int8 only if packed: each token's numbers then share a float32 scale; float8_e4m3fn only if not
     packed: bool = False  # records of the C++ kernels (executor/native/csrc/types.h), not rows of one token each
 
     def head_bytes(self, block_size: int, dim: int) -> int:
@@ -48,12 +50,17 @@ class SlabFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCache:
-    """K and V of one layer, in rows: (num_blocks, num_kv_heads, block_size, dim). Packed: (.., .., bytes) uint8."""
+    """K and V of one layer, in rows: (num_blocks, num_kv_heads, block_size, dim). Packed: (.., .., bytes) uint8.
+
+    Rows of float8_e4m3fn hold shares of `key_scale` and `value_scale`.
+    """
 
     keys: Tensor
     values: Tensor
     block_size: int
     format: SlabFormat
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
 
 class KvCache:
@@ -96,7 +103,9 @@ class KvCache:
         """Copy C blocks at once, (C,) int64 on the device: none is written twice, or read once it is written."""
         for layer in self.layers:
             for slab in (layer.keys, layer.values):
-                slab.index_copy_(0, destinations, slab.index_select(0, sources))
+                # torch knows how to copy any byte, but not every number of 8 bits
+                plain = slab.view(torch.uint8) if slab.dtype.itemsize == 1 else slab
+                plain.index_copy_(0, destinations, plain.index_select(0, sources))
 
     def resize(self, num_blocks: int) -> None:
         """Have so many blocks, all of them zero. In place: who holds a layer, or its tensors, has the new ones.

@@ -236,6 +236,11 @@ class ModelRunner:
 
     def _slab_format(self, needs: Sequence[LayerNeeds], backends: Sequence[AttentionBackend]) -> SlabFormat:
         packed = all(backend.packed for backend in backends)
+        if self._kv_cache_dtype == "fp8":
+            other = "int8" if packed else "auto"
+            raise ModelFolderError(
+                f"an fp8 KV cache is for a GPU with Triton's kernels. Type: --kv-cache-dtype {other}"
+            )
         if self._kv_cache_dtype == "int8":
             if not packed:
                 raise ModelFolderError(

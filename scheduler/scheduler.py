@@ -367,18 +367,18 @@ class Scheduler:
     # ---- inside
 
     def _commit(self, sequence: Sequence, token: int, now_ns: int) -> TokenOutput:
-        sequence.tokens.append(token)
+        tokens, session = sequence.tokens, sequence.session
+        tokens.append(token)
         account = sequence.account
         if account is not None:
             account.counter += account.per_output
         if not sequence.first_token_ns:
             sequence.first_token_ns = now_ns
         sequence.last_token_ns = now_ns
-        reason = finish_reason(token, sequence.num_output, sequence.stop, self._eos)
+        reason = finish_reason(token, len(tokens) - sequence.num_prompt, sequence.stop, self._eos)
         if reason:
             self._end(sequence, reason)
-        elif sequence.session is not None and len(sequence.tokens) % sequence.session.block_size == 0:
-            session = sequence.session
+        elif session is not None and len(tokens) % session.block_size == 0:
             session.remember(sequence, session.num_planned(sequence), session.last_step)
         return TokenOutput(sequence.id, token, reason)
 

@@ -30,7 +30,7 @@ class Usage:
     decode_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: one is made for each message, and freezing took most of that
 class Delta:
     """New tokens and text of one choice; the text may lag behind the tokens."""
 

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 from common.types import FinishReason
 from services.text import IncrementalDecoder, StopMatcher, Tokenizer
 
+_GOES_ON: Final = FinishReason.NONE  # looked up once: an enum's member is slow to find
 _MARKS: Final = (FinishReason.EOS, FinishReason.STOP_TOKEN)  # these end the text and are no part of it
 _BY_TOKENS: Final = (*_MARKS, FinishReason.LENGTH)  # ends that the tokens themselves tell of
 
@@ -52,6 +53,8 @@ class ChoiceText:
         What was held back is told where the tokens themselves are the end. Where the end is another one (the request
         was aborted, or failed) the answer is not complete, and neither is its last character.
         """
+        if reason is _GOES_ON and self._stops is None:  # most of the time
+            return Piece(tokens, self._decoder.push(tokens), reason)
         is_marked = reason in _MARKS
         is_whole = reason in _BY_TOKENS
         words = tokens[:-1] if is_marked else tokens

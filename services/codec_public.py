@@ -216,24 +216,25 @@ def token_ids(field: str, ids: tuple[int, ...], vocab_size: int) -> tuple[int, .
     return ids
 
 
-def delta_pb(delta: Delta, spell: Spell) -> pb.Delta:
-    """The message of new tokens."""
-    return pb.Delta(
-        choice=delta.choice,
-        index=delta.index,
-        token_ids=delta.token_ids,
-        text=delta.text,
-        ticket=delta.ticket,
-        logprobs=_logprobs_pb(delta.token_ids, delta.logprobs, spell) if delta.logprobs else None,
-    )
+def fill_delta(message: pb.Delta, delta: Delta, spell: Spell) -> None:
+    """Write new tokens into an empty message where it lies: made apart and copied, it would take twice the time."""
+    message.choice = delta.choice
+    message.index = delta.index
+    message.token_ids.extend(delta.token_ids)
+    message.text = delta.text
+    message.ticket = delta.ticket
+    if delta.logprobs:
+        message.logprobs.extend(logprobs_pb(delta.token_ids, delta.logprobs, spell))
 
 
 def prompt_logprobs_pb(part: PromptLogprobs, spell: Spell) -> pb.PromptLogprobs:
     """The message of how likely a part of the prompt was."""
-    return pb.PromptLogprobs(index=part.index, logprobs=_logprobs_pb(part.token_ids, part.logprobs, spell))
+    return pb.PromptLogprobs(index=part.index, logprobs=logprobs_pb(part.token_ids, part.logprobs, spell))
 
 
-def _logprobs_pb(tokens: Sequence[int], logprobs: Sequence[Logprobs | None], spell: Spell) -> list[pb.TokenLogprobs]:
+def logprobs_pb(tokens: Sequence[int], logprobs: Sequence[Logprobs | None], spell: Spell) -> list[pb.TokenLogprobs]:
+    """The messages of how likely these tokens were."""
+
     def one(token: int, logprob: float | None) -> pb.TokenLogprob:
         return pb.TokenLogprob(token_id=token, logprob=logprob, text=spell(token))
 

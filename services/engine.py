@@ -34,6 +34,7 @@ from services.admission import Admission, Ask
 
 log = logging.getLogger(__name__)
 
+_GOES_ON: Final = FinishReason.NONE  # looked up once: an enum's member is slow to find
 _LOOK_AGAIN_S: Final = 1.0
 _DRAINING_WAIT_S: Final = 2.0  # a link that broke is back by then
 # Each makes a message and writes it. gRPC hands over one new call a turn, so turns are short.
@@ -145,7 +146,7 @@ class RequestStream:
             self._taken[choice] += len(tokens)
             logprobs = () if sequence.sampling.logprobs is None else sequence.logprobs_of(first, len(tokens))
             reason = sequence.reason
-            if reason in (FinishReason.ABORTED, FinishReason.ERROR) and self._error is not None:
+            if self._error is not None and reason in (FinishReason.ABORTED, FinishReason.ERROR):
                 reason = FinishReason.NONE  # the error is the end, and it comes next
             events.append(ChoiceEvent(choice, tokens, reason, logprobs))
             if reason:
@@ -530,7 +531,7 @@ class Engine:
     def _hand_out(self, outputs: Sequence[TokenOutput]) -> None:
         failpoints.hit("after_commit_before_outbox")
         for id, _, reason in outputs:
-            ended = reason is not FinishReason.NONE
+            ended = reason is not _GOES_ON
             stream = self._streams.pop(id) if ended else self._streams[id]
             stream.note(id)
             if stream.is_waited_for:  # another one takes what there is when it comes back

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, closing
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import closing
 
 from common import failpoints
 from common.sampling import RequestLimits
@@ -46,32 +46,26 @@ class SchedulerService:
                         choice.token_ids.extend(event.token_ids)
                         choice.text += event.text
                         if event.logprobs:
-                            choice.logprobs.extend(codec_public.delta_pb(event, self._spell).logprobs)
+                            choice.logprobs.extend(
+                                codec_public.logprobs_pb(event.token_ids, event.logprobs, self._spell)
+                            )
                     else:
                         codec_public.fill_finish(choice, event)
         return pb.GenerateResponse(
             prompt=self._prompt_info(answer), choices=choices, prompt_logprobs=prompt_logprobs
         )  # fmt: skip
 
-    async def GenerateStream(  # noqa: N802
+    def GenerateStream(  # noqa: N802
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The answer as it is made."""
-        async with aclosing(self._tell(await self._start(request, context), context)) as messages:
-            async for message in messages:
-                yield message
+        return self._tell(self._start(request, context), context)
 
-    async def Resume(  # noqa: N802
+    def Resume(  # noqa: N802
         self, request: pb.ResumeRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The rest of an answer."""
-        self._check_room(request, context)
-        vocab_size = self._answerer.model.vocab_size
-        spec, points = codec_public.resume_from_pb(request, self._limits, vocab_size=vocab_size)
-        answer = await self._answerer.resume(spec, points, current_caller(), time_left_s=context.time_remaining())
-        async with aclosing(self._tell(answer, context)) as messages:
-            async for message in messages:
-                yield message
+        return self._tell(self._resume(request, context), context)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:  # noqa: N802
         """End a resumable request now."""
@@ -112,6 +106,12 @@ class SchedulerService:
         spec = codec_public.request_from_pb(request, self._limits, vocab_size=self._answerer.model.vocab_size)
         return await self._answerer.start(spec, current_caller(), time_left_s=context.time_remaining())
 
+    async def _resume(self, request: pb.ResumeRequest, context: Context) -> Answer:
+        self._check_room(request, context)
+        vocab_size = self._answerer.model.vocab_size
+        spec, points = codec_public.resume_from_pb(request, self._limits, vocab_size=vocab_size)
+        return await self._answerer.resume(spec, points, current_caller(), time_left_s=context.time_remaining())
+
     def _check_room(
         self, request: pb.GenerateRequest | pb.GenerateStreamRequest | pb.ResumeRequest, context: Context
     ) -> None:
@@ -122,15 +122,20 @@ class SchedulerService:
         size = codec_public.size_from_pb(request, self._limits, max_length=self._answerer.max_length)
         self._answerer.check_room(size, current_caller().tenant, time_left_s=context.time_remaining())
 
-    async def _tell(self, answer: Answer, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+    async def _tell(
+        self, starting: Awaitable[Answer], context: Context
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """Every message of the answer. Where the caller is lost before the end, a resumable request goes on."""
+        answer = await starting
         try:
             yield pb.GenerateStreamResponse(prompt=self._prompt_info(answer))
             while answer.is_open:
                 for event in await answer.next():
                     if isinstance(event, Delta):
                         failpoints.hit("after_outbox_before_write")
-                        yield pb.GenerateStreamResponse(delta=codec_public.delta_pb(event, self._spell))
+                        message = pb.GenerateStreamResponse()
+                        codec_public.fill_delta(message.delta, event, self._spell)
+                        yield message
                     elif isinstance(event, PromptLogprobs):
                         part = codec_public.prompt_logprobs_pb(event, self._spell)
                         yield pb.GenerateStreamResponse(prompt_logprobs=part)

@@ -39,11 +39,11 @@ class SlowReaders:
 
     async def write(self, context: Writable, message: bytes) -> None:
         """Write to the call that this task handles. Cancelled with a SlowReader when its reader takes too long."""
-        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
         if task is None or not self._timeout_s:
             await context.write(message)
             return
-        loop = asyncio.get_running_loop()
         self._waiting[task] = loop.time()
         if self._timer is None:
             self._timer = loop.call_later(self._timeout_s / 4, self._sweep)

@@ -26,6 +26,8 @@ class NativeAttention:
             return f"it is for the CPU, not for {layer.device.type}"
         if layer.dtype not in KINDS:
             return str(layer.dtype)
+        if layer.kv_dtype is not None:
+            return f"K and V in {layer.kv_dtype}"
         if layer.shape.key_dim % 16 or layer.shape.value_dim % 16:
             return f"head dimensions {layer.shape.key_dim} and {layer.shape.value_dim} are no multiples of 16"
         if max(layer.shape.key_dim, layer.shape.value_dim) > _MAX_DIM:

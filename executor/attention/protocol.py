@@ -23,6 +23,7 @@ class LayerNeeds:
     softcap: float | None = None
     sinks: bool = False
     block_size: int = 16
+    kv_dtype: torch.dtype | None = None  # of rows in the slab, where it is not the layer's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,14 +10,14 @@ from executor.kv_cache import LayerCache
 
 
 class ReferenceAttention:
-    """Serves every layer. Computes in float32, or in float64 when that is what it is given."""
+    """Serves every layer whose K and V are kept as they are. In float32, or float64 where it is given that."""
 
     name = "reference"
     packed = False
 
-    def why_not(self, _layer: LayerNeeds, /) -> str | None:
-        """Return None: everything is served."""
-        return None
+    def why_not(self, layer: LayerNeeds, /) -> str | None:
+        """Everything is served, in its own precision."""
+        return None if layer.kv_dtype is None else f"K and V in {layer.kv_dtype}"
 
     def attend(
         self,

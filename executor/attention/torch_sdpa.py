@@ -41,6 +41,8 @@ class SdpaAttention:
             return "soft cap"
         if layer.sinks:
             return "sinks"
+        if layer.kv_dtype is not None:
+            return f"K and V in {layer.kv_dtype}"
         return None
 
     def attend(

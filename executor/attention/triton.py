@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_DIM = 256
+_FP8_FROM = (8, 9)
 
 
 class TritonAttention:
-    """Any group size, block size, window, soft cap and sinks, over rows of bfloat16, float16 or float32."""
+    """Any group size, block size, window, soft cap and sinks, over rows of 32, 16 or 8 (e4m3) bits."""
 
     name = "triton"
     packed = False
@@ -41,7 +42,10 @@ class TritonAttention:
             return str(layer.dtype)
         if max(layer.shape.key_dim, layer.shape.value_dim) > _MAX_DIM:
             return f"head dimension above {_MAX_DIM}"
-        return why_not(layer.device)
+        reason = why_not(layer.device)
+        if reason is None and layer.kv_dtype is not None:
+            reason = _why_not_kv(layer.kv_dtype, layer.device)
+        return reason
 
     def attend(
         self,
@@ -142,6 +146,14 @@ def _attend(
     # in this order: a padding row among the decode rows leaves zeros at a token that may be one of the rows behind them
     decode(query, cache, rows, options, out, workspace.parts, workspace.parts_lse)
     prefill(query, cache, rows, options, out)
+
+
+def _why_not_kv(dtype: torch.dtype, device: torch.device) -> str | None:
+    if dtype is not torch.float8_e4m3fn:
+        return f"K and V in {dtype}"
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < _FP8_FROM:
+        return f"K and V in fp8 need compute capability 8.9 (Ada, Hopper), the GPU's is {found[0]}.{found[1]}"
+    return None
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ _FEW_DECODES: Final = {16: 2048, 64: 1024}
 More rows mean more programs and logits of nobody, and fewer shares for each row's keys. In larger steps the rest takes
 so long that it makes no difference.
 """
-_PREFILLS: Final = (8, 64)  # rows with several tokens that a mixed graph has at least and at most
-_TOKENS_A_PREFILL: Final = 16
+_PREFILLS: Final = (8, 64)  # rows with several tokens that a mixed graph has: at least, and for a row each 16 tokens
+_TOKENS_A_PREFILL: Final = (16, 32)  # then one each 32: what an empty row costs is nothing beside so many tokens
 
 _PADDED_ANYWAY: Final = 512  # tokens
 _MOST_PADDING: Final = 2.0  # times its tokens that a larger step may compute until its own graph is there
@@ -176,7 +176,8 @@ def mixed_shapes(max_tokens: int, max_rows: int) -> list[Shape]:
     shapes = []
     for num_tokens in _mixed_tokens(max_tokens):
         least, most = _PREFILLS
-        num_prefills = min(max_rows, max(least, min(most, num_tokens // _TOKENS_A_PREFILL)))
+        dense, sparse = (num_tokens // each for each in _TOKENS_A_PREFILL)
+        num_prefills = min(max_rows, max(least, min(most, dense), sparse))
         widest = min(max_rows, num_tokens)
         few = {min(widest, rows) for rows, most_tokens in _FEW_DECODES.items() if num_tokens <= most_tokens}
         for num_decodes in sorted({widest, *few}):

@@ -229,6 +229,8 @@ class GpuLlama:
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
             epsilon=self._epsilon,
+            key_scale=cache.key_scale,
+            value_scale=cache.value_scale,
             out_query=self._by_heads(rows.query),
         )
 

@@ -31,6 +31,7 @@ from common.model_folder import read_model_folder
 from common.step import ExecutorFacts, Scored, StepPlan, StepResult
 from common.types import BlockId, slot_of
 from executor.attention import choose
+from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.batch import InputBatch, build_batch
 from executor.controls import columns, edit
 from executor.gpu.device import CudaDevice, Device
@@ -51,6 +52,7 @@ _log = logging.getLogger(__name__)
 _STEP_TOKENS: Final = 8192
 _SCORED_AT_ONCE: Final = 1024  # positions of prompts whose logits lie in memory together
 _LEFT_FREE: Final = 0.02  # of the memory: what the driver and the libraries take while we serve
+_KV_DTYPES: Final = {"auto": None, "fp8": torch.float8_e4m3fn}
 _GRAPH_BYTES: Final = 4 << 20  # of each graph beside its share of the pool
 
 Sample = Callable[[Tensor, StepInputs, DeviceTables, Tensor], None]
@@ -131,10 +133,10 @@ class GpuRunner:
             fused_on_gpu=self._open_forward is open_gpu_model,
         )
         needs = loaded.needs
-        backends = choose(needs, self._attention_backend)
+        backends = self._choose(needs)
         dtype = loaded.model.dtype
         shapes = [layer.shape for layer in needs]
-        slab = SlabFormat(dtype=needs[0].dtype)
+        slab = SlabFormat(dtype=_KV_DTYPES[self._kv_cache_dtype] or needs[0].dtype)
         longest = min(filter(None, [folder.max_model_len, loaded.longest]))
         # one block to begin with: what is left for the others shows once the model has run
         self._cache = KvCache(shapes, num_blocks=1, block_size=self._block_size, format=slab, device=where)
@@ -539,11 +541,21 @@ class GpuRunner:
         count = len(buckets_for(self._max_sequences)) + len(mixed_shapes(self._max_step_tokens, self._max_sequences))
         return max(0, largest) + count * _GRAPH_BYTES
 
+    def _choose(self, needs: Sequence[LayerNeeds]) -> list[AttentionBackend]:
+        """Each layer's attention, for K and V as they are wanted."""
+        kv_dtype = _KV_DTYPES[self._kv_cache_dtype]
+        try:
+            return choose([replace(layer, kv_dtype=kv_dtype) for layer in needs], self._attention_backend)
+        except ModelFolderError as refused:
+            if kv_dtype is None:
+                raise
+            raise ModelFolderError(f"{refused}. Type: --kv-cache-dtype auto") from refused
+
     def _refuse_what_is_for_the_cpu(self) -> None:
         if self._weights != "auto":
             raise ModelFolderError(f"{self._weights} weights are for a CPU. Type: --weights auto, or --device cpu")
-        if self._kv_cache_dtype != "auto":
-            raise ModelFolderError("an int8 KV cache is for a CPU. Type: --kv-cache-dtype auto, or --device cpu")
+        if self._kv_cache_dtype not in _KV_DTYPES:
+            raise ModelFolderError("an int8 KV cache is for a CPU. Type: --kv-cache-dtype fp8, or --device cpu")
 
 
 class _Clock:

@@ -396,6 +396,14 @@ def test_packed_layers_are_all_or_none() -> None:
     assert [b.name for b in choose([lanes, PLAIN])] == ["torch"] * 2
 
 
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+def test_rows_of_8_bits_are_for_triton_alone(backend: str) -> None:
+    lanes = replace(PLAIN, shape=replace(PLAIN.shape, key_dim=16, value_dim=16), kv_dtype=torch.float8_e4m3fn)
+
+    with pytest.raises(ModelFolderError, match=f"{backend}: K and V in torch.float8_e4m3fn"):
+        choose([lanes], backend)
+
+
 @pytest.mark.parametrize(
     ("wanted", "says"), [("torch", "layer 0: torch: soft cap"), ("fast", "there are: auto, triton, native, torch")]
 )

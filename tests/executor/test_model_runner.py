@@ -250,7 +250,8 @@ def test_fewer_bits_are_had_in_any_architecture_or_refused(tmp_path: Path, caplo
         ({"max_model_len": 129}, r"max_model_len must be in \[2, 128\]"),
         ({"num_blocks": None, "kv_cache_bytes": 1}, "hold 0 tokens"),
         ({"device": "abacus"}, "there is no device 'abacus'"),
-        ({"attention_backend": "fast"}, "there are: auto, native, torch, reference"),
+        ({"attention_backend": "fast"}, "there are: auto, triton, native, torch, reference"),
+        ({"kv_cache_dtype": "fp8"}, "an fp8 KV cache is for a GPU"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(folder: Path, settings: dict[str, Any], says: str) -> None:

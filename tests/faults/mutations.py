@@ -20,6 +20,7 @@ from common.step import NewSequence, StepResult
 from common.types import BlockId, SequenceId
 from executor.fake_runner import FakeRunner, Prefix, prefix_hash_token
 from executor.resident import Resident, Rows, Sampled
+from protos import inference_pb2 as pb
 from scheduler import scheduler as core_module
 from scheduler.moves import Moves
 from scheduler.prefix_cache import BlockKey, KeyChain
@@ -333,12 +334,12 @@ def a_refusal_does_not_say_when_to_come_back(patch: Patch) -> None:
 
 
 def every_choice_is_told_as_the_first(patch: Patch) -> None:
-    to_pb = codec_public.delta_pb
+    fill = codec_public.fill_delta
 
-    def first(delta: Delta, spell: codec_public.Spell) -> Any:
-        return to_pb(replace(delta, choice=0), spell)
+    def first(message: pb.Delta, delta: Delta, spell: codec_public.Spell) -> None:
+        fill(message, replace(delta, choice=0), spell)
 
-    patch(codec_public, "delta_pb", first)
+    patch(codec_public, "fill_delta", first)
 
 
 def what_an_executor_says_wrongly_ends_the_engine(patch: Patch) -> None:

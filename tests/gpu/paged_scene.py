@@ -32,6 +32,9 @@ class Layer:
     softcap: float | None = None
     sinks: bool = False
     dtype: torch.dtype = torch.float32
+    slab: torch.dtype | None = None  # of K and V, as dtype unless said
+    key_scale: float = 1.0  # what K in the slab are shares of
+    value_scale: float = 1.0
 
     @property
     def shape(self) -> LayerShape:
@@ -76,10 +79,11 @@ class PagedScene:
         blocks = torch.randperm(sum(each) + 3, generator=random)
         lines = torch.randperm(num_rows + 2, generator=random)[:num_rows].int()
         tables = torch.full((num_rows + 2, max(each) + 2), NOBODY, dtype=torch.int32)
-        keys = torch.full((len(blocks), shape.num_kv_heads, size, shape.key_dim), torch.nan, dtype=layer.dtype)
-        values = torch.full((len(blocks), shape.num_kv_heads, size, shape.value_dim), torch.nan, dtype=layer.dtype)
-        self.keys = [noise(length, shape.num_kv_heads, shape.key_dim) for length in self.lens]
-        self.values = [noise(length, shape.num_kv_heads, shape.value_dim) for length in self.lens]
+        slab = layer.slab or layer.dtype
+        keys = torch.full((len(blocks), shape.num_kv_heads, size, shape.key_dim), torch.nan, dtype=slab)
+        values = torch.full((len(blocks), shape.num_kv_heads, size, shape.value_dim), torch.nan, dtype=slab)
+        self.keys = [noise(length, shape.num_kv_heads, shape.key_dim).to(slab) for length in self.lens]
+        self.values = [noise(length, shape.num_kv_heads, shape.value_dim).to(slab) for length in self.lens]
         for row, own in enumerate(torch.split(blocks[: sum(each)], each)):
             first_new = self.lens[row] - counts[row]
             first = 0 if layer.window is None else max(0, first_new + 1 - layer.window) // size
@@ -89,7 +93,12 @@ class PagedScene:
                 keys[block, :, inside] = self.keys[row][position]
                 values[block, :, inside] = self.values[row][position]
         self.cache = LayerCache(
-            keys=keys.to(device), values=values.to(device), block_size=size, format=SlabFormat(dtype=layer.dtype)
+            keys=keys.to(device),
+            values=values.to(device),
+            block_size=size,
+            format=SlabFormat(dtype=slab),
+            key_scale=layer.key_scale,
+            value_scale=layer.value_scale,
         )
         self.block_tables = tables.to(device)
         self.query = noise(sum(counts) + padding, shape.num_heads, shape.key_dim)
@@ -164,7 +173,9 @@ class PagedScene:
         first = 0
         for row, (_, now) in enumerate(self.rows):
             query = self.query[first : first + now].double()
-            out[first : first + now] = attend_one(query, self.keys[row].double(), self.values[row].double(), options)
+            keys = self.keys[row].double() * self.layer.key_scale
+            values = self.values[row].double() * self.layer.value_scale
+            out[first : first + now] = attend_one(query, keys, values, options)
             first += now
         return out
 

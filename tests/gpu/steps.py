@@ -23,7 +23,7 @@ Forward = Callable[[StepInputs, DeviceTables], Tensor]
 
 def slab_of_nan(needs: list[LayerNeeds]) -> KvCache:
     """A slab in which everything that nobody wrote shows."""
-    slab = SlabFormat(dtype=needs[0].dtype)
+    slab = SlabFormat(dtype=needs[0].kv_dtype or needs[0].dtype)
     shapes = [layer.shape for layer in needs]
     cache = KvCache(shapes, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, format=slab, device=DEVICE)
     for layer in cache.layers:

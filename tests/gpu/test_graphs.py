@@ -123,7 +123,8 @@ def test_a_step_takes_the_smallest_graph_that_holds_it() -> None:
         (step(1100, decodes=60, prompts=1), (1280, 256)),
         (step(2100, decodes=1, prompts=1), (2560, 256)),
         (step(8192, decodes=192, prompts=64), (8192, 256)),
-        (step(8192, decodes=0, prompts=65), None),
+        (step(4096, decodes=0, prompts=129), (5120, 256)),
+        (step(8192, decodes=0, prompts=256), (8192, 256)),
         (step(8193, decodes=0, prompts=1), None),
     ],
 )

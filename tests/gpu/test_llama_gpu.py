@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.model_folder import read_model_folder
+from executor.gpu.kernels import rotary
 from executor.gpu.kernels.skinny import SkinnyLinears
 from executor.gpu.llama import GpuLlama, MatmulLinear, scratch_bytes, why_not
 from executor.llama_folder import open_llama
@@ -63,10 +64,10 @@ def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("executor.gpu.kernels.decode.num_splits", lambda *_: 2)
 
 
-def opened(folder: Path, dtype: str = "float32", **options: Any) -> GpuLlama:
+def opened(folder: Path, dtype: str = "float32", kv_dtype: torch.dtype | None = None, **options: Any) -> GpuLlama:
     model = load_model(folder, dtype=dtype, device=DEVICE)
     assert why_not(model) is None
-    needs = [replace(each, block_size=BLOCK_SIZE) for each in probe_layers(model, VOCAB_SIZE)]
+    needs = [replace(each, block_size=BLOCK_SIZE, kv_dtype=kv_dtype) for each in probe_layers(model, VOCAB_SIZE)]
     return GpuLlama(model, slab_of_nan(needs), needs, max_positions=MAX_LEN, max_rows=4, max_tokens=40, **options)
 
 
@@ -116,6 +117,27 @@ def test_the_fused_logits_are_those_of_transformers(name: str, dtype: str, tmp_p
     folder = save_tiny(kind, tmp_path, **changes)
 
     assert worst(mixed(Steps(opened(folder, dtype).forward, PROMPTS)), plain(folder)) < MOST[dtype]
+
+
+def test_a_slab_of_8_bits_gives_the_logits_of_keys_and_values_that_were_rounded_to_8_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny("qwen3", tmp_path, head_dim=32)
+    found = mixed(Steps(opened(folder, kv_dtype=torch.float8_e4m3fn).forward, PROMPTS))
+    stored = rotary.rope_and_store
+
+    def rounding(*given: Any, **told: Any) -> Tensor:
+        query = stored(*given, **told)
+        for slab in given[4:6]:
+            slab.copy_(slab.to(torch.float8_e4m3fn))
+        return query
+
+    monkeypatch.setattr(rotary, "rope_and_store", rounding)
+
+    rounded = mixed(Steps(opened(folder).forward, PROMPTS))
+
+    assert worst(found, rounded) < 1e-4
+    assert 1e-3 < worst(rounded, plain(folder)) < 0.1
 
 
 @pytest.mark.parametrize("name", ["llama with biases and a scaled rotary embedding", "qwen3"])

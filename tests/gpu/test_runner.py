@@ -529,6 +529,27 @@ def test_a_folder_that_does_not_fit_is_refused(folder: Path) -> None:
         Host(folder, HostDevice(1 << 10), num_blocks=None, cuda_graphs="off")
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_an_fp8_cache_has_four_times_the_blocks_of_a_float32_one_and_its_own_tokens(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path, num_hidden_layers=1)
+    settings: dict[str, Any] = {
+        "kv_cache_bytes": 1 << 14, "num_blocks": None, "attention_backend": "triton", "open_forward": open_gpu_model,
+        "sample": None, "max_step_tokens": 10, "cuda_graphs": "off",
+    }  # fmt: skip
+    plain, fp8 = (Host(folder, kv_cache_dtype=dtype, **settings) for dtype in ("auto", "fp8"))
+
+    assert fp8.facts.num_blocks == 4 * plain.facts.num_blocks
+    assert {layer.keys.dtype for layer in fp8.runner._cache.layers} == {torch.float8_e4m3fn}
+    first = fp8.step((A, len(PROMPT)), new=[sequence(A, PROMPT, [0, 1])])
+    second = fp8.step((A, 1))
+    assert [len(first.tokens), len(second.tokens)] == [1, 1] and not first.failed and not second.failed
+
+
+def test_an_fp8_cache_needs_attention_that_reads_it(folder: Path) -> None:
+    with pytest.raises(ModelFolderError, match=r"float8_e4m3fn.* Type: --kv-cache-dtype auto"):
+        Host(folder, kv_cache_dtype="fp8")
+
+
 @pytest.mark.parametrize("settings", [{"weights": "int8"}, {"kv_cache_dtype": "int8"}])
 def test_what_is_for_the_cpu_is_refused(folder: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ModelFolderError, match="--device cpu"):

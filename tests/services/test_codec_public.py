@@ -19,7 +19,7 @@ from common.types import FinishReason, Priority
 from protos import inference_pb2 as pb
 from services.answer import Delta, Finish, PromptLogprobs, Usage
 from services.codec_public import (
-    delta_pb,
+    fill_delta,
     fill_finish,
     finish_pb,
     input_from_pb,
@@ -465,18 +465,24 @@ def a_finish(reason: FinishReason, stop: str | None = None, token: int | None = 
 def test_a_delta_tells_all_it_has() -> None:
     delta = Delta(choice=1, index=7, token_ids=[5, 6], text="hi")
 
-    assert delta_pb(delta, spell) == pb.Delta(choice=1, index=7, token_ids=[5, 6], text="hi")
+    assert message_of(delta) == pb.Delta(choice=1, index=7, token_ids=[5, 6], text="hi")
 
 
 def spell(token: int) -> bytes:
     return bytes((token,))
 
 
+def message_of(delta: Delta) -> pb.Delta:
+    message = pb.Delta()
+    fill_delta(message, delta, spell)
+    return message
+
+
 def test_log_probabilities_come_with_the_text_of_their_tokens() -> None:
     scores = [Logprobs(-0.5, (6, 5), (-0.25, -0.5)), None]
     delta = Delta(choice=1, index=7, token_ids=[5, 6], text="hi", logprobs=scores)
 
-    assert list(delta_pb(delta, spell).logprobs) == [
+    assert list(message_of(delta).logprobs) == [
         pb.TokenLogprobs(
             token=pb.TokenLogprob(token_id=5, logprob=-0.5, text=b"\x05"),
             top=[

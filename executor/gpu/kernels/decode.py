@@ -46,7 +46,7 @@ def _share(seq_len, splits, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW
 @triton.jit(do_not_specialize=["splits", "table_stride"])
 def _decode(
     query, keys, values, block_tables, table_rows, seq_lens, sinks, out, parts, parts_lse,
-    inner, factor, splits, table_stride,
+    inner, factor, value_scale, splits, table_stride,
     query_token_stride, query_head_stride, out_token_stride, out_head_stride,
     keys_block_stride, keys_head_stride, keys_token_stride,
     values_block_stride, values_head_stride, values_token_stride,
@@ -114,7 +114,7 @@ def _decode(
         )  # fmt: skip
 
     share = tl.where(total == 0.0, 1.0, total)  # no key at all: zeros
-    acc = acc / share[:, None]
+    acc = acc / share[:, None] * value_scale
     lanes = tl.arange(0, VALUE_PAD)
     real = (members < GROUP)[:, None] & (lanes < VALUE_DIM)[None, :]
     if SPLIT:
@@ -200,7 +200,7 @@ def decode(
     assert splits <= MAX_SPLITS and (splits == 1 or parts.numel() >= num_rows * num_heads * splits * value_dim)
     launch = launch or launch_of(key_dim, value_dim, group, query.itemsize, sm_major(query.device))
     lines, has_lines = rows.lines()
-    inner, factor = score_arguments(options)
+    inner, factor = score_arguments(options, cache.key_scale)
     constants = {
         "BLOCK_SIZE": cache.block_size,
         "TILE": launch.tile,
@@ -221,6 +221,7 @@ def decode(
         parts_lse,
         inner,
         factor,
+        cache.value_scale,
         splits,
         rows.block_tables.stride(0),
         *query.stride()[:2],
@@ -264,6 +265,9 @@ def compile_cases() -> list[CompileCase]:
         *_cases("group of 7, dim 64, window", group=7, key_dim=64, value_dim=64, WINDOW=128, SINKS=True),
         *_cases("dim 256, soft cap", group=2, key_dim=256, value_dim=256, SOFTCAP=True),
         *_cases("values narrower", group=1, key_dim=192, value_dim=128),
+        *_cases("group of 2, fp8", group=2, slab="fp8e4nv"),
+        *_cases("group of 4, fp8", group=4, slab="fp8e4nv"),
+        *_cases("dim 256, fp8", group=2, key_dim=256, value_dim=256, slab="fp8e4nv"),
         *_cases("float32", group=2, dtype="fp32", itemsize=4, instructions=()),
     ]
 
@@ -275,6 +279,7 @@ def _cases(
     key_dim: int = 128,
     value_dim: int = 128,
     dtype: str = "bf16",
+    slab: str = "",
     itemsize: int = 2,
     instructions: tuple[str, ...] = ("HMMA",),
     targets: tuple[int, ...] = (90,),
@@ -296,9 +301,11 @@ def _cases(
         "KEY_PAD": padded(key_dim),
     }
     constants |= {"SOFTCAP": False, "SINKS": False, "TABLE_ROWS": True, "UPCAST": False, "OVERLAP": True} | flags
-    types = dict.fromkeys(("query", "keys", "values", "sinks", "out"), f"*{dtype}")
+    types = dict.fromkeys(("query", "sinks", "out"), f"*{dtype}") | dict.fromkeys(
+        ("keys", "values"), f"*{slab or dtype}"
+    )
     types |= dict.fromkeys(("block_tables", "table_rows", "seq_lens"), "*i32")
-    types |= dict.fromkeys(("parts", "parts_lse"), "*fp32") | dict.fromkeys(("inner", "factor"), "fp32")
+    types |= dict.fromkeys(("parts", "parts_lse"), "*fp32") | dict.fromkeys(("inner", "factor", "value_scale"), "fp32")
 
     def case(
         what: str, kernel: triton.JITFunction, constants: dict[str, object], wanted: tuple[str, ...]

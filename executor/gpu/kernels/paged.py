@@ -118,11 +118,12 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def score_arguments(options: LayerOptions) -> tuple[float, float]:
-    """`inner` and `factor` of `attend_tile`."""
+def score_arguments(options: LayerOptions, key_scale: float) -> tuple[float, float]:
+    """`inner` and `factor` of `attend_tile`: what keys are shares of is undone where scores are scaled anyway."""
+    scale = options.scale * key_scale
     if options.softcap is None:
-        return 1.0, options.scale * _LOG2E
-    return options.scale / options.softcap, options.softcap * _LOG2E
+        return 1.0, scale * _LOG2E
+    return scale / options.softcap, options.softcap * _LOG2E
 
 
 @lru_cache

@@ -49,7 +49,7 @@ def _find_row(tile, query_start_loc, num_decodes, num_rows, TOKENS: tl.constexpr
 @triton.jit(do_not_specialize=["num_decodes", "num_rows", "table_stride"])
 def _prefill(
     query, keys, values, block_tables, table_rows, query_start_loc, seq_lens, sinks, out,
-    inner, factor, num_decodes, num_rows, table_stride,
+    inner, factor, value_scale, num_decodes, num_rows, table_stride,
     query_token_stride, query_head_stride, out_token_stride, out_head_stride,
     keys_block_stride, keys_head_stride, keys_token_stride,
     values_block_stride, values_head_stride, values_token_stride,
@@ -136,7 +136,7 @@ def _prefill(
             KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP, True,
         )  # fmt: skip
 
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None] * value_scale
     lanes = tl.arange(0, VALUE_PAD)
     place = out + (token * out_token_stride + head * out_head_stride)[:, None] + lanes[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=real[:, None] & (lanes < VALUE_DIM)[None, :])
@@ -179,7 +179,7 @@ def prefill(
     group = num_heads // num_kv_heads
     launch = launch or launch_of(key_dim, value_dim, group, query.itemsize, sm_major(query.device))
     lines, has_lines = rows.lines()
-    inner, factor = score_arguments(options)
+    inner, factor = score_arguments(options, cache.key_scale)
     _prefill[(num_tokens // (launch.rows // group) + num_rows, num_kv_heads)](
         query,
         cache.keys,
@@ -192,6 +192,7 @@ def prefill(
         out,
         inner,
         factor,
+        cache.value_scale,
         rows.num_decodes,
         num_rows,
         rows.block_tables.stride(0),
@@ -227,6 +228,8 @@ def compile_cases() -> list[CompileCase]:
         _case("dim 80", group=1, key_dim=80, value_dim=80),
         _case("dim 256, soft cap", group=2, key_dim=256, value_dim=256, SOFTCAP=True),
         _case("values narrower", group=1, key_dim=192, value_dim=128),
+        _case("group of 2, fp8", group=2, slab="fp8e4nv"),
+        _case("group of 4, fp8", group=4, slab="fp8e4nv"),
         _case("float32", group=2, dtype="fp32", itemsize=4, instructions=()),
     ]
 
@@ -238,6 +241,7 @@ def _case(
     key_dim: int = 128,
     value_dim: int = 128,
     dtype: str = "bf16",
+    slab: str = "",
     itemsize: int = 2,
     instructions: tuple[str, ...] | None = None,
     sm: int = 90,
@@ -259,9 +263,11 @@ def _case(
         "TABLE_ROWS": True,
         "UPCAST": False,
     } | flags
-    types = dict.fromkeys(("query", "keys", "values", "sinks", "out"), f"*{dtype}")
+    types = dict.fromkeys(("query", "sinks", "out"), f"*{dtype}") | dict.fromkeys(
+        ("keys", "values"), f"*{slab or dtype}"
+    )
     types |= dict.fromkeys(("block_tables", "table_rows", "query_start_loc", "seq_lens"), "*i32")
-    types |= dict.fromkeys(("inner", "factor"), "fp32")
+    types |= dict.fromkeys(("inner", "factor", "value_scale"), "fp32")
     return CompileCase(
         name=f"prefill, {name}",
         kernel=_prefill,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from executor.gpu.kernels.overlap import begin_next, overlap, wait_for_previous
+from executor.gpu.kernels.store import to_slab
 from executor.gpu.triton_case import CompileCase
 
 _HEADS: Final = 8  # a program's at most: at 128 numbers a head, 8 numbers a lane of 4 warps
@@ -33,6 +34,8 @@ def rope_and_store(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     epsilon: float = 0.0,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
     out_query: Tensor | None = None,
 ) -> Tensor:
     """Return the query (T, num_heads, D), ready for the attention; write K and V of each token to its slot.
@@ -40,7 +43,7 @@ def rope_and_store(
     qkv (T, (num_heads + 2 * num_kv_heads) * D) in that order; positions and slot_mapping (T,) int32, a slot of -1 is
     written nowhere. cos_sin (max_positions, rotary_dim) float32, [cos | sin] of half that many angles each; None turns
     nothing. q_norm and k_norm (D,) are weights of an RMS norm over each head, before it turns. keys and values
-    (num_blocks, num_kv_heads, block_size, D), the layer's slab.
+    (num_blocks, num_kv_heads, block_size, D), the layer's slab; the scales count where that is float8_e4m3fn.
     """
     count, dim = qkv.shape[0], keys.shape[3]
     assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * dim and qkv.stride(1) == 1, f"qkv {tuple(qkv.shape)}"
@@ -60,7 +63,7 @@ def rope_and_store(
     _rope_and_store[grid](
         qkv, positions, cos_sin, slot_mapping, keys, values, q_norm, k_norm, out_query, epsilon,
         qkv.stride(0), keys.stride(0), keys.stride(1), keys.stride(2), keys.shape[2],
-        **shape, num_warps=_num_warps(shape), **overlap(qkv.device),
+        1 / key_scale, 1 / value_scale, **shape, num_warps=_num_warps(shape), **overlap(qkv.device),
     )  # fmt: skip
     return out_query
 
@@ -87,7 +90,7 @@ def _num_warps(shape: dict[str, int]) -> int:
 @triton.jit
 def _rope_and_store(
     qkv, positions, cos_sin, slot_mapping, keys, values, q_norm, k_norm, query, epsilon,
-    qkv_stride, block_stride, head_stride, row_stride, block_size,
+    qkv_stride, block_stride, head_stride, row_stride, block_size, keys_factor, values_factor,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, NORMS: tl.constexpr,
     HEADS: tl.constexpr, HALF_TILE: tl.constexpr, REST_TILE: tl.constexpr, WHOLE_TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -106,7 +109,7 @@ def _rope_and_store(
         heads = group * HEADS + lanes
         _turn(
             row + heads * DIM, query + (token * NUM_HEADS + heads) * DIM, heads < NUM_HEADS,
-            q_norm, epsilon, cos_sin, position, DIM, HALF, NORMS, HALF_TILE, REST_TILE,
+            q_norm, epsilon, cos_sin, position, 1.0, DIM, HALF, NORMS, HALF_TILE, REST_TILE,
         )  # fmt: skip
     else:
         place = (slot // block_size).to(tl.int64) * block_stride + slot % block_size * row_stride
@@ -115,20 +118,20 @@ def _rope_and_store(
             _turn(
                 row + (NUM_HEADS + heads) * DIM, keys + place + heads * head_stride,
                 (heads < NUM_KV_HEADS) & (slot >= 0),
-                k_norm, epsilon, cos_sin, position, DIM, HALF, NORMS, HALF_TILE, REST_TILE,
+                k_norm, epsilon, cos_sin, position, keys_factor, DIM, HALF, NORMS, HALF_TILE, REST_TILE,
             )  # fmt: skip
         else:
             heads = (group - Q_GROUPS - KV_GROUPS) * HEADS + lanes
             _turn(
                 row + (NUM_HEADS + NUM_KV_HEADS + heads) * DIM, values + place + heads * head_stride,
                 (heads < NUM_KV_HEADS) & (slot >= 0),
-                None, epsilon, None, 0, DIM, 0, False, 1, WHOLE_TILE,
+                None, epsilon, None, 0, values_factor, DIM, 0, False, 1, WHOLE_TILE,
             )  # fmt: skip
 
 
 @triton.jit
 def _turn(
-    sources, places, wanted, norm, epsilon, cos_sin, position,
+    sources, places, wanted, norm, epsilon, cos_sin, position, factor,
     DIM: tl.constexpr, HALF: tl.constexpr, NORMS: tl.constexpr, HALF_TILE: tl.constexpr, REST_TILE: tl.constexpr,
 ):  # fmt: skip
     """Norm and turn the heads that lie at `sources` (HEADS,), and write those that are wanted to `places`."""
@@ -159,10 +162,10 @@ def _turn(
         angles = cos_sin + position.to(tl.int64) * (2 * HALF) + turning
         cos = tl.load(angles, mask=turning < HALF, other=0.0)
         sin = tl.load(angles + HALF, mask=turning < HALF, other=0.0)
-        tl.store(places + turning, (first * cos - second * sin).to(PLACED), mask=turns)
-        tl.store(places + HALF + turning, (second * cos + first * sin).to(PLACED), mask=turns)
+        tl.store(places + turning, to_slab(first * cos - second * sin, factor, PLACED), mask=turns)
+        tl.store(places + HALF + turning, to_slab(second * cos + first * sin, factor, PLACED), mask=turns)
     if REST > 0:
-        tl.store(places + 2 * HALF + still, third.to(PLACED), mask=stays)
+        tl.store(places + 2 * HALF + still, to_slab(third, factor, PLACED), mask=stays)
 
 
 @triton.jit
@@ -175,20 +178,22 @@ def _gain(values, weights, inside, DTYPE: tl.constexpr):
 def compile_cases() -> list[CompileCase]:
     """Heads as in Qwen3-0.6B, Llama-3-8B, SmolLM2-135M (64 wide), Phi-2 (80 wide, 32 turn) and GPT-2 (none turn)."""
     cases = []
-    for name, num_heads, num_kv_heads, dim, rotary_dim, norms in (
-        ("qwen3", 16, 8, 128, 128, True),
-        ("llama", 32, 8, 128, 128, False),
-        ("smollm", 9, 3, 64, 64, False),
-        ("phi", 32, 32, 80, 32, False),
-        ("gpt2", 12, 12, 64, 0, False),
+    for name, num_heads, num_kv_heads, dim, rotary_dim, norms, slab in (
+        ("qwen3", 16, 8, 128, 128, True, "*bf16"),
+        ("qwen3, fp8", 16, 8, 128, 128, True, "*fp8e4nv"),
+        ("llama", 32, 8, 128, 128, False, "*bf16"),
+        ("smollm", 9, 3, 64, 64, False, "*bf16"),
+        ("phi", 32, 32, 80, 32, False, "*bf16"),
+        ("gpt2", 12, 12, 64, 0, False, "*bf16"),
     ):
         shape = _shape(num_heads, num_kv_heads, dim, rotary_dim, norms=norms)
         absent: dict[str, object] = {"OVERLAP": True} | ({} if rotary_dim else {"cos_sin": None})
         absent |= {} if norms else {"q_norm": None, "k_norm": None}
         types = {
-            "qkv": "*bf16", "positions": "*i32", "cos_sin": "*fp32", "slot_mapping": "*i32", "keys": "*bf16",
-            "values": "*bf16", "q_norm": "*bf16", "k_norm": "*bf16", "query": "*bf16", "epsilon": "fp32",
+            "qkv": "*bf16", "positions": "*i32", "cos_sin": "*fp32", "slot_mapping": "*i32", "keys": slab,
+            "values": slab, "q_norm": "*bf16", "k_norm": "*bf16", "query": "*bf16", "epsilon": "fp32",
             "qkv_stride": "i32", "block_stride": "i32", "head_stride": "i32", "row_stride": "i32", "block_size": "i32",
+            "keys_factor": "fp32", "values_factor": "fp32",
         }  # fmt: skip
         cases.append(
             CompileCase(

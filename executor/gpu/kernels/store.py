@@ -6,8 +6,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from executor.gpu.triton_case import CompileCase
+from executor.gpu.triton_case import CompileCase, is_interpreted
 from executor.kv_cache import LayerCache
+
+INTERPRETED = tl.constexpr(is_interpreted())
+
+
+@triton.jit
+def to_slab(numbers, factor, DTYPE: tl.constexpr):
+    """Numbers as a slab of DTYPE holds them: in 8 bits times `factor`, which undoes the layer's scale.
+
+    float8_e4m3fn has no infinity: whatever is beyond its largest number becomes that one, and only NaN becomes NaN.
+    """
+    if DTYPE == tl.float8e4nv:  # noqa: SIM300 (the constant is no constant to ruff, and DTYPE is)
+        numbers = numbers.to(tl.float32) * factor
+        numbers = tl.clamp(numbers, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        if INTERPRETED:  # its cast loses the carry from the last bits to the exponent: so round to 4 bits before it
+            exponent = tl.maximum(tl.floor(tl.log2(tl.maximum(tl.abs(numbers), 1e-9))), -6.0)
+            steps = tl.exp2(exponent - 3.0) * 12582912.0  # 1.5 * 2 ** 23: here float32 has the steps of 8 bits there
+            numbers = numbers + steps - steps
+    return numbers.to(DTYPE)
 
 
 @triton.jit
@@ -15,7 +33,7 @@ def _store(
     key, value, keys, values, slot_mapping,
     key_token_stride, key_head_stride, value_token_stride, value_head_stride,
     keys_block_stride, keys_head_stride, keys_token_stride,
-    values_block_stride, values_head_stride, values_token_stride,
+    values_block_stride, values_head_stride, values_token_stride, keys_factor, values_factor,
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
 ):  # fmt: skip
@@ -31,13 +49,15 @@ def _store(
     real = (heads < HEADS) & (lanes < KEY_DIM)
     numbers = tl.load(key + token * key_token_stride + heads * key_head_stride + lanes, mask=real)
     place = keys + block * keys_block_stride + inside * keys_token_stride
-    tl.store(place + heads * keys_head_stride + lanes, numbers.to(keys.dtype.element_ty), mask=real)
+    tl.store(place + heads * keys_head_stride + lanes, to_slab(numbers, keys_factor, keys.dtype.element_ty), mask=real)
 
     lanes = tl.arange(0, VALUE_PAD)[None, :]
     real = (heads < HEADS) & (lanes < VALUE_DIM)
     numbers = tl.load(value + token * value_token_stride + heads * value_head_stride + lanes, mask=real)
     place = values + block * values_block_stride + inside * values_token_stride
-    tl.store(place + heads * values_head_stride + lanes, numbers.to(values.dtype.element_ty), mask=real)
+    tl.store(
+        place + heads * values_head_stride + lanes, to_slab(numbers, values_factor, values.dtype.element_ty), mask=real
+    )
 
 
 def store(key: Tensor, value: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
@@ -57,6 +77,8 @@ def store(key: Tensor, value: Tensor, cache: LayerCache, slot_mapping: Tensor) -
         *value.stride()[:2],
         *cache.keys.stride()[:3],
         *cache.values.stride()[:3],
+        1 / cache.key_scale,
+        1 / cache.value_scale,
         HEADS=num_heads,
         HEADS_PAD=triton.next_power_of_2(num_heads),
         BLOCK_SIZE=cache.block_size,
@@ -70,8 +92,13 @@ def store(key: Tensor, value: Tensor, cache: LayerCache, slot_mapping: Tensor) -
 
 def compile_cases() -> list[CompileCase]:
     """Eight heads of 128 numbers, as in Qwen3 and Llama 3."""
-    pointers = dict.fromkeys(("key", "value", "keys", "values"), "*bf16") | {"slot_mapping": "*i32"}
-    strides = dict.fromkeys([name for name in _store.arg_names if name.endswith("_stride")], "i32")
+    types = dict.fromkeys(("key", "value", "keys", "values"), "*bf16") | {"slot_mapping": "*i32"}
+    types |= dict.fromkeys([name for name in _store.arg_names if name.endswith("_stride")], "i32")
+    types |= dict.fromkeys(("keys_factor", "values_factor"), "fp32")
     constants = {"HEADS": 8, "HEADS_PAD": 8, "BLOCK_SIZE": 16}
     constants |= dict.fromkeys(("KEY_DIM", "KEY_PAD", "VALUE_DIM", "VALUE_PAD"), 128)
-    return [CompileCase(name="store", kernel=_store, signature=pointers | strides, constants=constants)]
+    fp8 = types | dict.fromkeys(("keys", "values"), "*fp8e4nv")
+    return [
+        CompileCase(name="store", kernel=_store, signature=types, constants=constants),
+        CompileCase(name="store, fp8", kernel=_store, signature=fp8, constants=constants),
+    ]

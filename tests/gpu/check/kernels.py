@@ -26,6 +26,8 @@ from tests.gpu.check.parts import Check, Found, Part
 TOLERANCE: Final = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
 """Of the largest number of the answer: a few roundings of each type, and far less than any mistake makes."""
 
+FP8: Final = torch.float8_e4m3fn
+_FP8_STEP: Final = 0.0625 + 0.01  # half a step of 4 bits, and what the kernels' own roundings add
 _THREADS: Final = 12
 
 
@@ -34,7 +36,9 @@ def parts(check: Check) -> list[Part]:
     checks: dict[str, Callable[[Check], Found]] = {
         **{f"attention {_name(dtype)}": partial(attention, dtype=dtype) for dtype in TOLERANCE},
         "attention backend": backend,
+        "attention over fp8": partial(attention, dtype=torch.bfloat16, slab=FP8),
         **{f"rope_and_store {_name(dtype)}": partial(rope_and_store, dtype=dtype) for dtype in TOLERANCE},
+        "rope_and_store to fp8": partial(rope_and_store, dtype=torch.bfloat16, slab=FP8),
         **{f"norms {_name(dtype)}": partial(norms, dtype=dtype) for dtype in TOLERANCE},
         **{f"silu_mul {_name(dtype)}": partial(silu_mul, dtype=dtype) for dtype in TOLERANCE},
         "sampling greedy": greedy,
@@ -45,7 +49,11 @@ def parts(check: Check) -> list[Part]:
     if check.fake:
         return every
     works = [work for name, work in checks.items() if not name.startswith("attention")]
-    works += [partial(attention, dtype=dtype, only=name) for dtype in TOLERANCE for name in _cases(check, dtype)]
+    works += [
+        partial(attention, dtype=dtype, slab=slab, only=name)
+        for dtype, slab in [*((dtype, dtype) for dtype in TOLERANCE), (torch.bfloat16, FP8)]
+        for name in _cases(check, slab)
+    ]
     return [Part(name="compile", work=partial(compile_all, works=[*works, backend]), limit_s=120), *every]
 
 
@@ -104,25 +112,26 @@ TINY_ATTENTION: Final = {
 _FEW: Final = {  # in other types than the one that is served most
     torch.float32: ("decode, groups of 2", "decode, groups of 7", "mixed, groups of 2", "mixed, cap, sinks"),
     torch.float16: ("decode, groups of 2", "mixed, groups of 4"),
+    FP8: ("decode, groups of 2", "decode, groups of 4, padding", "mixed, groups of 2", "mixed, cap, sinks", "prompt"),
 }
 _BACKEND: Final = ("decode, groups of 2", "mixed, groups of 3, window", "mixed, cap, sinks")
 
 
-def _cases(check: Check, dtype: torch.dtype) -> dict[str, AttentionCase]:
+def _cases(check: Check, slab: torch.dtype) -> dict[str, AttentionCase]:
     if check.fake:
         return TINY_ATTENTION
-    return {name: ATTENTION[name] for name in _FEW.get(dtype, tuple(ATTENTION))}
+    return {name: ATTENTION[name] for name in _FEW.get(slab, tuple(ATTENTION))}
 
 
-def attention(check: Check, *, dtype: torch.dtype, only: str = "") -> Found:
-    """attend_stored, as the fused forward calls it."""
+def attention(check: Check, *, dtype: torch.dtype, slab: torch.dtype | None = None, only: str = "") -> Found:
+    """attend_stored, as the fused forward calls it, over a slab of the same dtype or of another."""
     from executor.attention.triton import Workspace, attend_stored  # noqa: PLC0415 - imports triton
 
     errors = {}
-    for name, case in _cases(check, dtype).items():
+    for name, case in _cases(check, slab or dtype).items():
         if only and name != only:
             continue
-        prepared = _Attention(case, check.device, dtype)
+        prepared = _Attention(case, check.device, dtype, slab)
         out = torch.full_like(prepared.query, torch.nan)
         attend_stored(
             prepared.query,
@@ -137,7 +146,7 @@ def attention(check: Check, *, dtype: torch.dtype, only: str = "") -> Found:
             workspace=Workspace([prepared.shape], max_rows=len(prepared.query), device=check.device),
         )
         errors[name] = _error(out[: prepared.num_tokens], prepared.expected())
-    return _judged("attention", dtype, errors)
+    return _judged("attention" if slab is None else f"attention over {_name(slab)},", dtype, errors)
 
 
 def backend(check: Check) -> Found:
@@ -179,7 +188,9 @@ def backend(check: Check) -> Found:
 class _Attention:
     """A case with its tensors. The slab holds NaN wherever no token lies."""
 
-    def __init__(self, case: AttentionCase, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, case: AttentionCase, device: torch.device, dtype: torch.dtype, slab: torch.dtype | None = None
+    ) -> None:
         self._case = case
         self._device = device
         torch.manual_seed(1)
@@ -187,7 +198,7 @@ class _Attention:
         self.layout = layout(case.rows, device, block_size=case.block_size, padding=case.padding)
         self.num_tokens = sum(now for _, now in case.rows)
         self.query = torch.randn(self.num_tokens + case.padding, case.heads, case.dim, device=device).to(dtype)
-        self.cache = poisoned(self.shape, self.layout.num_blocks, case.block_size, device, dtype)
+        self.cache = poisoned(self.shape, self.layout.num_blocks, case.block_size, device, slab or dtype)
         self.options = LayerOptions(
             scale=case.dim**-0.5,
             window=case.window,
@@ -196,9 +207,10 @@ class _Attention:
         )
         for row, (before, now) in enumerate(case.rows):
             blocks, offsets = self._places(row, torch.arange(before + now, device=device))
-            for slab in (self.cache.keys, self.cache.values):
-                slab[blocks, :, offsets] = torch.randn(before + now, case.kv_heads, case.dim, device=device).to(dtype)
-        self._keys, self._values = self.cache.keys.clone(), self.cache.values.clone()
+            for each in (self.cache.keys, self.cache.values):
+                noise = torch.randn(before + now, case.kv_heads, case.dim, device=device)
+                _bits(each)[blocks, :, offsets] = _bits(noise.to(each.dtype))
+        self._keys, self._values = self.cache.keys.double(), self.cache.values.double()
 
     def expected(self) -> Tensor:
         """By the plainest of backends, in float64."""
@@ -206,7 +218,7 @@ class _Attention:
         out, first = [], 0
         for row, (before, now) in enumerate(self._case.rows):
             blocks, offsets = self._places(row, torch.arange(before + now, device=self._device))
-            keys, values = self._keys[blocks, :, offsets].double(), self._values[blocks, :, offsets].double()
+            keys, values = self._keys[blocks, :, offsets], self._values[blocks, :, offsets]
             out.append(attend_one(self.query[first : first + now].double(), keys, values, options))
             first += now
         return torch.cat(out)
@@ -255,15 +267,20 @@ def poisoned(
     cache = KvCache(
         [shape], num_blocks=num_blocks, block_size=block_size, format=SlabFormat(dtype=dtype), device=device
     )
-    cache.layers[0].keys.fill_(torch.nan)
-    cache.layers[0].values.fill_(torch.nan)
+    for slab in (cache.layers[0].keys, cache.layers[0].values):
+        _bits(slab).fill_(0x7F if dtype is FP8 else torch.nan)
     return cache.layers[0]
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    """What torch can index: of numbers of 8 bits, the bits."""
+    return numbers.view(torch.uint8) if numbers.dtype is FP8 else numbers
 
 
 # ---- what is fused
 
 
-def rope_and_store(check: Check, *, dtype: torch.dtype) -> Found:
+def rope_and_store(check: Check, *, dtype: torch.dtype, slab: torch.dtype | None = None) -> Found:
     """Norm of each head, rotary embedding and the store, against the same in float64."""
     from executor.gpu.kernels.rotary import rope_and_store as ours  # noqa: PLC0415 - imports triton
 
@@ -280,7 +297,7 @@ def rope_and_store(check: Check, *, dtype: torch.dtype) -> Found:
         angles = torch.outer(torch.arange(256).double(), 1e4 ** (-torch.arange(0, rotary_dim, 2).double() / rotary_dim))
         cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1).float().to(device)
         shape = LayerShape(num_heads=heads, num_kv_heads=kv_heads, key_dim=dim, value_dim=dim)
-        cache = poisoned(shape, step.num_blocks, 16, device, dtype)
+        cache = poisoned(shape, step.num_blocks, 16, device, slab or dtype)
         slots = step.inputs.slot_mapping.clone()
         slots[1] = -1  # as a padding row: nothing of it may be written
         query = torch.full((tokens, heads, dim), torch.nan, device=device).to(dtype)
@@ -307,12 +324,17 @@ def rope_and_store(check: Check, *, dtype: torch.dtype) -> Found:
         kept = slots >= 0
         places = (slots[kept].long() // 16, slots[kept].long() % 16)
         errors[f"{name}, query"] = _error(query, turned[0])
-        errors[f"{name}, key"] = _error(cache.keys[places[0], :, places[1]], turned[1][kept])
-        errors[f"{name}, value"] = _error(cache.values[places[0], :, places[1]], v[kept])
-        written = int((~cache.keys.isnan()).sum() + (~cache.values.isnan()).sum())
+        keys, values = cache.keys.float(), cache.values.float()
+        key_error = _error(keys[places[0], :, places[1]], turned[1][kept])
+        if slab is None:
+            errors[f"{name}, key"] = key_error
+        elif not key_error <= _FP8_STEP:
+            problems.append(f"{name}, key: off by {key_error:.2e}, {_FP8_STEP:.0e} are allowed")
+        errors[f"{name}, value"] = _error(values[places[0], :, places[1]], v[kept].to(dtype).to(cache.values.dtype))
+        written = int((~keys.isnan()).sum() + (~values.isnan()).sum())
         if written != 2 * int(kept.sum()) * kv_heads * dim:
             problems.append(f"{name}: {written} numbers were stored, not {2 * int(kept.sum()) * kv_heads * dim}")
-    found = _judged("rope_and_store", dtype, errors)
+    found = _judged("rope_and_store" if slab is None else f"rope_and_store to {_name(slab)},", dtype, errors)
     found.problems += problems
     return found
 

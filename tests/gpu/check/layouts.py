@@ -159,6 +159,9 @@ def random_cache(
     """A slab full of noise, so that nothing that is read costs less power than it would."""
     cache = KvCache(layers, num_blocks=num_blocks, block_size=block_size, format=SlabFormat(dtype=dtype), device=device)
     for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
+        for slab in (layer.keys, layer.values):
+            if dtype.itemsize == 1:
+                slab.copy_(torch.randn(slab.shape, dtype=torch.bfloat16, device=device))
+            else:
+                slab.normal_()
     return cache

@@ -21,6 +21,7 @@ from tests.gpu.check.timing import copies_beyond_cache, device_s, graph_s, launc
 ROWS: Final = (1, 64, 256)
 CONTEXTS: Final = (512, 2048)
 PROMPTS: Final = (2048, 8192)
+_FP8: Final = torch.float8_e4m3fn
 MEMORY_SHARE: Final = 0.75  # of the measured ceiling, for decode attention at 64 rows and more
 
 
@@ -30,6 +31,10 @@ def parts(check: Check) -> list[Part]:
     groups = [(shape, f"groups of {shape.size.heads // shape.size.kv_heads}") for shape in shapes]
     return [
         *(Part(name=f"decode attention, {name}", work=partial(decode, shape=s), takes_s=6) for s, name in groups),
+        *(
+            Part(name=f"decode attention over fp8, {name}", work=partial(decode, shape=s, slab=_FP8), takes_s=6)
+            for s, name in groups
+        ),
         *(Part(name=f"prefill attention, {name}", work=partial(prefill, shape=s), takes_s=4) for s, name in groups),
         Part(name="sampling", work=sampling, takes_s=5),
         *(Part(name=f"fused, {shape.name}", work=partial(fused, shape=shape), takes_s=3) for shape in shapes),
@@ -41,18 +46,19 @@ def parts(check: Check) -> list[Part]:
     ]
 
 
-def decode(check: Check, *, shape: Shape) -> Found:
+def decode(check: Check, *, shape: Shape, slab: torch.dtype = torch.bfloat16) -> Found:
     """Rows of one token each, all with the same context, their blocks scattered."""
     from executor.attention.triton import Workspace, attend_stored  # noqa: PLC0415 - imports triton
 
     size, found = shape.size, Found()
     heads = _heads(shape)
+    name_of = f"decode attention{' over fp8' if slab is _FP8 else ''}, groups of {heads.group_size}"
     for rows in (2,) if check.fake else ROWS:
         for context in (20,) if check.fake else CONTEXTS:
             step = layout([(context - 1, 1)] * rows, check.device, max_model_len=30 if check.fake else 4096)
-            read = rows * context * 4 * size.kv_heads * size.head_dim
+            read = rows * context * 2 * slab.itemsize * size.kv_heads * size.head_dim
             copies = 1 if check.fake else copies_beyond_cache(read, most=32)
-            cache = random_cache([heads] * copies, num_blocks=step.num_blocks, device=check.device)
+            cache = random_cache([heads] * copies, num_blocks=step.num_blocks, device=check.device, dtype=slab)
             query = torch.randn(rows, size.heads, size.head_dim, device=check.device).bfloat16()
             out = torch.empty_like(query)
             attend = partial(
@@ -69,11 +75,11 @@ def decode(check: Check, *, shape: Shape) -> Found:
             share = read / seconds / check.bytes_per_s
             found.values[name] = {"us": _us(seconds), "gb_s": round(read / seconds / 1e9, 1), "share": round(share, 4)}
             if rows >= 64:
-                what = f"decode attention, groups of {heads.group_size}, {rows} x {context}: share of the memory rate"
+                what = f"{name_of}, {rows} x {context}: share of the memory rate"
                 found.aims.append(Aim(what=what, measured=round(share, 3), bound=MEMORY_SHARE, at_most=False))
             del cache, attend
     told = ", ".join(f"{name} {each['share']:.0%}" for name, each in found.values.items())
-    found.lines.append(f"decode attention, groups of {heads.group_size}, share of the memory rate: {told}")
+    found.lines.append(f"{name_of}, share of the memory rate: {told}")
     return found
 
 
