@@ -2,7 +2,8 @@
 
 Where a matrix has too few outputs to give every multiprocessor work, its inputs are cut into splits too. Each leaves a
 part of the sums; whoever comes last to an output adds them, always in the same order, so the result does not depend on
-who that was.
+who that was. Or a block of inputs is cut into slices, which the warps of one program share out: then nobody waits for
+another program.
 
 A small matrix is *held*: each program has its share of the weights in registers before it waits for the rows, which
 the kernel before it may still be computing (executor/gpu/kernels/overlap.py). The share of a large one comes in a loop
