@@ -2,7 +2,8 @@
 
 Where a matrix has too few outputs to give every multiprocessor work, its inputs are cut into splits too. Each leaves a
 part of the sums; whoever comes last to an output adds them, always in the same order, so the result does not depend on
-who that was.
+who that was. Or a block of inputs is cut into slices, which the warps of one program share out: then nobody waits for
+another program.
 
 A small matrix is *held*: each program has its share of the weights in registers before it waits for the rows, which
 the kernel before it may still be computing (executor/gpu/kernels/overlap.py). The share of a large one comes in a loop
@@ -38,6 +39,7 @@ class Cut:
     block_n: int  # outputs of a program
     block_k: int  # inputs that are worked at once
     splits: int = 1  # of the inputs
+    slices: int = 1  # of the inputs of a block: each warp sums some of them, and the program adds the sums
     held: bool = False  # the program's weights are in registers before it waits
     turned: bool = False  # the matrix is the left factor: 64 of its rows are one operand of Hopper's tensor cores
     num_warps: int = 4
@@ -197,8 +199,8 @@ def _constants(outputs: int, inputs: int, rows: int, cut: Cut, *, gated: bool, a
     assert not cut.held or steps <= MOST_HELD
     return {
         "N": outputs, "K": inputs, "ROWS": rows, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k, "STEPS": steps,
-        "SPLITS": cut.splits, "HELD": cut.held, "TURNED": cut.turned, "STAGES": cut.num_stages, "GATED": gated,
-        "ADDS": adds, "K_PAD": triton.next_power_of_2(inputs),
+        "SPLITS": cut.splits, "SLICES": cut.slices, "HELD": cut.held, "TURNED": cut.turned,
+        "STAGES": cut.num_stages, "GATED": gated, "ADDS": adds, "K_PAD": triton.next_power_of_2(inputs),
     }  # fmt: skip
 
 
@@ -210,54 +212,72 @@ def _options(cut: Cut) -> dict[str, Any]:
 def _skinny(
     x, weight, bias, norm, out, parts, counters, num_rows, epsilon,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STEPS: tl.constexpr, SPLITS: tl.constexpr, HELD: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, ADDS: tl.constexpr, K_PAD: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
+    STEPS: tl.constexpr, SPLITS: tl.constexpr, SLICES: tl.constexpr, HELD: tl.constexpr, TURNED: tl.constexpr,
+    STAGES: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr, K_PAD: tl.constexpr, UPCAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of all rows a program, over STEPS * BLOCK_K inputs."""
     WHOLE: tl.constexpr = N % BLOCK_N == 0 and K % (STEPS * SPLITS * BLOCK_K) == 0
     begin_next(OVERLAP)
     tile, split = tl.program_id(0), tl.program_id(1)
     rows, columns = tl.arange(0, ROWS), tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    within = split * STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
-    matrix = weight + columns.to(tl.int64)[:, None] * K
-    wanted = columns[:, None] < N
-    if ROWS == 1:
+    begin = split * STEPS * BLOCK_K
+    if SLICES > 1:
+        sums = tl.zeros((SLICES, ROWS, BLOCK_N), tl.float32)
+    elif ROWS == 1:
         sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     elif TURNED:
         sums = tl.zeros((BLOCK_N, ROWS), tl.float32)
     else:
         sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
     if HELD:
-        w0 = _weights(matrix, within, wanted, K, WHOLE)
+        w0 = _weights(weight, columns, begin, N, K, BLOCK_K, SLICES, WHOLE)
         if STEPS > 1:
-            w1 = _weights(matrix, within + BLOCK_K, wanted, K, WHOLE)
+            w1 = _weights(weight, columns, begin + BLOCK_K, N, K, BLOCK_K, SLICES, WHOLE)
         if STEPS > 2:
-            w2 = _weights(matrix, within + 2 * BLOCK_K, wanted, K, WHOLE)
+            w2 = _weights(weight, columns, begin + 2 * BLOCK_K, N, K, BLOCK_K, SLICES, WHOLE)
         if STEPS > 3:
-            w3 = _weights(matrix, within + 3 * BLOCK_K, wanted, K, WHOLE)
+            w3 = _weights(weight, columns, begin + 3 * BLOCK_K, N, K, BLOCK_K, SLICES, WHOLE)
         wait_for_previous(OVERLAP)
         scale = _scale(x, norm, epsilon, K, K_PAD)
-        sums = _fold(sums, w0, x, norm, scale, rows, within, num_rows, K, ROWS, TURNED, GATED, UPCAST)
+        sums = _fold(
+            sums, w0, x, norm, scale, rows, begin, num_rows, K, ROWS, BLOCK_K, SLICES, TURNED, GATED, UPCAST
+        )  # fmt: skip
         if STEPS > 1:
-            sums = _fold(sums, w1, x, norm, scale, rows, within + BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST)
+            sums = _fold(
+                sums, w1, x, norm, scale, rows, begin + BLOCK_K, num_rows,
+                K, ROWS, BLOCK_K, SLICES, TURNED, GATED, UPCAST,
+            )  # fmt: skip
         if STEPS > 2:
-            sums = _fold(sums, w2, x, norm, scale, rows, within + 2 * BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST)
+            sums = _fold(
+                sums, w2, x, norm, scale, rows, begin + 2 * BLOCK_K, num_rows,
+                K, ROWS, BLOCK_K, SLICES, TURNED, GATED, UPCAST,
+            )  # fmt: skip
         if STEPS > 3:
-            sums = _fold(sums, w3, x, norm, scale, rows, within + 3 * BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST)
+            sums = _fold(
+                sums, w3, x, norm, scale, rows, begin + 3 * BLOCK_K, num_rows,
+                K, ROWS, BLOCK_K, SLICES, TURNED, GATED, UPCAST,
+            )  # fmt: skip
     else:
         if OVERLAP:
             FIRST: tl.constexpr = 2 if STEPS > 1 else 1
             for step in tl.static_range(FIRST):
-                lines = split * STEPS * BLOCK_K + step * BLOCK_K + tl.arange(0, (BLOCK_K + 63) // 64) * 64
-                prefetch(matrix + tl.minimum(lines, K - 1)[None, :], columns[:, None] < N)
+                lines = begin + step * BLOCK_K + tl.arange(0, (BLOCK_K + 63) // 64) * 64
+                prefetch(
+                    weight + columns.to(tl.int64)[:, None] * K + tl.minimum(lines, K - 1)[None, :],
+                    columns[:, None] < N,
+                )
         wait_for_previous(OVERLAP)
         scale = _scale(x, norm, epsilon, K, K_PAD)
         for step in tl.range(0, STEPS, num_stages=STAGES):
-            w = _weights(matrix, within + step * BLOCK_K, wanted, K, WHOLE)
+            at = begin + step * BLOCK_K
+            w = _weights(weight, columns, at, N, K, BLOCK_K, SLICES, WHOLE)
             sums = _fold(
-                sums, w, x, norm, scale, rows, within + step * BLOCK_K, num_rows, K, ROWS, TURNED, GATED, UPCAST
-            )
-    if ROWS == 1:
+                sums, w, x, norm, scale, rows, at, num_rows, K, ROWS, BLOCK_K, SLICES, TURNED, GATED, UPCAST
+            )  # fmt: skip
+    if SLICES > 1:
+        sums = tl.sum(sums, axis=0)
+    elif ROWS == 1:
         sums = tl.sum(sums, axis=1)[None, :]
     elif TURNED:
         sums = tl.trans(sums)
@@ -290,37 +310,58 @@ def _scale(x, norm, epsilon, K: tl.constexpr, K_PAD: tl.constexpr):
 
 
 @triton.jit
-def _weights(matrix, within, wanted, K: tl.constexpr, WHOLE: tl.constexpr):
-    """A block of the matrix, (BLOCK_N, BLOCK_K)."""
-    if WHOLE:
-        block = tl.load(matrix + within[None, :], eviction_policy="evict_first")
+def _places(lines, begin, BLOCK_K: tl.constexpr, SLICES: tl.constexpr):
+    """Each line's number and each input's, as they are worked: (lines, BLOCK_K), or (SLICES, lines, a slice)."""
+    WIDTH: tl.constexpr = BLOCK_K // SLICES
+    if SLICES > 1:
+        within = begin + (tl.arange(0, SLICES) * WIDTH)[:, None, None] + tl.arange(0, WIDTH)[None, None, :]
+        lines = lines[None, :, None]
     else:
-        inside = wanted & (within < K)[None, :]
-        block = tl.load(matrix + within[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+        within = begin + tl.arange(0, BLOCK_K)[None, :]
+        lines = lines[:, None]
+    return lines, within
+
+
+@triton.jit
+def _weights(
+    weight, columns, begin,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """A block of the matrix, (BLOCK_N, BLOCK_K) or (SLICES, BLOCK_N, BLOCK_K // SLICES)."""
+    lines, within = _places(columns, begin, BLOCK_K, SLICES)
+    places = weight + lines.to(tl.int64) * K + within
+    if WHOLE:
+        block = tl.load(places, eviction_policy="evict_first")
+    else:
+        block = tl.load(places, mask=(lines < N) & (within < K), other=0.0, eviction_policy="evict_first")
     return block
 
 
 @triton.jit
 def _fold(
-    sums, w, x, norm, scale, rows, within, num_rows,
-    K: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr, GATED: tl.constexpr, UPCAST: tl.constexpr,
+    sums, w, x, norm, scale, rows, begin, num_rows,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, TURNED: tl.constexpr,
+    GATED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Add the products with a block of the matrix."""
-    there = (rows[:, None] < num_rows) & (within < K)[None, :]
+    """Add the products with a block of the matrix. A slice has sums of its own: each warp works some slices."""
+    lines, within = _places(rows, begin, BLOCK_K, SLICES)
+    there = (lines < num_rows) & (within < K)
     if GATED:
-        places = x + rows[:, None] * (2 * K) + within[None, :]
+        places = x + lines * (2 * K) + within
         gate = tl.load(places, mask=there, other=0.0).to(tl.float32)
         up = tl.load(places + K, mask=there, other=0.0).to(tl.float32)
         gate = (gate / (1.0 + tl.exp(-gate))).to(x.dtype.element_ty).to(tl.float32)
         a = (gate * up).to(x.dtype.element_ty)
     else:
-        a = tl.load(x + rows[:, None] * K + within[None, :], mask=there, other=0.0)
+        a = tl.load(x + lines * K + within, mask=there, other=0.0)
     if norm is not None:
-        gain = tl.load(norm + within, mask=within < K, other=0.0).to(tl.float32)[None, :]
+        gain = tl.load(norm + within, mask=within < K, other=0.0).to(tl.float32)
         a = ((a.to(tl.float32) * scale).to(x.dtype.element_ty).to(tl.float32) * gain).to(x.dtype.element_ty)
     if UPCAST:
         a, w = a.to(tl.float32), w.to(tl.float32)
-    if ROWS == 1:
+    if SLICES > 1:
+        sums = tl.dot(a, tl.permute(w, (0, 2, 1)), acc=sums, input_precision="ieee")
+    elif ROWS == 1:
         sums += w.to(tl.float32) * a.to(tl.float32)
     elif TURNED:
         sums = tl.dot(w, tl.trans(a), acc=sums, input_precision="ieee")

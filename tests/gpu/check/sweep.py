@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -35,10 +35,6 @@ ROWS: Final = (1, 8, 16, 32, 64)
 WORST: Final = 1e-2  # of the largest number: bfloat16 rounds to 0.4 %
 CONTEXT: Final = 512
 _FROM_TORCH: Final = 0.1  # of the largest logit: sums in another order, through all layers of a random model
-MODES: Final = (
-    ("torch", False), ("torch", True), ("ours", False), ("ours", True), ("best", True), ("fused", True),
-)  # fmt: skip
-"""Whose products, and whether kernels overlap. "fused" has norms and additions within our products, too."""
 
 _COMPILERS: Final = 12
 _COMPILE_SHARE: Final = 0.4  # of the budget, at most
@@ -49,7 +45,42 @@ _REGISTERS: Final = 224  # bytes of weights a lane may hold
 _SHARED: Final = 200 << 10
 
 
+_EVERY: Final = ("torch", False), ("torch", True), ("ours", False), ("ours", True), ("best", True), ("fused", True)
+_BRIEF: Final = ("torch", True), ("best", True), ("fused", True)
+
+
+@dataclass(slots=True)
+class _Asked:
+    """What the command line says to every process."""
+
+    only: str = ""  # "cuts" or "steps"
+    rows: list[int] = field(default_factory=lambda: [1, 16, 64, 32])  # padded; in the order in which they matter
+    brief: bool = False
+
+    @property
+    def modes(self) -> tuple[tuple[str, bool], ...]:
+        """Whose products, and whether kernels overlap. "fused" has norms and additions within ours, too: of one row."""
+        return _BRIEF if self.brief else _EVERY
+
+    def arguments(self) -> list[str]:
+        """For another process."""
+        told = ["--rows", ",".join(map(str, self.rows))]
+        return told + (["--only", self.only] if self.only else []) + (["--brief"] if self.brief else [])
+
+
+_asked = _Asked()
+
+
 # ---- what is tried
+
+_SLICED: Final = {  # padded rows → block_n, block_k, slices, warps
+    16: (
+        (8, 1024, 8, 8), (8, 1024, 4, 4), (16, 1024, 8, 8), (32, 1024, 8, 8), (8, 512, 4, 4), (16, 512, 4, 4),
+        (32, 512, 8, 8), (16, 1024, 16, 16), (32, 1024, 16, 16), (8, 2048, 8, 8), (16, 256, 4, 4),
+    ),
+    32: ((8, 1024, 8, 8), (16, 512, 8, 8), (32, 512, 8, 8), (16, 1024, 16, 16), (32, 512, 16, 16)),
+    64: ((8, 512, 8, 8), (16, 512, 8, 8), (32, 512, 8, 8), (32, 256, 4, 8), (32, 512, 16, 16)),
+}  # fmt: skip
 
 
 def candidates(outputs: int, inputs: int, rows: int, *, fake: bool = False) -> list[Cut]:
@@ -61,12 +92,16 @@ def candidates(outputs: int, inputs: int, rows: int, *, fake: bool = False) -> l
         return [*found, Cut(block_n=16, block_k=32, splits=2)]
     small = 2 * outputs * inputs <= 32 << 20
 
-    def add(block_n: int, block_k: int, warps: int, stages: int, *, programs: int = 0, **flags: bool) -> None:
+    def add(
+        block_n: int, block_k: int, warps: int, stages: int, *, programs: int = 0, slices: int = 1, **flags: bool
+    ) -> None:
         tiles, blocks = -(-outputs // block_n), -(-inputs // block_k)
         splits = max(1, min(round(programs / tiles), blocks)) if programs else 1
         steps = -(-blocks // splits)
         splits = -(-blocks // steps)
-        cut = Cut(block_n=block_n, block_k=block_k, splits=splits, num_warps=warps, num_stages=stages, **flags)
+        cut = Cut(
+            block_n=block_n, block_k=block_k, splits=splits, slices=slices, num_warps=warps, num_stages=stages, **flags
+        )
         if flags.get("held"):
             fits = steps <= MOST_HELD and 2 * steps * block_n * block_k <= _REGISTERS * 32 * warps
         else:
@@ -95,6 +130,10 @@ def candidates(outputs: int, inputs: int, rows: int, *, fake: bool = False) -> l
             if rows < 64 or block_n >= 32:
                 for programs in (132,) if rows == 32 else (132, 264):
                     add(block_n, block_k, warps, 4, held=True, programs=programs)
+    if small:
+        for block_n, block_k, slices, warps in _SLICED[rows]:
+            if block_k <= inputs:
+                add(block_n, block_k, warps, 4, held=True, slices=slices)
     for programs in (264,) if rows == 32 else (132, 264, 528):
         if rows <= 32:
             add(16, 256, 4, 4, programs=programs)
@@ -123,7 +162,7 @@ def shapes(*, fake: bool) -> list[Shape]:
 
 def classes(*, fake: bool) -> list[int]:
     """Padded rows, in the order in which they matter."""
-    return [1, 16] if fake else [1, 64, 16, 32]
+    return [1, 16] if fake else _asked.rows
 
 
 def cases(*, fake: bool) -> Iterator[tuple[int, int, int]]:
@@ -201,8 +240,9 @@ def compile_model(name: str, overlapped: bool) -> None:
 
 def compile_all(out: Path, budget_s: float, say: Callable[[str], None]) -> None:
     """In processes of their own. Those that are not done in time are ended: what is left is compiled when needed."""
-    what = [f"model:{shape.name}:{on}" for shape in shapes(fake=False) for on in (0, 1)]
-    what += [f"cuts:{part}:{_COMPILERS}" for part in range(_COMPILERS)]
+    switch = (1,) if _asked.brief else (0, 1)
+    what = [f"model:{shape.name}:{on}" for shape in shapes(fake=False) for on in switch if _asked.only != "cuts"]
+    what += [f"cuts:{part}:{_COMPILERS}" for part in range(_COMPILERS) if _asked.only != "steps"]
     began_s = time.monotonic()
     with (out / "compile.log").open("w") as log:
         running = [_start("--compile", each, stdout=log) for each in what]
@@ -218,7 +258,7 @@ def compile_all(out: Path, budget_s: float, say: Callable[[str], None]) -> None:
 
 
 def _start(*arguments: str, stdout: Any = None) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-u", "-m", "tests.gpu.check.sweep", *arguments]
+    command = [sys.executable, "-u", "-m", "tests.gpu.check.sweep", *_asked.arguments(), *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=subprocess.STDOUT if stdout else None)
 
 
@@ -247,13 +287,15 @@ class Measurer:
         self._task("overlap", self._overlap)
         works = "problem" not in self._done.get("overlap", {})
         with contextlib.nullcontext() if works else without_overlap():
-            for case in cases(fake=self._fake):
-                if self._until_s - time.monotonic() > (0 if self._fake else _STEPS_S):
+            for case in cases(fake=self._fake) if _asked.only != "steps" else ():
+                if self._until_s - time.monotonic() > (0 if self._fake or _asked.only else _STEPS_S):
                     self._matrix(*case)
+        if _asked.only == "cuts":
+            return
         self.put_in_force()
         if not self._fake:
             self._done.pop("compile", None)
-            self._task("compile", self._compile)
+            self._task("compile", self._compile)  # in the threads of this process, which has the device for itself
         for shape in shapes(fake=self._fake):
             self._steps(shape)
 
@@ -302,21 +344,30 @@ class Measurer:
         from executor.gpu.kernels.overlap import without_overlap  # noqa: PLC0415 - imports triton
         from executor.gpu.kernels.skinny import CUTS, MOST_GATED  # noqa: PLC0415
 
-        def launch(outputs: int, inputs: int, rows: int, cut: Cut, gated: bool) -> None:
+        def launch(case: tuple[int, int, int], cut: Cut, **how: Any) -> None:
+            outputs, inputs, rows = case
             weight = torch.zeros(outputs, inputs, device=self._device, dtype=self._dtype)
-            x = torch.zeros(rows, inputs * (2 if gated else 1), device=self._device, dtype=self._dtype)
+            x = torch.zeros(rows, inputs * (2 if how.get("gated") else 1), device=self._device, dtype=self._dtype)
             out = torch.empty(rows, outputs, device=self._device, dtype=self._dtype)
+            norm = torch.ones_like(x[0]) if how.pop("normed", False) else None
             with contextlib.suppress(Exception):
-                self._linears.launch(x, weight, None, out, gated=gated, cut=cut)
+                self._linears.launch(x, weight, None, out, cut=cut, norm=norm, epsilon=1e-6, **how)
 
         began_s = time.monotonic()
-        gates = {matrices(shape)[3] for shape in shapes(fake=False)}
-        gated = [(*case, cut, True) for case, cut in CUTS.items() if case[:2] in gates and case[2] <= MOST_GATED]
+        downs = {matrices(shape)[3] for shape in shapes(fake=False)}
+        work: list[Callable[[], None]] = []
+        for case, cut in CUTS.items():
+            if case[:2] in downs and case[2] <= MOST_GATED:
+                work.append(partial(launch, case, cut, gated=True))
+            if case[2] == 1:
+                around = {"normed": True} if case[0] > case[1] else {"adds": True, "gated": case[:2] in downs}
+                work.append(partial(launch, case, cut, **around))
+        plain = [partial(launch, case, cut) for case, cut in CUTS.items()]
         with ThreadPoolExecutor(_COMPILERS) as threads:
-            list(threads.map(lambda each: launch(*each), gated))
-            with without_overlap():
-                every = [(*case, cut, False) for case, cut in CUTS.items()] + gated
-                list(threads.map(lambda each: launch(*each), every))
+            list(threads.map(lambda each: each(), work))
+            if not _asked.brief:
+                with without_overlap():
+                    list(threads.map(lambda each: each(), work + plain))
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return {"s": round(time.monotonic() - began_s, 1)}
@@ -414,9 +465,9 @@ class Measurer:
 
     def _steps(self, shape: Shape) -> None:
         tasks = (
-            [(1, *mode) for mode in (MODES[0], *MODES[-2:])]
+            [(1, *mode) for mode in _BRIEF]
             if self._fake
-            else [(n, *mode) for n in ROWS for mode in MODES if n == 1 or mode[0] != "fused"]
+            else [(n, *mode) for n in ROWS for mode in _asked.modes if n == 1 or "fused" not in mode]
         )
         if self._done.keys() >= {f"step {shape.name} {rows} {which} {int(on)}" for rows, which, on in tasks}:
             return
@@ -526,8 +577,8 @@ class _Model:
         self._which = which
         self.fuse(on=which == "fused")
         work = self.step(rows)
-        with without_overlap():
-            wanted = [each.clone() for each in work()]
+        with contextlib.nullcontext() if _asked.brief else without_overlap():
+            wanted = [each.clone() for each in work()]  # launched so slowly that hardly anything overlaps
         of_torch = self._of_torch.setdefault(rows, wanted[0])  # torch's turn is the first
         with contextlib.nullcontext() if on else without_overlap():
             if self._fake:
@@ -652,7 +703,7 @@ def told(notes: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def _short(cut: dict[str, Any]) -> str:
-    plain = {"splits": 1, "held": False, "turned": False, "num_warps": 4, "num_stages": 4}
+    plain = {"splits": 1, "slices": 1, "held": False, "turned": False, "num_warps": 4, "num_stages": 4}
     return ", ".join(f"{name}={value}" for name, value in cut.items() if plain.get(name) != value)
 
 
@@ -662,10 +713,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("sweep"))
     parser.add_argument("--budget", type=float, default=120, help="seconds")
     parser.add_argument("--device", choices=["cuda", "fake"], default="cuda")
+    parser.add_argument("--only", choices=["cuts", "steps"], default="", help="what is measured; else both")
+    parser.add_argument("--rows", default="", help="padded rows whose cuts are tried, as 1,16,64; else all")
+    parser.add_argument("--brief", action="store_true", help="steps with overlap alone")
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=0, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     fake = asked.device == "fake"
+    _asked.only, _asked.brief = asked.only, asked.brief
+    _asked.rows = [int(rows) for rows in asked.rows.split(",") if rows] or _asked.rows
     if fake:
         os.environ["TRITON_INTERPRET"] = "1"
     if asked.compile:
