@@ -18,7 +18,10 @@ from common.sampling import Grammar
 
 # Between two parts of a JSON text: pretty-printing fits, and a model that likes spaces does not go on for ever.
 _WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,20}"
-_MAX_STATES: Final = 50_000  # of a lexer, 1 to 2 kB each
+_MAX_STATES: Final = 20_000  # of a lexer, 1 to 2 kB each
+# Of one step, which all rows of a batch wait for: about 4 ms at most, by the library's own figures.
+_STEP_FUEL: Final = 50_000
+_STEP_ITEMS: Final = 10_000
 _MAX_TEXT: Final = 200
 
 
@@ -48,13 +51,16 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
             if not isinstance(schema, dict):
                 raise GrammarError("must be a JSON object")
             source = LLMatcher.grammar_from_json_schema(
-                grammar.source, defaults={"whitespace_flexible": True, "whitespace_pattern": _WHITESPACE}
+                grammar.source,
+                overrides={"whitespace_flexible": True, "whitespace_pattern": _WHITESPACE, "lenient": False},
             )
         case "regex":
             source = LLMatcher.grammar_from_regex(grammar.source)
         case "lark":
             source = LLMatcher.grammar_from_lark(grammar.source)
-    limits = LLParserLimits(max_lexer_states=_MAX_STATES, verbose_errors=False)
+    limits = LLParserLimits(
+        max_lexer_states=_MAX_STATES, step_lexer_fuel=_STEP_FUEL, step_max_items=_STEP_ITEMS, verbose_errors=False
+    )
     matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits)
     if matcher.is_error():
         raise GrammarError(_told(matcher.get_error()))

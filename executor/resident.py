@@ -155,6 +155,8 @@ class Resident:
         Raises PlanError for an unknown sequence, a wrong generation, a block outside the slab or a position outside
         its table. The tables are then half changed: only `clear` makes them good again.
         """
+        if self._grammars is not None:
+            self._grammars.begin_step()
         for ref in plan.released:
             self._release(ref)
         for sequence in plan.new:

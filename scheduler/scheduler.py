@@ -403,8 +403,9 @@ class Scheduler:
         sequence.attempt += 1
         if sequence.session is not None:
             self._moves.displace(sequence.session, sequence, forget=True)
-        self.counters.quarantines += session.reputation.sent_unusable(request, now_ns, patience)
-        self._reputations.keep(name, session.reputation)
+        if sequence.sampling.grammar is None:  # else it may be the grammar, and nothing is said against the executor
+            self.counters.quarantines += session.reputation.sent_unusable(request, now_ns, patience)
+            self._reputations.keep(name, session.reputation)
         return []
 
     def _sequences_of(self, request: Request) -> list[Sequence]:

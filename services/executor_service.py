@@ -26,6 +26,7 @@ from common.step import ExecutorFacts, StepResult
 from executor.runner import Runner
 from protos import executor_pb2 as pb
 from services import codec_link
+from services.boot_clock import boot_s
 from services.codec_link import WireError
 from services.compute import ComputeThread
 from services.grpc_options import link_options
@@ -162,7 +163,7 @@ class ExecutorService:
             call: Call = channel.stream_stream(_METHOD)()
             try:
                 failpoints.hit("before_hello")
-                age_s = time.monotonic() - self._epoch_began_s if self._epoch else 0.0
+                age_s = boot_s() - self._epoch_began_s if self._epoch else 0.0
                 hello = codec_link.hello_to_pb(facts, self._incarnation, self._epoch, age_s)
                 await call.write(pb.LinkRequest(hello=hello).SerializeToString())
                 async with asyncio.timeout(_WELCOME_TIMEOUT_S):
@@ -172,7 +173,7 @@ class ExecutorService:
                 welcome = first.welcome
                 if welcome.epoch < self._epoch:
                     raise LinkLost(f"a scheduler of epoch {welcome.epoch}, but one of {self._epoch} was here since")
-                self._epoch, self._epoch_began_s = welcome.epoch, time.monotonic() - welcome.age_ms / 1000
+                self._epoch, self._epoch_began_s = welcome.epoch, boot_s() - welcome.age_ms / 1000
                 self._session, self._number = welcome.session, next(self._numbers)
                 self._compute.begin_session(self._number)
                 self._on_joined(facts)

@@ -12,7 +12,7 @@ import os
 import struct
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from hashlib import blake2b
 from typing import Final
 from weakref import WeakValueDictionary
@@ -26,10 +26,12 @@ from services.codec_link import grammar_to_pb
 _log = logging.getLogger(__name__)
 
 _LENGTH: Final = struct.Struct("<I")
+LIMIT: Final = "must take at most"  # how a worker begins that met a limit
 _LATE: Final = "\0"  # the worker's LATE, which is not imported: it would bring the executor's packages
 _START_S: Final = 30.0  # a large vocabulary on a busy machine
 _SLACK_S: Final = 2.0  # beyond what the worker allows a grammar: then the worker itself is stuck
 _MAX_LINE: Final = 64  # grammars that wait to be compiled
+_MAX_LINE_OF_ONE: Final = 8  # of one tenant
 _REMEMBERED_BYTES: Final = 1 << 20  # of answers and keys
 _ENTRY_BYTES: Final = 200  # what an entry takes beside its text
 
@@ -47,6 +49,7 @@ class GrammarChecker:
         self._one_at_a_time = asyncio.Lock()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._asked: dict[bytes, asyncio.Task[str]] = {}  # those that wait or are compiled
+        self._waiting: Counter[str] = Counter()  # how many of those each tenant has
         self._known: OrderedDict[bytes, str] = OrderedDict()  # digest → what is wrong with it; the last used is last
         self._known_bytes = 0
 
@@ -63,13 +66,22 @@ class GrammarChecker:
         else:
             task = self._asked.get(key)
             if task is None:
-                if len(self._asked) >= _MAX_LINE:
-                    raise Overloaded(f"{field}: {len(self._asked)} others wait to be compiled")
+                if len(self._asked) >= _MAX_LINE or self._waiting[tenant] >= _MAX_LINE_OF_ONE:
+                    raise Overloaded(
+                        f"{field}: {self._waiting[tenant]} of yours wait to be compiled, of {len(self._asked)}"
+                    )
+                self._waiting[tenant] += 1
                 task = self._asked[key] = asyncio.create_task(self._ask(key, message, tenant))
-                task.add_done_callback(lambda _: self._asked.pop(key))
+                task.add_done_callback(lambda _: self._leave(key, tenant))
             problem = await asyncio.shield(task)  # who leaves does not tear a frame in two
         if problem:
             raise InvalidRequest(field, problem)
+
+    def _leave(self, key: bytes, tenant: str) -> None:
+        del self._asked[key]
+        self._waiting[tenant] -= 1
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
 
     async def close(self) -> None:
         """End the worker."""
@@ -88,14 +100,15 @@ class GrammarChecker:
             try:
                 async with asyncio.timeout(4 * self._cpu_s + _SLACK_S):
                     problem = await _exchange(worker, message)
-            except (TimeoutError, asyncio.IncompleteReadError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever a transport raises whose process is gone
                 _log.error("the worker for grammars is lost: %s", type(error).__name__)
                 self._worker = None
                 await _kill(worker)
                 raise Unavailable("structured output cannot be checked now") from None
             if problem == _LATE:
                 raise Overloaded("the machine is too busy to check structured output")
-            self._remember(key, problem)
+            if not problem.startswith(LIMIT):  # that may be the moment's
+                self._remember(key, problem)
             return problem
 
     def _remember(self, key: bytes, problem: str) -> None:
@@ -108,7 +121,10 @@ class GrammarChecker:
     async def _ready(self) -> Process:
         worker = self._worker or self._start()
         try:
-            return await asyncio.shield(worker)
+            process = await asyncio.shield(worker)
+            if process.returncode is not None:  # it ended while nobody asked
+                process = await asyncio.shield(self._start())
+            return process
         except (TimeoutError, asyncio.IncompleteReadError, OSError) as error:
             _log.error("the worker for grammars cannot be started: %s", type(error).__name__)
             self._worker = None

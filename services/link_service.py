@@ -22,6 +22,7 @@ from common.step import ExecutorFacts, StepPlan
 from protos import executor_pb2 as pb
 from scheduler.suspicion import End
 from services import codec_link
+from services.boot_clock import boot_s
 from services.codec_link import WireError
 from services.engine import Engine
 from services.handlers import Context, answer, parse
@@ -80,7 +81,7 @@ class ExecutorLinkService:
         lease_s: float = 5.0,
         step_timeout_s: float = 120.0,
         step_patience_s: float = 2.0,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = boot_s,
     ) -> None:
         self._engine = engine
         self._model = model
@@ -181,8 +182,8 @@ class ExecutorLinkService:
         """
         if epoch <= self._epoch:
             return
-        if epoch > _LAST_EPOCH:
-            raise InvalidRequest("hello.last_epoch", f"must be in [0, {_LAST_EPOCH}], got {epoch}")
+        if epoch >= _LAST_EPOCH:
+            raise InvalidRequest("hello.last_epoch", f"must be in [0, {_LAST_EPOCH}), got {epoch}")
         if self._age_ms() >= age_ms:
             raise StaleEpoch(f"it served a scheduler of epoch {epoch}, later than {self._epoch}")
         self._epoch = epoch + 1

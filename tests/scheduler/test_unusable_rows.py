@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from common.sampling import Grammar
 from common.step import StepResult
 from common.types import FinishReason
 from executor.fake_runner import Prefix, position_token
@@ -14,7 +15,7 @@ from executor.runner import execute
 from scheduler.reputation import Patience
 from scheduler.results import ProtocolError
 from scheduler.suspicion import End
-from tests.scheduler.world import World
+from tests.scheduler.world import GREEDY, World
 
 MINUTE_NS = 60_000_000_000
 
@@ -136,6 +137,17 @@ def test_an_executor_with_three_such_requests_in_a_minute_gets_nothing_new_for_a
     world.add("later", prompt=4, max_tokens=1)
     world.now_ns += MINUTE_NS
     assert world.send(0) is not None
+
+
+def test_answers_with_a_grammar_say_nothing_against_the_executor() -> None:
+    world = World(executors=0)
+    world.join(next_token=broken)
+    for name in "abc":
+        world.add(name, prompt=4, sampling=replace(GREEDY, grammar=Grammar("regex", "a+")))
+    world.step()
+
+    assert world.scheduler.counters.rows_unusable == 3
+    assert world.scheduler.counters.quarantines == 0
 
 
 def test_choices_of_one_request_count_once() -> None:

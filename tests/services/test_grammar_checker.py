@@ -126,6 +126,34 @@ def test_a_worker_that_is_lost_is_one_unavailable_answer_and_then_a_new_worker(m
     with_checker(model, test)
 
 
+def test_a_worker_that_ended_while_nobody_asked_is_started_anew(model: ModelFolder) -> None:
+    async def test(checker: GrammarChecker) -> None:
+        await checker.check("regex", GOOD, "")
+        assert checker._worker is not None
+        worker = await checker._worker
+        worker.kill()
+        await worker.wait()
+
+        assert await problem_with(checker, BAD) == "unclosed group"
+
+    with_checker(model, test)
+
+
+def test_what_met_a_limit_is_asked_again(model: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(["must take at most 1 s and 1 MiB to compile", ""])
+
+    async def exchange(*_: Any) -> str:
+        return next(answers)
+
+    monkeypatch.setattr(grammar_checker, "_exchange", exchange)
+
+    async def test(checker: GrammarChecker) -> None:
+        assert (await problem_with(checker, GOOD)).startswith("must take at most")
+        await checker.check("regex", GOOD, "")
+
+    with_checker(model, test)
+
+
 def test_who_leaves_while_it_waits_takes_no_answer_from_others(model: ModelFolder) -> None:
     async def test(checker: GrammarChecker) -> None:
         first = asyncio.create_task(checker.check("json_schema", SLOW, ""))
@@ -171,6 +199,24 @@ def test_where_too_many_wait_one_more_is_refused(model: ModelFolder, monkeypatch
             await checker.check("regex", GOOD, "")
         await asyncio.gather(*waiting)
         await checker.check("regex", GOOD, "")
+
+    with_checker(model, test)
+
+
+def test_a_tenant_with_too_many_that_wait_keeps_no_place_from_another(
+    model: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_checker, "_MAX_LINE_OF_ONE", 2)
+
+    async def test(checker: GrammarChecker) -> None:
+        waiting = [asyncio.create_task(checker.check("regex", Grammar("regex", "a" * n), "a")) for n in (1, 2)]
+        while len(checker._asked) < 2:
+            await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="2 of yours"):
+            await checker.check("regex", GOOD, "a")
+        await checker.check("regex", GOOD, "b")
+        await asyncio.gather(*waiting)
+        await checker.check("regex", Grammar("regex", "b"), "a")
 
     with_checker(model, test)
 
