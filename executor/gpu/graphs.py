@@ -102,7 +102,8 @@ class StepGraphs:
         """The cheapest graph that a step of this shape should take, if there is one."""
         if not shape.num_prefills:
             place = bisect.bisect_left(self._decodes, shape.num_rows, key=lambda graph: graph.shape.num_rows)
-            return self._decodes[place] if place < len(self._decodes) and not shape.num_scored else None
+            if shape.num_scored or shape.num_rows <= BUCKETS[-1]:
+                return self._decodes[place] if place < len(self._decodes) and not shape.num_scored else None
         most = max(_PADDED_ANYWAY, _MOST_PADDING * shape.num_tokens)
         for graph in self._mixed:
             if graph.shape.holds(shape):

@@ -28,6 +28,7 @@ class GpuModel(Protocol):
     """A model over a KV slab on the device."""
 
     reads_host: bool  # whether it needs the columns of the host beside those of the device: then it is never captured
+    keeps_logits: bool  # whether logits lie at one place, whatever the step
 
     def forward(self, inputs: StepInputs, tables: DeviceTables, batch: InputBatch | None = None) -> Tensor:
         """Compute every token of the step; return logits (S + P, V), void at the next call. Waits for nothing."""
@@ -102,6 +103,7 @@ class FusedForward:
     """A forward that is made for the device, and knows nothing of the host."""
 
     reads_host = False
+    keeps_logits = True
 
     def __init__(self, model: _Fused) -> None:
         self._model = model
@@ -117,6 +119,8 @@ class FusedForward:
 
 class PagedForward:
     """Transformers' own forward, with whatever attention serves its layers."""
+
+    keeps_logits = False
 
     def __init__(self, model: PagedModel, backends: Sequence[AttentionBackend]) -> None:
         self._model = model

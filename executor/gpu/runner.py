@@ -108,6 +108,7 @@ class GpuRunner:
         self._make_device = make_device
         self._open_forward = open_forward
         self._sample = sample
+        self._graph_logits: Tensor | None = None
         self._in_flight: deque[_Flying] = deque()
         self._last: StagingBuffer | None = (
             None  # of the step whose result was read last: its end is the next one's past
@@ -247,6 +248,7 @@ class GpuRunner:
         self._score_prompts(step, batch)
         step.reserved = held.reserve(rows)
         step.buffer.done.record()
+        step.logits = step.inputs = None  # nobody reads them any more, and the next step needs the memory
         self._in_flight.append(step)
         return step
 
@@ -307,6 +309,15 @@ class GpuRunner:
                 self._sample(logits, inputs, self._tables.tables, tokens)
         return logits
 
+    def _compute_in_graph(self, inputs: StepInputs, tokens: Tensor) -> Tensor:
+        """The same, its logits where those of every other graph lie: else each would hold its own for ever."""
+        logits = self._compute(inputs, tokens)
+        if self._model.keeps_logits:
+            return logits
+        if self._graph_logits is None or len(self._graph_logits) < len(logits):  # in the pass before a capture
+            self._graph_logits = logits.new_empty(max(len(logits), self._max_sequences), logits.shape[1])
+        return self._graph_logits[: len(logits)].copy_(logits)
+
     def _choose_on_the_host(self, step: _Flying, batch: InputBatch) -> None:
         """Choose again, here, for rows whose logits are edited, or that only the sampler of the host can cut."""
         held, slots = self._resident, batch.sampled_slots
@@ -350,6 +361,7 @@ class GpuRunner:
             logits_indices=inputs.logits_indices[step.num_sampled :][part],
             sampled_slots=none, sampled_places=none, sampled_indices=none,
         )  # fmt: skip
+        step.logits = None  # before there are as many again
         step.logits = self._compute(inputs, none, batch)
 
     # ---- its result
@@ -444,7 +456,7 @@ class GpuRunner:
         if self._has_graphs and not self._model.reads_host:
             self._graphs = StepGraphs(
                 self._device,
-                self._compute,
+                self._compute_in_graph,
                 max_rows=self._max_sequences,
                 max_tokens=self._max_step_tokens,
                 padding=self._padding,
@@ -526,6 +538,7 @@ class GpuRunner:
         device.begin_peak()
         self._warm_up()
         activations = device.peak_bytes()
+        device.release_unused()  # else what torch keeps of them would count as used, and be missed in what graphs take
         graphs = self._graph_bytes()
         free, spare = device.free_bytes(), int(device.total_bytes() * _LEFT_FREE)
         _log.info(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from common.sampling import SamplingParams
 from common.step import Scored
 from common.types import slot_ref
+from executor import scoring
 from executor.logprobs import score
 from tests.executor.test_model_runner import PROMPT, World, sequence
 from tests.executor.tiny_models import VOCAB_SIZE, load_plain, save_tiny
@@ -124,3 +125,15 @@ def test_a_token_that_cannot_be_is_minus_infinity() -> None:
     logits[3] = -np.inf
 
     assert score(logits, 3, 0).token == -np.inf
+
+
+def test_rows_that_are_scored_on_their_device_are_scored_as_on_the_host() -> None:
+    logits = torch.randn(7, 500, generator=torch.Generator().manual_seed(3)) * 4
+    tokens, num_top = np.arange(7, dtype=np.int32) * 31, np.array([0, 1, 5, 20, 0, 500, 600])
+
+    there = scoring._score_there(logits, tokens, num_top)
+
+    for found, wanted in zip(there, scoring._score_here(logits, tokens, num_top), strict=True):
+        assert found.top_ids == wanted.top_ids
+        assert found.token == pytest.approx(wanted.token, abs=1e-4)
+        assert found.top == pytest.approx(wanted.top, abs=1e-4)

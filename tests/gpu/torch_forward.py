@@ -24,6 +24,7 @@ class TorchForward:
     """A GpuModel: Transformers' modules, and attention over the slab of the rows that `StepInputs` names."""
 
     reads_host = False
+    keeps_logits = False
 
     def __init__(self, model: Any, cache: KvCache) -> None:
         self._model = model
