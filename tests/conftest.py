@@ -9,6 +9,9 @@ import pytest
 from common.config import DEFAULT_MODEL
 from services.model_store import pull
 from tests.certificates import Authority
+from tests.interpreter import interpret_without_gpu
+
+interpret_without_gpu()  # here, before any test file is imported: some lead to Transformers, and that to triton
 
 
 @pytest.fixture(scope="session")
