@@ -11,7 +11,6 @@ typical-p, which only the host's sampler knows, and prompts that are scored.
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,25 +27,27 @@ from common import failpoints
 from common.blocks import blocks_for
 from common.errors import ModelFolderError
 from common.model_folder import read_model_folder
-from common.step import ExecutorFacts, Scored, StepPlan, StepResult
+from common.step import ExecutorFacts, StepPlan, StepResult
 from common.types import BlockId, slot_of
 from executor.attention import choose
 from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.batch import InputBatch, build_batch
 from executor.controls import columns, edit, look_ahead
 from executor.gpu.device import CudaDevice, Device
+from executor.gpu.flying import FlyingStep
 from executor.gpu.graphs import StepGraph, StepGraphs, buckets_for, mixed_shapes
 from executor.gpu.inputs import DeviceTables, StepInputs
 from executor.gpu.models import OpenModel, open_gpu_model
 from executor.gpu.packing import NO_ROWS, Layout, Padding, Shape, Staging, StagingBuffer
+from executor.gpu.part_clock import PartClock
 from executor.gpu.tables import MirroredTables, Updates
 from executor.guide import Grammars
 from executor.kv_cache import KvCache, SlabFormat, block_bytes, copied_together, fit_slab
 from executor.loading import open_model
-from executor.resident import Reserved, Resident
+from executor.resident import Resident
 from executor.runner import DeviceLost, Launched, Report
 from executor.sampler import sample
-from executor.scoring import Asking, score_prompts, score_sampled, who_asks
+from executor.scoring import score_prompts, who_asks
 
 _log = logging.getLogger(__name__)
 
@@ -109,10 +110,9 @@ class GpuRunner:
         self._open_forward = open_forward
         self._sample = sample
         self._graph_logits: Tensor | None = None
-        self._in_flight: deque[_Flying] = deque()
-        self._last: StagingBuffer | None = (
-            None  # of the step whose result was read last: its end is the next one's past
-        )
+        self._in_flight: deque[FlyingStep] = deque()
+        # of the step whose result was read last: the next one's pause is told from its end
+        self._last: StagingBuffer | None = None
 
     def load(self, report: Report) -> ExecutorFacts:
         """Read the model, run it at its largest to see what memory it takes, give the rest to the KV slab, capture.
@@ -120,7 +120,7 @@ class GpuRunner:
         Raises ModelFolderError when the folder or the settings do not allow it.
         """
         self._refuse_what_is_for_the_cpu()
-        clock = _Clock()
+        clock = PartClock()
         self._device = self._make_device(torch.device(self._wanted_device))
         where = self._device.torch_device
         folder = read_model_folder(self._model_folder)
@@ -239,7 +239,7 @@ class GpuRunner:
         rows = held.apply(plan)
         batch = build_batch(held, rows, gathers_tables=self._model.reads_host) if len(rows.slots) else NO_ROWS
         asking = who_asks(held, batch.sampled_slots)
-        step = _Flying(self, plan.step, self._staging.take(), asking, len(batch.sampled_slots))
+        step = FlyingStep(self, plan.step, self._staging.take(), asking, len(batch.sampled_slots))
         step.buffer.begun.record()
         if plan.copies:
             failpoints.hit("before_block_copy")
@@ -254,7 +254,7 @@ class GpuRunner:
 
     def _queue(
         self,
-        step: _Flying,
+        step: FlyingStep,
         batch: InputBatch,
         updates: Updates,
         copies: Sequence[tuple[BlockId, BlockId]],
@@ -318,7 +318,7 @@ class GpuRunner:
             self._graph_logits = logits.new_empty(max(len(logits), self._max_sequences), logits.shape[1])
         return self._graph_logits[: len(logits)].copy_(logits)
 
-    def _choose_on_the_host(self, step: _Flying, batch: InputBatch) -> None:
+    def _choose_on_the_host(self, step: FlyingStep, batch: InputBatch) -> None:
         """Choose again, here, for rows whose logits are edited, or that only the sampler of the host can cut."""
         held, slots = self._resident, batch.sampled_slots
         rows = [row for row, slot in enumerate(slots.tolist()) if slot in held.controlled] if held.controlled else []
@@ -339,7 +339,7 @@ class GpuRunner:
         tokens = torch.tensor([step.chosen[row] for row in good], dtype=torch.int32).to(where)
         self._device.queue(lambda: self._tables.put_tokens(places, tokens))
 
-    def _score_prompts(self, step: _Flying, batch: InputBatch) -> None:
+    def _score_prompts(self, step: FlyingStep, batch: InputBatch) -> None:
         """How likely the tokens of prompts are. Where many are asked for, the step is computed once for each part."""
         num_scored = len(batch.scored_slots)
         for begin in range(0, num_scored, _SCORED_AT_ONCE):
@@ -351,7 +351,7 @@ class GpuRunner:
             logits = step.logits if begin else step.logits[step.num_sampled :]
             step.scored += score_prompts(logits, self._resident, batch.scored_slots[part], batch.scored_positions[part])
 
-    def _compute_again(self, step: _Flying, batch: InputBatch, part: slice) -> None:
+    def _compute_again(self, step: FlyingStep, batch: InputBatch, part: slice) -> None:
         """The logits of a part of the scored positions. K and V are what they are, and nothing is sampled."""
         inputs = step.inputs
         assert inputs is not None
@@ -376,7 +376,7 @@ class GpuRunner:
         with self._noticing_loss():
             buffer.done.wait()
 
-    def result_of(self, step: _Flying) -> StepResult:
+    def result_of(self, step: FlyingStep) -> StepResult:
         """What came out of `step`, and before it of all that was launched before it."""
         with self._noticing_loss():
             while step.settled is None:
@@ -384,7 +384,7 @@ class GpuRunner:
                 self._settle(self._in_flight.popleft())
         return step.settled
 
-    def _settle(self, step: _Flying) -> None:
+    def _settle(self, step: FlyingStep) -> None:
         """Wait for `step`, the oldest in flight, and take its tokens into the resident tables."""
         buffer = step.buffer
         buffer.done.wait()
@@ -576,72 +576,6 @@ class GpuRunner:
             raise ModelFolderError(f"{self._weights} weights are for a CPU. Type: --weights auto, or --device cpu")
         if self._kv_cache_dtype not in _KV_DTYPES:
             raise ModelFolderError("an int8 KV cache is for a CPU. Type: --kv-cache-dtype fp8, or --device cpu")
-
-
-class _Clock:
-    """Seconds that parts of a start take, in words."""
-
-    def __init__(self) -> None:
-        self._began_s = self._last_s = time.perf_counter()
-        self._parts: list[str] = []
-
-    def tell(self, part: str) -> None:
-        """What was done since the part before."""
-        now_s = time.perf_counter()
-        self._parts.append(f"{part} {now_s - self._last_s:.1f}")
-        self._last_s = now_s
-
-    def __str__(self) -> str:
-        return f"{self._last_s - self._began_s:.1f} s: {', '.join(self._parts)}"
-
-
-class _Flying:
-    """A step from its launch until its result is taken."""
-
-    def __init__(self, runner: GpuRunner, number: int, buffer: StagingBuffer, asking: list[Asking], size: int) -> None:
-        self.number = number
-        self.buffer = buffer
-        self.num_sampled = size
-        self.reserved: Reserved | None = None
-        self.chosen: dict[int, int] = {}  # tokens that the host chose, by sampled row; -1: none could be
-        self.scored: list[Scored] = []  # tokens of prompts
-        self.settled: StepResult | None = None
-        # on the device, while it is launched
-        self.inputs: StepInputs | None = None
-        self.logits: Tensor | None = None
-        self._runner = runner
-        self._asking = asking
-        self._raw: Tensor | None = None  # their logits, in page-locked memory, once `buffer.done` has come
-
-    def wait(self) -> None:
-        """Block until the device has computed it."""
-        self._runner.wait_for(self.buffer)
-
-    def result(self) -> StepResult:
-        """What came out."""
-        return self._runner.result_of(self)
-
-    def give(self, tokens: Tensor, logits: Tensor, pinned: Callable[[int, torch.dtype], Tensor]) -> None:
-        """Bring to the host what it will read of the step. Inside of queued work."""
-        count = self.num_sampled
-        self.buffer.tokens[:count].copy_(tokens[:count], non_blocking=True)
-        self.logits = logits
-        if self._asking:
-            vocab_size = logits.shape[1]
-            self._raw = pinned(len(self._asking) * vocab_size, logits.dtype).view(-1, vocab_size)
-            for line, each in zip(self._raw, self._asking, strict=True):
-                line.copy_(logits[each.row], non_blocking=True)
-
-    def score_sampled(self, tokens: list[int]) -> list[Scored]:
-        """How likely the tokens (S,) are, where that is asked for."""
-        if not self._asking:
-            return []
-        assert self._raw is not None
-        return score_sampled(self._asking, self._raw.float().numpy(), tokens)
-
-    def forget(self) -> None:
-        """Let go of everything but the result."""
-        self.inputs = self.logits = self._raw = None
 
 
 def _inputs(layout: Layout, buffer: Tensor, batch: InputBatch) -> StepInputs:
