@@ -21,6 +21,7 @@ import numpy as np
 from llguidance import LLMatcher
 from numpy.typing import NDArray
 
+from common.model_folder import ModelFolder
 from common.sampling import Grammar
 from executor.grammar import GrammarError, compile_grammar, load_tokenizer
 
@@ -39,6 +40,11 @@ class Grammars:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._tokenizer = self._thread.submit(load_tokenizer, tokenizer_file, vocab_size=vocab_size, eos=eos)
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()  # the thread's own; the one used last is last
+
+    @classmethod
+    def of(cls, folder: ModelFolder) -> Grammars:
+        """Of the model in `folder`."""
+        return cls(folder.path / "tokenizer.json", vocab_size=folder.vocab_size, eos=folder.eos_token_ids)
 
     def guide(self, grammar: Grammar, ends: Sequence[int]) -> Guide:
         """A guide for a sequence that the tokens `ends` end. Returns at once."""

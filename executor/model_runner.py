@@ -100,7 +100,7 @@ class ModelRunner:
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         folder = read_model_folder(self._model_folder)
-        grammars = Grammars(folder.path / "tokenizer.json", vocab_size=folder.vocab_size, eos=folder.eos_token_ids)
+        grammars = Grammars.of(folder)
         report("weights", 0, 1)
         loaded = open_model(
             folder,

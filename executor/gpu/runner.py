@@ -124,9 +124,7 @@ class GpuRunner:
         self._device = self._make_device(torch.device(self._wanted_device))
         where = self._device.torch_device
         folder = read_model_folder(self._model_folder)
-        self._grammars = Grammars(
-            folder.path / "tokenizer.json", vocab_size=folder.vocab_size, eos=folder.eos_token_ids
-        )
+        self._grammars = Grammars.of(folder)
         report("weights", 0, 1)
         loaded = open_model(
             folder,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from protos import inference_pb2 as pb
 from tests.e2e import fake_model
 from tests.e2e.cluster import Cluster
 from tests.e2e.programs import PAGEWIRE, run
+from tests.e2e.survivors import answers_through_a_kill
 
 PROMPT = [70, 71, 72, 5, 9]
 LETTERS = list(range(64, 72))  # a to h in the tokenizer of the fake model
@@ -159,22 +158,7 @@ def test_controls_hold_when_an_executor_is_killed(server: Cluster, tiny: Path, t
     asked = ["frequency", "words", "banned", "everything"]
     long: dict[str, Any] = {"max_tokens": 400, "logprobs": 1}
     undisturbed = [ask(server, **{**MIXED[name], **long}) for name in asked]
-    running = Cluster(tiny, tmp_path, flags=["--log-format=json"])
-    try:
-        for _ in range(2):
-            running.start_executor("--dtype=float32", "--threads=1", fake=False)
-        with Client(running.address) as client, contextlib.ExitStack() as stack:
-            streams = [stack.enter_context(client.stream(**{**DEFAULTS, **MIXED[name], **long})) for name in asked]
-            for stream in streams:
-                next(stream)
-            running.executors[0].signal(signal.SIGKILL)
-            for stream in streams:
-                for _ in stream:
-                    pass
-            answers = [stream.answer for stream in streams]
-        moved = running.counters()["moved"]
-    finally:
-        running.close()
+    answers, moved = answers_through_a_kill(tiny, tmp_path, [{**DEFAULTS, **MIXED[name], **long} for name in asked])
 
     assert moved > 0
     for before, after in zip(undisturbed, answers, strict=True):

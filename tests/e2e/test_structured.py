@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import signal
@@ -19,6 +18,7 @@ from protos import inference_pb2 as pb
 from tests.e2e import fake_model
 from tests.e2e.cluster import Cluster
 from tests.e2e.programs import PAGEWIRE, run
+from tests.e2e.survivors import answers_through_a_kill
 from tests.executor.schemas import problem
 
 PROMPT = [70, 71, 72, 5, 9]
@@ -128,22 +128,7 @@ def test_structured_output_holds_when_blocks_run_out(server: Cluster, tiny: Path
 def test_structured_output_holds_when_an_executor_is_killed(server: Cluster, tiny: Path, tmp_path: Path) -> None:
     asked = [settings for settings, _ in KINDS.values()]
     undisturbed = [ask(server, **settings) for settings in asked]
-    running = Cluster(tiny, tmp_path, flags=["--log-format=json"])
-    try:
-        for _ in range(2):
-            running.start_executor("--dtype=float32", "--threads=1", fake=False)
-        with Client(running.address) as client, contextlib.ExitStack() as stack:
-            streams = [stack.enter_context(client.stream(**{**DEFAULTS, **settings})) for settings in asked]
-            for stream in streams:
-                next(stream)
-            running.executors[0].signal(signal.SIGKILL)
-            for stream in streams:
-                for _ in stream:
-                    pass
-            answers = [stream.answer for stream in streams]
-        moved = running.counters()["moved"]
-    finally:
-        running.close()
+    answers, moved = answers_through_a_kill(tiny, tmp_path, [{**DEFAULTS, **settings} for settings in asked])
 
     assert moved > 0
     assert [heard(answer) for answer in answers] == [heard(answer) for answer in undisturbed]
