@@ -66,8 +66,10 @@ class ExecutorService:
         drain_s: float = 30.0,
         max_backoff_s: float = 1.0,
         watchdog_s: float = 0.0,
+        clock: Callable[[], float] = boot_s,
     ) -> None:
         self._scheduler = scheduler
+        self._clock = clock
         self._dial = dial or Dialer(scheduler, link_options())
         self._on_joined = on_joined
         self._drain_s = drain_s
@@ -163,7 +165,7 @@ class ExecutorService:
             call: Call = channel.stream_stream(_METHOD)()
             try:
                 failpoints.hit("before_hello")
-                age_s = boot_s() - self._epoch_began_s if self._epoch else 0.0
+                age_s = self._clock() - self._epoch_began_s if self._epoch else 0.0
                 hello = codec_link.hello_to_pb(facts, self._incarnation, self._epoch, age_s)
                 await call.write(pb.LinkRequest(hello=hello).SerializeToString())
                 async with asyncio.timeout(_WELCOME_TIMEOUT_S):
@@ -173,7 +175,7 @@ class ExecutorService:
                 welcome = first.welcome
                 if welcome.epoch < self._epoch:
                     raise LinkLost(f"a scheduler of epoch {welcome.epoch}, but one of {self._epoch} was here since")
-                self._epoch, self._epoch_began_s = welcome.epoch, boot_s() - welcome.age_ms / 1000
+                self._epoch, self._epoch_began_s = welcome.epoch, self._clock() - welcome.age_ms / 1000
                 self._session, self._number = welcome.session, next(self._numbers)
                 self._compute.begin_session(self._number)
                 self._on_joined(facts)

@@ -110,6 +110,7 @@ class SimulatedExecutor:
             dial=lambda: Channel(self._cluster.network, process, EXECUTORS_DIAL),  # type: ignore[arg-type,return-value]
             drain_s=self._draw.choice([0.5, 5.0]),
             max_backoff_s=0.5,
+            clock=process.time,
         )
         try:
             await self._service.run(self._stop)
