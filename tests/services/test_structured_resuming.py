@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,7 @@ class Busy(GrammarChecker):
         raise Overloaded("too many wait to be compiled")
 
 
-def structured(max_tokens: int = 20, **changes: object) -> pb.GenerateStreamRequest:
+def structured(max_tokens: int = 20, **changes: Any) -> pb.GenerateStreamRequest:
     asked = request(max_tokens, **changes)
     asked.stopping.ignore_eos = False
     asked.sampling.seed = 3
