@@ -105,6 +105,9 @@ class SchedulerConfig:
         60.0,
         "seconds that a message may wait for its reader before the call ends with a ticket; 0: as long as it likes",
     )
+    max_chunk_tokens: int = option(
+        256, "tokens of one choice in one message, for readers that fell behind; more come in the next one", least=1
+    )
     max_health_watches: int = option(256, "Watch calls for health that may be open at once; Check is always answered")
     drain_s: float = option(30.0, "seconds that running requests get after SIGTERM")
     ticket_keys: str = option(

@@ -37,6 +37,7 @@ class NewSequence:
     max_tokens: int  # output tokens, counted from the prompt's end
     stop_token_ids: tuple[int, ...]  # EOS ids included, unless the request ignores EOS
     min_tokens: int = 0  # output tokens before which none of stop_token_ids is chosen
+    domain: bytes = b""  # what is kept of a grammar is kept for one domain alone; it says nothing else of its tenant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +87,7 @@ class StepResult:
     tokens: Sequence[int] = ()  # (S,)
     indices: Sequence[int] = ()  # (S,) output index of each token: 0 is the first after the prompt
     failed: Sequence[SlotRef] = ()  # rows whose logits were not finite: nothing was sampled
+    unready: Sequence[SlotRef] = ()  # rows whose grammar is still compiled: their last token is to be computed again
     compute_ns: int = 0  # time the executor spent on the step
     idle_ns: int = 0  # time it waited before the step for want of a plan
     scored: Sequence[Scored] = ()  # where a sequence asks for it; positions in order within each

@@ -29,6 +29,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from executor.guide import wait_for_one
 from executor.resident import Resident
 from executor.sampler import SamplingColumns
 from executor.token_rules import TokenRules
@@ -56,8 +57,9 @@ def columns(held: Resident, slots: NDArray[np.int64], indices: NDArray[np.int64]
 def edit(logits: NDArray[np.float32], held: Resident, slots: NDArray[np.int64]) -> None:
     """Apply the controls of each row's sequence. logits (S, vocab_size) are changed; slots (S,) says whose they are.
 
-    Called before the new tokens are known. Rows are worked one by one, as the sampler does: a sequence's tokens lie
-    side by side, and to gather those of many rows first takes longer than the calls that it would save.
+    Called before the new tokens are known, and after `unready` has told of which rows nothing is chosen. Rows are
+    worked one by one, as the sampler does: a sequence's tokens lie side by side, and to gather those of many rows first
+    takes longer than the calls that it would save.
     """
     if not held.controlled:
         return
@@ -70,8 +72,24 @@ def look_ahead(held: Resident, slots: NDArray[np.int64]) -> None:
     """Find out what the grammars of these rows allow, while a device computes their logits: `edit` need not then."""
     for slot in slots.tolist():
         guide = held.guides[slot]
-        if guide is not None:
+        if guide is not None and guide.is_ready():
             guide.allowed(held.token_ids[slot, held.num_prompt[slot] : held.num_tokens[slot]])
+
+
+def unready(held: Resident, slots: NDArray[np.int64], num_rows: int) -> list[int]:
+    """Which of the sampled rows, slots (S,), have a grammar that is still compiled: nothing is chosen there yet.
+
+    Nobody waits for that, but where such rows are all of the step's `num_rows`: then a moment is waited for one of
+    them, so that scheduler and executor do not exchange steps as fast as they can meanwhile.
+    """
+    if not held.controlled:
+        return []
+    guides = {row: guide for row, slot in enumerate(slots.tolist()) if (guide := held.guides[slot]) is not None}
+    late = [row for row, guide in guides.items() if not guide.is_ready()]
+    if late and len(late) == num_rows:
+        wait_for_one([guides[row] for row in late])
+        late = [row for row in late if not guides[row].is_ready()]
+    return late
 
 
 def _edit(row: NDArray[np.float32], held: Resident, slot: int) -> None:
@@ -89,7 +107,7 @@ def _edit(row: NDArray[np.float32], held: Resident, slot: int) -> None:
     free = row.copy() if rules is not None and guide is not None else row
     if rules is not None:
         _take_away(row, known - num_prompt, rules)
-    if guide is not None:
+    if guide is not None and guide.has_begun:
         _keep_grammatical(row, guide.allowed(tokens[num_prompt:]), free)
     if rules is not None and rules.bad_words.longest:
         _take_bad_words(row, tokens, rules)

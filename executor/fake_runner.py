@@ -9,6 +9,7 @@ step in which it would first have changed a token.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -79,11 +80,15 @@ class Computed:
     rows: Rows
     tokens: list[int]  # (S,)
     failed: list[int]  # which of them are none
+    unready: list[int]  # which of them are none yet
     scored: list[Scored]
 
 
 class FakeRunner:
-    """A Runner that needs no torch and no model. `step_time_s` makes a demo look alive; tests leave it at 0."""
+    """A Runner that needs no torch and no model. `step_time_s` makes a demo look alive; tests leave it at 0.
+
+    It keeps no grammar, but has them compiled for `compile_rows` rows of each sequence that would be sampled before.
+    """
 
     def __init__(
         self,
@@ -100,6 +105,7 @@ class FakeRunner:
         credit: int = 2,
         next_token: NextToken = position_token,
         step_time_s: float = 0.0,
+        compile_rows: int = 0,
     ) -> None:
         self._facts = ExecutorFacts(
             name=name,
@@ -129,6 +135,8 @@ class FakeRunner:
         self._digests = np.zeros((max_sequences, max_model_len), np.uint64)  # what each row must read back
         self._next_token = next_token
         self._step_time_s = step_time_s
+        self._compile_rows = compile_rows
+        self._compiling: Counter[int] = Counter()  # rows that each slot's grammar still takes
         self._cells = np.zeros(num_blocks * block_size, _CELL)  # the slab: one cell a token
         self.begin_session()
 
@@ -149,7 +157,7 @@ class FakeRunner:
     def launch(self, plan: StepPlan) -> Launched:
         """Run one step. Raises PlanError for a plan that does not fit, SlabMismatch for blocks with other tokens."""
         computed = self._compute(plan)
-        sampled = self._resident.advance(computed.rows, computed.tokens, computed.failed)
+        sampled = self._resident.advance(computed.rows, computed.tokens, computed.failed, computed.unready)
         if self._step_time_s:
             threading.Event().wait(self._step_time_s)
         return Done(result_of(plan, sampled, computed.scored))
@@ -162,20 +170,25 @@ class FakeRunner:
             self._token_ids[slot, :num_known] = sequence.token_ids
             digests = digests_of(int(token) for token in sequence.token_ids)
             self._digests[slot, :num_known] = np.array(digests, np.uint64)
+            self._compiling[slot] = self._compile_rows if sequence.sampling.grammar is not None else 0
         if plan.copies:
             failpoints.hit("before_block_copy")
         for source, destination in plan.copies:
             self._cells[self._block(destination)] = self._cells[self._block(source)]
         self._store(rows)
         self._read_back(rows)
-        if failpoints.hit("after_forward_before_sample") == "nan":
-            tokens: list[int | None] = [None] * int(rows.samples.sum())
-        else:
-            tokens = [self._choose(slot) for slot in rows.slots[rows.samples].tolist()]
+        sampled = rows.slots[rows.samples].tolist()
+        unready = [n for n, slot in enumerate(sampled) if self._compiling[slot]]
+        tokens: list[int | None] = [None] * len(sampled)
+        if failpoints.hit("after_forward_before_sample") != "nan":
+            tokens = [None if n in unready else self._choose(slot) for n, slot in enumerate(sampled)]
+        for n in unready:
+            self._compiling[sampled[n]] -= 1
         return Computed(
             rows=rows,
             tokens=[token or 0 for token in tokens],
-            failed=[n for n, token in enumerate(tokens) if token is None],
+            failed=[n for n, token in enumerate(tokens) if token is None and n not in unready],
+            unready=unready,
             scored=self._score(rows, tokens),
         )
 
@@ -254,6 +267,7 @@ def result_of(plan: StepPlan, sampled: Sampled, scored: list[Scored]) -> StepRes
         tokens=sampled.tokens,
         indices=sampled.indices,
         failed=sampled.failed,
+        unready=sampled.unready,
         scored=scored,
     )
 

@@ -21,7 +21,7 @@ from common.types import slot_of
 from executor.attention import choose
 from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.batch import build_batch
-from executor.controls import columns, edit
+from executor.controls import columns, edit, unready
 from executor.determinism import class_of
 from executor.devices import device_of
 from executor.guide import Grammars
@@ -192,25 +192,27 @@ class ModelRunner:
         self._cache.copy_blocks(plan.copies)
         chosen = Choice(tokens=[], failed=[])
         scored: list[Scored] = []
+        waiting: list[int] = []
         if len(rows.slots):
             batch = build_batch(self._resident, rows)
             logits = self._model.forward(batch, self._pool.take(batch.token_places))
             if failpoints.hit("after_forward_before_sample") == "nan":
                 logits = torch.full_like(logits, torch.nan)
             values = logits[: len(batch.sampled_slots)].float().cpu().numpy()
+            waiting = unready(self._resident, batch.sampled_slots, len(rows.slots))
             asking = who_asks(self._resident, batch.sampled_slots)
             # a copy: what is asked for is of the model's own logits
             raw = values[[each.row for each in asking]] if asking else values
             edit(values, self._resident, batch.sampled_slots)
             chosen = sample(values, columns(self._resident, batch.sampled_slots, batch.sampled_indices))
             if asking:
-                scored = score_sampled(asking, raw, chosen.or_none())
+                scored = score_sampled(asking, raw, chosen.or_none(waiting))
             if len(batch.scored_slots):
                 scored += score_prompts(
                     logits[len(batch.sampled_slots) :], self._resident, batch.scored_slots, batch.scored_positions
                 )
             self._pool.put(batch.sampled_places, chosen.tokens)
-        sampled = self._resident.advance(rows, chosen.tokens, chosen.failed)
+        sampled = self._resident.advance(rows, chosen.tokens, chosen.failed, waiting)
         return Done(
             StepResult(
                 step=plan.step,
@@ -218,6 +220,7 @@ class ModelRunner:
                 tokens=sampled.tokens,
                 indices=sampled.indices,
                 failed=sampled.failed,
+                unready=sampled.unready,
                 compute_ns=time.perf_counter_ns() - started_ns,
                 scored=scored,
             )

@@ -66,6 +66,7 @@ class Reserved:
     places: NDArray[np.int64]  # (S,) position of the token in its sequence
     indices: NDArray[np.int64]  # (S,) its output index: 0 is the first after the prompt
     ended: set[SlotRef]  # whose end was seen in an earlier step since: nothing of them counts
+    unready: list[SlotRef]  # for which nothing is chosen in this step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,7 @@ class Sampled:
     tokens: list[int]  # (S,)
     indices: list[int]  # (S,) output index of each token: 0 is the first after the prompt
     failed: list[SlotRef]  # rows for which no token could be chosen
+    unready: list[SlotRef]  # rows for which none can be chosen yet
 
 
 class Resident:
@@ -155,8 +157,6 @@ class Resident:
         Raises PlanError for an unknown sequence, a wrong generation, a block outside the slab or a position outside
         its table. The tables are then half changed: only `clear` makes them good again.
         """
-        if self._grammars is not None:
-            self._grammars.begin_step()
         for ref in plan.released:
             self._release(ref)
         for sequence in plan.new:
@@ -169,27 +169,36 @@ class Resident:
             self._check_blocks((source, destination), "a copy")
         return self._rows(plan)
 
-    def advance(self, rows: Rows, tokens: Sequence[int], failed: Iterable[int] = ()) -> Sampled:
+    def advance(
+        self, rows: Rows, tokens: Sequence[int], failed: Iterable[int] = (), unready: Sequence[int] = ()
+    ) -> Sampled:
         """Record that `rows` were computed, and the token of each row that samples; finish what is complete.
 
         `tokens` has one entry per sampling row, in row order. `failed` are indices into `tokens` for which there is
-        none: the sequence ends there.
+        none: the sequence ends there. `unready` are those for which there is none yet.
         """
-        return self.settle(self.reserve(rows), tokens, failed)
+        return self.settle(self.reserve(rows, unready), tokens, failed)
 
-    def reserve(self, rows: Rows) -> Reserved:
+    def reserve(self, rows: Rows, unready: Sequence[int] = ()) -> Reserved:
         """Record that `rows` are computed, and that those that sample have one token more, which is not known yet.
 
         The next plan may name them again. A row that is as long now as it may be is finished: its length needs no
-        token. What is reserved is settled in the same order, or forgotten by `clear`.
+        token. Of the sampling rows at `unready` no token will come: their last one is computed again by their next
+        row, whose logits are the same. What is reserved is settled in the same order, or forgotten by `clear`.
         """
         self.num_computed[rows.slots] = rows.stops
         slots = rows.slots[rows.samples]
-        places = self.num_tokens[slots]
+        refs, places = self.refs[slots], self.num_tokens[slots]
         indices = places - self.num_prompt[slots]
+        late = list(unready)
+        reserved = Reserved(
+            slots=slots, refs=refs, places=places, indices=indices, ended=set(), unready=refs[late].tolist()
+        )
+        if late:
+            self.num_computed[slots[late]] -= 1
+            slots, places, indices = (np.delete(column, late) for column in (slots, places, indices))
         self.num_tokens[slots] = places + 1
         self.finished[slots] = (indices + 1 >= self.max_tokens[slots]) | (places + 1 >= self.max_model_len)
-        reserved = Reserved(slots=slots, refs=self.refs[slots], places=places, indices=indices, ended=set())
         self._reserved.append(reserved)
         return reserved
 
@@ -205,14 +214,20 @@ class Resident:
         slots, refs, places, indices = reserved.slots, reserved.refs, reserved.places, reserved.indices
         assert len(tokens) == len(slots), f"{len(tokens)} tokens for {len(slots)} rows that sample"
         kept_tokens, over = list(tokens), list[SlotRef]()
-        without = set(failed)
-        if without or reserved.ended:
-            named, ended = refs.tolist(), reserved.ended
+        without, ended = set(failed), reserved.ended.union(reserved.unready)
+        if without or ended:
+            named = refs.tolist()
             over = [named[n] for n in sorted(without) if named[n] not in ended]
             kept = [n for n, ref in enumerate(named) if n not in without and ref not in ended]
             slots, refs, places, indices = slots[kept], refs[kept], places[kept], indices[kept]
             kept_tokens = [kept_tokens[n] for n in kept]
-        sampled = Sampled(refs=refs.tolist(), tokens=kept_tokens, indices=indices.tolist(), failed=over[:])
+        sampled = Sampled(
+            refs=refs.tolist(),
+            tokens=kept_tokens,
+            indices=indices.tolist(),
+            failed=over[:],
+            unready=reserved.unready,
+        )
 
         here = self.refs[slots] == refs
         if not here.all():
@@ -291,7 +306,8 @@ class Resident:
         self.frequency_penalty[slot] = sampling.frequency_penalty
         self.rules[slot] = rules
         if sampling.grammar is not None and self._grammars is not None:
-            self.guides[slot] = self._grammars.guide(sampling.grammar, ends)
+            output = tokens[sequence.num_prompt :].tolist()
+            self.guides[slot] = self._grammars.guide(sampling.grammar, sequence.domain, ends, output)
         self.logprobs[slot] = _NONE if sampling.logprobs is None else sampling.logprobs
         self.prompt_logprobs[slot] = _NONE if sampling.prompt_logprobs is None else sampling.prompt_logprobs
         penalised = sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty

@@ -45,10 +45,10 @@ class Choice:
     tokens: list[int]  # (S,)
     failed: Sequence[int]  # rows whose logits hold NaN or +inf, or nothing but -inf
 
-    def or_none(self) -> list[int]:
-        """The tokens (S,); -1 for rows that failed."""
+    def or_none(self, but: Sequence[int] = ()) -> list[int]:
+        """The tokens (S,); -1 for rows that failed, and for those of `but`."""
         tokens = list(self.tokens)
-        for row in self.failed:
+        for row in (*self.failed, *but):
             tokens[row] = -1
         return tokens
 

@@ -390,6 +390,7 @@ class NewSequence(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
     ref: _builtins.int
     attempt: _builtins.int
     token_ids: _builtins.bytes
@@ -402,6 +403,8 @@ class NewSequence(_message.Message):
     max_tokens: _builtins.int
     min_tokens: _builtins.int
     """output tokens before which none of stop_token_ids is chosen"""
+    domain: _builtins.bytes
+    """with a grammar: what is kept of it is kept for this domain alone. Opaque"""
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...
     @_builtins.property
@@ -420,10 +423,11 @@ class NewSequence(_message.Message):
         max_tokens: _builtins.int = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         min_tokens: _builtins.int = ...,
+        domain: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_table", b"block_table", "choice", b"choice", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "num_computed", b"num_computed", "num_prompt", b"num_prompt", "ref", b"ref", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_table", b"block_table", "choice", b"choice", "domain", b"domain", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "num_computed", b"num_computed", "num_prompt", b"num_prompt", "ref", b"ref", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -509,6 +513,7 @@ class StepResult(_message.Message):
     TOP_COUNTS_FIELD_NUMBER: _builtins.int
     TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    UNREADY_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     step: _builtins.int
     refs: _builtins.bytes
@@ -534,6 +539,8 @@ class StepResult(_message.Message):
     top_token_ids: _builtins.bytes
     top_logprobs: _builtins.bytes
     """f32"""
+    unready: _builtins.bytes
+    """u32 column: rows whose grammar is still compiled; their last token is to be computed again"""
     def __init__(
         self,
         *,
@@ -551,10 +558,11 @@ class StepResult(_message.Message):
         top_counts: _builtins.bytes = ...,
         top_token_ids: _builtins.bytes = ...,
         top_logprobs: _builtins.bytes = ...,
+        unready: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "failed", b"failed", "idle_ns", b"idle_ns", "indices", b"indices", "refs", b"refs", "scored_logprobs", b"scored_logprobs", "scored_positions", b"scored_positions", "scored_refs", b"scored_refs", "session", b"session", "step", b"step", "tokens", b"tokens", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "failed", b"failed", "idle_ns", b"idle_ns", "indices", b"indices", "refs", b"refs", "scored_logprobs", b"scored_logprobs", "scored_positions", b"scored_positions", "scored_refs", b"scored_refs", "session", b"session", "step", b"step", "tokens", b"tokens", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids", "unready", b"unready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

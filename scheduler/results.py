@@ -23,8 +23,8 @@ def read_result(
 ) -> tuple[list[tuple[Sequence, int]], list[Sequence]]:
     """Tokens to commit, and sequences whose row failed. Raises ProtocolError when any row is not as it must be."""
     rows = flight.rows
-    answered = {*result.refs, *result.failed}
-    if len(answered) != len(result.refs) + len(result.failed):
+    answered = {*result.refs, *result.failed, *result.unready}
+    if len(answered) != len(result.refs) + len(result.failed) + len(result.unready):
         raise ProtocolError(f"step {result.step}: a row is answered twice")
     tokens: list[tuple[Sequence, int]] = []
     for ref, token, index in zip(result.refs, result.tokens, result.indices, strict=True):
@@ -43,6 +43,10 @@ def read_result(
     for ref in result.failed:
         if ref not in rows:
             raise ProtocolError(f"step {result.step}: row {ref:#x} failed but was not asked for")
+    for ref in result.unready:
+        row = rows.get(ref)
+        if row is None or not row.samples or row.sequence.sampling.grammar is None:
+            raise ProtocolError(f"step {result.step}: row {ref:#x} waits for a grammar but has none")
     if len(answered) < len(rows):
         for ref, row in rows.items():
             if row.samples and ref not in answered and row.is_current:

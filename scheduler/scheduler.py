@@ -19,7 +19,7 @@ from typing import NamedTuple
 from common.errors import InvalidRequest
 from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, StepPlan, StepResult
-from common.types import FinishReason, Priority, SequenceId
+from common.types import FinishReason, Priority, SequenceId, SlotRef
 from scheduler.counters import Counters
 from scheduler.line import Line
 from scheduler.moves import Moves
@@ -29,7 +29,7 @@ from scheduler.replays import Replays
 from scheduler.reputation import Patience, Reputations
 from scheduler.results import ProtocolError, read_result, read_scores
 from scheduler.sequence import Begun, Request, Sequence, Status
-from scheduler.session import Session
+from scheduler.session import Outstanding, Session
 from scheduler.stopping import finish_reason
 from scheduler.suspicion import End, Suspects, blamed, runs_alone
 
@@ -346,6 +346,8 @@ class Scheduler:
         for ref, (sequence, _, num_scheduled, _, _) in flight.rows.items():
             if sequence.ref == ref and sequence.session is session:
                 sequence.num_computed += num_scheduled
+        if result.unready:
+            self._put_off(session, result.unready, flight)
         if self._suspects:
             self._suspects.answered(flight)
         for scored, logprobs in scores:
@@ -407,6 +409,19 @@ class Scheduler:
             self.counters.quarantines += session.reputation.sent_unusable(request, now_ns, patience)
             self._reputations.keep(name, session.reputation)
         return []
+
+    def _put_off(self, session: Session, unready: Seq[SlotRef], flight: Outstanding) -> None:
+        """These rows were computed, and no token was chosen: their last one makes the logits again. Nothing is lost.
+
+        Rows in flight behind them, planned for the token that did not come, are that second try already: an executor
+        goes on from where it is.
+        """
+        self.counters.rows_unready += len(unready)
+        for ref in unready:
+            sequence = flight.rows[ref].sequence
+            if sequence.ref == ref and sequence.session is session:
+                sequence.num_computed -= 1
+        session.fall_behind(unready)
 
     def _sequences_of(self, request: Request) -> list[Sequence]:
         """Its choices that have not ended."""

@@ -10,7 +10,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from common import failpoints
 from common.blocks import blocks_for
@@ -23,6 +23,8 @@ from scheduler.pace import Pace
 from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
 from scheduler.reputation import Reputation
 from scheduler.sequence import Request, Sequence
+
+_DOMAIN_BYTES: Final = 16  # of the key of all its prefixes, which a tenant shares with nobody
 
 
 class Row(NamedTuple):
@@ -442,6 +444,7 @@ class Session:
             max_tokens=sequence.stop.max_tokens,
             stop_token_ids=new.stop_token_ids,
             min_tokens=sequence.stop.min_tokens,
+            domain=sequence.root[:_DOMAIN_BYTES] if sequence.sampling.grammar is not None else b"",
         )
 
     # ---- giving back
@@ -478,6 +481,14 @@ class Session:
         self._answered_ns = now_ns
         self.pace.add(flight.num_tokens, result.compute_ns)
         self.occupancy.add(compute_ns=result.compute_ns, idle_ns=result.idle_ns if flight.had_work else 0)
+
+    def fall_behind(self, refs: Iterable[SlotRef]) -> None:
+        """What is in flight for these computes one position less far than it was planned to."""
+        for flight in self.outstanding:
+            for ref in refs:
+                row = flight.rows.get(ref)
+                if row is not None:
+                    flight.rows[ref] = row._replace(stop=row.stop - 1)
 
     def answered(self, step: int) -> None:
         """The step is done: blocks that waited for it come free."""

@@ -157,10 +157,11 @@ class Answerer:
         """
         tenant, deadline_ns = caller.tenant, self._engine.deadline_after(time_left_s)
         spec, prompt, scope = await self._understand(spec, tenant)
-        live = self._live.get(tenant, spec.request_id) if spec.resumable else None
+        live = self._live_of(spec, tenant, scope)
+        if live is None and spec.sampling.grammar is not None:  # what runs was checked when it began
+            await self._check_grammar(spec, tenant)
+            live = self._live_of(spec, tenant, scope)  # it may have begun meanwhile
         if live is not None:
-            if live.scope != scope:
-                raise AlreadyRunning(f"request_id: {spec.request_id} runs already, and asks for something else")
             choices = {n: self._choice(spec, prompt, scope, n) for n in range(spec.n)}
             if live.holds(dict.fromkeys(choices, ())):
                 return self._attach(spec, prompt, choices, live, deadline_ns, resumed=False, scope=scope)
@@ -174,6 +175,8 @@ class Answerer:
         self, spec: GenerateSpec, points: Sequence[ResumePoint], caller: Caller, *, time_left_s: float | None = None
     ) -> Answer:
         """Go on behind the points: with the request itself where it runs here, else by making the rest anew.
+
+        A grammar is not checked again: a ticket proves that a scheduler with the key has let it in.
 
         Raises what `start` raises, TicketRefused or TicketStale, and RequestFailed when it was given up meanwhile.
         """
@@ -241,15 +244,25 @@ class Answerer:
             raise InvalidRequest("max_tokens", problem)
         spec = replace(spec, max_tokens=max_tokens)
         check_choosable(spec.sampling, _stop(spec), set(self.model.eos_token_ids), self.model.vocab_size)
-        if spec.sampling.grammar is not None:
-            if self._grammars is None:
-                raise InvalidRequest(spec.structured, "structured output is not served here")
-            await self._grammars.check(spec.structured, spec.sampling.grammar, tenant)
+        if spec.sampling.grammar is not None and self._grammars is None:
+            raise InvalidRequest(spec.structured, "structured output is not served here")
         scope = make_scope(tenant, spec.request_id, spec, prompt, self.model.digest)  # of what was asked for
         if spec.bad_words:
             bad = await self._bad_words(spec.bad_words)
             spec = replace(spec, sampling=replace(spec.sampling, bad_words=bad))
         return spec, prompt, scope
+
+    async def _check_grammar(self, spec: GenerateSpec, tenant: str) -> None:
+        """Raise what GrammarChecker.check does. Waits for its turn and for the worker."""
+        assert self._grammars is not None and spec.sampling.grammar is not None, "it was understood"
+        await self._grammars.check(spec.structured, spec.sampling.grammar, tenant)
+
+    def _live_of(self, spec: GenerateSpec, tenant: str, scope: Scope) -> LiveRequest | None:
+        """The same request, if it runs here. Raises AlreadyRunning where another one of its id does."""
+        live = self._live.get(tenant, spec.request_id) if spec.resumable else None
+        if live is not None and live.scope != scope:
+            raise AlreadyRunning(f"request_id: {spec.request_id} runs already, and asks for something else")
+        return live
 
     async def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         arguments = words, self.tokenizer, self.model.eos_token_ids

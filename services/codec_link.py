@@ -120,6 +120,7 @@ def result_to_pb(result: StepResult, session: int) -> pb.StepResult:
         tokens=_pack(result.tokens),
         indices=_pack(result.indices),
         failed=_pack(result.failed),
+        unready=_pack(result.unready),
         compute_ns=result.compute_ns,
         idle_ns=result.idle_ns,
     )
@@ -147,6 +148,7 @@ def result_from_pb(message: pb.StepResult) -> StepResult:
         tokens=tokens,
         indices=indices,
         failed=_named(_list("failed", message.failed)),
+        unready=_named(_list("unready", message.unready)),
         compute_ns=message.compute_ns,
         idle_ns=message.idle_ns,
         scored=_scored_from_pb(message) if message.scored_refs else (),
@@ -241,6 +243,7 @@ def _new_to_pb(new: NewSequence) -> pb.NewSequence:
         max_tokens=new.max_tokens,
         stop_token_ids=new.stop_token_ids,
         min_tokens=new.min_tokens,
+        domain=new.domain,
     )
 
 
@@ -262,6 +265,7 @@ def _new_from_pb(message: pb.NewSequence, path: str) -> NewSequence:
         max_tokens=message.max_tokens,
         stop_token_ids=tuple(message.stop_token_ids),
         min_tokens=message.min_tokens,
+        domain=message.domain,
     )
 
 

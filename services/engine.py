@@ -134,24 +134,31 @@ class RequestStream:
         self._engine.finish(self.sequences[choice].id, reason)
 
     async def take(self) -> list[ChoiceEvent]:
-        """Wait for something new and for a turn, and take all of it. Raises the error that the request failed with."""
+        """Wait for something new and for a turn, and take it: of each choice as much as one message may have.
+
+        Raises the error that the request failed with.
+        """
         assert self._open, "every choice has ended: nothing will ever come"
         if not self._news or not self._engine.lets_pass():
             await self._turn()
         events: list[ChoiceEvent] = []
-        for choice in self._news:
+        news, self._news = self._news, {}
+        for choice in news:
             sequence = self.sequences[choice]
             first = self._taken[choice]
-            tokens = sequence.tokens[sequence.num_prompt + first :].tolist()
+            begin = sequence.num_prompt + first
+            tokens = sequence.tokens[begin : begin + self._engine.max_chunk_tokens].tolist()
             self._taken[choice] += len(tokens)
             logprobs = () if sequence.sampling.logprobs is None else sequence.logprobs_of(first, len(tokens))
             reason = sequence.reason
-            if self._error is not None and reason in (FinishReason.ABORTED, FinishReason.ERROR):
+            if self._taken[choice] < sequence.num_output:
+                self._news[choice] = None  # the rest, and the end, come next
+                reason = FinishReason.NONE
+            elif self._error is not None and reason in (FinishReason.ABORTED, FinishReason.ERROR):
                 reason = FinishReason.NONE  # the error is the end, and it comes next
             events.append(ChoiceEvent(choice, tokens, reason, logprobs))
             if reason:
                 self._open.discard(choice)
-        self._news.clear()
         return events
 
     async def _turn(self) -> None:
@@ -200,6 +207,7 @@ class Engine:
     """Owns the core.
 
     `executor_wait_s`: how long a request waits while no executor could run it. `max_request_s`: how long any may take.
+    `max_chunk_tokens`: of one choice, that a reader takes at once.
     """
 
     def __init__(
@@ -209,9 +217,11 @@ class Engine:
         admission: Admission | None = None,
         executor_wait_s: float = 30.0,
         max_request_s: float = 3600.0,
+        max_chunk_tokens: int = 256,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.scheduler = scheduler
+        self.max_chunk_tokens = max_chunk_tokens
         self._is_draining = False
         self.last_result_ns = 0
         self.admission = admission or Admission()

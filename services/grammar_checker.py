@@ -1,7 +1,8 @@
 """Whether a caller's grammar can be compiled: asked of a worker, which compiles it within limits. Nothing does here.
 
 The worker (services/grammar_worker.py) is a process that is started with the first question, and again should it ever
-be lost. Its answers are remembered, so that most requests wait for none.
+be lost. Its answers are remembered, so that most requests wait for none; for each tenant apart, because how soon an
+answer comes would tell whether somebody had asked the same before.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import struct
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import Counter, OrderedDict
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final
 from weakref import WeakValueDictionary
@@ -36,6 +38,16 @@ _REMEMBERED_BYTES: Final = 1 << 20  # of answers and keys
 _ENTRY_BYTES: Final = 200  # what an entry takes beside its text
 
 
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A grammar that waits for its turn, or is compiled, and those who wait for the answer."""
+
+    tenant: str
+    task: asyncio.Task[str]
+    num_callers: int = 0
+    is_compiled: bool = False  # now: a frame that is on its way is not torn in two
+
+
 class GrammarChecker:
     """Asks one worker, one grammar at a time; tenants take turns."""
 
@@ -48,9 +60,9 @@ class GrammarChecker:
         self._no_tokenizer = ""  # what is wrong with it: nothing will ever be compiled
         self._one_at_a_time = asyncio.Lock()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._asked: dict[bytes, asyncio.Task[str]] = {}  # those that wait or are compiled
+        self._asked: dict[bytes, _Asked] = {}  # those that wait or are compiled
         self._waiting: Counter[str] = Counter()  # how many of those each tenant has
-        self._known: OrderedDict[bytes, str] = OrderedDict()  # digest → what is wrong with it; the last used is last
+        self._known: OrderedDict[bytes, str] = OrderedDict()  # key → what is wrong with it; the last used is last
         self._known_bytes = 0
 
     async def check(self, field: str, grammar: Grammar, tenant: str) -> None:
@@ -59,29 +71,43 @@ class GrammarChecker:
         Raises Overloaded where too many wait or the machine is busy, Unavailable where the worker cannot be started.
         """
         message = grammar_to_pb(grammar).SerializeToString()
-        key = blake2b(message, digest_size=32).digest()
+        key = _key(tenant, message)
         problem = self._known.get(key)
         if problem is not None:
             self._known.move_to_end(key)
         else:
-            task = self._asked.get(key)
-            if task is None:
-                if len(self._asked) >= _MAX_LINE or self._waiting[tenant] >= _MAX_LINE_OF_ONE:
-                    raise Overloaded(
-                        f"{field}: {self._waiting[tenant]} of yours wait to be compiled, of {len(self._asked)}"
-                    )
-                self._waiting[tenant] += 1
-                task = self._asked[key] = asyncio.create_task(self._ask(key, message, tenant))
-                task.add_done_callback(lambda _: self._leave(key, tenant))
-            problem = await asyncio.shield(task)  # who leaves does not tear a frame in two
+            problem = await self._answer(self._asked.get(key) or self._line_up(field, key, message, tenant), key)
         if problem:
             raise InvalidRequest(field, problem)
 
-    def _leave(self, key: bytes, tenant: str) -> None:
+    def _line_up(self, field: str, key: bytes, message: bytes, tenant: str) -> _Asked:
+        """A place in the line. Raises Overloaded where there is none."""
+        if len(self._asked) >= _MAX_LINE or self._waiting[tenant] >= _MAX_LINE_OF_ONE:
+            raise Overloaded(f"{field}: {self._waiting[tenant]} of yours wait to be compiled, of {len(self._asked)}")
+        asked = self._asked[key] = _Asked(tenant, asyncio.create_task(self._ask(key, message, tenant)))
+        self._waiting[tenant] += 1
+        asked.task.add_done_callback(lambda _: self._leave(key, asked))
+        return asked
+
+    async def _answer(self, asked: _Asked, key: bytes) -> str:
+        """Wait for it. Where everybody has left who did, the place is free at once."""
+        asked.num_callers += 1
+        try:
+            return await asyncio.shield(asked.task)
+        finally:
+            asked.num_callers -= 1
+            if not asked.num_callers and not asked.is_compiled:
+                asked.task.cancel()
+                self._leave(key, asked)
+
+    def _leave(self, key: bytes, asked: _Asked) -> None:
+        """Give up its place. Twice is harmless."""
+        if self._asked.get(key) is not asked:
+            return
         del self._asked[key]
-        self._waiting[tenant] -= 1
-        if not self._waiting[tenant]:
-            del self._waiting[tenant]
+        self._waiting[asked.tenant] -= 1
+        if not self._waiting[asked.tenant]:
+            del self._waiting[asked.tenant]
 
     async def close(self) -> None:
         """End the worker."""
@@ -97,6 +123,7 @@ class GrammarChecker:
             worker = await self._ready()
             if self._no_tokenizer:
                 return self._no_tokenizer
+            self._asked[key].is_compiled = True
             try:
                 async with asyncio.timeout(4 * self._cpu_s + _SLACK_S):
                     problem = await _exchange(worker, message)
@@ -155,6 +182,12 @@ class GrammarChecker:
             await _kill(process)
             raise
         return process
+
+
+def _key(tenant: str, message: bytes) -> bytes:
+    """Of a grammar and who asks: nobody learns by the clock what another tenant has asked."""
+    name = tenant.encode()
+    return blake2b(len(name).to_bytes(4, "little") + name + message, digest_size=32).digest()
 
 
 async def _exchange(process: Process, message: bytes) -> str:

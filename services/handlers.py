@@ -56,10 +56,16 @@ class Arrivals:
         return len(self._waiting)
 
     async def message(self, context: Context) -> bytes:
-        """The one message of a call.
+        """The one message of a call. Raises InvalidRequest when the caller ends without one, and as `next_message`."""
+        data = await self.next_message(context)
+        if data is None:
+            raise InvalidRequest("message", "the call ended without one")
+        return data
 
-        Raises InvalidRequest when the caller ends without one, Unavailable when it does not come in time, and
-        Overloaded when too many are waited for.
+    async def next_message(self, context: Context) -> bytes | None:
+        """The next message of a call, None where its caller has said all.
+
+        Raises Unavailable when it does not come in time, and Overloaded when too many are waited for.
         """
         limit = asyncio.timeout(self._limit_s)
         try:
@@ -73,9 +79,7 @@ class Arrivals:
             raise Overloaded("too many calls wait for their message") from None
         finally:
             self._waiting.pop(limit, None)
-        if not isinstance(data, bytes):
-            raise InvalidRequest("message", "the call ended without one")
-        return data
+        return data if isinstance(data, bytes) else None
 
     def _make_room(self) -> None:
         if len(self._waiting) > self._at_once:
@@ -104,7 +108,7 @@ def service_handler(
     package, _, name = service.rpartition(".")
     assert file.package == package, f"{service} is not in package {file.package}"
     methods = file.services_by_name[name].methods
-    frame = _Frame(open_call, Arrivals() if arrivals is None else arrivals, write or _write)
+    frame = _Frame(open_call, Arrivals() if arrivals is None else arrivals, write or plain_write)
     return grpc.method_handlers_generic_handler(
         service, {method.name: frame.handler(method, getattr(implementation, method.name)) for method in methods}
     )
@@ -229,7 +233,8 @@ class _Frame:
         return handle
 
 
-async def _write(context: Context, message: bytes) -> None:
+async def plain_write(context: Context, message: bytes) -> None:
+    """Write, however long the reader takes."""
     await context.write(message)
 
 

@@ -1,33 +1,47 @@
-"""gRPC's reflection, in the frame of our own calls: one that is ended from outside ends with a status.
+"""gRPC's reflection, in the frame of our own calls: counted, bounded in time, and ended with a status.
 
 What it tells of, and how, is grpc_reflection's. Its own handler is an async generator that gRPC runs: where its task is
-cancelled its client would never hear of it.
+cancelled its client would never hear of it, and one that says nothing and reads nothing would be there for ever.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
+from contextlib import nullcontext
 from typing import Any, Final
 
 import grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from services.handlers import Context, answer, parse, send_headers
-from services.open_call import open_call
+from services.handlers import Arrivals, Context, Frame, Write, answer, parse, plain_write, send_headers
+from services.open_call import open_call as this_call
 
 SERVICE: Final = reflection.SERVICE_NAME
 
 
-def reflection_handler(services: Iterable[str]) -> grpc.GenericRpcHandler:
-    """What a gRPC server serves beside `services`, whose names and messages it tells."""
+def reflection_handler(
+    services: Iterable[str],
+    *,
+    open_call: Frame = nullcontext,
+    arrivals: Arrivals | None = None,
+    write: Write = plain_write,
+) -> grpc.GenericRpcHandler:
+    """What a gRPC server serves beside `services`, whose names and messages it tells.
+
+    The others are those of services/handlers.py:service_handler. Every message of the caller is waited for as the one
+    message of other calls is.
+    """
     servicer: Any = reflection.aio.ReflectionServicer((*services, SERVICE))
+    waiting = Arrivals() if arrivals is None else arrivals
 
     async def respond(context: Context) -> None:
-        if (this := open_call()) is not None:
+        if (this := this_call()) is not None:
             this.begin()
-        await send_headers(context)
-        async for response in servicer.ServerReflectionInfo(_requests(context), context):
-            await context.write(response.SerializeToString())
+        data = await waiting.next_message(context)
+        with open_call():
+            await send_headers(context)
+            async for response in servicer.ServerReflectionInfo(_requests(data, waiting, context), context):
+                await write(context, response.SerializeToString())
 
     async def info(_: object, context: Context) -> None:
         await answer(f"{SERVICE}.ServerReflectionInfo", context, respond(context))
@@ -37,7 +51,10 @@ def reflection_handler(services: Iterable[str]) -> grpc.GenericRpcHandler:
     )
 
 
-async def _requests(context: Context) -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
-    """What is asked, until the caller has said all. Raises InvalidRequest for a message that is none."""
-    while isinstance(data := await context.read(), bytes):
+async def _requests(
+    data: bytes | None, arrivals: Arrivals, context: Context
+) -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
+    """What is asked, from `data` on, until the caller has said all. Raises InvalidRequest for what is no message."""
+    while data is not None:
         yield parse(reflection_pb2.ServerReflectionRequest, data)
+        data = await arrivals.next_message(context)

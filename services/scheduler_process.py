@@ -96,6 +96,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         admission=admission,
         executor_wait_s=config.executor_wait_s,
         max_request_s=config.max_request_s,
+        max_chunk_tokens=config.max_chunk_tokens,
     )
     grammars = GrammarChecker(model, cpu_s=config.grammar_cpu_s, memory_mib=config.grammar_memory_mib)
     answerer = Answerer(
@@ -132,6 +133,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         ),
     )
     arrivals = Arrivals(limit_s=config.first_message_s, at_once=config.max_streams)
+    health_service = Health([SERVICE], max_watches=config.max_health_watches)
     clients.add_generic_rpc_handlers(
         (
             service_handler(
@@ -142,11 +144,15 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
                 arrivals=arrivals,
                 write=readers.write,
             ),
+            reflection_handler(
+                (SERVICE, health.SERVICE),
+                open_call=admission.open_call,
+                arrivals=arrivals,
+                write=readers.write,
+            ),
+            health_service.handler(),
         )
     )
-    health_service = Health([SERVICE], max_watches=config.max_health_watches)
-    clients.add_generic_rpc_handlers((health_service.handler(),))
-    clients.add_generic_rpc_handlers((reflection_handler((SERVICE, health.SERVICE)),))
     executors = aio.server(options=link_options(handshake_timeout_ms=handshake_ms))
     executors.add_generic_rpc_handlers((links.handler(),))
     admins = aio.server(options=server_options(max_streams=64))

@@ -19,7 +19,7 @@ class LateRunner(FakeRunner):
 
     def launch(self, plan: StepPlan) -> Launched:
         computed = self._compute(plan)
-        reserved = self._resident.reserve(computed.rows)
+        reserved = self._resident.reserve(computed.rows, computed.unready)
         self._free_s = max(self._free_s, time.monotonic()) + self._step_time_s
         return _Late(lambda: self._settle(plan, computed, reserved), self._free_s)
 

@@ -32,6 +32,7 @@ class FlyingStep:
         self.num_sampled = size
         self.reserved: Reserved | None = None
         self.chosen: dict[int, int] = {}  # tokens that the host chose, by sampled row; -1: none could be
+        self.unready: list[int] = []  # sampled rows for which none can be chosen yet
         self.scored: list[Scored] = []  # tokens of prompts
         self.settled: StepResult | None = None
         # on the device, while it is launched

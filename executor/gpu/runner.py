@@ -32,7 +32,7 @@ from common.types import BlockId, slot_of
 from executor.attention import choose
 from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.batch import InputBatch, build_batch
-from executor.controls import columns, edit, look_ahead
+from executor.controls import columns, edit, look_ahead, unready
 from executor.gpu.device import CudaDevice, Device
 from executor.gpu.flying import FlyingStep
 from executor.gpu.graphs import StepGraph, StepGraphs, buckets_for, mixed_shapes
@@ -244,7 +244,7 @@ class GpuRunner:
         self._queue(step, batch, self._tables.updates(plan), plan.copies)
         self._choose_on_the_host(step, batch)
         self._score_prompts(step, batch)
-        step.reserved = held.reserve(rows)
+        step.reserved = held.reserve(rows, step.unready)
         step.buffer.done.record()
         step.logits = step.inputs = None  # nobody reads them any more, and the next step needs the memory
         self._in_flight.append(step)
@@ -326,6 +326,10 @@ class GpuRunner:
             return
         look_ahead(held, slots[rows])
         self._device.synchronize()
+        step.unready = unready(held, slots, len(batch.seq_lens))
+        rows = [row for row in rows if row not in step.unready]
+        if not rows:
+            return
         assert step.logits is not None
         values = torch.stack([step.logits[row] for row in rows]).float().cpu().numpy()
         edit(values, held, slots[rows])
@@ -405,6 +409,7 @@ class GpuRunner:
             tokens=sampled.tokens,
             indices=sampled.indices,
             failed=sampled.failed,
+            unready=sampled.unready,
             compute_ns=buffer.done.ns_since(buffer.begun),
             idle_ns=idle_ns,
             scored=scored,

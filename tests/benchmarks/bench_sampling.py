@@ -21,7 +21,7 @@ from common.model_folder import read_model_folder
 from common.sampling import Grammar, SamplingParams
 from common.step import NewSequence, StepPlan
 from common.types import BlockId, slot_ref
-from executor.controls import columns, edit
+from executor.controls import columns, edit, unready
 from executor.guide import Grammars
 from executor.logprobs import score
 from executor.resident import Resident
@@ -191,6 +191,8 @@ def grammar_cost(rows: int, *, steps: int) -> tuple[float, float]:
     ]
     held.apply(StepPlan(step=0, refs=(), num_scheduled=(), new=new))
     slots = np.arange(rows)
+    while unready(held, slots, rows):
+        pass  # it waits a moment itself
     noise = np.random.default_rng(1)
     found: list[float] = []
     for _ in range(steps):

@@ -8,6 +8,8 @@ it to its end, checks every token and asks for the next. At 0 ms the scheduler i
 at 30 ms it is idle most of the time, as behind a real model, and every token goes out alone and at once. With `--real`
 the executor computes the default model on all cores: what a process costs that finds its caches full of weights.
 `--minutes` prints the memory of both processes every quarter of a minute; with `--real`, of a real executor.
+`--structured 5` takes five turns without and five with a JSON schema for every answer, one after the other: with
+`--real`, what structured output costs the whole server.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Final
 
@@ -38,6 +41,19 @@ from tests.e2e.cluster import Cluster, cluster
 
 METHOD: Final = "/pagewire.v1.InferenceService/GenerateStream"
 PROMPT: Final = 32
+# an answer of it does not end before it has thousands of tokens
+SCHEMA: Final = json.dumps(
+    {
+        "type": "array",
+        "minItems": 1000,
+        "items": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "kind": {"enum": ["one", "other"]}},
+            "required": ["name", "age", "kind"],
+            "additionalProperties": False,
+        },
+    }
+)
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
 
@@ -49,6 +65,7 @@ class Load:
     step_ms: float | None  # None: a real model
     max_tokens: int = 256
     connections: int = 1
+    structured: bool = False
     warm_up_s: float = 2.0
     seconds: float = 8.0
 
@@ -60,6 +77,7 @@ class Report:
     streams: int
     step_ms: float | None
     connections: int
+    structured: bool
     tokens_per_s: float
     messages_per_token: float
     scheduler_user_us: float  # a token
@@ -90,8 +108,10 @@ async def ask_for_ever(channel: aio.Channel, load: Load, tally: Tally) -> None:
     while True:
         request = pb.GenerateStreamRequest(
             token_ids=pb.TokenIds(ids=random.choices(range(256), k=PROMPT)),
-            sampling=pb.SamplingParams(temperature=0.0),
-            stopping=pb.StopConditions(max_tokens=load.max_tokens, ignore_eos=True),
+            sampling=pb.SamplingParams(
+                temperature=0.0, structured=pb.StructuredOutput(json_schema=SCHEMA) if load.structured else None
+            ),
+            stopping=pb.StopConditions(max_tokens=load.max_tokens, ignore_eos=not load.structured),
         )
         count = 0
         async for message in stream(request):
@@ -152,6 +172,7 @@ async def measure(running: Cluster, load: Load) -> Report:
         streams=load.streams,
         step_ms=load.step_ms,
         connections=load.connections,
+        structured=load.structured,
         tokens_per_s=tokens / seconds,
         messages_per_token=messages / tokens,
         scheduler_user_us=1e6 * user / tokens,
@@ -206,6 +227,7 @@ _COLUMNS: Final = (
     ("streams", "streams", "d"),
     ("step ms", "step_ms", "g"),
     ("conns", "connections", "d"),
+    ("schema", "structured", "d"),
     ("tokens/s", "tokens_per_s", ".0f"),
     ("messages/token", "messages_per_token", ".3f"),
     ("user µs/token", "scheduler_user_us", ".1f"),
@@ -235,6 +257,7 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=1, help="connections that the streams share")
     parser.add_argument("--max-tokens", type=int, default=256, help="length of each answer")
     parser.add_argument("--seconds", type=float, default=8.0, help="measured time of each load")
+    parser.add_argument("--structured", type=int, default=0, help="turns of each load without and with a JSON schema")
     parser.add_argument("--minutes", type=float, default=0, help="instead, watch memory for so long")
     parser.add_argument("--model", default="smollm2", help="whose tokenizer is used; a tiny one where it is not here")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
@@ -252,12 +275,14 @@ def main() -> None:
         print("  ".join(head for head, _, _ in _COLUMNS))
         for step_ms in [None] if options.real else options.step_ms:
             with servers(model, step_ms) as running:
-                for count in options.streams:
+                turns = [False, True] * options.structured or [False]
+                for count, structured in product(options.streams, turns):
                     load = Load(
                         streams=int(count),
                         step_ms=step_ms,
                         max_tokens=options.max_tokens,
                         connections=min(options.connections, int(count)),
+                        structured=structured,
                         seconds=options.seconds,
                     )
                     reports.append(uvloop.run(measure(running, load), loop_factory=EventLoop))

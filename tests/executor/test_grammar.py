@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from common.sampling import Grammar, SamplingParams
 from common.step import NewSequence, StepPlan
 from common.types import BlockId, slot_ref
-from executor.controls import columns, edit, look_ahead
+from executor.controls import columns, edit, look_ahead, unready
 from executor.grammar import GrammarError, compile_grammar, load_tokenizer
 from executor.guide import Grammars
 from executor.resident import Resident
 from executor.sampler import sample
 from services.text import Tokenizer
 from tests.e2e import fake_model
+from tests.executor.guides import until_compiled
 from tests.executor.schemas import drawn_schema, problem
 
 VOCAB_SIZE, EOS = fake_model.VOCAB_SIZE, fake_model.EOS
@@ -81,6 +82,7 @@ def held(grammars: Grammars, *sequences: NewSequence) -> Resident:
         grammars=grammars,
     )
     tables.apply(StepPlan(step=0, refs=(), num_scheduled=(), new=sequences))
+    until_compiled(tables)
     return tables
 
 
@@ -102,6 +104,7 @@ def answers(tables: Resident, slots: Sequence[int]) -> dict[int, list[int]]:
         rows = np.array(list(running), np.int64)
         known = tables.num_tokens[rows]
         logits = np.concatenate([noise(place) for place in known.tolist()])
+        assert not unready(tables, rows, len(rows))
         edit(logits, tables, rows)
         choice = sample(logits, columns(tables, rows, known - tables.num_prompt[rows])).or_none()
         for slot, token in zip(rows.tolist(), choice, strict=True):
@@ -167,6 +170,7 @@ def test_what_is_found_out_ahead_changes_nothing(grammars: Grammars) -> None:
     slots = np.array([0])
 
     look_ahead(one, slots)
+    assert not unready(other, slots, 1)
     rows = [noise(1), noise(1)]
     edit(rows[0], one, slots)
     edit(rows[1], other, slots)

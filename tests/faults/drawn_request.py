@@ -81,12 +81,21 @@ def draw_request(draw: random.Random, number: int, *, long: bool) -> DrawnReques
         stop = replace(stop, stop_strings=(text[at : at + draw.randint(1, 4)] or "?",))
     # drawn apart, so that the stories are otherwise what they were
     logprobs = random.Random(f"{number} {prompt}").choice([None, None, 0, 2])
+    structured = None
+    if not stop.ignore_eos and random.Random(f"grammar of {number} {prompt}").random() < 0.2:
+        structured = pb.StructuredOutput(regex=".*")  # the fake model keeps none, but has it compiled
     return DrawnRequest(
         tenant=draw.choice(list(TENANTS)),
         message=pb.GenerateStreamRequest(
             request_id=f"{number}",
             token_ids=pb.TokenIds(ids=prompt),
-            sampling=pb.SamplingParams(temperature=sampling.temperature, seed=sampling.seed, n=n, logprobs=logprobs),
+            sampling=pb.SamplingParams(
+                temperature=sampling.temperature,
+                seed=sampling.seed,
+                n=n,
+                logprobs=logprobs,
+                structured=structured,
+            ),
             stopping=pb.StopConditions(
                 max_tokens=stop.max_tokens,
                 stop=stop.stop_strings,

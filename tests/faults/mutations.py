@@ -190,12 +190,18 @@ def more_plans_are_sent_than_there_is_credit(patch: Patch) -> None:
 def a_row_that_is_not_finite_takes_its_step_with_it(patch: Patch) -> None:
     advance = Resident.advance
 
-    def strict(self: Resident, rows: Rows, tokens: Sequence[int], failed: Sequence[int] = ()) -> Sampled:
+    def strict(
+        self: Resident, rows: Rows, tokens: Sequence[int], failed: Sequence[int] = (), unready: Sequence[int] = ()
+    ) -> Sampled:
         if failed:
             raise ArithmeticError("not finite")
-        return advance(self, rows, tokens, failed)
+        return advance(self, rows, tokens, failed, unready)
 
     patch(Resident, "advance", strict)
+
+
+def a_row_that_waits_for_its_grammar_counts_as_sampled(patch: Patch) -> None:
+    patch(Scheduler, "_put_off", lambda self, session, unready, flight: None)
 
 
 # ---- memory

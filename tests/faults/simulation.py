@@ -390,6 +390,7 @@ def run(seed: int, *, late: bool = False) -> Story:
             cluster.world.close()
     counters = [scheduler.core.counters for scheduler in cluster.schedulers]
     cluster.happened["resumed"] = cluster.world.passed["mid_resume"]
+    cluster.happened["rows waited for grammars"] = sum(each.rows_unready for each in counters)
     return Story(
         seed=seed,
         trace=cluster.world.trace,

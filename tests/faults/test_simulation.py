@@ -59,6 +59,7 @@ def test_the_stories_are_not_quiet_ones(stories: list[Story]) -> None:
     assert happened["impostors refused"] > 250
     assert happened["callers killed"] > 100
     assert happened["drained"] > 60, "schedulers that left with work to do"
+    assert happened["rows waited for grammars"] > 300
 
 
 def test_processes_broke_at_every_failpoint(stories: list[Story]) -> None:

@@ -128,6 +128,7 @@ class SimulatedExecutor:
             vocab_size=self._cluster.model.vocab_size,
             max_model_len=LONGEST,
             next_token=self._next_token,
+            compile_rows=self.lives % 3,
             **self._shape,
         )
 

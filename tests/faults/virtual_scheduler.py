@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from common.sampling import RequestLimits
+from common.sampling import Grammar, RequestLimits
 from protos import inference_pb2 as pb
 from scheduler.scheduler import Scheduler
 from services.admission import Admission, AdmissionLimits
@@ -18,6 +18,7 @@ from services.api_keys import ApiKeys, line_of, read_api_keys
 from services.draining import drain
 from services.engine import Engine, RequestStream
 from services.gate import Gate
+from services.grammar_checker import GrammarChecker
 from services.handlers import service_handler
 from services.link_service import ExecutorLinkService
 from services.live_requests import LiveRequest, LiveRequests
@@ -86,6 +87,7 @@ class SimulatedScheduler:
             None,
             tickets=Tickets([TicketKey(id="virtual", secret=kind.ticket_secret)], lifetime_s=_TICKET_LIFETIME_S),
             live=self.live,
+            grammars=SlowChecker(model),
             clock_s=lambda: cluster.world.wall_s() + kind.clock_ahead_s,
         )
         service = SchedulerService(answerer, RequestLimits(), lambda: len(self.core.sessions))
@@ -151,6 +153,13 @@ class SimulatedScheduler:
 
     def _clock_ns(self) -> int:
         return int(self.process.time() * 1e9)
+
+
+class SlowChecker(GrammarChecker):
+    """Lets every grammar in, after a while: without a worker."""
+
+    async def check(self, field: str, grammar: Grammar, tenant: str) -> None:
+        await asyncio.sleep(0.3)
 
 
 class _CountedRequests(LiveRequests):

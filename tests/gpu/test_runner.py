@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Set
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import executor.gpu.runner as gpu_runner
@@ -26,9 +26,11 @@ from executor.gpu import graphs
 from executor.gpu.device import Event, HostDevice
 from executor.gpu.models import open_gpu_model
 from executor.gpu.runner import GpuRunner
+from executor.guide import Guide
 from executor.model_runner import ModelRunner
 from executor.resident import PlanError
 from executor.runner import DeviceLost, Launched, Runner
+from tests.executor.guides import held_up, save_letters, until_compiled
 from tests.executor.tiny_models import VOCAB_SIZE, save_tiny
 from tests.gpu.story import BLOCK_SIZE, MAX_STEP_TOKENS, NUM_BLOCKS, NUM_SLOTS, Story
 from tests.gpu.torch_forward import TorchForward, open_torch_forward, sample_as_the_host, sample_greedily
@@ -242,13 +244,16 @@ def test_rows_that_need_the_host_run_among_the_others(plain: Runner, host: Host,
     assert play(story, plain, host.runner, num_steps=36, depth=depth) > 36
 
 
-def test_rows_with_a_grammar_run_among_the_others(tmp_path: Path) -> None:
+def test_rows_with_a_grammar_run_among_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny("llama", tmp_path)
-    letters = {chr(ord("!") + number): 3 + number for number in range(VOCAB_SIZE - 3)}
-    tokenizer = Tokenizer(models.BPE(vocab={"<pad>": 0, "<s>": 1, "</s>": 2, **letters}, merges=[]))
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    save_letters(folder)
+    is_ready = Guide.is_ready
+
+    def once_compiled(guide: Guide) -> bool:
+        wait([guide.compiling])
+        return is_ready(guide)
+
+    monkeypatch.setattr(Guide, "is_ready", once_compiled)  # else the two would put off different rows
     guided = [
         SamplingParams(temperature=0.0, grammar=Grammar("regex", "[^aeiou]*")),
         SamplingParams(temperature=1.0, seed=6, grammar=Grammar("regex", "([^xyz]{2}[A-Za-z])*"), presence_penalty=1.0),
@@ -257,6 +262,37 @@ def test_rows_with_a_grammar_run_among_the_others(tmp_path: Path) -> None:
 
     # tokens that they have from elsewhere are of no grammar at times: those rows fail, in both
     assert play(story, plain_for(folder), Host(folder).runner, num_steps=36, depth=2) > 36
+
+
+def test_a_row_whose_grammar_is_still_compiled_is_put_off_and_those_in_flight_behind_it_are_its_next_tries(
+    tmp_path: Path,
+) -> None:
+    folder = save_tiny("llama", tmp_path)
+    save_letters(folder)
+    host = Host(folder)
+    grammars = host.runner._grammars
+    guided = replace(SAMPLED, grammar=Grammar("regex", "[0-9]{4}[A-F]{2,9}"), logprobs=1)
+    new = [sequence(A, PROMPT, [3, 9, 4, 1], sampling=guided), sequence(B, PROMPT, [5, 6, 7, 8], sampling=SAMPLED)]
+
+    def tokens(results: list[StepResult], ref: SlotRef) -> list[int]:
+        return [t for result in results for r, t in zip(result.refs, result.tokens, strict=True) if r == ref]
+
+    host.runner.begin_session()
+    alone = [host.launch((A, 3), (B, 3), new=new).result()]
+    until_compiled(host.runner._resident)
+    alone += [host.launch((A, count), (B, count)).result() for count in (4, 1, 1)]
+    host.runner.begin_session()
+    with held_up(grammars):
+        launched = [host.launch((A, 7), (B, 7), new=new), host.launch((A, 1), (B, 1))]
+        late = [each.result() for each in launched]
+    until_compiled(host.runner._resident)
+    found = late + [each.result() for each in [host.launch((A, 1), (B, 1)), host.launch((A, 1)), host.launch((A, 1))]]
+
+    assert [result.unready for result in found] == [[A], [A], [], [], []]
+    assert [result.refs for result in late] == [[B], [B]]
+    assert tokens(found, A) == tokens(alone, A)
+    assert tokens(found, B) == tokens(alone, B)
+    assert [each.position for result in found for each in result.scored] == [7, 8, 9]
 
 
 def test_without_graphs_the_tokens_are_the_same(plain: Runner, folder: Path) -> None:

@@ -43,6 +43,9 @@ def test_the_limits_are_the_defaults() -> None:
     assert limit["one request, from arrival to end"] == f"{scheduler.max_request_s:g} s"
     assert limit["wait while no executor is there"] == f"{scheduler.executor_wait_s:g} s"
     assert limit["a message that its reader does not take"] == f"{scheduler.reader_timeout_s:g} s"
+    assert limit["calls that are open, reflection's too"] == f"{scheduler.max_streams}"
+    behind = "tokens of a choice in one message, for a reader that fell behind"
+    assert limit[behind] == f"{scheduler.max_chunk_tokens}"
     watches = "Watch` calls for health; of one host, as many as are still free"
     assert limit[watches] == f"{scheduler.max_health_watches}"
     assert f"{scheduler.drain_s:g} s (`--drain-s`)" in section("Restarts that nobody notices")

@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 
-from common.sampling import SamplingParams, StopConditions
+from common.sampling import Grammar, SamplingParams, StopConditions
 from common.types import Priority
 from scheduler.suspicion import End
 from tests.scheduler.witness import VOCAB_SIZE, Witness
@@ -68,6 +68,7 @@ def _join(world: Witness, draw: random.Random) -> None:
             max_sequences=draw.choice([1, 2, 4, 8]),
             credit=draw.choice([1, 2, 2, 3]),
             max_step_tokens=draw.choice([8, 256]),
+            compile_rows=world.now_ns % 4,  # not drawn: the stories are otherwise what they were
         )
 
 
@@ -117,6 +118,8 @@ def _ask(world: Witness, draw: random.Random, prompt: list[int], tenant: str) ->
         stop_token_ids=draw.choice([(), (), (5,), (5, 9, 11, 30)]),
         ignore_eos=draw.random() < 0.3,
     )
+    if sum(prompt) % 3 == 0:  # not drawn, as above
+        sampling = dataclasses.replace(sampling, grammar=Grammar("regex", "a+"))
     n, priority = draw.choice([1, 1, 1, 2, 4]), draw.choice([*Priority, Priority.NORMAL])
     world.request(prompt, n=n, stop=stop, sampling=sampling, tenant=tenant, priority=priority)
 

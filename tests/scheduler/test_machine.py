@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from common.sampling import SamplingParams, StopConditions
+from common.sampling import Grammar, SamplingParams, StopConditions
 from common.types import Priority
 from scheduler.suspicion import End
 from tests.scheduler.crowd import prompt_of, stories
@@ -23,7 +23,12 @@ STOPS = st.builds(
     stop_token_ids=st.sampled_from([(), (5,), (5, 9, 11, 30)]),
     ignore_eos=st.booleans(),
 )
-SAMPLING = st.builds(SamplingParams, temperature=st.sampled_from([0.0, 1.0]), seed=st.integers(0, 2))
+SAMPLING = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 2),
+    grammar=st.sampled_from([None, Grammar("regex", "a+")]),
+)
 
 
 class Machine(RuleBasedStateMachine):
@@ -74,6 +79,7 @@ class Machine(RuleBasedStateMachine):
         credit=st.integers(1, 3),
         max_sequences=st.sampled_from([1, 2, 4, 8]),
         max_step_tokens=st.sampled_from([8, 256]),
+        compile_rows=st.integers(0, 3),
         glitches=st.booleans(),
     )
     def join(
@@ -83,6 +89,7 @@ class Machine(RuleBasedStateMachine):
         credit: int,
         max_sequences: int,
         max_step_tokens: int,
+        compile_rows: int,
         glitches: bool,
     ) -> None:
         self.world.join(
@@ -92,6 +99,7 @@ class Machine(RuleBasedStateMachine):
             credit=credit,
             max_sequences=max_sequences,
             max_step_tokens=max_step_tokens,
+            compile_rows=compile_rows,
         )
 
     @precondition(lambda self: self.world.runners)
@@ -178,3 +186,4 @@ def test_a_crowd_on_tiny_executors_ends_with_the_tokens_each_would_have_had_alon
     assert sum(w.scheduler.counters.trials for w in worlds) > 10, "no request ever had to run alone"
     assert sum(w.scheduler.counters.given_up for w in worlds) > 1, "no request was ever given up"
     assert sum(w.scheduler.counters.quarantines for w in worlds) > 20, "no executor was ever quarantined"
+    assert sum(w.scheduler.counters.rows_unready for w in worlds) > 500, "no grammar was ever late"

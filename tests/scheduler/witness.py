@@ -274,9 +274,20 @@ class Witness(World):
                 self.docket.passed(name)
             if current and row.ref in result.failed:
                 self.docket.placement[name] += 1
+        self._fall_behind(book, result.unready)
         self.last_result[session] = result
         self.check()
         return result
+
+    def _fall_behind(self, book: Book, unready: Sequence[SlotRef]) -> None:
+        """These have computed one token less than their plans said, and so have their rows in flight."""
+        for ref in unready:
+            if ref in book.seats:
+                book.seats[ref].position -= 1
+            for step in book.rows:
+                for name, row in step.items():
+                    if row.ref == ref:
+                        step[name] = row._replace(stop=row.stop - 1)
 
     def answer_twice(self, session: int) -> None:
         """The last answer once more: refused, nothing committed."""

@@ -82,6 +82,7 @@ def new_sequences(draw: st.DrawFn) -> NewSequence:
         max_tokens=draw(U32),
         stop_token_ids=tuple(draw(st.lists(U32, max_size=4))),
         min_tokens=draw(U32),
+        domain=draw(st.binary(max_size=16)),
     )
 
 
@@ -113,6 +114,7 @@ def results(draw: st.DrawFn) -> StepResult:
         tokens=draw(column(num_rows)),
         indices=draw(column(num_rows)),
         failed=draw(st.lists(U32, max_size=8)),
+        unready=draw(st.lists(U32, max_size=8)),
         compute_ns=draw(U64),
         idle_ns=draw(U64),
         scored=draw(st.lists(SCORED, min_size=1, max_size=4)) if draw(st.booleans()) else (),
@@ -352,9 +354,11 @@ def test_sampling_that_cannot_be_computed_is_refused(name: str, value: float) ->
     assert caught.value.field == f"new[0].sampling.{name}"
 
 
-@pytest.mark.parametrize("name", ["refs", "tokens", "indices", "failed"])
+@pytest.mark.parametrize("name", ["refs", "tokens", "indices", "failed", "unready"])
 def test_a_result_with_a_cut_number_is_refused_by_the_columns_name(name: str) -> None:
-    result = StepResult(step=0, refs=[slot_ref(1, 0)], tokens=[5], indices=[0], failed=[slot_ref(2, 0)])
+    result = StepResult(
+        step=0, refs=[slot_ref(1, 0)], tokens=[5], indices=[0], failed=[slot_ref(2, 0)], unready=[slot_ref(3, 0)]
+    )
     message = result_to_pb(result, session=1)
     setattr(message, name, getattr(message, name)[:-1])
 

@@ -127,6 +127,51 @@ def test_a_reader_that_is_slow_gets_everything_in_fewer_events() -> None:
     run(test)
 
 
+def test_a_reader_that_fell_behind_takes_no_more_at_once_than_a_message_may_have() -> None:
+    async def test(engine: Engine) -> None:
+        join(engine)
+        scored = SamplingParams(temperature=0.0, logprobs=0)
+        stream = engine.submit([1, 2, 3], scored, StopConditions(max_tokens=9), choices=2)
+        await engine.idle()
+        taken = [await stream.take() for _ in range(3)]
+
+        assert not stream.is_open
+        for choice in range(2):
+            events = [event for events in taken for event in events if event.choice == choice]
+            assert [event.tokens for event in events] == [[3, 4, 5, 6], [7, 8, 9, 10], [11]]
+            assert [event.reason for event in events] == [FinishReason.NONE, FinishReason.NONE, FinishReason.LENGTH]
+            assert [len(event.logprobs) for event in events] == [4, 4, 1]
+
+    run(test, max_chunk_tokens=4)
+
+
+def test_what_a_reader_has_not_taken_comes_before_the_error_that_ends_its_request() -> None:
+    async def test(engine: Engine) -> None:
+        join(engine, steps=5)
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=9))
+        while stream.sequences[0].num_output < 5:
+            await asyncio.sleep(0)
+        engine.fail_all(Unavailable("gone"))
+        taken = [await stream.take() for _ in range(3)]
+        assert [event.tokens for events in taken for event in events] == [[3, 4], [5, 6], [7]]
+        with pytest.raises(Unavailable):
+            await stream.take()
+
+    run(test, max_chunk_tokens=2)
+
+
+def test_a_choice_that_its_reader_ends_has_nothing_left_to_take() -> None:
+    async def test(engine: Engine) -> None:
+        join(engine)
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=9))
+        await engine.idle()
+        await stream.take()
+        stream.end_choice(0, FinishReason.STOP_STRING)
+        assert not stream.is_open
+
+    run(test, max_chunk_tokens=4)
+
+
 def test_the_next_plan_is_sent_before_any_reader_hears_of_a_result() -> None:
     async def test(engine: Engine) -> None:
         link = join(engine, steps=1)

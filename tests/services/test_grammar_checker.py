@@ -17,7 +17,9 @@ from common.errors import InvalidRequest, Overloaded, Unavailable
 from common.model_folder import ModelFolder, read_model_folder
 from common.sampling import Grammar
 from executor.grammar import load_tokenizer
+from protos import executor_pb2 as pb
 from services import grammar_checker, grammar_worker
+from services.codec_link import grammar_from_pb
 from services.grammar_checker import GrammarChecker
 from tests.e2e import fake_model
 
@@ -217,6 +219,113 @@ def test_a_tenant_with_too_many_that_wait_keeps_no_place_from_another(
         await checker.check("regex", GOOD, "b")
         await asyncio.gather(*waiting)
         await checker.check("regex", Grammar("regex", "b"), "a")
+
+    with_checker(model, test)
+
+
+class Script:
+    """Stands for the worker: what it was asked, and answers once it may."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.may_answer = asyncio.Event()
+
+    async def exchange(self, _: object, message: bytes) -> str:
+        self.asked.append(grammar_from_pb(pb.Grammar.FromString(message), "").source)
+        await self.may_answer.wait()
+        return ""
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Script:
+    script = Script()
+
+    async def ready(_: GrammarChecker) -> None:
+        return None
+
+    monkeypatch.setattr(GrammarChecker, "_ready", ready)
+    monkeypatch.setattr(grammar_checker, "_exchange", script.exchange)
+    return script
+
+
+def a(count: int) -> Grammar:
+    return Grammar("regex", "a" * count)
+
+
+async def waiting(checker: GrammarChecker, count: int, tenant: str = "", *, first: int = 1) -> list[asyncio.Task[None]]:
+    """So many calls that wait for grammars of their own."""
+    calls = [asyncio.create_task(checker.check("regex", a(n), tenant)) for n in range(first, first + count)]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return calls
+
+
+async def leave(*calls: asyncio.Task[None]) -> None:
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+
+
+def test_what_one_tenant_has_asked_makes_no_answer_sooner_for_another(model: ModelFolder, worker: Script) -> None:
+    async def test(checker: GrammarChecker) -> None:
+        both = [asyncio.create_task(checker.check("regex", GOOD, tenant)) for tenant in ("north", "south")]
+        worker.may_answer.set()
+        await asyncio.gather(*both)
+        for tenant in ("north", "east"):
+            await checker.check("regex", GOOD, tenant)
+
+        assert worker.asked == [GOOD.source] * 3, "once for each tenant"
+
+    with_checker(model, test)
+
+
+def test_a_name_and_a_grammar_are_never_taken_for_another_name_and_another_grammar() -> None:
+    assert grammar_checker._key("a", b"bc") != grammar_checker._key("ab", b"c")
+
+
+def test_who_leaves_gives_up_its_place_at_once(
+    model: ModelFolder, worker: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_checker, "_MAX_LINE_OF_ONE", 3)
+
+    async def test(checker: GrammarChecker) -> None:
+        compiled, *others = await waiting(checker, 3)
+        with pytest.raises(Overloaded):
+            await checker.check("regex", a(9), "")
+        await leave(*others)
+        next_ones = await waiting(checker, 2, first=5)
+        worker.may_answer.set()
+        await asyncio.gather(compiled, *next_ones)
+
+        assert worker.asked == ["a", "a" * 5, "a" * 6], "nothing is compiled for those who have left"
+        assert not checker._asked and not checker._waiting
+
+    with_checker(model, test)
+
+
+def test_one_that_is_compiled_when_its_caller_leaves_is_remembered(model: ModelFolder, worker: Script) -> None:
+    async def test(checker: GrammarChecker) -> None:
+        await leave(*await waiting(checker, 1))
+        later = await waiting(checker, 1)
+        worker.may_answer.set()
+        await asyncio.gather(*later)
+        await checker.check("regex", a(1), "")
+
+        assert worker.asked == ["a"]
+
+    with_checker(model, test)
+
+
+def test_a_place_is_kept_as_long_as_one_of_those_who_ask_the_same_is_there(model: ModelFolder, worker: Script) -> None:
+    async def test(checker: GrammarChecker) -> None:
+        compiled = await waiting(checker, 1)
+        one, other = [asyncio.create_task(checker.check("regex", GOOD, "")) for _ in range(2)]
+        await asyncio.sleep(0)
+        await leave(one)
+        worker.may_answer.set()
+        await asyncio.gather(*compiled, other)
+
+        assert worker.asked == ["a", GOOD.source]
 
     with_checker(model, test)
 
