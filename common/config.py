@@ -64,6 +64,11 @@ class SchedulerConfig:
         most=0.5,
     )
     prefix_caching: bool = option(True, "share the blocks of equal prefixes")
+    max_pinned_tokens_per_tenant: int = option(16_384, "tokens of prompts that one tenant may have pinned", least=1)
+    max_pinned_share: float = option(
+        0.25, "share of the smallest executor's KV blocks that all tenants together may have pinned", most=1
+    )
+    max_pin_seconds: int = option(3600, "seconds that a prompt may be pinned at a time", least=1)
     max_waiting: int = option(2048, "sequences that may wait; one more is refused with RESOURCE_EXHAUSTED", least=1)
     max_waiting_tokens: int = option(
         1_000_000,

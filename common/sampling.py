@@ -86,6 +86,8 @@ class RequestLimits:
     max_logprobs: int = 20  # likeliest tokens beside each one
     max_structured_bytes: int = 65_536  # of a schema, pattern, grammar, or of all choices
     max_structured_choices: int = 1024
+    max_cache_salt_bytes: int = 256
+    max_pin_seconds: int = 3600
 
 
 def check_sampling(params: SamplingParams, limits: RequestLimits) -> None:

@@ -20,12 +20,16 @@ from pagewire.calls import (
     CANCEL_TIMEOUT_S,
     DEFAULT_PATIENCE_S,
     DEFAULT_TIMEOUT_S,
+    UNPIN,
+    UNPIN_TIMEOUT_S,
     Asked,
     Manner,
     addresses_of,
+    unpin_request,
+    unpinned_tokens,
 )
 from pagewire.continuation import OutOfStep
-from pagewire.failures import Trailers
+from pagewire.failures import Trailers, judge
 from pagewire.retrying import RetryBudget
 
 if TYPE_CHECKING:
@@ -56,6 +60,16 @@ class _Connections:
         method: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(CANCEL)
         with contextlib.suppress(aio.AioRpcError, aio.UsageError):  # no connection | the client was closed
             await method(asked.cancellation(), timeout=CANCEL_TIMEOUT_S, metadata=tuple(self._manner.access.metadata))
+
+    async def unpin(self, pin_id: str | None) -> int:
+        """End a pin, or all, on the server that answered last."""
+        method: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel(self.first).unary_unary(UNPIN)
+        metadata = tuple(self._manner.access.metadata)
+        try:
+            return unpinned_tokens(await method(unpin_request(pin_id), timeout=UNPIN_TIMEOUT_S, metadata=metadata))
+        except aio.AioRpcError as error:
+            trailers = cast("Trailers", error.trailing_metadata())
+            raise judge(error.code(), error.details() or "", trailers, self.first).error from error
 
     async def close(self) -> None:
         """End all calls."""
@@ -133,6 +147,10 @@ class AsyncClient:
             self._connections,
             Asked(request, self._manner, self._budget, first=self._connections.first, timeout_s=timeout_s),
         )
+
+    async def unpin(self, pin_id: str | None = None) -> int:
+        """As Client's."""
+        return await self._connections.unpin(pin_id)
 
     async def close(self) -> None:
         """Close the connections. Streams that are open end."""

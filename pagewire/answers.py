@@ -81,6 +81,15 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PinnedPrefix:
+    """What of the prompt stays in the prefix cache of the scheduler that answered."""
+
+    pin_id: str  # for `unpin`
+    tokens: int
+    expires_s: int  # Unix time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """A whole answer. What is not a tuple speaks of the first choice."""
 
@@ -89,6 +98,7 @@ class Answer:
     seed: int
     choices: tuple[Choice, ...]
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # one a token of the prompt, where they were asked for
+    pinned: PinnedPrefix | None = None  # where that was asked for
 
     @property
     def text(self) -> str:

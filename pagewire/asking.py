@@ -48,6 +48,10 @@ class Settings(TypedDict, total=False):
     include_stop: bool  # the text ends behind the stop string, not before it
     ignore_eos: bool
     min_tokens: int  # before so many, nothing but max_tokens ends the answer
+    cache_salt: str  # the blocks of the prompt are shared with requests of the same salt alone
+    no_cache: bool  # nothing is read from the prefix cache, and nothing is left there
+    pin_seconds: int  # the prompt stays in the prefix cache for so long
+    pin_tokens: int  # only so many first tokens of it do
     skip_special_tokens: bool
     model: str
     request_id: str  # by default a random one
@@ -56,6 +60,7 @@ class Settings(TypedDict, total=False):
 _SAMPLING = frozenset(pb.SamplingParams.DESCRIPTOR.fields_by_name)
 _STOPPING = frozenset(pb.StopConditions.DESCRIPTOR.fields_by_name)
 _STRUCTURED = frozenset(pb.StructuredOutput.DESCRIPTOR.fields_by_name)
+_CACHE = frozenset(pb.CacheControl.DESCRIPTOR.fields_by_name)
 _LISTS = frozenset({"allowed_token_ids", "banned_token_ids", "bad_words", "stop", "stop_token_ids"})
 
 
@@ -83,7 +88,8 @@ def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamReque
         elif name in _STRUCTURED:
             _set_structured(request.sampling.structured, name, value)
         else:
-            part = request.sampling if name in _SAMPLING else request.stopping if name in _STOPPING else request
+            parts = ((request.sampling, _SAMPLING), (request.stopping, _STOPPING), (request.cache, _CACHE))
+            part = next((part for part, names in parts if name in names), request)
             if name in _LISTS:
                 _extend(getattr(part, name), name, [value] if isinstance(value, str) else value)
             elif name == "logit_bias":

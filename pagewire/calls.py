@@ -28,8 +28,10 @@ _SERVICE: Final = "/pagewire.v1.InferenceService/"
 GENERATE: Final = _SERVICE + "GenerateStream"
 RESUME: Final = _SERVICE + "Resume"
 CANCEL: Final = _SERVICE + "Cancel"
+UNPIN: Final = _SERVICE + "Unpin"
 
 CANCEL_TIMEOUT_S: Final = 1.0
+UNPIN_TIMEOUT_S: Final = 10.0
 DEFAULT_TIMEOUT_S: Final = 600.0
 DEFAULT_PATIENCE_S: Final = 30.0
 
@@ -56,6 +58,17 @@ class Manner:
     def options(self) -> tuple[tuple[str, int], ...]:
         """Of each channel."""
         return grpc_options.client_options()
+
+
+def unpin_request(pin_id: str | None) -> bytes:
+    """The message that ends a pin, or all that the caller has."""
+    request = pb.UnpinRequest(all=True) if pin_id is None else pb.UnpinRequest(pin_id=pin_id)
+    return request.SerializeToString()
+
+
+def unpinned_tokens(answer: bytes) -> int:
+    """What the answer to it says."""
+    return pb.UnpinResponse.FromString(answer).tokens
 
 
 def addresses_of(text: str | Sequence[str]) -> tuple[str, ...]:

@@ -19,12 +19,16 @@ from pagewire.calls import (
     CANCEL_TIMEOUT_S,
     DEFAULT_PATIENCE_S,
     DEFAULT_TIMEOUT_S,
+    UNPIN,
+    UNPIN_TIMEOUT_S,
     Asked,
     Manner,
     addresses_of,
+    unpin_request,
+    unpinned_tokens,
 )
 from pagewire.continuation import OutOfStep
-from pagewire.failures import Trailers
+from pagewire.failures import Trailers, judge
 from pagewire.retrying import RetryBudget
 
 if TYPE_CHECKING:
@@ -65,6 +69,16 @@ class _Connections:
         method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(CANCEL)
         with contextlib.suppress(grpc.RpcError, ValueError):
             method(asked.cancellation(), timeout=CANCEL_TIMEOUT_S, metadata=tuple(self._manner.access.metadata))
+
+    def unpin(self, pin_id: str | None) -> int:
+        """End a pin, or all, on the server that answered last."""
+        method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel(self.first).unary_unary(UNPIN)
+        metadata = tuple(self._manner.access.metadata)
+        try:
+            return unpinned_tokens(method(unpin_request(pin_id), timeout=UNPIN_TIMEOUT_S, metadata=metadata))
+        except grpc.RpcError as error:
+            trailers = cast("Trailers", error.trailing_metadata() or ())
+            raise judge(error.code(), error.details() or "", trailers, self.first).error from error
 
     def close(self) -> None:
         """End all calls."""
@@ -154,6 +168,13 @@ class Client:
             self._connections,
             Asked(request, self._manner, self._budget, first=self._connections.first, timeout_s=timeout_s),
         )
+
+    def unpin(self, pin_id: str | None = None) -> int:
+        """End a pin (`Answer.pinned`) on the server that answered last, or all that its tenant has there.
+
+        Returns the tokens that were pinned. Raises PagewireErrors.
+        """
+        return self._connections.unpin(pin_id)
 
     def close(self) -> None:
         """Close the connections. Streams that are open end."""

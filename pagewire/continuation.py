@@ -12,6 +12,7 @@ from pagewire.answers import (
     Delta,
     Finish,
     FinishReason,
+    PinnedPrefix,
     TokenLogprob,
     TokenLogprobs,
     Usage,
@@ -50,6 +51,7 @@ class Continuation:
         self._prompt_logprobs: list[TokenLogprobs] = []
         self.finishes: dict[int, Finish] = {}
         self.model = ""
+        self._pinned: PinnedPrefix | None = None
 
     @property
     def request_id(self) -> str:
@@ -111,10 +113,14 @@ class Continuation:
                 for n, tokens in enumerate(self._tokens)
             ),
             prompt_logprobs=tuple(self._prompt_logprobs),
+            pinned=self._pinned,
         )
 
     def _begin(self, prompt: pb.PromptInfo) -> None:
         self.model = prompt.model
+        if prompt.HasField("pinned"):
+            told = prompt.pinned
+            self._pinned = PinnedPrefix(pin_id=told.pin_id, tokens=told.tokens, expires_s=told.expires_s)
         if not self._request.stopping.HasField("max_tokens") and prompt.max_tokens:
             self._request.stopping.max_tokens = prompt.max_tokens
         if prompt.ticket:

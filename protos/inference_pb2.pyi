@@ -438,6 +438,61 @@ class StopConditions(_message.Message):
 Global___StopConditions: _TypeAlias = StopConditions  # noqa: Y015
 
 @_typing.final
+class CacheControl(_message.Message):
+    """What a request shares with others of its tenant through the prefix cache, and what it leaves behind for them. With
+    other tenants it never shares anything. None of it changes the answer.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    NO_CACHE_FIELD_NUMBER: _builtins.int
+    PIN_SECONDS_FIELD_NUMBER: _builtins.int
+    PIN_TOKENS_FIELD_NUMBER: _builtins.int
+    cache_salt: _builtins.str
+    """Default empty. The blocks of a prefix are found only by requests with the same salt (and tenant): a service that has
+    many users behind one key gives each its own, so that none can tell by the time what another one has asked.
+    """
+    no_cache: _builtins.bool
+    """default false; true: nothing is read from the cache, and nothing is left there"""
+    pin_seconds: _builtins.int
+    """Not set: nothing is pinned. For so many seconds from now the prompt's blocks are the last to be reused, and whoever
+    computes that prefix again, where an executor was lost, leaves them so. A longer time of an earlier pin stays.
+    """
+    pin_tokens: _builtins.int
+    """default: the whole prompt. Its first so many tokens are pinned, in whole blocks."""
+    def __init__(
+        self,
+        *,
+        cache_salt: _builtins.str | None = ...,
+        no_cache: _builtins.bool | None = ...,
+        pin_seconds: _builtins.int | None = ...,
+        pin_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_no_cache", b"_no_cache", "_pin_seconds", b"_pin_seconds", "_pin_tokens", b"_pin_tokens", "cache_salt", b"cache_salt", "no_cache", b"no_cache", "pin_seconds", b"pin_seconds", "pin_tokens", b"pin_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_no_cache", b"_no_cache", "_pin_seconds", b"_pin_seconds", "_pin_tokens", b"_pin_tokens", "cache_salt", b"cache_salt", "no_cache", b"no_cache", "pin_seconds", b"pin_seconds", "pin_tokens", b"pin_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cache_salt: _TypeAlias = _typing.Literal["cache_salt"]  # noqa: Y015
+    _WhichOneofArgType__cache_salt: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt"]  # noqa: Y015
+    _WhichOneofReturnType__no_cache: _TypeAlias = _typing.Literal["no_cache"]  # noqa: Y015
+    _WhichOneofArgType__no_cache: _TypeAlias = _typing.Literal["_no_cache", b"_no_cache"]  # noqa: Y015
+    _WhichOneofReturnType__pin_seconds: _TypeAlias = _typing.Literal["pin_seconds"]  # noqa: Y015
+    _WhichOneofArgType__pin_seconds: _TypeAlias = _typing.Literal["_pin_seconds", b"_pin_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__pin_tokens: _TypeAlias = _typing.Literal["pin_tokens"]  # noqa: Y015
+    _WhichOneofArgType__pin_tokens: _TypeAlias = _typing.Literal["_pin_tokens", b"_pin_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_salt) -> _WhichOneofReturnType__cache_salt | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__no_cache) -> _WhichOneofReturnType__no_cache | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pin_seconds) -> _WhichOneofReturnType__pin_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pin_tokens) -> _WhichOneofReturnType__pin_tokens | None: ...
+
+Global___CacheControl: _TypeAlias = CacheControl  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -450,6 +505,7 @@ class GenerateRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """chosen by the caller, for logs and for Resume; made by the server when empty"""
     model: _builtins.str
@@ -466,6 +522,8 @@ class GenerateRequest(_message.Message):
     def sampling(self) -> Global___SamplingParams: ...
     @_builtins.property
     def stopping(self) -> Global___StopConditions: ...
+    @_builtins.property
+    def cache(self) -> Global___CacheControl: ...
     def __init__(
         self,
         *,
@@ -478,10 +536,11 @@ class GenerateRequest(_message.Message):
         stopping: Global___StopConditions | None = ...,
         skip_special_tokens: _builtins.bool | None = ...,
         priority: Global___Priority.ValueType = ...,
+        cache: Global___CacheControl | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens", "chat", b"chat", "input", b"input", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens", "cache", b"cache", "chat", b"chat", "input", b"input", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens", "chat", b"chat", "input", b"input", "model", b"model", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens", "cache", b"cache", "chat", b"chat", "input", b"input", "model", b"model", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__skip_special_tokens: _TypeAlias = _typing.Literal["skip_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__skip_special_tokens: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens"]  # noqa: Y015
@@ -509,6 +568,7 @@ class GenerateStreamRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     RESUMABLE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
@@ -527,6 +587,8 @@ class GenerateStreamRequest(_message.Message):
     def sampling(self) -> Global___SamplingParams: ...
     @_builtins.property
     def stopping(self) -> Global___StopConditions: ...
+    @_builtins.property
+    def cache(self) -> Global___CacheControl: ...
     def __init__(
         self,
         *,
@@ -539,11 +601,12 @@ class GenerateStreamRequest(_message.Message):
         stopping: Global___StopConditions | None = ...,
         skip_special_tokens: _builtins.bool | None = ...,
         priority: Global___Priority.ValueType = ...,
+        cache: Global___CacheControl | None = ...,
         resumable: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_resumable", b"_resumable", "_skip_special_tokens", b"_skip_special_tokens", "chat", b"chat", "input", b"input", "resumable", b"resumable", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_resumable", b"_resumable", "_skip_special_tokens", b"_skip_special_tokens", "cache", b"cache", "chat", b"chat", "input", b"input", "resumable", b"resumable", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_resumable", b"_resumable", "_skip_special_tokens", b"_skip_special_tokens", "chat", b"chat", "input", b"input", "model", b"model", "priority", b"priority", "request_id", b"request_id", "resumable", b"resumable", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_resumable", b"_resumable", "_skip_special_tokens", b"_skip_special_tokens", "cache", b"cache", "chat", b"chat", "input", b"input", "model", b"model", "priority", b"priority", "request_id", b"request_id", "resumable", b"resumable", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__resumable: _TypeAlias = _typing.Literal["resumable"]  # noqa: Y015
     _WhichOneofArgType__resumable: _TypeAlias = _typing.Literal["_resumable", b"_resumable"]  # noqa: Y015
@@ -659,6 +722,51 @@ class CancelResponse(_message.Message):
 Global___CancelResponse: _TypeAlias = CancelResponse  # noqa: Y015
 
 @_typing.final
+class UnpinRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIN_ID_FIELD_NUMBER: _builtins.int
+    ALL_FIELD_NUMBER: _builtins.int
+    pin_id: _builtins.str
+    all: _builtins.bool
+    """true: all pins of the caller's tenant"""
+    def __init__(
+        self,
+        *,
+        pin_id: _builtins.str = ...,
+        all: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "pin_id", b"pin_id", "which", b"which"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "pin_id", b"pin_id", "which", b"which"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_which: _TypeAlias = _typing.Literal["pin_id", "all"]  # noqa: Y015
+    _WhichOneofArgType_which: _TypeAlias = _typing.Literal["which", b"which"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_which) -> _WhichOneofReturnType_which | None: ...
+
+Global___UnpinRequest: _TypeAlias = UnpinRequest  # noqa: Y015
+
+@_typing.final
+class UnpinResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    tokens: _builtins.int
+    """that were pinned and are not any more; 0: there was no such pin here"""
+    def __init__(
+        self,
+        *,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinResponse: _TypeAlias = UnpinResponse  # noqa: Y015
+
+@_typing.final
 class Usage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -670,7 +778,9 @@ class Usage(_message.Message):
     DECODE_NS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     cached_prompt_tokens: _builtins.int
-    """of prompt_tokens, those whose K and V were found in the prefix cache"""
+    """Of prompt_tokens, those whose K and V the request found in the prefix cache when it was first admitted. What it
+    finds again after a preemption, and what its choices share, it has computed itself.
+    """
     completion_tokens: _builtins.int
     queue_ns: _builtins.int
     """from arrival to the first admission"""
@@ -710,6 +820,7 @@ class PromptInfo(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
     DETERMINISM_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     prompt_tokens: _builtins.int
@@ -723,6 +834,10 @@ class PromptInfo(_message.Message):
     """this stream goes on where another ended"""
     determinism: _builtins.str
     """the class of the executors that are there now; empty: tokens may differ between runs"""
+    @_builtins.property
+    def pinned(self) -> Global___PinnedPrefix:
+        """what this request has pinned; not set: nothing"""
+
     def __init__(
         self,
         *,
@@ -734,14 +849,47 @@ class PromptInfo(_message.Message):
         ticket: _builtins.bytes = ...,
         resumed: _builtins.bool = ...,
         determinism: _builtins.str = ...,
+        pinned: Global___PinnedPrefix | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pinned", b"pinned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["determinism", b"determinism", "max_tokens", b"max_tokens", "model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "resumed", b"resumed", "seed", b"seed", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["determinism", b"determinism", "max_tokens", b"max_tokens", "model", b"model", "pinned", b"pinned", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "resumed", b"resumed", "seed", b"seed", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PromptInfo: _TypeAlias = PromptInfo  # noqa: Y015
+
+@_typing.final
+class PinnedPrefix(_message.Message):
+    """The beginning of a prompt that stays in the prefix cache. It is a promise of the scheduler that made it: who asks
+    another one pins there anew.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIN_ID_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    EXPIRES_S_FIELD_NUMBER: _builtins.int
+    pin_id: _builtins.str
+    """for Unpin. Who pins the same prefix again gets the same."""
+    tokens: _builtins.int
+    """of the prompt; executors keep the whole blocks of them"""
+    expires_s: _builtins.int
+    """Unix time in seconds"""
+    def __init__(
+        self,
+        *,
+        pin_id: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+        expires_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_s", b"expires_s", "pin_id", b"pin_id", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinnedPrefix: _TypeAlias = PinnedPrefix  # noqa: Y015
 
 @_typing.final
 class Delta(_message.Message):

@@ -54,6 +54,11 @@ class InferenceServiceStub:
                 request_serializer=protos_dot_inference__pb2.CancelRequest.SerializeToString,
                 response_deserializer=protos_dot_inference__pb2.CancelResponse.FromString,
                 _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/pagewire.v1.InferenceService/Unpin',
+                request_serializer=protos_dot_inference__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=protos_dot_inference__pb2.UnpinResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/pagewire.v1.InferenceService/Tokenize',
                 request_serializer=protos_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -107,6 +112,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Unpin(self, request, context):
+        """Let go of pinned prefixes before their time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -148,6 +160,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=protos_dot_inference__pb2.CancelRequest.FromString,
                     response_serializer=protos_dot_inference__pb2.CancelResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=protos_dot_inference__pb2.UnpinRequest.FromString,
+                    response_serializer=protos_dot_inference__pb2.UnpinResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -273,6 +290,33 @@ class InferenceService:
             '/pagewire.v1.InferenceService/Cancel',
             protos_dot_inference__pb2.CancelRequest.SerializeToString,
             protos_dot_inference__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewire.v1.InferenceService/Unpin',
+            protos_dot_inference__pb2.UnpinRequest.SerializeToString,
+            protos_dot_inference__pb2.UnpinResponse.FromString,
             options,
             channel_credentials,
             insecure,

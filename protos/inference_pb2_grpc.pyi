@@ -54,6 +54,8 @@ class InferenceServiceStub:
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
     """End a resumable request now. Cancelling its call alone leaves it running for a while, for a Resume to find."""
+    Unpin: _grpc.UnaryUnaryMultiCallable[_inference_pb2.UnpinRequest, _inference_pb2.UnpinResponse]
+    """Let go of pinned prefixes before their time."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]
@@ -77,6 +79,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
     """End a resumable request now. Cancelling its call alone leaves it running for a while, for a Resume to find."""
+    Unpin: _aio.UnaryUnaryMultiCallable[_inference_pb2.UnpinRequest, _inference_pb2.UnpinResponse]  # type: ignore[assignment]
+    """Let go of pinned prefixes before their time."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]  # type: ignore[assignment]
@@ -121,6 +125,14 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.CancelResponse, _abc.Awaitable[_inference_pb2.CancelResponse]]:
         """End a resumable request now. Cancelling its call alone leaves it running for a while, for a Resume to find."""
+
+    @_abc_1.abstractmethod
+    def Unpin(
+        self,
+        request: _inference_pb2.UnpinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.UnpinResponse, _abc.Awaitable[_inference_pb2.UnpinResponse]]:
+        """Let go of pinned prefixes before their time."""
 
     @_abc_1.abstractmethod
     def Tokenize(

@@ -124,6 +124,7 @@ class SchedulerStatus(_message.Message):
     REFUSED_REQUESTS_FIELD_NUMBER: _builtins.int
     LINE_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     EXECUTOR_LOSSES_FIELD_NUMBER: _builtins.int
+    PINS_FIELD_NUMBER: _builtins.int
     uptime_ns: _builtins.int
     """since it became ready"""
     cpu_ns: _builtins.int
@@ -159,6 +160,8 @@ class SchedulerStatus(_message.Message):
 
     @_builtins.property
     def executor_losses(self) -> Global___ExecutorLosses: ...
+    @_builtins.property
+    def pins(self) -> Global___PinStatus: ...
     def __init__(
         self,
         *,
@@ -179,14 +182,64 @@ class SchedulerStatus(_message.Message):
         refused_requests: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         line_tokens_per_s: _builtins.float = ...,
         executor_losses: Global___ExecutorLosses | None = ...,
+        pins: Global___PinStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["executor_losses", b"executor_losses"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["executor_losses", b"executor_losses", "pins", b"pins"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "cpu_ns", b"cpu_ns", "cpu_us_per_output_token", b"cpu_us_per_output_token", "dropped_rows", b"dropped_rows", "executor_losses", b"executor_losses", "finished_sequences", b"finished_sequences", "line_tokens_per_s", b"line_tokens_per_s", "moved_sequences", b"moved_sequences", "num_running", b"num_running", "num_waiting", b"num_waiting", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "refused_requests", b"refused_requests", "steps", b"steps", "uptime_ns", b"uptime_ns", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "cpu_ns", b"cpu_ns", "cpu_us_per_output_token", b"cpu_us_per_output_token", "dropped_rows", b"dropped_rows", "executor_losses", b"executor_losses", "finished_sequences", b"finished_sequences", "line_tokens_per_s", b"line_tokens_per_s", "moved_sequences", b"moved_sequences", "num_running", b"num_running", "num_waiting", b"num_waiting", "output_tokens", b"output_tokens", "pins", b"pins", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "refused_requests", b"refused_requests", "steps", b"steps", "uptime_ns", b"uptime_ns", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SchedulerStatus: _TypeAlias = SchedulerStatus  # noqa: Y015
+
+@_typing.final
+class PinStatus(_message.Message):
+    """Prefixes that stay in the cache because somebody asked for that."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TokensByTenantEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NUM_PINS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENS_BY_TENANT_FIELD_NUMBER: _builtins.int
+    num_pins: _builtins.int
+    tokens: _builtins.int
+    """of all of them, each counted whole"""
+    @_builtins.property
+    def tokens_by_tenant(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        num_pins: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        tokens_by_tenant: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_pins", b"num_pins", "tokens", b"tokens", "tokens_by_tenant", b"tokens_by_tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinStatus: _TypeAlias = PinStatus  # noqa: Y015
 
 @_typing.final
 class ExecutorLosses(_message.Message):
@@ -262,6 +315,7 @@ class ExecutorStatus(_message.Message):
     SILENT_FIELD_NUMBER: _builtins.int
     QUARANTINED_FIELD_NUMBER: _builtins.int
     HELD_BACK_FIELD_NUMBER: _builtins.int
+    NUM_PINNED_BLOCKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     session: _builtins.int
     device: _builtins.str
@@ -288,6 +342,8 @@ class ExecutorStatus(_message.Message):
     """sent too many unusable rows: gets nothing new for a while"""
     held_back: _builtins.bool
     """died young too often: gets nothing for a while"""
+    num_pinned_blocks: _builtins.int
+    """of pinned prefixes: free ones of these are reused last"""
     def __init__(
         self,
         *,
@@ -307,10 +363,11 @@ class ExecutorStatus(_message.Message):
         silent: _builtins.bool = ...,
         quarantined: _builtins.bool = ...,
         held_back: _builtins.bool = ...,
+        num_pinned_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "device", b"device", "dtype", b"dtype", "held_back", b"held_back", "idle_ns", b"idle_ns", "idle_ratio", b"idle_ratio", "leaving", b"leaving", "name", b"name", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_running", b"num_running", "quarantined", b"quarantined", "session", b"session", "silent", b"silent", "steps", b"steps", "steps_in_flight", b"steps_in_flight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "device", b"device", "dtype", b"dtype", "held_back", b"held_back", "idle_ns", b"idle_ns", "idle_ratio", b"idle_ratio", "leaving", b"leaving", "name", b"name", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_running", b"num_running", "quarantined", b"quarantined", "session", b"session", "silent", b"silent", "steps", b"steps", "steps_in_flight", b"steps_in_flight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -37,8 +37,10 @@ class Moves:
         sequence.placed(session.facts.determinism)
         if not sequence.admitted_ns:
             sequence.admitted_ns = now_ns
-            sequence.num_cached_prompt = min(match.num_tokens, sequence.num_prompt)
-            self._counters.cached_prompt_tokens += sequence.num_cached_prompt
+            num_cached = min(match.num_tokens, sequence.num_prompt)
+            self._counters.cached_prompt_tokens += num_cached
+            if sequence.request.num_cached_prompt is None:  # what its siblings find is what it computes
+                sequence.request.num_cached_prompt = num_cached
         bisect.insort(session.running, sequence, key=rank)
         sequence.avoid = ""
         if match.num_tokens:

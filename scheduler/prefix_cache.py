@@ -109,6 +109,13 @@ class KeyChain:
             blake.update(encoded)
         return BlockKey(blake.digest())
 
+    def keys(self, root: BlockKey, tokens: array[int], block_size: int) -> list[BlockKey]:
+        """The keys of all whole blocks of a prefix."""
+        keys: list[BlockKey] = []
+        for start in range(0, len(tokens) - block_size + 1, block_size):
+            keys.append(self.child(keys[-1] if keys else root, tokens[start : start + block_size]))
+        return keys
+
     def child(self, parent: BlockKey, tokens: array[int]) -> BlockKey:
         """The key of the block that holds `tokens` after everything `parent` stands for."""
         blake = self._keyed.copy()

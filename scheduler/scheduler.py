@@ -23,8 +23,9 @@ from common.types import FinishReason, Priority, SequenceId, SlotRef
 from scheduler.counters import Counters
 from scheduler.line import Line
 from scheduler.moves import Moves
+from scheduler.pins import Pin, PinLimits, Pins
 from scheduler.planning import Planner
-from scheduler.prefix_cache import KeyChain
+from scheduler.prefix_cache import BlockKey, KeyChain
 from scheduler.replays import Replays
 from scheduler.reputation import Patience, Reputations
 from scheduler.results import ProtocolError, read_result, read_scores
@@ -59,6 +60,7 @@ class SchedulerLimits:
     watermark: float = 0.01  # share of the blocks that admissions leave to running sequences
     reserve: float = 1 / 16  # of an executor: kept for tenants that run less than it there, or were served too little
     prefix_caching: bool = True
+    pins: PinLimits = field(default_factory=PinLimits)
     patience: Patience = field(default_factory=Patience)  # with executors that die young or send what cannot be used
 
 
@@ -81,6 +83,7 @@ class Scheduler:
         self._model = model
         self._eos = frozenset(eos)
         self._keys = KeyChain(secret)
+        self._pins = Pins(self._keys, limits.pins)
         self._line = Line(weights)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._sessions: dict[int, Session] = {}
@@ -118,6 +121,11 @@ class Scheduler:
     def num_sequences(self) -> int:
         """Sequences that are not finished."""
         return len(self._sequences)
+
+    @property
+    def pins(self) -> Pins:
+        """Prefixes that are to stay in the cache. Whose time is over is found when an executor is planned for."""
+        return self._pins
 
     @property
     def num_suspects(self) -> int:
@@ -158,6 +166,7 @@ class Scheduler:
         begun: Mapping[int, Begun] | None = None,
         tenant: str = "",
         salt: str = "",
+        caches: bool = True,
         priority: Priority = Priority.NORMAL,
         expected_output: int | None = None,
         deadline_ns: int = 0,
@@ -167,6 +176,8 @@ class Scheduler:
         Or with `begun`, by choice, those that go on behind what another scheduler made of them, and only those: if that
         was a token at least, before what their tenant asks anew. None of them may have ended: what they begin with is
         not looked at again.
+
+        `salt`: it shares a prefix with those of the same tenant and salt. Without `caches`, with none, and leaves none.
 
         `expected_output`: tokens that each is expected to generate; max_tokens unless told. From `deadline_ns` on, if
         that is not 0, it is not begun: whoever set the deadline then finishes it.
@@ -182,7 +193,7 @@ class Scheduler:
                 room = limit - len(prompt)
                 problem = f"at most {room} after a prompt of {len(prompt)} tokens, got {stop.max_tokens}"
                 raise InvalidRequest("max_tokens", problem)
-        root = self._keys.root(self._model, tenant, salt)
+        root = self._root(tenant, salt)
         resumed = any(before.tokens for before in begun.values()) if begun is not None else False
         num_choices = choices if begun is None else len(begun)
         request = Request(id=SequenceId(self._next_id), num_choices=num_choices, resumed=resumed)
@@ -209,6 +220,7 @@ class Scheduler:
                 stop=stop,
                 choice=choice,
                 tenant=tenant,
+                caches=caches,
                 priority=priority,
                 cost=output if made else output + len(prompt),
                 deadline_ns=deadline_ns,
@@ -232,16 +244,54 @@ class Scheduler:
         if sequence is not None:
             self._end(sequence, reason)
 
+    # ---- pins
+
+    def check_pin(self, tokens: Seq[int], now_ns: int, *, tenant: str = "", salt: str = "") -> None:
+        """Raise what `pin` must not be asked for: InvalidRequest, or Overloaded where too much is pinned already."""
+        if not self._limits.prefix_caching:
+            raise InvalidRequest("pin_seconds", "there is no prefix cache here: it is switched off")
+        self._end_pins(now_ns)
+        sizes = [s.facts.num_blocks * s.block_size for s in self._sessions.values() if not s.leaving]
+        self._pins.check(tenant, self._root(tenant, salt), tokens, now_ns, room=min(sizes, default=None))
+
+    def pin(self, tokens: Seq[int], until_ns: int, *, tenant: str = "", salt: str = "") -> Pin:
+        """Keep the blocks of this prefix until then, wherever there are any or will be. Nothing is computed for it."""
+        pin = self._pins.add(tenant, self._root(tenant, salt), tokens, until_ns)
+        for session in self._sessions.values():
+            session.keep(self._pins.keys_of(pin))
+        return pin
+
+    def unpin(self, tenant: str, id: str | None = None) -> int:
+        """End the tenant's pin of that id, or all of them. Returns the tokens that were pinned."""
+        pins = self._pins.find(tenant, id)
+        for pin in pins:
+            self._end_pin(pin)
+        return sum(len(pin.tokens) for pin in pins)
+
+    def _end_pins(self, now_ns: int) -> None:
+        for pin in self._pins.expired(now_ns):
+            self._end_pin(pin)
+
+    def _end_pin(self, pin: Pin) -> None:
+        self._pins.remove(pin)
+        for session in self._sessions.values():
+            session.keep(self._pins.keys_of(pin))
+
+    def _root(self, tenant: str, salt: str) -> BlockKey:
+        return self._keys.root(self._model, tenant, salt)
+
     # ---- executors
 
     def join(self, session_id: int, facts: ExecutorFacts, now_ns: int) -> None:
         """An executor is there, empty. One that died young again and again gets no work for a while."""
         assert session_id not in self._sessions, f"session {session_id} joined twice"
         reputation = self._reputations.of(facts.name)
+        self._pins.know(facts.block_size)
         self._sessions[session_id] = Session(
             session_id,
             facts,
             self._keys,
+            self._pins,
             reputation=reputation,
             joined_ns=now_ns,
             held_until_ns=now_ns + reputation.hold_ns(self._limits.patience),
@@ -324,6 +374,8 @@ class Scheduler:
         session = self._sessions[session_id]
         if session.silent or not session.has_credit:
             return None
+        if self._pins:
+            self._end_pins(now_ns)
         return self._planner.plan(session, now_ns)
 
     def update(self, session_id: int, result: StepResult, now_ns: int) -> list[TokenOutput]:
@@ -439,6 +491,7 @@ class Scheduler:
         """Assert what must always hold. For tests: walks everything."""
         for session in self._sessions.values():
             session.pool.check(session.held())
+            session.check_kept()
             for sequence in session.running:
                 assert sequence.session is session and sequence.status is Status.RUNNING
         self._line.check()

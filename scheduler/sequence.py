@@ -46,6 +46,7 @@ class Request:
 
     id: SequenceId  # of its first choice; the others' follow it
     num_choices: int = 1
+    num_cached_prompt: int | None = None  # prompt tokens that the first of them to be admitted found in a prefix cache
     resumed: bool = False  # another scheduler made the first tokens of it
     # scheduler/suspicion.py
     deaths: set[int] = field(default_factory=set[int])  # sessions that died with it since it was last trusted
@@ -72,6 +73,7 @@ class Sequence:
     cost: int = 0  # tokens that it is expected to be computed for: its share of the prompt, and its answer
     deadline_ns: int = 0  # on the caller's clock; it is not begun from then on. 0: none
     fork_of: Sequence | None = None  # shares this one's prompt blocks, if it still runs by then
+    caches: bool = True  # it reads the prefix cache, and leaves there what it computes
 
     status: Status = Status.WAITING
     reason: FinishReason = FinishReason.NONE  # not NONE: FINISHED
@@ -103,7 +105,6 @@ class Sequence:
     admitted_ns: int = 0
     first_token_ns: int = 0
     last_token_ns: int = 0
-    num_cached_prompt: int = 0  # prompt tokens that needed no computing at the first admission
 
     max_length: int = field(init=False)  # tokens it may come to hold: prompt and all it may generate
 
@@ -114,6 +115,11 @@ class Sequence:
     def num_output(self) -> int:
         """Committed output tokens; the index of the next one."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_cached_prompt(self) -> int:
+        """Prompt tokens that its request found in a prefix cache."""
+        return self.request.num_cached_prompt or 0
 
     @property
     def num_cacheable(self) -> int:

@@ -20,6 +20,7 @@ from scheduler import policy
 from scheduler.block_pool import BlockPool
 from scheduler.occupancy import Occupancy
 from scheduler.pace import Pace
+from scheduler.pins import Pins
 from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
 from scheduler.reputation import Reputation
 from scheduler.sequence import Request, Sequence
@@ -94,6 +95,7 @@ class Session:
         id: int,
         facts: ExecutorFacts,
         chain: KeyChain,
+        pins: Pins,
         *,
         reputation: Reputation | None = None,
         joined_ns: int = 0,
@@ -122,6 +124,7 @@ class Session:
         self.occupancy = Occupancy()
         self.num_promised = 0  # blocks that the known tokens of running sequences still need
         self._chain = chain
+        self._pins = pins
         self._prefix_caching = prefix_caching
         self._watermark = watermark
         self._reserve_blocks = int(reserve * facts.num_blocks)
@@ -205,7 +208,7 @@ class Session:
 
     def match(self, sequence: Sequence) -> Match:
         """What is cached here of the sequence. Its last known token is always left to compute: it makes the logits."""
-        if not self._prefix_caching:
+        if not self._prefix_caching or not sequence.caches:
             return Match([], None, 0)
         size = self.block_size
         usable = sequence.num_cacheable
@@ -239,7 +242,7 @@ class Session:
 
         Executors work in order, so a later step may read what an outstanding one still has to write.
         """
-        if not self._prefix_caching:
+        if not self._prefix_caching or not sequence.caches:
             return
         size = self.block_size
         num_full = min(num_written, len(sequence.tokens)) // size
@@ -250,8 +253,25 @@ class Session:
         for i in range(sequence.num_remembered, num_full):
             tokens = sequence.tokens[i * size : (i + 1) * size]
             self.cache.remember(keys[i], parent, tokens, sequence.block_table[i], step)
+            if self._pins:
+                self._keep(keys[i])
             parent = keys[i]
         sequence.num_remembered = num_full
+
+    def keep(self, keys: Iterable[BlockKey]) -> None:
+        """Blocks with these keys are pinned from now on, or are not any more."""
+        for key in keys:
+            self._keep(key)
+
+    def _keep(self, key: BlockKey) -> None:
+        block = self.cache.find(key)
+        if block is not None:
+            self.pool.keep(block, self._pins.rank(key))
+
+    def check_kept(self) -> None:
+        """Assert that the blocks that are kept are those of pins that are cached here; for checks."""
+        pinned = {self.cache.find(key) for pin in self._pins for key in self._pins.keys_of(pin)} - {None}
+        assert set(self.pool.kept()) == pinned, "what is kept is not what is pinned and cached"
 
     def _remember_tail(self, sequence: Sequence) -> None:
         """Offer the last, partly filled block of a sequence that leaves."""
@@ -259,7 +279,9 @@ class Session:
         # the last token does not count: if it ended the sequence, the executor skips the row that would write it
         planned = min(self.num_planned(sequence), len(sequence.tokens) - 1)
         full = planned // size
-        if not self._prefix_caching or planned % size == 0 or full != sequence.num_remembered:
+        if not self._prefix_caching or not sequence.caches:
+            return
+        if planned % size == 0 or full != sequence.num_remembered:
             return
         parent = self._parent_of(sequence, full)
         tokens = sequence.tokens[full * size : planned]
@@ -458,6 +480,7 @@ class Session:
         if forget:
             for block in sequence.block_table:
                 self.cache.forget(block)
+                self.pool.keep(block, None)
         else:
             self._remember_tail(sequence)
         last = max((f.step for f in self.outstanding if sequence.ref in f.rows), default=-1)

@@ -331,6 +331,10 @@ def _add_client_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], help="end the answer before this text; repeatable")
     parser.add_argument("--include-stop", action="store_true", help="end it behind that text")
     parser.add_argument("--stop-token-ids", type=_ids, default=[], metavar="ID,ID,…", help="end the answer with these")
+    parser.add_argument("--cache-salt", default=None, help="share the prompt's blocks with requests of this salt alone")
+    parser.add_argument("--no-cache", action="store_true", default=None, help="leave nothing of it in the prefix cache")
+    parser.add_argument("--pin-seconds", type=int, default=None, help="keep the prompt in the prefix cache for so long")
+    parser.add_argument("--pin-tokens", type=int, default=None, help="only so many first tokens of it")
     parser.add_argument("--ignore-eos", action="store_true", help="go on behind an end-of-sequence token")
 
 
@@ -390,7 +394,7 @@ def _server(parsed: argparse.Namespace) -> Any:
 def _request(parsed: argparse.Namespace) -> Any:
     from protos import inference_pb2 as pb
 
-    request = pb.GenerateStreamRequest(sampling=_sampling(parsed), stopping=_stopping(parsed))
+    request = pb.GenerateStreamRequest(sampling=_sampling(parsed), stopping=_stopping(parsed), cache=_cache(parsed))
     if parsed.raw:
         _set(request, "text", parsed.prompt, "the prompt")
     else:
@@ -449,6 +453,16 @@ def _stopping(parsed: argparse.Namespace) -> Any:
     for text in parsed.stop:
         stopping.stop.append(_text(text, "--stop"))
     return stopping
+
+
+def _cache(parsed: argparse.Namespace) -> Any:
+    from protos import inference_pb2 as pb
+
+    cache = pb.CacheControl()
+    for name in ("cache_salt", "no_cache", "pin_seconds", "pin_tokens"):
+        if (value := getattr(parsed, name)) is not None:
+            _set(cache, name, value, _typed(name))
+    return cache
 
 
 def _set(message: Any, field: str, value: str | float, typed_as: str) -> None:

@@ -25,7 +25,9 @@ from common.types import Priority
 from scheduler.line import Standing
 from services.estimates import AnswerLengths, AnswerPace, DrainRate, TokenBucket
 
-Refusal = Literal["calls", "waiting_sequences", "waiting_tokens", "tenant_share", "tenant_rate", "predicted_wait"]
+Refusal = Literal[
+    "calls", "waiting_sequences", "waiting_tokens", "tenant_share", "tenant_rate", "predicted_wait", "pins"
+]
 """The limit that a refused request met."""
 
 _UNKNOWN_S: Final = 1.0  # when to come back, while it is unknown how fast the line moves
@@ -134,6 +136,10 @@ class Admission:
         bucket = self._bucket(ask.tenant, now_ns)
         if bucket is not None and not ask.resumed:
             bucket.take(self._cost(ask), now_ns)
+
+    def refuse_pin(self, error: Overloaded) -> NoReturn:
+        """Refuse a request for what it wants pinned. Raises Overloaded, with a time to come back like all of them."""
+        self._refuse("pins", str(error), error.retry_after_s)
 
     def settle(self, tenant: str, *, expected: int, used: int, num_output: int, now_ns: int) -> None:
         """A sequence ended: its tenant pays what was used in the end, and the next answer is expected by this one."""

@@ -52,6 +52,15 @@ class PromptLogprobs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PinnedPrefix:
+    """What of the prompt stays in the prefix cache."""
+
+    pin_id: str
+    tokens: int
+    expires_s: int  # Unix time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
     """The end of one choice."""
 
@@ -155,12 +164,14 @@ class Answer:
         ticket: bytes,
         resumed: bool,
         expiry_s: Callable[[], int],
+        pinned: PinnedPrefix | None = None,
     ) -> None:
         """`stream` is None where every choice has ended already; `kept` is there for a resumable request."""
         self.spec = spec
         self.num_prompt_tokens = num_prompt_tokens
         self.ticket = ticket  # of a choice that has no token yet
         self.resumed = resumed
+        self.pinned = pinned
         self._choices = choices
         self._stream = stream
         self._kept = kept

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from common import failpoints
+from common.cache_control import CacheControl
 from common.errors import AlreadyRunning, InvalidRequest, UnknownModel
 from common.model_folder import ModelFolder
 from common.sampling import StopConditions, check_choosable
@@ -16,7 +17,7 @@ from common.types import FinishReason
 from scheduler.sequence import Begun
 from scheduler.stopping import finish_reason
 from services.admission import Ask
-from services.answer import Answer, Choice
+from services.answer import Answer, Choice, PinnedPrefix
 from services.bad_words import token_sequences
 from services.caller import Caller
 from services.chat_template import ChatTemplate
@@ -210,6 +211,10 @@ class Answerer:
             self._live.end(live)
         return live is not None
 
+    def unpin(self, pin_id: str | None, *, tenant: str = "") -> int:
+        """End a pin, or all of the tenant's. Returns the tokens that were pinned."""
+        return self._engine.scheduler.unpin(tenant, pin_id)
+
     def _submit(
         self,
         spec: GenerateSpec,
@@ -228,6 +233,7 @@ class Answerer:
             weight=caller.weight,
             priority=spec.priority,
             deadline_ns=deadline_ns,
+            cache=spec.cache or CacheControl(),
         )
 
     async def _understand(self, spec: GenerateSpec, tenant: str) -> tuple[GenerateSpec, list[int], Scope]:
@@ -242,6 +248,9 @@ class Answerer:
         if max_tokens > room:
             problem = f"at most {room} after a prompt of {len(prompt)} tokens, got {max_tokens}"
             raise InvalidRequest("max_tokens", problem)
+        if spec.cache is not None and spec.cache.pin_tokens > len(prompt):
+            problem = f"at most {len(prompt)}, which are the tokens of the prompt, got {spec.cache.pin_tokens}"
+            raise InvalidRequest("pin_tokens", problem)
         spec = replace(spec, max_tokens=max_tokens)
         check_choosable(spec.sampling, _stop(spec), set(self.model.eos_token_ids), self.model.vocab_size)
         if spec.sampling.grammar is not None and self._grammars is None:
@@ -324,7 +333,15 @@ class Answerer:
             ticket=first,
             resumed=resumed,
             expiry_s=self._expiry_s,
+            pinned=self._pinned(stream),
         )
+
+    def _pinned(self, stream: RequestStream | None) -> PinnedPrefix | None:
+        pin = stream.pin if stream is not None else None
+        if pin is None:
+            return None
+        expires_s = int(self._clock_s() + self._engine.seconds_until(pin.until_ns))
+        return PinnedPrefix(pin_id=pin.id, tokens=len(pin.tokens), expires_s=expires_s)
 
     def _expiry_s(self) -> int:
         return self._tickets.expiry(self._clock_s())

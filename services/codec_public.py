@@ -16,6 +16,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, Final, Literal
 
+from common.cache_control import CacheControl, check_cache_control
 from common.errors import InvalidRequest
 from common.sampling import (
     Grammar,
@@ -32,7 +33,7 @@ from common.sampling import (
 from common.step import Logprobs
 from common.types import Priority
 from protos import inference_pb2 as pb
-from services.answer import Delta, Finish, PromptLogprobs
+from services.answer import Delta, Finish, PinnedPrefix, PromptLogprobs
 from services.request import (
     CHARACTERS_A_TOKEN,
     Chat,
@@ -135,6 +136,7 @@ def request_from_pb(
         min_tokens=stopping.min_tokens,
         include_stop=stopping.include_stop,
         structured=structured,
+        cache=cache_from_pb(request, limits),
     )
     stop = StopConditions(
         max_tokens=1 if max_tokens is None else max_tokens,
@@ -218,6 +220,28 @@ def structured_from_pb(sampling: pb.SamplingParams, limits: RequestLimits) -> tu
     return field, grammar
 
 
+def cache_from_pb(request: pb.GenerateRequest | pb.GenerateStreamRequest, limits: RequestLimits) -> CacheControl | None:
+    """What is said of the prefix cache; None where that is nothing. Raises InvalidRequest as `request_from_pb` does."""
+    asked = request.cache
+    for field in ("pin_seconds", "pin_tokens"):
+        if asked.HasField(field) and not getattr(asked, field):
+            raise InvalidRequest(field, "must be at least 1, or not set; Unpin ends a pin")
+    cache = CacheControl(
+        salt=asked.cache_salt, no_cache=asked.no_cache, pin_seconds=asked.pin_seconds, pin_tokens=asked.pin_tokens
+    )
+    check_cache_control(cache, limits)
+    return None if cache == CacheControl() else cache
+
+
+def pin_id_from_pb(request: pb.UnpinRequest) -> str | None:
+    """Which pin is to end; None for all of the caller's. Raises InvalidRequest where neither is said."""
+    if request.WhichOneof("which") == "pin_id":
+        return request.pin_id
+    if not request.all:
+        raise InvalidRequest("which", "pin_id must be set, or all be true")
+    return None
+
+
 def input_from_pb(
     request: pb.GenerateRequest | pb.GenerateStreamRequest | pb.TokenizeRequest,
     *,
@@ -281,6 +305,13 @@ def logprobs_pb(tokens: Sequence[int], logprobs: Sequence[Logprobs | None], spel
         else pb.TokenLogprobs(token=one(token, told.token), top=map(one, told.top_ids, told.top))
         for token, told in zip(tokens, logprobs, strict=True)
     ]
+
+
+def pinned_pb(pinned: PinnedPrefix | None) -> pb.PinnedPrefix | None:
+    """The message of what was pinned."""
+    if pinned is None:
+        return None
+    return pb.PinnedPrefix(pin_id=pinned.pin_id, tokens=pinned.tokens, expires_s=pinned.expires_s)
 
 
 def finish_pb(finish: Finish) -> pb.Finish:

@@ -21,10 +21,20 @@ from types import MappingProxyType
 from typing import Final, NamedTuple, Protocol
 
 from common import failpoints
-from common.errors import DeadlineExceeded, PagewireError, RequestFailed, Superseded, Unavailable
+from common.cache_control import CacheControl
+from common.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    PagewireError,
+    RequestFailed,
+    Superseded,
+    Unavailable,
+)
 from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, Logprobs, StepPlan, StepResult
 from common.types import FinishReason, Priority, SequenceId
+from scheduler.pins import Pin
 from scheduler.results import ProtocolError
 from scheduler.scheduler import Scheduler, TokenOutput
 from scheduler.sequence import Begun, Request, Status
@@ -75,6 +85,7 @@ class RequestStream:
         self.sequences = {s.choice: s for s in sequences}
         self.giving_up: asyncio.TimerHandle | None = None  # runs while no executor could hold the request
         self.deadline: asyncio.TimerHandle | None = None
+        self.pin: Pin | None = None  # what of its prompt was pinned for it
         self.is_waited_for = False  # its reader has taken all there was
         self._engine = engine
         self._choice_of = {s.id: s.choice for s in sequences}
@@ -244,6 +255,10 @@ class Engine:
         left_s = self._max_request_s if time_left_s is None else min(time_left_s, self._max_request_s)
         return self._clock_ns() + int(left_s * 1e9)
 
+    def seconds_until(self, time_ns: int) -> float:
+        """How far away that time is, on the engine's clock."""
+        return (time_ns - self._clock_ns()) / 1e9
+
     def check_room(self, ask: Ask) -> None:
         """Raise what `submit` would for a request like this one: Overloaded, Unavailable, DeadlineExceeded."""
         self._check_room(ask, self._clock_ns())
@@ -260,10 +275,12 @@ class Engine:
         weight: float = 1.0,
         priority: Priority = Priority.NORMAL,
         deadline_ns: int = 0,
+        cache: CacheControl = CacheControl(),  # noqa: B008 - it is a tuple
     ) -> RequestStream:
         """Queue a request, or the rest of one: `begun` is what its choices have already.
 
-        Raises InvalidRequest, Overloaded, Unavailable while draining, DeadlineExceeded.
+        Raises InvalidRequest, Overloaded, Unavailable while draining, DeadlineExceeded. The rest of one is not refused
+        because too much is pinned: it then goes on without its pin.
         """
         now = self._clock_ns()
         ask = Ask(
@@ -276,6 +293,7 @@ class Engine:
             resumed=begun is not None and any(before.tokens for before in begun.values()),
         )
         self._check_room(ask, now)
+        pinned = self._to_pin(prompt, cache, tenant, now, resumes=begun is not None)
         failpoints.hit("before_admit")
         self.scheduler.weigh(tenant, weight)
         made = self.scheduler.add(
@@ -286,12 +304,17 @@ class Engine:
             choices=choices,
             begun=begun,
             tenant=tenant,
+            salt=cache.salt,
+            caches=not cache.no_cache,
             priority=priority,
             expected_output=self.admission.expected_output(ask),
             deadline_ns=deadline_ns,
         )
         self.admission.take(ask, now)
         stream = RequestStream(self, made, {s.choice: s.num_output for s in made})
+        if pinned:
+            until_ns = now + cache.pin_seconds * 1_000_000_000
+            stream.pin = self.scheduler.pin(pinned, until_ns, tenant=tenant, salt=cache.salt)
         for sequence in made:
             self._streams[sequence.id] = stream
         self._expire_at(stream, deadline_ns)
@@ -316,6 +339,7 @@ class Engine:
         for sequence in sequences:
             sequence.deadline_ns = deadline_ns
         self._expire_at(taker, deadline_ns)
+        taker.pin = stream.pin
         if stream.giving_up is not None:
             self._give_up_later(taker)
         stream.supersede(Superseded("another call has taken over this request"))
@@ -556,6 +580,23 @@ class Engine:
         if 0 < ask.deadline_ns <= now:
             raise DeadlineExceeded("the deadline passed before the request was queued")
         self.admission.check(ask, self.scheduler.waiting.standing(ask.tenant, ask.priority), now)
+
+    def _to_pin(
+        self, prompt: Sequence[int], cache: CacheControl, tenant: str, now: int, *, resumes: bool
+    ) -> Sequence[int]:
+        """The tokens to pin; none where a request that resumes may not. Raises InvalidRequest, Overloaded."""
+        if not cache.pin_seconds:
+            return ()
+        pinned = prompt[: cache.pin_tokens] if cache.pin_tokens else prompt
+        try:
+            self.scheduler.check_pin(pinned, now, tenant=tenant, salt=cache.salt)
+        except (InvalidRequest, Overloaded) as error:
+            if resumes:
+                return ()
+            if isinstance(error, Overloaded):
+                self.admission.refuse_pin(error)
+            raise
+        return pinned
 
     def _settle(self, sequence: CoreSequence) -> None:
         """What the sequence cost in the end; one that was never admitted cost nothing."""

@@ -48,6 +48,11 @@ class Monitoring:
                 refused_requests=dict(self._admission.refusals.items()),
                 line_tokens_per_s=self._admission.rate.tokens_per_s or 0.0,
                 executor_losses=self._losses(now_ns),
+                pins=pb.PinStatus(
+                    num_pins=len(self._scheduler.pins),
+                    tokens=self._scheduler.pins.num_tokens,
+                    tokens_by_tenant=self._scheduler.pins.tokens_by_tenant,
+                ),
             ),
             executors=[_executor_status(session, now_ns) for session in sessions],
         )
@@ -82,10 +87,15 @@ def lines(status: pb.GetStatusResponse) -> list[str]:
     )
     executors = [
         f"{e.name}: {e.dtype} on {e.device}, {e.num_running} sequences run, {e.num_free_blocks} of {e.num_blocks} "
-        f"blocks free, idle for {100 * e.idle_ratio:.1f}% of its working time{_marks(e)}"
+        f"blocks free{_pinned(e)}, idle for {100 * e.idle_ratio:.1f}% of its working time{_marks(e)}"
         for e in status.executors
     ]
     return [scheduler, *([lost] if losses.unclean_ends or losses.unusable_rows else []), *executors]
+
+
+def _pinned(e: pb.ExecutorStatus) -> str:
+    """Of the blocks, those that are pinned, if there are any."""
+    return f", {e.num_pinned_blocks} pinned" if e.num_pinned_blocks else ""
 
 
 def _marks(e: pb.ExecutorStatus) -> str:
@@ -113,4 +123,5 @@ def _executor_status(session: Session, now_ns: int) -> pb.ExecutorStatus:
         silent=session.silent,
         quarantined=session.is_quarantined(now_ns),
         held_back=now_ns < session.held_until_ns,
+        num_pinned_blocks=session.pool.num_kept,
     )

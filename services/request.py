@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
+from common.cache_control import CacheControl
 from common.sampling import SamplingParams
 from common.types import Priority
 
@@ -67,6 +68,7 @@ class GenerateSpec:
     structured: str = ""  # the field that says what the answer must be, which is `sampling.grammar`
     priority: Priority = Priority.NORMAL
     resumable: bool = False
+    cache: CacheControl | None = None  # None: nothing is said of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ from common.model_folder import read_model_folder
 from common.sampling import RequestLimits
 from common.tenant import TenantLimits
 from protos import inference_pb2, monitoring_pb2
+from scheduler.pins import PinLimits
 from scheduler.reputation import Patience
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from services import health, lifecycle, ticket_keys, tls
@@ -76,6 +77,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         watermark=config.watermark,
         reserve=config.reserve,
         prefix_caching=config.prefix_caching,
+        pins=PinLimits(max_tokens_per_tenant=config.max_pinned_tokens_per_tenant, max_share=config.max_pinned_share),
         patience=Patience(
             quarantine_ns=round(config.quarantine_s * 1e9), longest_hold_ns=round(config.max_executor_hold_s * 1e9)
         ),
@@ -109,7 +111,11 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         live=LiveRequests(linger_s=config.linger_s, max_lingering=config.max_lingering),
         grammars=grammars,
     )
-    request_limits = RequestLimits(max_choices=config.max_choices, max_structured_bytes=config.max_grammar_bytes)
+    request_limits = RequestLimits(
+        max_choices=config.max_choices,
+        max_structured_bytes=config.max_grammar_bytes,
+        max_pin_seconds=config.max_pin_seconds,
+    )
     service = SchedulerService(answerer, request_limits, lambda: len(core.sessions))
     readers = SlowReaders(config.reader_timeout_s)
     links = ExecutorLinkService(

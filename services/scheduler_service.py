@@ -71,6 +71,11 @@ class SchedulerService:
         """End a resumable request now."""
         return pb.CancelResponse(found=self._answerer.cancel(request.request_id, tenant=current_caller().tenant))
 
+    async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:  # noqa: N802
+        """End pins of the caller's tenant."""
+        id = codec_public.pin_id_from_pb(request)
+        return pb.UnpinResponse(tokens=self._answerer.unpin(id, tenant=current_caller().tenant))
+
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text or chat to token ids."""
         self._answerer.check_model(request.model)
@@ -161,4 +166,5 @@ class SchedulerService:
             ticket=answer.ticket,
             resumed=answer.resumed,
             determinism=self._answerer.determinism,
+            pinned=codec_public.pinned_pb(answer.pinned),
         )

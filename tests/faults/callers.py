@@ -136,10 +136,14 @@ class Caller:
         self.is_over()
 
     def _check_cache(self, message: pb.GenerateStreamResponse) -> None:
-        """I11: what was found in the cache, somebody of the same tenant had sent."""
+        """I11: what was found in the cache, somebody of the same tenant and salt had sent. What is to be pinned is."""
+        if message.HasField("prompt") and message.prompt.pinned.tokens != self.drawn.num_pinned:
+            raise Violation(
+                f"I11: {self.name}: {message.prompt.pinned.tokens} tokens pinned of {self.drawn.num_pinned}"
+            )
         if message.HasField("finish") and message.finish.choice == 0 and self.attempts == 1:
-            ours = [c.drawn for c in self.cluster.callers if c.drawn.tenant == self.drawn.tenant and c is not self]
-            at_most = max((self.drawn.shared_with(other) for other in ours), default=0)
+            others = [c.drawn for c in self.cluster.callers if c is not self]
+            at_most = max((self.drawn.shared_with(other) for other in others), default=0)
             found = message.finish.usage.cached_prompt_tokens
             if found > at_most:
                 raise Violation(f"I11: {self.name}: {found} tokens of the cache, its tenant had sent {at_most}")

@@ -57,13 +57,22 @@ class DrawnRequest:
                 choice=choice,
             )
 
+    @property
+    def num_pinned(self) -> int:
+        """Tokens that it pins."""
+        cache = self.message.cache
+        return (cache.pin_tokens or len(self.prompt)) if cache.pin_seconds else 0
+
     def shared_with(self, other: DrawnRequest) -> int:
-        """Tokens of the prompt that the other request, and any of its answers, begin with too."""
+        """Tokens of the prompt that it may find because the other request, and any of its answers, begin with them."""
+        ours, theirs = self.message.cache, other.message.cache
+        if ours.no_cache or theirs.no_cache or (self.tenant, ours.cache_salt) != (other.tenant, theirs.cache_salt):
+            return 0
         return max(_common([*other.prompt, *e.tokens], self.prompt) for e in other.expected)
 
 
-def draw_request(draw: random.Random, number: int, *, long: bool) -> DrawnRequest:
-    """One request; `long` ones need all the memory that there is."""
+def draw_request(draw: random.Random, number: int, *, long: bool, pins: bool) -> DrawnRequest:
+    """One request; `long` ones need all the memory that there is. `pins`: it may pin its prompt."""
     own = [draw.randrange(300) for _ in range(draw.choice([1, 2, 5]))]
     shared = _FAMILIES[draw.randrange(2)][: draw.randrange(0, 34)]
     before = [draw.randrange(300)] * 8 if draw.random() < 0.2 else []  # equal blocks after other ones
@@ -102,9 +111,24 @@ def draw_request(draw: random.Random, number: int, *, long: bool) -> DrawnReques
                 stop_token_ids=stop.stop_token_ids,
                 ignore_eos=stop.ignore_eos,
             ),
+            cache=_draw_cache(random.Random(f"cache {number} {prompt}"), len(prompt), pins=pins),
         ),
         expected=[replace(_alone(prompt, sampling, choice, stop), logprobs=logprobs) for choice in range(n)],
     )
+
+
+def _draw_cache(draw: random.Random, num_prompt: int, *, pins: bool) -> pb.CacheControl | None:
+    """What is said of the prefix cache: nothing in most requests."""
+    cache = pb.CacheControl()
+    if draw.random() < 0.2:
+        cache.cache_salt = draw.choice(["", "salt"])
+    if draw.random() < 0.15:
+        cache.no_cache = True
+    elif pins and draw.random() < 0.4:
+        cache.pin_seconds = draw.choice([1, 2, 30])
+        if draw.random() < 0.3:
+            cache.pin_tokens = draw.randint(1, num_prompt)
+    return cache if cache.ByteSize() else None
 
 
 def _alone(prompt: list[int], sampling: SamplingParams, choice: int, stop: StopConditions) -> Expected:

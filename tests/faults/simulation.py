@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import random
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from common.failpoints import Effect
 from executor.fake_runner import Prefix
 from pagewire import aio, calls
 from pagewire.continuation import OutOfStep
+from scheduler.pins import PinLimits
 from scheduler.scheduler import SchedulerLimits
 from services import engine, executor_service, handlers, link_service
 from tests.faults.callers import PATIENCE_S, Caller, ClientCaller, TicketCaller
@@ -71,6 +73,7 @@ class Cluster:
             token_budget=draw.choice([8, 24, 64]),
             watermark=draw.choice([0.0, 0.0, 0.1]),
             prefix_caching=draw.random() < 0.85,
+            pins=PinLimits(max_tokens_per_tenant=random.Random(f"pins {seed}").choice([50, 1000]), max_share=1),
         )
         self.max_waiting = draw.choice([4, 2048, 2048])
         self.linger_s = draw.choice([0.2, LINGER_AT_MOST_S, LINGER_AT_MOST_S])
@@ -86,7 +89,8 @@ class Cluster:
         self.callers: list[Caller] = []
         for number in range(draw.randint(5, 8) if self.is_crowded else draw.randint(3, 7)):
             kind = draw.choice([Caller, Caller, ClientCaller, TicketCaller, TicketCaller])
-            self.callers.append(kind(self, draw_request(draw, number, long=self.is_crowded), number))
+            pins = self.limits.prefix_caching
+            self.callers.append(kind(self, draw_request(draw, number, long=self.is_crowded, pins=pins), number))
         self.poison = self._draw_poison()
         self._draw_disasters(disasters)
 
@@ -391,6 +395,8 @@ def run(seed: int, *, late: bool = False) -> Story:
     counters = [scheduler.core.counters for scheduler in cluster.schedulers]
     cluster.happened["resumed"] = cluster.world.passed["mid_resume"]
     cluster.happened["rows waited for grammars"] = sum(each.rows_unready for each in counters)
+    cluster.happened["pins refused"] = sum(each.admission.refusals["pins"] for each in cluster.schedulers)
+    cluster.happened["prompts pinned"] = sum(each.core.pins.num_made for each in cluster.schedulers)
     return Story(
         seed=seed,
         trace=cluster.world.trace,

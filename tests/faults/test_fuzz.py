@@ -23,7 +23,18 @@ from services.scheduler_service import SchedulerService
 from tests.faults import fuzz
 from tests.faults.fuzz import Draw, Session
 
-ALL = {"Cancel", "Detokenize", "Generate", "GenerateStream", "GetModel", "GetStatus", "Link", "Resume", "Tokenize"}
+ALL = {
+    "Cancel",
+    "Detokenize",
+    "Generate",
+    "GenerateStream",
+    "GetModel",
+    "GetStatus",
+    "Link",
+    "Resume",
+    "Tokenize",
+    "Unpin",
+}
 EVERY = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.large_base_example]
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from common.config import ClientConfig, ExecutorConfig, SchedulerConfig
 from common.sampling import RequestLimits, SamplingParams
 from protos import inference_pb2 as pb
+from scheduler.pins import PinLimits
 from tests.executor.tiny_models import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,11 @@ def test_the_limits_are_the_defaults() -> None:
     scheduler = SchedulerConfig()
 
     assert limit["n"] == f"{scheduler.max_choices}"
+    pinned = (
+        f"tokens of prompts that one tenant has [pinned](#the-prefix-cache); {PinLimits().max_pins_per_tenant} pins"
+    )
+    assert limit[pinned] == f"{scheduler.max_pinned_tokens_per_tenant}" == f"{PinLimits().max_tokens_per_tenant}"
+    assert scheduler.max_pinned_share == PinLimits().max_share == 0.25
     assert limit["one message"] == f"{scheduler.max_message_bytes >> 20} MiB"
     assert limit["sequences that wait"] == f"{scheduler.max_waiting}"
     assert limit["tokens that wait, prompts and expected answers"] == f"{scheduler.max_waiting_tokens}"
@@ -74,7 +80,16 @@ def test_every_control_stands_in_the_table_with_its_limit_and_its_default() -> N
     assert limit["regex"] == limit["grammar"] == kibibytes
     assert limit["choices"] == f"{request.max_structured_choices} strings, {kibibytes} together"
 
-    fields_of = (pb.SamplingParams.DESCRIPTOR, pb.StructuredOutput.DESCRIPTOR, pb.StopConditions.DESCRIPTOR)
+    assert limit["cache_salt"] == f"{request.max_cache_salt_bytes} bytes"
+    assert limit["pin_seconds"] == f"[1, {request.max_pin_seconds}] (`--max-pin-seconds`)"
+    assert request.max_pin_seconds == SchedulerConfig().max_pin_seconds
+
+    fields_of = (
+        pb.SamplingParams.DESCRIPTOR,
+        pb.StructuredOutput.DESCRIPTOR,
+        pb.StopConditions.DESCRIPTOR,
+        pb.CacheControl.DESCRIPTOR,
+    )
     named = {name for message in fields_of for name in message.fields_by_name} - {"n", "max_tokens", "structured"}
     assert set(table) == named, "every field of the API, and no other"
     given = SamplingParams()

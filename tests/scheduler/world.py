@@ -10,6 +10,7 @@ from common.step import StepPlan, StepResult
 from common.types import FinishReason, Priority, SequenceId, slot_of
 from executor.fake_runner import FakeRunner, NextToken, position_token
 from executor.runner import execute
+from scheduler.pins import PinLimits
 from scheduler.reputation import Patience
 from scheduler.scheduler import Losses, Scheduler, SchedulerLimits
 from scheduler.suspicion import End
@@ -39,12 +40,14 @@ class World:
         next_token: NextToken = position_token,
         patience: Patience | None = None,
         weights: Mapping[str, float] | None = None,
+        pins: PinLimits | None = None,
     ) -> None:
         limits = SchedulerLimits(
             token_budget=token_budget,
             watermark=watermark,
             prefix_caching=prefix_caching,
             patience=patience or Patience(),
+            pins=pins or PinLimits(),
         )
         self.scheduler = Scheduler(limits, model="fake", eos=eos, secret=b"test", weights=weights)
         self._shape = {
@@ -103,6 +106,8 @@ class World:
         deadline_ns: int = 0,
         sampling: SamplingParams = GREEDY,
         stop_token_ids: tuple[int, ...] = (),
+        salt: str = "",
+        caches: bool = True,
     ) -> list[SequenceId]:
         """A request. A number is a prompt of that many tokens that no other request shares."""
         if isinstance(prompt, int):
@@ -116,6 +121,8 @@ class World:
             self.now_ns,
             choices=n,
             tenant=tenant,
+            salt=salt,
+            caches=caches,
             priority=priority,
             deadline_ns=deadline_ns,
         )

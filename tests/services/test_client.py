@@ -28,7 +28,7 @@ from common.errors import (
     Unavailable,
     UnknownModel,
 )
-from pagewire import Client, Delta, TokenLogprob, TokenLogprobs
+from pagewire import Client, Delta, PinnedPrefix, TokenLogprob, TokenLogprobs
 from pagewire.aio import AsyncClient
 from pagewire.asking import Settings, request_of
 from pagewire.calls import addresses_of
@@ -61,7 +61,7 @@ def test_what_is_not_given_is_not_sent() -> None:
 
 
 def test_every_control_of_the_api_is_a_setting_of_that_name() -> None:
-    parts = (pb.SamplingParams, pb.StructuredOutput, pb.StopConditions)
+    parts = (pb.SamplingParams, pb.StructuredOutput, pb.StopConditions, pb.CacheControl)
     fields = {name for part in parts for name in part.DESCRIPTOR.fields_by_name} - {"structured"}  # by its parts
 
     assert fields <= Settings.__annotations__.keys()
@@ -81,6 +81,10 @@ def test_controls_reach_the_request() -> None:
             "bad_words": "no",
             "min_tokens": 2,
             "include_stop": True,
+            "cache_salt": "salt",
+            "no_cache": False,
+            "pin_seconds": 60,
+            "pin_tokens": 16,
         },
     )
 
@@ -95,6 +99,7 @@ def test_controls_reach_the_request() -> None:
         bad_words=["no"],
     )
     assert request.stopping == pb.StopConditions(min_tokens=2, include_stop=True)
+    assert request.cache == pb.CacheControl(cache_salt="salt", no_cache=False, pin_seconds=60, pin_tokens=16)
 
 
 def test_what_an_answer_must_be_reaches_the_request() -> None:
@@ -493,6 +498,11 @@ class Scripted:
         self.cancelled.append(request.request_id)
         return pb.CancelResponse(found=True)
 
+    async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:  # noqa: N802
+        if request.pin_id == "bad":
+            raise InvalidRequest("which", "is bad")
+        return pb.UnpinResponse(tokens=7 if request.all else 3)
+
     Generate = Tokenize = Detokenize = GetModel = Cancel
 
 
@@ -535,6 +545,31 @@ def played(*scripts: Script) -> Iterator[tuple[Scripted, Callable[[Callable[[str
         return asyncio.run(main())
 
     yield server, run
+
+
+async def unpin(address: str, kind: str, *pin_id: str) -> int:
+    """What either client says of it."""
+    if kind == "async":
+        async with AsyncClient(address) as client:
+            return await client.unpin(*pin_id)
+
+    def ask() -> int:
+        with Client(address) as client:
+            return client.unpin(*pin_id)
+
+    return await asyncio.to_thread(ask)
+
+
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_a_pin_is_told_with_the_answer_and_ended_by_name_or_with_all_others(kind: str) -> None:
+    pinned = pb.PinnedPrefix(pin_id="p", tokens=16, expires_s=99)
+    with played(saying(first(pinned=pinned), delta(0, 1), finish())) as (_, run):
+        answer = run(lambda address: generate(address, kind))
+        assert answer.pinned == PinnedPrefix(pin_id="p", tokens=16, expires_s=99)
+        assert run(lambda address: unpin(address, kind, "p")) == 3
+        assert run(lambda address: unpin(address, kind)) == 7
+        with pytest.raises(InvalidRequest, match="which: is bad"):
+            run(lambda address: unpin(address, kind, "bad"))
 
 
 async def generate(address: str, kind: str, **settings: Any) -> Any:

@@ -12,6 +12,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.cache_control import CacheControl
 from common.errors import InvalidRequest
 from common.sampling import MAX_SEED, Grammar, RequestLimits, SamplingParams
 from common.step import Logprobs
@@ -23,6 +24,7 @@ from services.codec_public import (
     fill_finish,
     finish_pb,
     input_from_pb,
+    pin_id_from_pb,
     prompt_logprobs_pb,
     request_from_pb,
     token_ids,
@@ -44,6 +46,8 @@ LIMITS = RequestLimits(
     max_bad_words=2,
     max_bad_word_bytes=4,
     max_logprobs=3,
+    max_cache_salt_bytes=5,
+    max_pin_seconds=60,
 )
 VOCAB_SIZE = 100
 
@@ -211,6 +215,7 @@ def test_every_field_reaches_the_value(kind: type[Request]) -> None:
             max_tokens=9, stop=["a", "b"], stop_token_ids=[3], ignore_eos=True, min_tokens=4, include_stop=True
         ),
         skip_special_tokens=False,
+        cache=pb.CacheControl(cache_salt="salt", pin_seconds=60, pin_tokens=1),
     )
 
     assert spec_of(request) == GenerateSpec(
@@ -242,7 +247,56 @@ def test_every_field_reaches_the_value(kind: type[Request]) -> None:
         bad_words=("x", " y"),
         min_tokens=4,
         include_stop=True,
+        cache=CacheControl(salt="salt", pin_seconds=60, pin_tokens=1),
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "cache"),
+    [
+        (pb.CacheControl(), None),
+        (pb.CacheControl(cache_salt="", no_cache=False), None),
+        (pb.CacheControl(cache_salt="ééx"), CacheControl(salt="ééx")),
+        (pb.CacheControl(cache_salt="s", no_cache=True), CacheControl(salt="s", no_cache=True)),
+        (pb.CacheControl(pin_seconds=1), CacheControl(pin_seconds=1)),
+        (pb.CacheControl(pin_seconds=60, pin_tokens=2**32 - 1), CacheControl(pin_seconds=60, pin_tokens=2**32 - 1)),
+    ],
+)
+def test_what_is_said_of_the_cache_is_taken_and_nothing_is_nothing(
+    asked: pb.CacheControl, cache: CacheControl | None
+) -> None:
+    assert spec_of(pb.GenerateRequest(text="hi", cache=asked)).cache == cache
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "problem"),
+    [
+        (pb.CacheControl(cache_salt="ééxy"), "cache_salt", "at most 5 bytes, got 6"),
+        (pb.CacheControl(pin_seconds=0), "pin_seconds", "must be at least 1, or not set; Unpin ends a pin"),
+        (pb.CacheControl(pin_seconds=61), "pin_seconds", r"must be in \[1, 60\], got 61"),
+        (pb.CacheControl(pin_seconds=2**32 - 1), "pin_seconds", r"must be in \[1, 60\], got 4294967295"),
+        (pb.CacheControl(pin_seconds=1, pin_tokens=0), "pin_tokens", "must be at least 1, or not set"),
+        (pb.CacheControl(pin_tokens=5), "pin_tokens", "needs pin_seconds"),
+        (pb.CacheControl(pin_seconds=5, no_cache=True), "pin_seconds", "must not be set with no_cache"),
+    ],
+)
+@pytest.mark.parametrize("kind", [pb.GenerateRequest, pb.GenerateStreamRequest])
+def test_what_cannot_be_said_of_the_cache_is_refused(
+    kind: type[Request], asked: pb.CacheControl, field: str, problem: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=problem) as refusal:
+        spec_of(kind(text="hi", cache=asked))
+
+    assert refusal.value.field == field
+
+
+def test_a_pin_is_ended_by_its_id_or_with_all_others_and_not_by_chance() -> None:
+    assert pin_id_from_pb(pb.UnpinRequest(pin_id="p")) == "p"
+    assert pin_id_from_pb(pb.UnpinRequest(pin_id="")) == "", "which is nobody's"
+    assert pin_id_from_pb(pb.UnpinRequest(all=True)) is None
+    for request in (pb.UnpinRequest(), pb.UnpinRequest(all=False)):
+        with pytest.raises(InvalidRequest, match="which: pin_id must be set, or all be true"):
+            pin_id_from_pb(request)
 
 
 def test_zero_is_a_value_and_not_unset() -> None:

@@ -56,7 +56,7 @@ class Service:
         yield GenerateStreamResponse(delta=Delta(text="end"))
 
     Resume = GenerateStream
-    Cancel = Generate
+    Cancel = Unpin = Generate
 
     async def Tokenize(self, request: Any, context: Context) -> TokenizeResponse:
         await self.act(context)

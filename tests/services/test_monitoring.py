@@ -41,6 +41,20 @@ def test_where_nothing_was_lost_nothing_is_said_of_it() -> None:
     assert not any("lost" in line for line in lines(status_of(World())))
 
 
+def test_pins_are_told_by_tenant_and_the_blocks_that_they_keep_by_executor() -> None:
+    world = World()
+    assert "pinned" not in lines(status_of(world))[-1]
+    world.scheduler.pin(range(12), 10**12, tenant="one")
+    world.scheduler.pin(range(8), 10**12, tenant="two")
+    world.add("a", prompt=list(range(12)), max_tokens=1, tenant="one")
+    world.run()
+    response = status_of(world)
+
+    assert response.scheduler.pins == pb.PinStatus(num_pins=2, tokens=20, tokens_by_tenant={"one": 12, "two": 8})
+    assert response.executors[0].num_pinned_blocks == 3
+    assert "64 of 64 blocks free, 3 pinned, idle" in lines(response)[-1]
+
+
 def test_an_executor_that_gets_less_than_others_is_marked() -> None:
     world = World(executors=2)
     world.scheduler.fell_silent(0)

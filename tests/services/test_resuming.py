@@ -88,8 +88,9 @@ async def serving(
     now_s: float = 0.0,
     write: Write | None = None,
     grammars: GrammarChecker | None = None,
+    limits: SchedulerLimits | None = None,
 ) -> AsyncIterator[Server]:
-    core = Scheduler(SchedulerLimits(), model=model.digest, eos=set(model.eos_token_ids), secret=b"test")
+    core = Scheduler(limits or SchedulerLimits(), model=model.digest, eos=set(model.eos_token_ids), secret=b"test")
     engine, live = Engine(core), LiveRequests(linger_s=linger_s, max_lingering=2)
     answerer = Answerer(
         engine,

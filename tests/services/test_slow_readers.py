@@ -145,7 +145,7 @@ class Flood:
         finally:
             self.ended.set()
 
-    Generate = Resume = Cancel = Tokenize = Detokenize = GetModel = GenerateStream
+    Generate = Resume = Cancel = Unpin = Tokenize = Detokenize = GetModel = GenerateStream
 
 
 class Patient(Flood):
