@@ -390,6 +390,7 @@ class NewSequence(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_CANDIDATES_FIELD_NUMBER: _builtins.int
     ref: _builtins.int
     attempt: _builtins.int
     token_ids: _builtins.bytes
@@ -402,6 +403,8 @@ class NewSequence(_message.Message):
     max_tokens: _builtins.int
     min_tokens: _builtins.int
     """output tokens before which none of stop_token_ids is chosen"""
+    num_candidates: _builtins.int
+    """not 0: a beam; so many continuations are ranked where another sequence would sample"""
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...
     @_builtins.property
@@ -420,10 +423,11 @@ class NewSequence(_message.Message):
         max_tokens: _builtins.int = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         min_tokens: _builtins.int = ...,
+        num_candidates: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_table", b"block_table", "choice", b"choice", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "num_computed", b"num_computed", "num_prompt", b"num_prompt", "ref", b"ref", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_table", b"block_table", "choice", b"choice", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "num_candidates", b"num_candidates", "num_computed", b"num_computed", "num_prompt", b"num_prompt", "ref", b"ref", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -445,6 +449,8 @@ class StepPlan(_message.Message):
     NEW_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     COPIES_FIELD_NUMBER: _builtins.int
+    TOLD_REFS_FIELD_NUMBER: _builtins.int
+    TOLD_TOKENS_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     step: _builtins.int
     refs: _builtins.bytes
@@ -465,6 +471,10 @@ class StepPlan(_message.Message):
     """u32 column"""
     copies: _builtins.bytes
     """u32 column: source, destination, source, destination, ..."""
+    told_refs: _builtins.bytes
+    """u32 column: beams whose next token was chosen"""
+    told_tokens: _builtins.bytes
+    """u32 column: that token"""
     @_builtins.property
     def new(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewSequence]: ...
     def __init__(
@@ -482,10 +492,12 @@ class StepPlan(_message.Message):
         new: _abc.Iterable[Global___NewSequence] | None = ...,
         released: _builtins.bytes = ...,
         copies: _builtins.bytes = ...,
+        told_refs: _builtins.bytes = ...,
+        told_tokens: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["append_blocks", b"append_blocks", "append_refs", b"append_refs", "copies", b"copies", "new", b"new", "num_scheduled", b"num_scheduled", "refs", b"refs", "released", b"released", "replace_blocks", b"replace_blocks", "replace_indices", b"replace_indices", "replace_refs", b"replace_refs", "session", b"session", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["append_blocks", b"append_blocks", "append_refs", b"append_refs", "copies", b"copies", "new", b"new", "num_scheduled", b"num_scheduled", "refs", b"refs", "released", b"released", "replace_blocks", b"replace_blocks", "replace_indices", b"replace_indices", "replace_refs", b"replace_refs", "session", b"session", "step", b"step", "told_refs", b"told_refs", "told_tokens", b"told_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -509,6 +521,11 @@ class StepResult(_message.Message):
     TOP_COUNTS_FIELD_NUMBER: _builtins.int
     TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    RANKED_REFS_FIELD_NUMBER: _builtins.int
+    RANKED_INDICES_FIELD_NUMBER: _builtins.int
+    RANKED_COUNTS_FIELD_NUMBER: _builtins.int
+    RANKED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    RANKED_LOGPROBS_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     step: _builtins.int
     refs: _builtins.bytes
@@ -534,6 +551,17 @@ class StepResult(_message.Message):
     top_token_ids: _builtins.bytes
     top_logprobs: _builtins.bytes
     """f32"""
+    ranked_refs: _builtins.bytes
+    """Beams that were ranked, B of them, and their candidates one beam behind the other.
+    (B,)
+    """
+    ranked_indices: _builtins.bytes
+    """(B,) output index of the token that may come next"""
+    ranked_counts: _builtins.bytes
+    """(B,) candidates of each"""
+    ranked_token_ids: _builtins.bytes
+    ranked_logprobs: _builtins.bytes
+    """f32"""
     def __init__(
         self,
         *,
@@ -551,10 +579,15 @@ class StepResult(_message.Message):
         top_counts: _builtins.bytes = ...,
         top_token_ids: _builtins.bytes = ...,
         top_logprobs: _builtins.bytes = ...,
+        ranked_refs: _builtins.bytes = ...,
+        ranked_indices: _builtins.bytes = ...,
+        ranked_counts: _builtins.bytes = ...,
+        ranked_token_ids: _builtins.bytes = ...,
+        ranked_logprobs: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "failed", b"failed", "idle_ns", b"idle_ns", "indices", b"indices", "refs", b"refs", "scored_logprobs", b"scored_logprobs", "scored_positions", b"scored_positions", "scored_refs", b"scored_refs", "session", b"session", "step", b"step", "tokens", b"tokens", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "failed", b"failed", "idle_ns", b"idle_ns", "indices", b"indices", "ranked_counts", b"ranked_counts", "ranked_indices", b"ranked_indices", "ranked_logprobs", b"ranked_logprobs", "ranked_refs", b"ranked_refs", "ranked_token_ids", b"ranked_token_ids", "refs", b"refs", "scored_logprobs", b"scored_logprobs", "scored_positions", b"scored_positions", "scored_refs", b"scored_refs", "session", b"session", "step", b"step", "tokens", b"tokens", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
