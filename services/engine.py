@@ -25,6 +25,7 @@ from common.errors import DeadlineExceeded, PagewireError, RequestFailed, Supers
 from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, Logprobs, StepPlan, StepResult
 from common.types import FinishReason, Priority, SequenceId
+from scheduler.beams import TextFollower
 from scheduler.results import ProtocolError
 from scheduler.scheduler import Scheduler, TokenOutput
 from scheduler.sequence import Begun, Request, Status
@@ -250,8 +251,11 @@ class Engine:
         weight: float = 1.0,
         priority: Priority = Priority.NORMAL,
         deadline_ns: int = 0,
+        follow: TextFollower | None = None,
     ) -> RequestStream:
         """Queue a request, or the rest of one: `begun` is what its choices have already.
+
+        `follow` is for a beam search that stop strings end.
 
         Raises InvalidRequest, Overloaded, Unavailable while draining, DeadlineExceeded.
         """
@@ -261,7 +265,7 @@ class Engine:
             priority=priority,
             prompt_tokens=len(prompt),
             max_tokens=stop.max_tokens,
-            choices=choices if begun is None else len(begun),
+            choices=sampling.beams.width if sampling.beams else choices if begun is None else len(begun),
             deadline_ns=deadline_ns,
             resumed=begun is not None and any(before.tokens for before in begun.values()),
         )
@@ -279,6 +283,7 @@ class Engine:
             priority=priority,
             expected_output=self.admission.expected_output(ask),
             deadline_ns=deadline_ns,
+            follow=follow,
         )
         self.admission.take(ask, now)
         stream = RequestStream(self, made, {s.choice: s.num_output for s in made})
@@ -304,7 +309,7 @@ class Engine:
             elif sequence.id in self._streams:
                 self._streams[sequence.id] = taker
         for sequence in sequences:
-            sequence.deadline_ns = deadline_ns
+            sequence.expire_at(deadline_ns)
         self._expire_at(taker, deadline_ns)
         if stream.giving_up is not None:
             self._give_up_later(taker)
@@ -556,7 +561,7 @@ class Engine:
         if sequence.request.resumed:  # the rest was paid where it began
             expected, used = 0, made
         else:
-            expected, used = sequence.cost, prompt + sequence.num_output if sequence.admitted_ns else 0
+            expected, used = sequence.cost, prompt + sequence.num_used if sequence.admitted_ns else 0
         self.admission.settle(
             sequence.tenant,
             expected=expected,
