@@ -26,6 +26,17 @@ class Grammar(NamedTuple):
     source: str
 
 
+EarlyStopping = bool | Literal["never"]
+
+
+class BeamParams(NamedTuple):
+    """A beam search instead of a choice, token by token. scheduler/beam_search.py says what the numbers do."""
+
+    width: int  # beams that are kept
+    length_penalty: float = 1.0  # above 0 longer answers are preferred
+    early_stopping: EarlyStopping = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """What the sampler needs to know about one sequence. Temperature 0 is greedy."""
@@ -46,6 +57,7 @@ class SamplingParams:
     logprobs: int | None = None  # not None: each output token is scored, beside so many of the likeliest
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
     grammar: Grammar | None = None  # what the answer must be
+    beams: BeamParams | None = None  # not None: nothing is drawn
 
     @property
     def greedy(self) -> bool:
@@ -88,6 +100,7 @@ class RequestLimits:
     max_structured_choices: int = 1024
     max_cache_salt_bytes: int = 256
     max_pin_seconds: int = 3600
+    max_length_penalty: float = 5.0  # of a beam search, either sign
 
 
 def check_sampling(params: SamplingParams, limits: RequestLimits) -> None:
@@ -109,6 +122,29 @@ def check_sampling(params: SamplingParams, limits: RequestLimits) -> None:
     for field, number in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if number is not None and not 0 <= number <= limits.max_logprobs:
             raise InvalidRequest(field, f"must be in [0, {limits.max_logprobs}], got {number}")
+
+
+def check_beams(params: SamplingParams, n: int, limits: RequestLimits) -> None:
+    """Raise InvalidRequest where a beam search has a number out of its range, or is asked for beside what it is not."""
+    beams = params.beams
+    if beams is None:
+        return
+    if not 2 <= beams.width <= limits.max_choices:
+        raise InvalidRequest("beams.width", f"must be in [2, {limits.max_choices}], got {beams.width}")
+    _check_range("beams.length_penalty", beams.length_penalty, -limits.max_length_penalty, limits.max_length_penalty)
+    if params.logprobs is not None:
+        raise InvalidRequest("logprobs", "must not be set with beams, whose answers have a score")
+    if n > beams.width:
+        raise InvalidRequest("n", f"must be at most beams.width, {beams.width}, got {n}")
+    for field, value, off in (
+        ("temperature", params.temperature, 0.0),
+        ("top_k", params.top_k, 0),
+        ("top_p", params.top_p, 1.0),
+        ("min_p", params.min_p, 0.0),
+        ("typical_p", params.typical_p, 1.0),
+    ):
+        if value != off:
+            raise InvalidRequest(field, f"must be {off:g}, or not set, with beams, which draw nothing; got {value:g}")
 
 
 def check_lengths(limits: RequestLimits, *, logit_bias: int, allowed: int, banned: int, bad_words: int) -> None:

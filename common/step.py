@@ -4,12 +4,14 @@ A plan is a delta. A sequence is sent whole once (NewSequence); later steps name
 columns, not objects: at 256 sequences a row object each would cost more than the rest of the scheduler.
 
 Both sides derive the rest by the same rules, in the same order:
-  1. release, 2. admit, 3. append blocks, 4. copy blocks, 5. forward over the rows, 6. sample.
+  1. release, 2. admit, 3. tell tokens, 4. append blocks, 5. copy blocks, 6. forward over the rows, 7. sample.
   - A row computes positions [num_computed, num_computed + num_scheduled) of its sequence.
   - A row *samples* when it reaches the end of the known tokens: prompt, tokens committed before the admission, and
     tokens this executor sampled since. The sampled token becomes known on the executor at once, so the next plan can
     name the row again before the scheduler has seen the token.
   - A sequence that met a token stop condition is finished on the executor: its later rows are skipped.
+  - A sequence with `num_candidates` is a beam: its row never samples. Where it reaches the end of the known tokens, the
+    result ranks that many of the likeliest next tokens, and a later plan tells which of them it is (`told_tokens`).
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class NewSequence:
     stop_token_ids: tuple[int, ...]  # EOS ids included, unless the request ignores EOS
     min_tokens: int = 0  # output tokens before which none of stop_token_ids is chosen
     domain: bytes = b""  # what is kept of a grammar is kept for one domain alone; it says nothing else of its tenant
+    num_candidates: int = 0  # not 0: a beam, of which so many continuations are ranked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,8 @@ class StepPlan:
     new: Sequence[NewSequence] = ()  # told whole in this step; their rows are in refs like all others
     released: Sequence[SlotRef] = ()  # the executor may forget these
     copies: Sequence[tuple[BlockId, BlockId]] = ()  # (source, destination), done in this order before the forward
+    told_refs: Sequence[SlotRef] = ()  # (B,) beams whose next token was chosen
+    told_tokens: Sequence[int] = ()  # (B,) that token
 
     @property
     def num_tokens(self) -> int:
@@ -78,6 +83,18 @@ class Scored(NamedTuple):
     logprobs: Logprobs
 
 
+class Ranked(NamedTuple):
+    """The likeliest continuations of a beam, the best first; the lower id among equals. C of them, or all it has.
+
+    Their log-probabilities are those of Transformers' beam search: log-softmax, then the request's controls.
+    """
+
+    ref: SlotRef
+    index: int  # output index of the token that may come next
+    token_ids: Sequence[int]  # (C,)
+    logprobs: Sequence[float]  # (C,) float32
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What came out of one plan. S sampled rows. Every step has a result, also one that samples nothing."""
@@ -91,6 +108,7 @@ class StepResult:
     compute_ns: int = 0  # time the executor spent on the step
     idle_ns: int = 0  # time it waited before the step for want of a plan
     scored: Sequence[Scored] = ()  # where a sequence asks for it; positions in order within each
+    ranked: Sequence[Ranked] = ()  # beams that reached the end of their known tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from common import failpoints
 from common.determinism import determinism_class
-from common.step import ExecutorFacts, Logprobs, Scored, StepPlan, StepResult
+from common.step import ExecutorFacts, Logprobs, Ranked, Scored, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_of
 from executor.resident import Resident, Rows, Sampled, spread
 from executor.runner import Done, Launched, Report
@@ -68,6 +68,15 @@ def digests_of(tokens: Iterable[int], digest: int = 0) -> list[int]:
     return digests
 
 
+def fake_candidates(digest: int, count: int, vocab_size: int) -> list[tuple[int, float]]:
+    """The likeliest continuations (token, log-probability) of a prefix: a hash of it. In 64ths, so sums are exact."""
+    found: dict[int, float] = {}
+    while len(found) < min(count, vocab_size):
+        digest = _mix(digest, len(found))
+        found.setdefault((digest >> 32) % vocab_size, -(1 + (digest & 0xFF)) / 64)
+    return sorted(found.items(), key=lambda each: (-each[1], each[0]))
+
+
 def fake_logprobs(token: int, num_top: int) -> Logprobs:
     """What the fake model says of a token."""
     return Logprobs(-float(token), tuple(range(num_top)), tuple(-float(id) for id in range(num_top)))
@@ -82,6 +91,7 @@ class Computed:
     failed: list[int]  # which of them are none
     unready: list[int]  # which of them are none yet
     scored: list[Scored]
+    ranked: list[Ranked]
 
 
 class FakeRunner:
@@ -160,7 +170,7 @@ class FakeRunner:
         sampled = self._resident.advance(computed.rows, computed.tokens, computed.failed, computed.unready)
         if self._step_time_s:
             threading.Event().wait(self._step_time_s)
-        return Done(result_of(plan, sampled, computed.scored))
+        return Done(result_of(plan, sampled, computed))
 
     def _compute(self, plan: StepPlan) -> Computed:
         """What the device does: all of the step but for what the host makes of its tokens."""
@@ -171,6 +181,9 @@ class FakeRunner:
             digests = digests_of(int(token) for token in sequence.token_ids)
             self._digests[slot, :num_known] = np.array(digests, np.uint64)
             self._compiling[slot] = self._compile_rows if sequence.sampling.grammar is not None else 0
+        for ref, token in zip(plan.told_refs, plan.told_tokens, strict=True):
+            slot = slot_of(ref)
+            self._know(slot, int(self._resident.num_tokens[slot]) - 1, token)
         if plan.copies:
             failpoints.hit("before_block_copy")
         for source, destination in plan.copies:
@@ -190,6 +203,7 @@ class FakeRunner:
             failed=[n for n, token in enumerate(tokens) if token is None and n not in unready],
             unready=unready,
             scored=self._score(rows, tokens),
+            ranked=self._rank(rows, tokens),
         )
 
     def _score(self, rows: Rows, tokens: list[int | None]) -> list[Scored]:
@@ -201,10 +215,22 @@ class FakeRunner:
                     logprobs = fake_logprobs(int(held.token_ids[slot, position]), num_top)
                     scored.append(Scored(SlotRef(int(held.refs[slot])), position, logprobs))
         for slot, token in zip(rows.slots[rows.samples].tolist(), tokens, strict=True):
-            if token is not None and (num_top := int(held.logprobs[slot])) >= 0:
+            if token is not None and slot not in held.beams and (num_top := int(held.logprobs[slot])) >= 0:
                 logprobs = fake_logprobs(token, num_top)
                 scored.append(Scored(SlotRef(int(held.refs[slot])), int(held.num_tokens[slot]), logprobs))
         return scored
+
+    def _rank(self, rows: Rows, tokens: list[int | None]) -> list[Ranked]:
+        """The continuations of beams, but of those for which there is no token."""
+        held, ranked = self._resident, list[Ranked]()
+        for slot, token in zip(rows.slots[rows.samples].tolist(), tokens, strict=True):
+            if slot in held.beams and token is not None:
+                known, count = int(held.num_tokens[slot]), int(held.num_candidates[slot])
+                best = fake_candidates(int(self._digests[slot, known - 1]), count, self._facts.vocab_size)
+                index = known - int(held.num_prompt[slot])
+                ids, logprobs = zip(*best, strict=True)
+                ranked.append(Ranked(SlotRef(int(held.refs[slot])), index, ids, logprobs))
+        return ranked
 
     def _block(self, block: BlockId) -> slice:
         return slice(block * self._facts.block_size, (block + 1) * self._facts.block_size)
@@ -238,7 +264,7 @@ class FakeRunner:
             )
 
     def _choose(self, slot: int) -> int | None:
-        """Choose the next token of a row whose prefix was read back; remember the digest it will have in the slab."""
+        """Choose the next token of a row whose prefix was read back. For a beam only whether there is one counts."""
         held = self._resident
         stop = int(held.num_tokens[slot])
         digest = int(self._digests[slot, stop - 1])
@@ -254,12 +280,17 @@ class FakeRunner:
         if token is None:
             return None
         token %= self._facts.vocab_size
-        self._token_ids[slot, stop] = token
-        self._digests[slot, stop] = _mix(digest, token)
+        if slot not in held.beams:
+            self._know(slot, stop, token)
         return token
 
+    def _know(self, slot: int, position: int, token: int) -> None:
+        """The device has another token of the sequence, and the digest that it will have in the slab."""
+        self._token_ids[slot, position] = token
+        self._digests[slot, position] = _mix(int(self._digests[slot, position - 1]), token)
 
-def result_of(plan: StepPlan, sampled: Sampled, scored: list[Scored]) -> StepResult:
+
+def result_of(plan: StepPlan, sampled: Sampled, computed: Computed) -> StepResult:
     """What the host makes of a step."""
     return StepResult(
         step=plan.step,
@@ -268,7 +299,8 @@ def result_of(plan: StepPlan, sampled: Sampled, scored: list[Scored]) -> StepRes
         indices=sampled.indices,
         failed=sampled.failed,
         unready=sampled.unready,
-        scored=scored,
+        scored=computed.scored,
+        ranked=computed.ranked,
     )
 
 

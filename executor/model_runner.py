@@ -16,7 +16,7 @@ import torch
 from common import failpoints
 from common.errors import ModelFolderError
 from common.model_folder import read_model_folder
-from common.step import ExecutorFacts, Scored, StepPlan, StepResult
+from common.step import ExecutorFacts, Ranked, Scored, StepPlan, StepResult
 from common.types import slot_of
 from executor.attention import choose
 from executor.attention.protocol import AttentionBackend, LayerNeeds
@@ -30,6 +30,7 @@ from executor.llama import LlamaModel
 from executor.llama import why_not as why_not_fused
 from executor.loading import Forward, Loaded, open_model, transformers_forward
 from executor.native.library import INT4, INT8, native
+from executor.ranking import prepare, rank_all, who_ranks
 from executor.resident import Resident
 from executor.runner import Done, Report
 from executor.sampler import Choice, sample
@@ -187,12 +188,15 @@ class ModelRunner:
         started_ns = time.perf_counter_ns()
         rows = self._resident.apply(plan)
         self._pool.admit(slot_of(sequence.ref) for sequence in plan.new)
+        if plan.told_refs:
+            self._pool.put(self._resident.told_places(plan), plan.told_tokens)
         if plan.copies:
             failpoints.hit("before_block_copy")
         self._cache.copy_blocks(plan.copies)
         chosen = Choice(tokens=[], failed=[])
         scored: list[Scored] = []
         waiting: list[int] = []
+        ranked: list[Ranked] = []
         if len(rows.slots):
             batch = build_batch(self._resident, rows)
             logits = self._model.forward(batch, self._pool.take(batch.token_places))
@@ -203,8 +207,11 @@ class ModelRunner:
             asking = who_asks(self._resident, batch.sampled_slots)
             # a copy: what is asked for is of the model's own logits
             raw = values[[each.row for each in asking]] if asking else values
+            ranking = who_ranks(self._resident, batch.sampled_slots, waiting)
+            finite = prepare(values, ranking)
             edit(values, self._resident, batch.sampled_slots)
             chosen = sample(values, columns(self._resident, batch.sampled_slots, batch.sampled_indices))
+            ranked, chosen = rank_all(values, ranking, finite, chosen)
             if asking:
                 scored = score_sampled(asking, raw, chosen.or_none(waiting))
             if len(batch.scored_slots):
@@ -223,6 +230,7 @@ class ModelRunner:
                 unready=sampled.unready,
                 compute_ns=time.perf_counter_ns() - started_ns,
                 scored=scored,
+                ranked=ranked,
             )
         )
 

@@ -67,6 +67,7 @@ class Reserved:
     indices: NDArray[np.int64]  # (S,) its output index: 0 is the first after the prompt
     ended: set[SlotRef]  # whose end was seen in an earlier step since: nothing of them counts
     unready: list[SlotRef]  # for which nothing is chosen in this step
+    ranked: frozenset[int] = frozenset()  # which of the rows are beams: they have no token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +136,8 @@ class Resident:
         self.controlled: set[int] = set()  # slots with a penalty, rules or a guide: their logits are edited
         self.scored: set[int] = set()  # slots whose sampled tokens are scored
         self.scored_prompts: set[int] = set()  # slots whose prompts are scored
+        self.num_candidates = np.zeros(slots, np.int64)  # (L,) continuations that are ranked of a beam; 0: it is none
+        self.beams: set[int] = set()  # slots of beams
         self._reserved: deque[Reserved] = deque()  # steps that are launched and not settled
 
     def clear(self) -> None:
@@ -145,6 +148,7 @@ class Resident:
         self.controlled.clear()
         self.scored.clear()
         self.scored_prompts.clear()
+        self.beams.clear()
 
     def slot_mapping(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Place in the slab of each (slot, position): common.blocks.slot_mapping over columns."""
@@ -152,7 +156,7 @@ class Resident:
         return blocks * self.block_size + positions % self.block_size
 
     def apply(self, plan: StepPlan) -> Rows:
-        """Release, admit, append and replace, in this order; return the rows that run. The copies are the caller's.
+        """Release, admit, tell, append and replace, in this order. Returns the rows that run. Copies are the caller's.
 
         Raises PlanError for an unknown sequence, a wrong generation, a block outside the slab or a position outside
         its table. The tables are then half changed: only `clear` makes them good again.
@@ -161,6 +165,8 @@ class Resident:
             self._release(ref)
         for sequence in plan.new:
             self._admit(sequence)
+        for ref, token in zip(plan.told_refs, plan.told_tokens, strict=True):
+            self._tell(ref, token)
         for ref, block in zip(plan.append_refs, plan.append_blocks, strict=True):
             self._append(ref, block)
         for ref, index, block in zip(plan.replace_refs, plan.replace_indices, plan.replace_blocks, strict=True):
@@ -191,14 +197,27 @@ class Resident:
         refs, places = self.refs[slots], self.num_tokens[slots]
         indices = places - self.num_prompt[slots]
         late = list(unready)
+        ranked = frozenset[int]()
+        if self.beams:
+            ranked = frozenset(n for n, slot in enumerate(slots.tolist()) if slot in self.beams)
         reserved = Reserved(
-            slots=slots, refs=refs, places=places, indices=indices, ended=set(), unready=refs[late].tolist()
+            slots=slots,
+            refs=refs,
+            places=places,
+            indices=indices,
+            ended=set(),
+            unready=refs[late].tolist(),
+            ranked=ranked,
         )
         if late:
             self.num_computed[slots[late]] -= 1
             slots, places, indices = (np.delete(column, late) for column in (slots, places, indices))
         self.num_tokens[slots] = places + 1
         self.finished[slots] = (indices + 1 >= self.max_tokens[slots]) | (places + 1 >= self.max_model_len)
+        if ranked:  # their tokens, and their end, are told
+            beams = reserved.slots[sorted(ranked.difference(late))]
+            self.num_tokens[beams] -= 1
+            self.finished[beams] = False
         self._reserved.append(reserved)
         return reserved
 
@@ -215,9 +234,10 @@ class Resident:
         assert len(tokens) == len(slots), f"{len(tokens)} tokens for {len(slots)} rows that sample"
         kept_tokens, over = list(tokens), list[SlotRef]()
         without, ended = set(failed), reserved.ended.union(reserved.unready)
-        if without or ended:
+        if without or ended or reserved.ranked:
             named = refs.tolist()
             over = [named[n] for n in sorted(without) if named[n] not in ended]
+            without |= reserved.ranked
             kept = [n for n, ref in enumerate(named) if n not in without and ref not in ended]
             slots, refs, places, indices = slots[kept], refs[kept], places[kept], indices[kept]
             kept_tokens = [kept_tokens[n] for n in kept]
@@ -255,6 +275,7 @@ class Resident:
         self.controlled.discard(slot)
         self.scored.discard(slot)
         self.scored_prompts.discard(slot)
+        self.beams.discard(slot)
 
     def _admit(self, sequence: NewSequence) -> None:
         slot, known, table = slot_of(sequence.ref), len(sequence.token_ids), len(sequence.block_table)
@@ -308,6 +329,7 @@ class Resident:
         if sampling.grammar is not None and self._grammars is not None:
             output = tokens[sequence.num_prompt :].tolist()
             self.guides[slot] = self._grammars.guide(sampling.grammar, sequence.domain, ends, output)
+        self.num_candidates[slot] = sequence.num_candidates
         self.logprobs[slot] = _NONE if sampling.logprobs is None else sampling.logprobs
         self.prompt_logprobs[slot] = _NONE if sampling.prompt_logprobs is None else sampling.prompt_logprobs
         penalised = sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty
@@ -315,9 +337,27 @@ class Resident:
             (self.controlled, rules is not None or self.guides[slot] is not None or penalised),
             (self.scored, sampling.logprobs is not None),
             (self.scored_prompts, sampling.prompt_logprobs is not None),
+            (self.beams, sequence.num_candidates > 0),
         ):
             if belongs:
                 slots.add(slot)
+
+    def _tell(self, ref: SlotRef, token: int) -> None:
+        slot = self._slot(ref)
+        known = self.num_tokens[slot]
+        if slot not in self.beams or self.num_computed[slot] != known:
+            raise PlanError(f"{_named(ref)} is told a token, and is no beam that waits for one")
+        if not 0 <= token < self.vocab_size:
+            raise PlanError(f"{_named(ref)} is told a token outside the vocabulary of {self.vocab_size}")
+        if known >= self.max_model_len:
+            raise PlanError(f"{_named(ref)} is told more than {self.max_model_len} tokens")
+        self.token_ids[slot, known] = token
+        self.num_tokens[slot] = known + 1
+
+    def told_places(self, plan: StepPlan) -> NDArray[np.int64]:
+        """(B,) where in the flattened token pool the tokens lie that `plan`, which was applied, told."""
+        slots = np.asarray(plan.told_refs, np.int64) & (MAX_SLOTS - 1)
+        return slots * self.max_model_len + self.num_tokens[slots] - 1
 
     def _append(self, ref: SlotRef, block: BlockId) -> None:
         slot = self._slot(ref)

@@ -27,13 +27,16 @@ class Asking(NamedTuple):
 
 
 def who_asks(held: Resident, slots: NDArray[np.int64]) -> list[Asking]:
-    """Those of the sampled rows, slots (S,), whose tokens are scored. Called before the tokens are known."""
+    """Those of the sampled rows, slots (S,), whose tokens are scored. Called before the tokens are known.
+
+    A beam's row has none.
+    """
     if not held.scored:
         return []
     return [
         Asking(row, SlotRef(int(held.refs[slot])), int(held.num_tokens[slot]), int(held.logprobs[slot]))
         for row, slot in enumerate(slots.tolist())
-        if slot in held.scored
+        if slot in held.scored and slot not in held.beams
     ]
 
 

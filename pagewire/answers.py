@@ -67,6 +67,7 @@ class Finish:
     matched_token_id: int | None  # which stop or EOS token
     usage: Usage
     exact: bool  # bit for bit what an undisturbed run with this seed gives
+    score: float | None = None  # of an answer of a beam search; None where an earlier server made it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

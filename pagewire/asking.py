@@ -41,6 +41,7 @@ class Settings(TypedDict, total=False):
     choices: Sequence[str]  # the answer is one of these
     logprobs: int  # so many of the likeliest tokens are told beside each token of the answer
     prompt_logprobs: int  # the same for the prompt
+    beams: int | Mapping[str, Any]  # a beam search: its width, or what BeamSearch in protos/ has
     seed: int
     n: int  # choices that share the prompt
     stop: str | Sequence[str]  # the text ends before the first of these
@@ -61,6 +62,11 @@ _SAMPLING = frozenset(pb.SamplingParams.DESCRIPTOR.fields_by_name)
 _STOPPING = frozenset(pb.StopConditions.DESCRIPTOR.fields_by_name)
 _STRUCTURED = frozenset(pb.StructuredOutput.DESCRIPTOR.fields_by_name)
 _CACHE = frozenset(pb.CacheControl.DESCRIPTOR.fields_by_name)
+_EARLY_STOPPING = {
+    False: pb.EARLY_STOPPING_LIKELY,
+    True: pb.EARLY_STOPPING_FULL,
+    "never": pb.EARLY_STOPPING_NEVER,
+}
 _LISTS = frozenset({"allowed_token_ids", "banned_token_ids", "bad_words", "stop", "stop_token_ids"})
 
 
@@ -85,6 +91,8 @@ def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamReque
         elif name == "token_ids":
             _extend(request.token_ids.ids, name, value)
             request.token_ids.SetInParent()
+        elif name == "beams":
+            _set_beams(request.sampling.beams, value)
         elif name in _STRUCTURED:
             _set_structured(request.sampling.structured, name, value)
         else:
@@ -107,6 +115,20 @@ def _set_messages(request: pb.GenerateStreamRequest, messages: Sequence[Mapping[
         added = request.chat.messages.add()
         for name, value in message.items():
             _set(added, name, value, f"messages[{number}].{name}")
+
+
+def _set_beams(beams: pb.BeamSearch, value: int | Mapping[str, Any]) -> None:
+    """`value` is a width, or has the fields of BeamSearch; `early_stopping` as Transformers has it."""
+    given = {"width": value} if isinstance(value, int) else dict(value)
+    beams.SetInParent()
+    for name, part in given.items():
+        told = f"beams.{name}"
+        if name not in beams.DESCRIPTOR.fields_by_name:
+            raise errors.InvalidRequest(told, f"there is {', '.join(beams.DESCRIPTOR.fields_by_name)}")
+        if name == "early_stopping" and part in _EARLY_STOPPING:
+            beams.early_stopping = _EARLY_STOPPING[part]
+        else:
+            _set(beams, name, part, told)
 
 
 def _set_structured(structured: pb.StructuredOutput, name: str, value: Any) -> None:

@@ -168,6 +168,7 @@ class Continuation:
                 decode_s=usage.decode_ns / 1e9,
             ),
             exact=finish.exact,
+            score=finish.score if finish.HasField("score") else None,
         )
         self.finishes[finish.choice] = ended
         return ended

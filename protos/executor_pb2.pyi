@@ -391,6 +391,7 @@ class NewSequence(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
     DOMAIN_FIELD_NUMBER: _builtins.int
+    NUM_CANDIDATES_FIELD_NUMBER: _builtins.int
     ref: _builtins.int
     attempt: _builtins.int
     token_ids: _builtins.bytes
@@ -405,6 +406,8 @@ class NewSequence(_message.Message):
     """output tokens before which none of stop_token_ids is chosen"""
     domain: _builtins.bytes
     """with a grammar: what is kept of it is kept for this domain alone. Opaque"""
+    num_candidates: _builtins.int
+    """not 0: a beam; so many continuations are ranked where another sequence would sample"""
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...
     @_builtins.property
@@ -424,10 +427,11 @@ class NewSequence(_message.Message):
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         min_tokens: _builtins.int = ...,
         domain: _builtins.bytes = ...,
+        num_candidates: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_table", b"block_table", "choice", b"choice", "domain", b"domain", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "num_computed", b"num_computed", "num_prompt", b"num_prompt", "ref", b"ref", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_table", b"block_table", "choice", b"choice", "domain", b"domain", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "num_candidates", b"num_candidates", "num_computed", b"num_computed", "num_prompt", b"num_prompt", "ref", b"ref", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -449,6 +453,8 @@ class StepPlan(_message.Message):
     NEW_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     COPIES_FIELD_NUMBER: _builtins.int
+    TOLD_REFS_FIELD_NUMBER: _builtins.int
+    TOLD_TOKENS_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     step: _builtins.int
     refs: _builtins.bytes
@@ -469,6 +475,10 @@ class StepPlan(_message.Message):
     """u32 column"""
     copies: _builtins.bytes
     """u32 column: source, destination, source, destination, ..."""
+    told_refs: _builtins.bytes
+    """u32 column: beams whose next token was chosen"""
+    told_tokens: _builtins.bytes
+    """u32 column: that token"""
     @_builtins.property
     def new(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewSequence]: ...
     def __init__(
@@ -486,10 +496,12 @@ class StepPlan(_message.Message):
         new: _abc.Iterable[Global___NewSequence] | None = ...,
         released: _builtins.bytes = ...,
         copies: _builtins.bytes = ...,
+        told_refs: _builtins.bytes = ...,
+        told_tokens: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["append_blocks", b"append_blocks", "append_refs", b"append_refs", "copies", b"copies", "new", b"new", "num_scheduled", b"num_scheduled", "refs", b"refs", "released", b"released", "replace_blocks", b"replace_blocks", "replace_indices", b"replace_indices", "replace_refs", b"replace_refs", "session", b"session", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["append_blocks", b"append_blocks", "append_refs", b"append_refs", "copies", b"copies", "new", b"new", "num_scheduled", b"num_scheduled", "refs", b"refs", "released", b"released", "replace_blocks", b"replace_blocks", "replace_indices", b"replace_indices", "replace_refs", b"replace_refs", "session", b"session", "step", b"step", "told_refs", b"told_refs", "told_tokens", b"told_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -514,6 +526,11 @@ class StepResult(_message.Message):
     TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     UNREADY_FIELD_NUMBER: _builtins.int
+    RANKED_REFS_FIELD_NUMBER: _builtins.int
+    RANKED_INDICES_FIELD_NUMBER: _builtins.int
+    RANKED_COUNTS_FIELD_NUMBER: _builtins.int
+    RANKED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    RANKED_LOGPROBS_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     step: _builtins.int
     refs: _builtins.bytes
@@ -541,6 +558,17 @@ class StepResult(_message.Message):
     """f32"""
     unready: _builtins.bytes
     """u32 column: rows whose grammar is still compiled; their last token is to be computed again"""
+    ranked_refs: _builtins.bytes
+    """Beams that were ranked, B of them, and their candidates one beam behind the other.
+    (B,)
+    """
+    ranked_indices: _builtins.bytes
+    """(B,) output index of the token that may come next"""
+    ranked_counts: _builtins.bytes
+    """(B,) candidates of each"""
+    ranked_token_ids: _builtins.bytes
+    ranked_logprobs: _builtins.bytes
+    """f32"""
     def __init__(
         self,
         *,
@@ -559,10 +587,15 @@ class StepResult(_message.Message):
         top_token_ids: _builtins.bytes = ...,
         top_logprobs: _builtins.bytes = ...,
         unready: _builtins.bytes = ...,
+        ranked_refs: _builtins.bytes = ...,
+        ranked_indices: _builtins.bytes = ...,
+        ranked_counts: _builtins.bytes = ...,
+        ranked_token_ids: _builtins.bytes = ...,
+        ranked_logprobs: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "failed", b"failed", "idle_ns", b"idle_ns", "indices", b"indices", "refs", b"refs", "scored_logprobs", b"scored_logprobs", "scored_positions", b"scored_positions", "scored_refs", b"scored_refs", "session", b"session", "step", b"step", "tokens", b"tokens", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids", "unready", b"unready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "failed", b"failed", "idle_ns", b"idle_ns", "indices", b"indices", "ranked_counts", b"ranked_counts", "ranked_indices", b"ranked_indices", "ranked_logprobs", b"ranked_logprobs", "ranked_refs", b"ranked_refs", "ranked_token_ids", b"ranked_token_ids", "refs", b"refs", "scored_logprobs", b"scored_logprobs", "scored_positions", b"scored_positions", "scored_refs", b"scored_refs", "session", b"session", "step", b"step", "tokens", b"tokens", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids", "unready", b"unready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -33,7 +33,7 @@ class Placement:
             other is not session
             and other.takes_work(now_ns)
             and not other.is_quarantined(now_ns)
-            and sequence.max_length <= other.max_length
+            and other.could_hold(sequence)
             for other in self._sessions.values()
         )
 
@@ -49,11 +49,11 @@ class Placement:
             return True
         places = [policy.Place(match.num_tokens, len(session.running))]
         for other in self._sessions.values():
-            if other is session or other.full or not other.has_slot:
+            if other is session or other.full or other.num_free_slots < sequence.num_slots:
                 continue
             if not other.takes_work(now_ns) or other.is_quarantined(now_ns) or other.facts.name == sequence.avoid:
                 continue
-            if sequence.max_length > other.max_length or other.silent_since(now_ns - self._patience_ns):
+            if not other.could_hold(sequence) or other.silent_since(now_ns - self._patience_ns):
                 continue
             there = other.match(sequence)
             reserved = not (other.leaves_reserve(sequence, there) or self._line.owes(sequence.tenant))

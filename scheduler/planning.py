@@ -18,7 +18,7 @@ from scheduler.placement import Placement, fork_match, fork_parent
 from scheduler.replays import Replays
 from scheduler.sequence import Request, Sequence
 from scheduler.session import Draft, Match, Session
-from scheduler.suspicion import Suspects, runs_alone
+from scheduler.suspicion import Suspects, is_on_trial, runs_alone, who_waits
 from scheduler.trials import Trials
 
 
@@ -80,12 +80,12 @@ class Planner:
         Who else is resident pauses, and keeps what it has while there is room. What others have in flight is answered
         before anything of the trial is sent.
         """
-        if any(row.sequence not in trial.doubts for flight in session.outstanding for row in flight.rows.values()):
+        if any(not is_on_trial(row.sequence, trial) for flight in session.outstanding for row in flight.rows.values()):
             return None
         draft = session.draft(self._token_budget)
         self._grant_running(session, draft, trial)
         draft.replay_budget = draft.budget
-        for sequence in sorted(trial.doubts, key=rank):
+        for sequence in sorted(dict.fromkeys(map(who_waits, trial.doubts)), key=rank):
             if sequence.session is None and draft.budget and not session.leaving:
                 match = self._make_way(session, sequence, trial)
                 if match is not None:
@@ -99,18 +99,20 @@ class Planner:
         """Preempt who pauses, the youngest first, until the sequence fits. None while its siblings fill the room."""
         while True:
             match = session.match(sequence)
-            if session.has_slot and session.can_admit(sequence, match):
+            if session.num_free_slots >= sequence.num_slots and session.can_admit(sequence, match):
                 return match
-            paused = [other for other in session.running if other not in trial.doubts]
+            paused = [other for other in session.running if not is_on_trial(other, trial)]
             if not paused:
                 return None
             self._moves.preempt(session, paused[-1])
 
     def _grant_running(self, session: Session, draft: Draft, trial: Request | None = None) -> None:
         """Rows for the running sequences; with a trial, for those on trial alone."""
+        for group in session.groups:
+            session.share_prefix(group)
         running = list(session.running)
         if trial is not None:
-            running.sort(key=lambda sequence: sequence not in trial.doubts)  # those that pause count as younger
+            running.sort(key=lambda sequence: not is_on_trial(sequence, trial))  # those that pause count as younger
         block_size, ref_count = session.block_size, session.pool.ref_count
         rows: list[policy.Running] = []
         known: list[int] = []
@@ -120,14 +122,15 @@ class Planner:
             num_known = len(sequence.tokens) + sampled
             table = sequence.block_table
             # nothing follows the last token it may have, nor is that token's K and V ever needed
-            num_uncomputed = num_known - planned if num_known < sequence.max_length else 0
+            num_uncomputed = num_known - planned if num_known < sequence.max_length and not sequence.is_pending else 0
             index = planned // block_size
             shared = index < len(table) and ref_count(table[index]) > 1
-            rows.append(policy.Running(num_uncomputed, planned, len(table), shared))
+            group_id = -1 if sequence.beams is None else sequence.request.id
+            rows.append(policy.Running(num_uncomputed, planned, len(table), shared, group_id))
             known.append(num_known)
         if self._suspects:
             for i, sequence in enumerate(running):
-                if sequence not in trial.doubts if trial else runs_alone(sequence.request):
+                if not is_on_trial(sequence, trial) if trial else runs_alone(sequence.request):
                     rows[i] = rows[i]._replace(num_uncomputed=0)  # pauses
         replays = self._replays.among(running, rows) if self._replays else ()
         reclaim = Reclaim(session.pool)
@@ -142,8 +145,9 @@ class Planner:
             replays_waiting=self._replays.num_tokens_waiting(draft.budget) if self._replays and session.has_slot else 0,
         )
         for i in decision.preempted:
-            self._moves.preempt(session, running[i])
-        num_promised = 0
+            if running[i].session is session:  # else it went with others of its group
+                self._moves.preempt(session, running[i])
+        num_promised = sum(group.blocks_pending(session.block_size) for group in session.groups)
         for sequence, row, num_known, tokens, blocks in zip(
             running, rows, known, decision.grants, decision.blocks, strict=True
         ):
@@ -161,7 +165,7 @@ class Planner:
         for sequence in session.running:
             if not draft.budget:
                 return
-            if runs_alone(sequence.request):
+            if runs_alone(sequence.request) or sequence.is_pending:
                 continue
             row = draft.rows.get(sequence.ref)
             sampled = session.in_flight(sequence)[1]
@@ -180,8 +184,10 @@ class Planner:
         if not session.takes_work(now_ns) or session.is_quarantined(now_ns):
             return None
         owed = self._line.first_owed(now_ns)
-        if owed is None or owed.avoid or owed.max_length > session.max_length or 0 < owed.deadline_ns <= now_ns:
+        if owed is None or owed.avoid or not session.could_hold(owed) or 0 < owed.deadline_ns <= now_ns:
             return None
+        if owed.num_slots > 1:
+            return None  # one slot is of no use to it
         if not session.can_admit(owed, session.match(owed)) or self._placement.has_slot_elsewhere(session, now_ns):
             return None
         for sequence in reversed(session.running):
@@ -215,7 +221,7 @@ class Planner:
                 match = fork_match(session, parent)
                 if match is None:
                     continue  # its turn comes when the prompt is computed
-            elif sequence.max_length > session.max_length:
+            elif not session.could_hold(sequence):
                 continue
             else:
                 match = session.match(sequence)
@@ -224,7 +230,7 @@ class Planner:
             if not (session.leaves_reserve(sequence, match) or self._line.owes(sequence.tenant)):
                 passed_over.update(t for t in session.tenants_of_much() if not self._line.owes(t))
                 continue  # what is left is for the others
-            if not session.can_admit(sequence, match):
+            if session.num_free_slots < sequence.num_slots or not session.can_admit(sequence, match):
                 session.full = True
                 return  # nobody overtakes: small requests must not starve a large one
             self._moves.admit(sequence, session, match, draft, now_ns)

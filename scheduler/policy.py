@@ -16,6 +16,7 @@ class Running(NamedTuple):
     num_planned: int  # tokens computed once the steps in flight are done
     num_blocks: int  # in its table
     copy_on_write: bool  # its next token goes into a block that others hold too
+    group: int = -1  # rows of one group stand side by side, and are preempted together; -1 is none
 
 
 Yield = Callable[[int], tuple[int, int]]
@@ -57,8 +58,9 @@ def decide(
 
     Rows that need one token go before rows that need many, so a long prompt never delays a stream by more than one
     step; among equals the first goes first. When blocks run out the last gives its own back, so the first always
-    finishes; a row never preempts itself or one before it, it waits and keeps what it has. `num_returning` blocks come
-    free when the steps in flight are answered: with enough of those in sight a row waits instead of preempting.
+    finishes; a row never preempts itself, its group or one before it, it waits and keeps what it has. `num_returning`
+    blocks come free when the steps in flight are answered: with enough of those in sight a row waits instead of
+    preempting.
 
     What rows of one token leave is the prefill budget. `replays` are rows that compute again what a lost executor had,
     and `replays_waiting` tokens of such are not admitted yet. Together they get their share, and the others the rest;
@@ -75,7 +77,7 @@ def decide(
             break
         if i > last:
             continue
-        num_uncomputed, num_planned, num_blocks, copy_on_write = rows[i]
+        num_uncomputed, num_planned, num_blocks, copy_on_write, _ = rows[i]
         tokens = min(num_uncomputed, token_budget)
         if place >= len(singles):
             if not shares:
@@ -84,16 +86,20 @@ def decide(
             if tokens == 0:
                 continue
         need = blocks_for(num_planned + tokens, block_size) - num_blocks + copy_on_write
-        while need > num_free + num_returning and last > i:
-            preempted.append(last)
-            token_budget += grants[last]
-            if shares:
-                shares[last in replays] += grants[last]
-            now, later = yield_of(last)
-            num_free += blocks[last] + now
-            num_returning += later
-            grants[last] = blocks[last] = 0
-            last -= 1
+        while need > num_free + num_returning and last > i and not _together(rows[last], rows[i]):
+            first = last
+            while _together(rows[first - 1], rows[last]):  # row i ends this: it is none of them
+                first -= 1
+            for row in range(last, first - 1, -1):
+                preempted.append(row)
+                token_budget += grants[row]
+                if shares:
+                    shares[row in replays] += grants[row]
+                now, later = yield_of(row)
+                num_free += blocks[row] + now
+                num_returning += later
+                grants[row] = blocks[row] = 0
+            last = first - 1
         if need > num_free:  # take what fits now, if anything
             room = (num_blocks + num_free - copy_on_write) * block_size - num_planned
             tokens = min(tokens, room) if num_free >= copy_on_write else 0
@@ -109,6 +115,10 @@ def decide(
             shares[i in replays] -= tokens
     left = shares[True] if shares else replay_share(token_budget)
     return Decision(grants, blocks, preempted, token_budget, min(left, token_budget))
+
+
+def _together(one: Running, other: Running) -> bool:
+    return 0 <= one.group == other.group
 
 
 def _shares(prefill_budget: int, replays_want: int) -> dict[bool, int]:

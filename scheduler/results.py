@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from common.step import Logprobs, StepResult
+import math
+
+from common.step import Logprobs, Ranked, StepResult
 from scheduler.sequence import Sequence
 from scheduler.session import Outstanding
 
@@ -45,13 +47,52 @@ def read_result(
             raise ProtocolError(f"step {result.step}: row {ref:#x} failed but was not asked for")
     for ref in result.unready:
         row = rows.get(ref)
-        if row is None or not row.samples or row.sequence.sampling.grammar is None:
+        if row is None or row.sequence.sampling.grammar is None or not (row.samples or row.sequence.beams is not None):
             raise ProtocolError(f"step {result.step}: row {ref:#x} waits for a grammar but has none")
     if len(answered) < len(rows):
         for ref, row in rows.items():
             if row.samples and ref not in answered and row.is_current:
                 raise ProtocolError(f"step {result.step}: no token for row {ref:#x}")
     return tokens, [rows[ref].sequence for ref in result.failed if rows[ref].is_current]
+
+
+def read_ranked(flight: Outstanding, result: StepResult, vocab_size: int) -> list[tuple[Sequence, Ranked]]:
+    """The beams that were ranked. Raises ProtocolError when one is missing, or is not as it must be."""
+    answered = {ranked.ref: ranked for ranked in result.ranked}
+    if len(answered) != len(result.ranked):
+        raise ProtocolError(f"step {result.step}: a beam is ranked twice")
+    found: list[tuple[Sequence, Ranked]] = []
+    for ref, row in flight.rows.items():
+        sequence, ranked = row.sequence, answered.pop(ref, None)
+        asked = sequence.beams is not None and row.is_current and row.stop == len(sequence.tokens)
+        if ranked is None:
+            if asked and ref not in result.failed and ref not in result.unready:
+                raise ProtocolError(f"step {result.step}: beam {ref:#x} is not ranked")
+            continue
+        if sequence.beams is None or ref in result.failed or ref in result.unready:
+            raise ProtocolError(f"step {result.step}: row {ref:#x} is ranked but was not to be")
+        if not row.is_current:
+            continue
+        problem = _problem_of(ranked, sequence, asked=asked, vocab_size=vocab_size)
+        if problem:
+            raise ProtocolError(f"step {result.step}: beam {ref:#x} is ranked {problem}", sequence)
+        found.append((sequence, ranked))
+    if answered:
+        raise ProtocolError(f"step {result.step}: row {min(answered):#x} is ranked but was not asked for")
+    return found
+
+
+def _problem_of(ranked: Ranked, sequence: Sequence, *, asked: bool, vocab_size: int) -> str:
+    """What is wrong with it; empty for nothing."""
+    assert sequence.beams is not None
+    if not asked or ranked.index != sequence.num_output:
+        return f"for output {ranked.index}, not {sequence.num_output}"
+    most = sequence.beams.search.num_kept
+    if len(ranked.token_ids) > most or len(set(ranked.token_ids)) != len(ranked.token_ids):
+        return f"with {len(ranked.token_ids)} tokens that are not up to {most} different ones"
+    if not all(0 <= token < vocab_size for token in ranked.token_ids):
+        return f"with a token that is none of {vocab_size}"
+    return "" if all(map(math.isfinite, ranked.logprobs)) else "with a log-probability that is not finite"
 
 
 def read_scores(flight: Outstanding, result: StepResult) -> list[tuple[list[Logprobs], Logprobs]]:

@@ -13,13 +13,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Set
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from common.errors import InvalidRequest
-from common.sampling import SamplingParams, StopConditions
-from common.step import ExecutorFacts, StepPlan, StepResult
+from common.sampling import BeamParams, SamplingParams, StopConditions
+from common.step import ExecutorFacts, Ranked, StepPlan, StepResult
 from common.types import FinishReason, Priority, SequenceId, SlotRef
+from scheduler.beam_search import BeamSearch
+from scheduler.beams import BeamGroup, TextFollower
 from scheduler.counters import Counters
 from scheduler.line import Line
 from scheduler.moves import Moves
@@ -28,10 +30,10 @@ from scheduler.planning import Planner
 from scheduler.prefix_cache import BlockKey, KeyChain
 from scheduler.replays import Replays
 from scheduler.reputation import Patience, Reputations
-from scheduler.results import ProtocolError, read_result, read_scores
+from scheduler.results import ProtocolError, read_ranked, read_result, read_scores
 from scheduler.sequence import Begun, Request, Sequence, Status
 from scheduler.session import Outstanding, Session
-from scheduler.stopping import finish_reason
+from scheduler.stopping import finish_reason, stop_tokens
 from scheduler.suspicion import End, Suspects, blamed, runs_alone
 
 
@@ -147,7 +149,7 @@ class Scheduler:
 
     def fits_somewhere(self, sequence: Sequence) -> bool:
         """Whether an executor that is joined now could ever hold the sequence whole."""
-        return any(sequence.max_length <= s.max_length and not s.leaving for s in self._sessions.values())
+        return any(s.could_hold(sequence) and not s.leaving for s in self._sessions.values())
 
     # ---- requests
 
@@ -170,6 +172,7 @@ class Scheduler:
         priority: Priority = Priority.NORMAL,
         expected_output: int | None = None,
         deadline_ns: int = 0,
+        follow: TextFollower | None = None,
     ) -> list[Sequence]:
         """Queue one request: `choices` sequences that share the prompt.
 
@@ -180,7 +183,8 @@ class Scheduler:
         `salt`: it shares a prefix with those of the same tenant and salt. Without `caches`, with none, and leaves none.
 
         `expected_output`: tokens that each is expected to generate; max_tokens unless told. From `deadline_ns` on, if
-        that is not 0, it is not begun: whoever set the deadline then finishes it.
+        that is not 0, it is not begun: whoever set the deadline then finishes it. `follow`: where the text of a beam
+        search ends, besides its tokens; it stands behind the prompt.
 
         Raises InvalidRequest when it could never run: the prompt, or prompt and max_tokens together, are longer than
         the largest joined executor can hold.
@@ -222,7 +226,7 @@ class Scheduler:
                 tenant=tenant,
                 caches=caches,
                 priority=priority,
-                cost=output if made else output + len(prompt),
+                cost=_cost(sampling, len(prompt), output, is_first=not made),
                 deadline_ns=deadline_ns,
                 fork_of=made[0] if made and begun is None else None,
                 determinism=before.determinism if before.tokens else None,
@@ -232,11 +236,42 @@ class Scheduler:
             )
             assert sequence.num_output < stop.max_tokens, f"choice {choice} has ended with {sequence.num_output} tokens"
             self._next_id += 1
-            self._sequences[id] = sequence
             made.append(sequence)
-        self._line.add(made)
+        waiting = made if sampling.beams is None else self._add_beams(sampling.beams, made, follow)
+        self._sequences.update((sequence.id, sequence) for sequence in made)
+        self._line.add(waiting)
         self.counters.prompt_tokens += len(prompt) * len(made)
         return made
+
+    def _add_beams(self, params: BeamParams, answers: list[Sequence], follow: TextFollower | None) -> list[Sequence]:
+        """The beam that the search begins with. Raises InvalidRequest if no executor could hold all of them."""
+        first = answers[0]
+        ends = frozenset(stop_tokens(first.stop, self._eos))
+        group = BeamGroup(
+            width=params.width,
+            search=BeamSearch(params, num_ends=len(ends), max_tokens=first.stop.max_tokens),
+            ends=ends,
+            answers=answers,
+        )
+        first.request.beams = group
+        if self.max_length is not None and not self.fits_somewhere(first):
+            problem = f"{params.width} beams of up to {first.max_length} tokens are more than any executor can hold"
+            problem += ": ask for fewer, or for fewer max_tokens"
+            raise InvalidRequest("beams.width", problem)
+        root = replace(
+            first,
+            tokens=first.tokens[: first.num_prompt],
+            num_begun=0,
+            beams=group,
+            keys={},
+            choice=0,
+            determinism=None,
+            logprobs=[],
+        )
+        group.beams.append(root)
+        if follow is not None:
+            group.texts[root] = follow
+        return [root]
 
     def finish(self, id: SequenceId, reason: FinishReason = FinishReason.ABORTED) -> None:
         """End a sequence now: its caller left, its deadline passed, or a stop string matched. Twice is harmless."""
@@ -332,8 +367,9 @@ class Scheduler:
         flights = list(session.outstanding)
         session.outstanding.clear()  # nothing in flight will ever be answered
         for sequence in list(session.running):
-            self._moves.displace(session, sequence)
-            self.counters.moved += 1
+            if sequence.session is session:  # else it went with others of its group
+                self._moves.displace(session, sequence)
+                self.counters.moved += 1
         if end is End.CLEAN:
             session.reputation.young_deaths = 0
             self._reputations.keep(session.facts.name, session.reputation)
@@ -394,6 +430,7 @@ class Scheduler:
         flight = session.outstanding[0]
         tokens, failed = read_result(flight, result, session.facts.vocab_size)
         scores = read_scores(flight, result) if result.scored else ()
+        ranked = read_ranked(flight, result, session.facts.vocab_size) if session.groups or result.ranked else ()
         session.outstanding.popleft()
         for ref, (sequence, _, num_scheduled, _, _) in flight.rows.items():
             if sequence.ref == ref and sequence.session is session:
@@ -406,7 +443,10 @@ class Scheduler:
             scored.append(logprobs)
         outputs = [self._commit(sequence, token, now_ns) for sequence, token in tokens]
         for sequence in failed:
-            outputs += self._unusable(session, sequence, now_ns)
+            if sequence.beams is None or sequence.session is session:  # else it went with others of its group
+                outputs += self._unusable(session, sequence, now_ns)
+        for sequence, row in ranked:
+            outputs += self._rank(sequence, row, now_ns)
         self.counters.output_tokens += len(tokens)
         self.counters.rows_dropped += len(result.refs) - len(tokens)
         session.timed(flight, result, now_ns)
@@ -436,6 +476,33 @@ class Scheduler:
             session.remember(sequence, session.num_planned(sequence), session.last_step)
         return TokenOutput(sequence.id, token, reason)
 
+    def _rank(self, beam: Sequence, ranked: Ranked, now_ns: int) -> list[TokenOutput]:
+        """A beam was ranked; with the last one of its group the search goes on, or is over."""
+        group = beam.beams
+        if group is None or beam.session is None:  # set aside by another row of this result
+            return []
+        group.ranked[beam] = ranked
+        if not group.is_ranked or group.grow(self._moves, now_ns):
+            return []
+        return [output for answer in group.open_answers for output in self._tell_answer(answer, group, now_ns)]
+
+    def _tell_answer(self, answer: Sequence, group: BeamGroup, now_ns: int) -> list[TokenOutput]:
+        """The search is over: all tokens of one of its answers, at once; ERROR where it found none that this may be."""
+        found = group.found(answer)
+        if found is None:
+            self._end(answer, FinishReason.ERROR)
+            return [TokenOutput(answer.id, None, FinishReason.ERROR)]
+        answer.score = found.score
+        answer.placed(group.leader.determinism or "")
+        answer.last_token_ns = now_ns
+        new = found.tokens[answer.num_output :]
+        answer.tokens.extend(new)
+        self.counters.output_tokens += len(new)
+        reason = finish_reason(answer.tokens[-1], answer.num_output, answer.stop, self._eos) or FinishReason.STOP_STRING
+        self._end(answer, reason)
+        outputs = [TokenOutput(answer.id, token, FinishReason.NONE) for token in new[:-1]]
+        return [*outputs, TokenOutput(answer.id, new[-1] if new else None, reason)]
+
     def _end(self, sequence: Sequence, reason: FinishReason, *, forget: bool = False) -> None:
         self._moves.end(sequence, reason, forget=forget)
         del self._sequences[sequence.id]
@@ -450,11 +517,14 @@ class Scheduler:
         name, request = session.facts.name, sequence.request.id
         if sequence.unusable_at == len(sequence.tokens):  # twice in the same place: it is the request
             self._reputations.excuse(request, patience)
-            self._end(sequence, FinishReason.ERROR, forget=True)
-            return [TokenOutput(sequence.id, None, FinishReason.ERROR)]
-        sequence.unusable_at = len(sequence.tokens)
-        sequence.avoid = name
-        sequence.attempt += 1
+            ended = [sequence] if sequence.beams is None else sequence.beams.open_answers
+            for each in ended:
+                self._end(each, FinishReason.ERROR, forget=True)
+            return [TokenOutput(each.id, None, FinishReason.ERROR) for each in ended]
+        for each in [sequence] if sequence.beams is None else sequence.beams.beams:
+            each.unusable_at = len(each.tokens)
+            each.avoid = name
+            each.attempt += 1
         if sequence.session is not None:
             self._moves.displace(sequence.session, sequence, forget=True)
         if sequence.sampling.grammar is None:  # else it may be the grammar, and nothing is said against the executor
@@ -482,10 +552,9 @@ class Scheduler:
 
     def _withdraw(self, request: Request) -> None:
         """It runs alone from now on: take it out of every crowd. Its blocks are kept as long as nobody needs them."""
-        for sequence in self._sequences_of(request):
+        for sequence in self._sequences_of(request) if request.beams is None else [request.beams.leader]:
             if sequence.session is not None:
-                sequence.session.release(sequence)
-                self._moves.wait_again(sequence)
+                self._moves.set_aside(sequence.session, sequence)
 
     def check(self) -> None:
         """Assert what must always hold. For tests: walks everything."""
@@ -496,8 +565,19 @@ class Scheduler:
                 assert sequence.session is session and sequence.status is Status.RUNNING
         self._line.check()
         assert all(s.session is None and s.status is Status.WAITING for s in self._line)
-        running = {s.id for session in self._sessions.values() for s in session.running}
-        assert set(self._sequences) == running | {s.id for s in self._line}, "a sequence is lost"
+        alive = [*(s for session in self._sessions.values() for s in session.running), *self._line]
+        told = {each.id for s in alive for each in ([s] if s.beams is None else s.beams.open_answers)}
+        assert set(self._sequences) == told, "a sequence is lost"
+        for group in {s.beams: None for s in alive if s.beams is not None}:
+            assert group.num_resident in (0, len(group.beams)), "a part of a group is elsewhere"
+            assert len({beam.session for beam in group.beams}) == 1, "a group is on two executors"
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(list(self._sequences.values()))
+
+
+def _cost(sampling: SamplingParams, num_prompt: int, output: int, *, is_first: bool) -> int:
+    """Tokens that a choice is expected to be computed for. All beams of a search are computed for its first answer."""
+    if sampling.beams is None:
+        return output + num_prompt * is_first
+    return (num_prompt + sampling.beams.width * output) * is_first

@@ -15,6 +15,7 @@ from scheduler.account import Account
 from scheduler.prefix_cache import BlockKey
 
 if TYPE_CHECKING:
+    from scheduler.beams import BeamGroup
     from scheduler.session import Session
 
 
@@ -48,6 +49,7 @@ class Request:
     num_choices: int = 1
     num_cached_prompt: int | None = None  # prompt tokens that the first of them to be admitted found in a prefix cache
     resumed: bool = False  # another scheduler made the first tokens of it
+    beams: BeamGroup | None = None  # its choices are the answers of a beam search
     # scheduler/suspicion.py
     deaths: set[int] = field(default_factory=set[int])  # sessions that died with it since it was last trusted
     # those of its sequences that were there -> tokens that must be computed before that one is trusted again
@@ -74,6 +76,8 @@ class Sequence:
     deadline_ns: int = 0  # on the caller's clock; it is not begun from then on. 0: none
     fork_of: Sequence | None = None  # shares this one's prompt blocks, if it still runs by then
     caches: bool = True  # it reads the prefix cache, and leaves there what it computes
+    beams: BeamGroup | None = None  # it is one of these beams: computed, and never read (scheduler/beams.py)
+    score: float | None = None  # of an answer that a beam search found
 
     status: Status = Status.WAITING
     reason: FinishReason = FinishReason.NONE  # not NONE: FINISHED
@@ -95,6 +99,8 @@ class Sequence:
 
     # while RUNNING; void otherwise
     session: Session | None = None
+    num_told: int = 0  # of a beam: tokens that the executor was told; 0: it was not told of it yet
+    is_pending: bool = False  # of a beam: it waits until what its group has in common was planned
     ref: SlotRef = field(default=SlotRef(0))
     block_table: list[BlockId] = field(default_factory=list[BlockId])
     num_computed: int = 0  # tokens whose K and V results have confirmed
@@ -134,6 +140,30 @@ class Sequence:
         if self.sampling.prompt_logprobs is None or self.num_cacheable < self.num_prompt - 1:
             return self.sampling
         return replace(self.sampling, prompt_logprobs=None)
+
+    @property
+    def is_untold(self) -> bool:
+        """A beam of which its executor does not know yet."""
+        return self.beams is not None and not self.num_told
+
+    @property
+    def num_slots(self) -> int:
+        """That an executor must have free to take it, or the group that it stands for."""
+        return 1 if self.beams is None else self.beams.width
+
+    @property
+    def num_used(self) -> int:
+        """Output tokens that were computed for it: what all beams of a search took is its first answer's."""
+        beams = self.request.beams
+        if beams is None:
+            return self.num_output
+        return beams.num_generated if self is beams.answers[0] else 0
+
+    def expire_at(self, deadline_ns: int) -> None:
+        """It is not begun from then on."""
+        self.deadline_ns = deadline_ns
+        for beam in self.request.beams.beams if self.request.beams is not None else ():
+            beam.deadline_ns = deadline_ns
 
     def logprobs_of(self, first: int, count: int) -> list[Logprobs | None]:
         """Those of output tokens [first, first + count); None for what another scheduler told of."""

@@ -17,6 +17,7 @@ from common.blocks import blocks_for
 from common.step import ExecutorFacts, NewSequence, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_of, slot_ref
 from scheduler import policy
+from scheduler.beams import BeamGroup
 from scheduler.block_pool import BlockPool
 from scheduler.occupancy import Occupancy
 from scheduler.pace import Pace
@@ -85,6 +86,8 @@ class Draft:
     replace_blocks: list[BlockId] = field(default_factory=list[BlockId])
     new: list[Admission] = field(default_factory=list[Admission])
     copies: list[tuple[BlockId, BlockId]] = field(default_factory=list[tuple[BlockId, BlockId]])
+    told_refs: list[SlotRef] = field(default_factory=list[SlotRef])
+    told_tokens: list[int] = field(default_factory=list[int])
 
 
 class Session:
@@ -112,6 +115,7 @@ class Session:
         self.cache = PrefixCache(facts.block_size)
         self.running: list[Sequence] = []  # best band first, and oldest first within it
         self.tenants: Counter[str] = Counter()  # how many run of each; none is left at 0
+        self.groups: dict[BeamGroup, None] = {}  # those whose beams run here
         self.outstanding: deque[Outstanding] = deque()
         self.leaving = False  # takes no new work
         self.silent = False  # nothing was heard for a while: gets no plan until it speaks again
@@ -130,10 +134,10 @@ class Session:
         self._reserve_blocks = int(reserve * facts.num_blocks)
         self._next_step = 0
         self._answered_ns = -1  # when the last result came; -1 before the first
-        num_slots = min(facts.max_sequences, max_running)
-        self._free_slots = list(range(num_slots))
-        self._reserve_slots = int(reserve * num_slots)
-        self._generations = [0] * num_slots
+        self._num_slots = min(facts.max_sequences, max_running)
+        self._free_slots = list(range(self._num_slots))
+        self._reserve_slots = int(reserve * self._num_slots)
+        self._generations = [0] * self._num_slots
         self._released: list[SlotRef] = []
         self._returning: deque[tuple[int, list[BlockId]]] = deque()  # (last step that may write them, blocks)
 
@@ -149,10 +153,24 @@ class Session:
         """Another step may be sent."""
         return len(self.outstanding) < self.facts.credit
 
+    def could_hold(self, sequence: Sequence) -> bool:
+        """Whether all that the sequence, or its group of beams, may come to need fits when nothing else is here."""
+        if sequence.max_length > self.max_length:
+            return False
+        group = sequence.request.beams
+        if group is None:
+            return True
+        return group.width <= self._num_slots and group.most_blocks(self.block_size) <= self.facts.num_blocks
+
     @property
     def has_slot(self) -> bool:
         """Another sequence may become resident."""
-        return bool(self._free_slots)
+        return self.num_free_slots > 0
+
+    @property
+    def num_free_slots(self) -> int:
+        """Sequences that may become resident: groups keep a slot for each beam that they may come to have."""
+        return len(self._free_slots) - sum(group.width - group.num_resident for group in self.groups)
 
     def is_quarantined(self, now_ns: int) -> bool:
         """It sent too many rows that could not be used: what it computes is not to be trusted."""
@@ -300,7 +318,7 @@ class Session:
         """
         if sequence.account is not None or not self._runs_much(sequence.tenant):
             return True
-        slots_left = len(self._free_slots) > self._reserve_slots
+        slots_left = self.num_free_slots > self._reserve_slots
         return slots_left and self._admits(sequence, match, self._watermark + self._reserve_blocks)
 
     def tenants_of_much(self) -> list[str]:
@@ -324,7 +342,8 @@ class Session:
         """Free blocks that the sequence's known tokens will use up, those included that a match wakes."""
         held = sum(self.pool.ref_count(b) > 0 for b in match.blocks)
         copied = len(match.blocks) * self.block_size > match.num_tokens  # a fork writes into a copy of its last block
-        return blocks_for(len(sequence.tokens), self.block_size) - held + copied
+        beside = sequence.beams.blocks_beside(self.block_size) if sequence.beams is not None else 0
+        return blocks_for(len(sequence.tokens), self.block_size) - held + copied + beside
 
     # ---- making a plan
 
@@ -344,11 +363,7 @@ class Session:
     ) -> None:
         """Give the sequence a slot, the matched blocks and room for `num_tokens`, and tell it whole in the plan."""
         needed, num_free = self._blocks_needed(sequence, match), self.pool.num_free
-        slot = heapq.heappop(self._free_slots)
-        self._generations[slot] += 1
-        sequence.session = self
-        self.tenants[sequence.tenant] += 1
-        sequence.ref = slot_ref(slot, self._generations[slot])
+        self._take_slot(sequence)
         sequence.num_computed = match.num_tokens
         sequence.num_remembered = match.num_tokens // self.block_size
         table = sequence.block_table = list(match.blocks)
@@ -362,6 +377,62 @@ class Session:
         self.make_room(sequence, match.num_tokens, num_tokens, draft, whole=True)
         self.num_promised += needed - (num_free - self.pool.num_free)
         draft.new.append(Admission(sequence, match.num_tokens, stop_token_ids))
+        sequence.num_told = len(sequence.tokens)
+
+    def _take_slot(self, sequence: Sequence) -> None:
+        slot = heapq.heappop(self._free_slots)
+        self._generations[slot] += 1
+        sequence.session = self
+        self.tenants[sequence.tenant] += 1
+        sequence.ref = slot_ref(slot, self._generations[slot])
+        if sequence.beams is not None:
+            sequence.beams.num_resident += 1
+            self.groups[sequence.beams] = None
+
+    def take_in(self, beam: Sequence, parent: Sequence | None = None) -> None:
+        """Give a beam a slot, and what it shares with the beam that it was forked from. The executor hears of it later.
+
+        Without a parent it has no block yet: it gets those that it shares with `share_prefix`.
+        """
+        self._take_slot(beam)
+        beam.num_told = 0
+        beam.is_pending = parent is None
+        if parent is not None:
+            self._share(beam, parent.block_table, parent.num_computed)
+
+    def share_prefix(self, group: BeamGroup) -> None:
+        """Once the first beam's row was planned for what all have in common, the others go on from there."""
+        pending = [beam for beam in group.beams if beam.is_pending]
+        if not pending:
+            return
+        leader, common = group.leader, group.num_common()
+        if self.num_planned(leader) < common:
+            return
+        for beam in pending:
+            match = self.match(beam)  # after a preemption, more of it may still be there
+            blocks, num_tokens = match.blocks, len(match.blocks) * self.block_size
+            if num_tokens < common:
+                blocks, num_tokens = leader.block_table[: blocks_for(common, self.block_size)], common
+            self._share(beam, blocks, num_tokens)
+
+    def _share(self, beam: Sequence, blocks: list[BlockId], num_tokens: int) -> None:
+        beam.block_table = list(blocks)
+        for block in blocks:
+            self.pool.hold(block)
+        beam.num_computed = num_tokens
+        beam.num_remembered = num_tokens // self.block_size
+        beam.is_pending = False
+
+    def _tell(self, beam: Sequence, num_computed: int, draft: Draft) -> None:
+        """What the executor does not know of a beam that gets a row: the token that was chosen, or all of it."""
+        group = beam.beams
+        assert group is not None
+        if not beam.num_told:
+            draft.new.append(Admission(beam, num_computed, tuple(sorted(group.ends))))
+        for token in beam.tokens[beam.num_told :] if beam.num_told else ():
+            draft.told_refs.append(beam.ref)
+            draft.told_tokens.append(token)
+        beam.num_told = len(beam.tokens)
 
     def add_row(self, sequence: Sequence, num_planned: int, num_tokens: int, num_known: int, draft: Draft) -> None:
         """A row of the plan: compute positions [num_planned, num_planned + num_tokens). The blocks are there.
@@ -369,7 +440,10 @@ class Session:
         `num_known` counts tokens that are sampled in flight, too.
         """
         stop = num_planned + num_tokens
-        draft.rows[sequence.ref] = Row(sequence, sequence.attempt, num_tokens, stop == num_known, stop)
+        if sequence.beams is not None:
+            self._tell(sequence, num_planned, draft)
+        samples = stop == num_known and sequence.beams is None
+        draft.rows[sequence.ref] = Row(sequence, sequence.attempt, num_tokens, samples, stop)
         draft.num_scheduled.append(num_tokens)
         draft.budget -= num_tokens
         if stop // self.block_size > sequence.num_remembered:
@@ -397,7 +471,9 @@ class Session:
         else:
             stop = start + tokens
             draft.rows[sequence.ref] = row._replace(
-                num_scheduled=row.num_scheduled + tokens, samples=stop == num_known, stop=stop
+                num_scheduled=row.num_scheduled + tokens,
+                samples=stop == num_known and sequence.beams is None,
+                stop=stop,
             )
             draft.num_scheduled[list(draft.rows).index(sequence.ref)] += tokens
             draft.budget -= tokens
@@ -409,6 +485,7 @@ class Session:
 
         `whole`: the table is told whole in this plan, so its changes need no columns of their own.
         """
+        whole = whole or sequence.is_untold
         table = sequence.block_table
         index = start // self.block_size
         if index < len(table) and self.pool.ref_count(table[index]) > 1:  # copy on write
@@ -448,6 +525,8 @@ class Session:
             new=[self._told_whole(new) for new in draft.new],
             released=released,
             copies=draft.copies,
+            told_refs=draft.told_refs,
+            told_tokens=draft.told_tokens,
         )
 
     @staticmethod
@@ -467,6 +546,7 @@ class Session:
             stop_token_ids=new.stop_token_ids,
             min_tokens=sequence.stop.min_tokens,
             domain=sequence.root[:_DOMAIN_BYTES] if sequence.sampling.grammar is not None else b"",
+            num_candidates=sequence.beams.search.num_kept if sequence.beams is not None else 0,
         )
 
     # ---- giving back
@@ -493,9 +573,15 @@ class Session:
         self.tenants[sequence.tenant] -= 1
         if not self.tenants[sequence.tenant]:
             del self.tenants[sequence.tenant]
-        self._released.append(sequence.ref)
+        if not sequence.is_untold:
+            self._released.append(sequence.ref)
         heapq.heappush(self._free_slots, slot_of(sequence.ref))
         sequence.session = None
+        sequence.is_pending = False
+        if sequence.beams is not None:
+            sequence.beams.num_resident -= 1
+            if not sequence.beams.num_resident:
+                del self.groups[sequence.beams]
         sequence.block_table = []
         sequence.num_computed = sequence.num_remembered = 0
 

@@ -56,6 +56,16 @@ def runs_alone(request: Request) -> bool:
     return len(request.deaths) >= ALONE_AT
 
 
+def is_on_trial(sequence: Sequence, trial: Request) -> bool:
+    """Whether the sequence is one for which the request runs alone. Beams go on together, so all of them are."""
+    return sequence in trial.doubts or (sequence.beams is not None and sequence.request is trial)
+
+
+def who_waits(sequence: Sequence) -> Sequence:
+    """Who stands for the sequence in the line: of beams the first."""
+    return sequence if sequence.beams is None else sequence.beams.leader
+
+
 class Suspects:
     """The requests under suspicion: those with doubts. Empty almost always, and then it costs nothing."""
 

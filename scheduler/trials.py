@@ -41,13 +41,12 @@ class Trials:
 
     def _best_for(self, request: Request, asking: Session, now_ns: int) -> Session | None:
         """The least loaded executor that could hold all of it."""
-        longest = max(sequence.max_length for sequence in request.doubts)
         able = [
             s
             for s in self._sessions.values()
             if s.takes_work(now_ns)
             and not s.is_quarantined(now_ns)
-            and s.max_length >= longest
+            and all(s.could_hold(sequence) for sequence in request.doubts)
             and (s is asking or not s.silent_since(now_ns - self._patience_ns))
         ]
         return min(able, key=lambda s: (len(s.running), s.id), default=None)

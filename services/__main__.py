@@ -326,6 +326,11 @@ def _add_client_flags(parser: argparse.ArgumentParser) -> None:
     structured.add_argument("--choices", action="append", default=[], help="answer with this text; repeatable")
     parser.add_argument("--logprobs", type=int, default=None, metavar="K", help="show each token beside K likely ones")
     parser.add_argument("--prompt-logprobs", type=int, default=None, metavar="K", help="the same for the prompt")
+    parser.add_argument("--beams", type=int, default=None, metavar="WIDTH", help="search for the best answer")
+    parser.add_argument("--length-penalty", type=float, default=None, help="above 0 it prefers long answers")
+    parser.add_argument(
+        "--early-stopping", choices=("likely", "full", "never"), default=None, help="when the search is over"
+    )
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--min-tokens", type=int, default=None, help="tokens before which nothing ends the answer")
     parser.add_argument("--stop", action="append", default=[], help="end the answer before this text; repeatable")
@@ -422,6 +427,11 @@ def _sampling(parsed: argparse.Namespace) -> Any:
     ):  # fmt: skip
         if (value := getattr(parsed, name)) is not None:
             _set(sampling, name, value, _typed(name))
+    for name, field in (("beams", "width"), ("length_penalty", "length_penalty")):
+        if (value := getattr(parsed, name)) is not None:
+            _set(sampling.beams, field, value, _typed(name))
+    if parsed.early_stopping is not None:
+        sampling.beams.early_stopping = pb.EarlyStopping.Value(f"EARLY_STOPPING_{parsed.early_stopping.upper()}")
     _extend(sampling, "allowed_token_ids", parsed.allowed_token_ids)
     _extend(sampling, "banned_token_ids", parsed.banned_token_ids)
     for token, bias in parsed.logit_bias:

@@ -70,6 +70,7 @@ class Finish:
     matched_token_id: int | None
     usage: Usage
     exact: bool = False
+    score: float | None = None  # of an answer that a beam search found
 
 
 class Choice:
@@ -118,7 +119,8 @@ class Choice:
                 logprobs=event.logprobs[: len(piece.tokens)],
             )
         if piece.reason:
-            self._finish = self._end(piece, self._usage(sequence), exact=bool(sequence.determinism))
+            exact = bool(sequence.determinism)
+            self._finish = self._end(piece, self._usage(sequence), exact=exact, score=sequence.score)
         return delta, self._finish
 
     def _push(self, tokens: list[int], reason: FinishReason) -> Piece:
@@ -128,7 +130,7 @@ class Choice:
         self.num_tokens += len(piece.tokens)
         return piece
 
-    def _end(self, piece: Piece, usage: Usage, *, exact: bool) -> Finish:
+    def _end(self, piece: Piece, usage: Usage, *, exact: bool, score: float | None = None) -> Finish:
         return Finish(
             choice=self._number,
             reason=piece.reason,
@@ -136,6 +138,7 @@ class Choice:
             matched_token_id=piece.matched_token_id,
             usage=usage,
             exact=exact,
+            score=score,
         )
 
     def _usage(self, s: CoreSequence) -> Usage:

@@ -21,7 +21,7 @@ from services.answer import Answer, Choice, PinnedPrefix
 from services.bad_words import token_sequences
 from services.caller import Caller
 from services.chat_template import ChatTemplate
-from services.choice_text import ChoiceText
+from services.choice_text import ChoiceText, StopFollower
 from services.engine import Engine, RequestStream
 from services.grammar_checker import GrammarChecker
 from services.live_requests import LiveRequest, LiveRequests
@@ -145,7 +145,7 @@ class Answerer:
             priority=size.priority,
             prompt_tokens=size.fewest_tokens,
             max_tokens=size.max_tokens,
-            choices=size.n,
+            choices=size.num_sequences,
             deadline_ns=self._engine.deadline_after(time_left_s),
             resumed=size.resumed,
         )
@@ -234,6 +234,7 @@ class Answerer:
             priority=spec.priority,
             deadline_ns=deadline_ns,
             cache=spec.cache or CacheControl(),
+            follow=StopFollower(self._text(spec, prompt)) if spec.sampling.beams and spec.stop_strings else None,
         )
 
     async def _understand(self, spec: GenerateSpec, tenant: str) -> tuple[GenerateSpec, list[int], Scope]:
@@ -280,7 +281,10 @@ class Answerer:
         return token_sequences(*arguments)
 
     def _choice(self, spec: GenerateSpec, prompt: list[int], scope: Scope, n: int) -> Choice:
-        text = ChoiceText(
+        return Choice(n, len(prompt), self._text(spec, prompt), self._tickets.writer(scope, n))
+
+    def _text(self, spec: GenerateSpec, prompt: list[int]) -> ChoiceText:
+        return ChoiceText(
             self.tokenizer,
             prompt,
             stop_strings=spec.stop_strings,
@@ -288,7 +292,6 @@ class Answerer:
             min_tokens=spec.min_tokens,
             include_stop=spec.include_stop,
         )
-        return Choice(n, len(prompt), text, self._tickets.writer(scope, n))
 
     def _natural_end(self, spec: GenerateSpec, tokens: Sequence[int]) -> FinishReason:
         """Whether tokens that we have sent end the choice: nothing follows an end, so only the last can be one."""

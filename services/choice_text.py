@@ -7,6 +7,7 @@ would have: `fold(a + b)` is `resume(fold(a), b)`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -47,6 +48,13 @@ class ChoiceText:
         self._num_unstoppable = max(0, min_tokens - 1)  # tokens behind which no stop string ends the text
         self._include_stop = include_stop
 
+    def fork(self) -> ChoiceText:
+        """Another one that stands where this one does."""
+        other = copy.copy(self)
+        other._decoder = self._decoder.fork()
+        other._stops = self._stops.fork() if self._stops is not None else None
+        return other
+
     def push(self, tokens: list[int], reason: FinishReason) -> Piece:
         """Take the next tokens, and why they are the last, if they are.
 
@@ -83,3 +91,15 @@ class ChoiceText:
             return text, None, None
         piece, matched = stops.push(self._decoder.finish())
         return text + piece + ("" if matched else stops.flush()), matched, None
+
+
+class StopFollower:
+    """Where a stop string ends the text of a beam: the scheduler's TextFollower."""
+
+    def __init__(self, text: ChoiceText) -> None:
+        self._text = text
+
+    def behind(self, token: int) -> tuple[StopFollower, bool]:
+        """One that stands behind `token`, too, and whether that completes a stop string. This one stays as it is."""
+        text = self._text.fork()
+        return StopFollower(text), text.push([token], _GOES_ON).reason is not _GOES_ON

@@ -17,7 +17,7 @@ from typing import Any, Final
 from common.determinism import is_determinism_class
 from common.errors import ExecutorRejected, InvalidRequest
 from common.sampling import Grammar, RequestLimits, SamplingParams, check_sampling
-from common.step import ExecutorFacts, Logprobs, NewSequence, Scored, StepPlan, StepResult
+from common.step import ExecutorFacts, Logprobs, NewSequence, Ranked, Scored, StepPlan, StepResult
 from common.types import MAX_SLOTS, BlockId, SlotRef
 from protos import executor_pb2 as pb
 
@@ -46,9 +46,11 @@ _NOTHING: Final = memoryview(array("I", ()))
 # Columns of a plan that most steps do not have, and which of them have one number for each of another's.
 _CHANGES: Final = (
     "append_refs", "append_blocks", "replace_refs", "replace_indices", "replace_blocks", "released",
+    "told_refs", "told_tokens",
 )  # fmt: skip
 _EQUALLY_LONG: Final = (
     ("append_blocks", "append_refs"), ("replace_indices", "replace_refs"), ("replace_blocks", "replace_refs"),
+    ("told_tokens", "told_refs"),
 )  # fmt: skip
 
 # At least 1, or the scheduler would divide by zero or wait for ever. It keeps a line for each block, and plans ahead
@@ -132,6 +134,12 @@ def result_to_pb(result: StepResult, session: int) -> pb.StepResult:
         message.top_counts = _pack([len(each.top) for each in logprobs])
         message.top_token_ids = _pack([token for each in logprobs for token in each.top_ids])
         message.top_logprobs = _pack_floats([value for each in logprobs for value in each.top])
+    if result.ranked:
+        message.ranked_refs = _pack([each.ref for each in result.ranked])
+        message.ranked_indices = _pack([each.index for each in result.ranked])
+        message.ranked_counts = _pack([len(each.token_ids) for each in result.ranked])
+        message.ranked_token_ids = _pack([token for each in result.ranked for token in each.token_ids])
+        message.ranked_logprobs = _pack_floats([value for each in result.ranked for value in each.logprobs])
     return message
 
 
@@ -152,6 +160,7 @@ def result_from_pb(message: pb.StepResult) -> StepResult:
         compute_ns=message.compute_ns,
         idle_ns=message.idle_ns,
         scored=_scored_from_pb(message) if message.scored_refs else (),
+        ranked=_ranked_from_pb(message) if message.ranked_refs else (),
     )
 
 
@@ -244,6 +253,7 @@ def _new_to_pb(new: NewSequence) -> pb.NewSequence:
         stop_token_ids=new.stop_token_ids,
         min_tokens=new.min_tokens,
         domain=new.domain,
+        num_candidates=new.num_candidates,
     )
 
 
@@ -266,6 +276,7 @@ def _new_from_pb(message: pb.NewSequence, path: str) -> NewSequence:
         stop_token_ids=tuple(message.stop_token_ids),
         min_tokens=message.min_tokens,
         domain=message.domain,
+        num_candidates=message.num_candidates,
     )
 
 
@@ -341,6 +352,26 @@ def _scored_from_pb(message: pb.StepResult) -> list[Scored]:
         scored.append(Scored(SlotRef(ref), position, logprobs))
         begin = end
     return scored
+
+
+def _ranked_from_pb(message: pb.StepResult) -> list[Ranked]:
+    refs = _list("ranked_refs", message.ranked_refs)
+    indices = _list("ranked_indices", message.ranked_indices)
+    counts = _list("ranked_counts", message.ranked_counts)
+    ids = _list("ranked_token_ids", message.ranked_token_ids)
+    values = _floats("ranked_logprobs", message.ranked_logprobs)
+    _check_lengths("ranked_indices", indices, "ranked_refs", refs)
+    _check_lengths("ranked_counts", counts, "ranked_refs", refs)
+    _check_lengths("ranked_logprobs", values, "ranked_token_ids", ids)
+    if sum(counts) != len(ids):
+        raise WireError("ranked_counts", f"tell of {sum(counts)} tokens, ranked_token_ids has {len(ids)}")
+    ranked: list[Ranked] = []
+    begin = 0
+    for ref, index, count in zip(refs, indices, counts, strict=True):
+        end = begin + count
+        ranked.append(Ranked(SlotRef(ref), index, tuple(ids[begin:end]), tuple(values[begin:end])))
+        begin = end
+    return ranked
 
 
 def _copies_from_pb(data: bytes) -> list[tuple[BlockId, BlockId]]:

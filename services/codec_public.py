@@ -19,11 +19,14 @@ from typing import Any, Final, Literal
 from common.cache_control import CacheControl, check_cache_control
 from common.errors import InvalidRequest
 from common.sampling import (
+    BeamParams,
+    EarlyStopping,
     Grammar,
     RequestLimits,
     SamplingParams,
     StopConditions,
     check_bad_words,
+    check_beams,
     check_lengths,
     check_listed,
     check_sampling,
@@ -57,6 +60,12 @@ Spell = Callable[[int], bytes]
 _DEFAULTS: Final = SamplingParams()
 _MAX_REQUEST_ID: Final = 128
 _PRIORITIES: Final = frozenset(int(priority) for priority in Priority)
+_EARLY_STOPPING: Final[dict[int, EarlyStopping]] = {
+    pb.EARLY_STOPPING_UNSPECIFIED: False,
+    pb.EARLY_STOPPING_LIKELY: False,
+    pb.EARLY_STOPPING_FULL: True,
+    pb.EARLY_STOPPING_NEVER: "never",
+}
 _NUMBERS: Final[tuple[_Number, ...]] = typing.get_args(_Number)
 
 
@@ -70,14 +79,14 @@ def size_from_pb(
     resumes = isinstance(message, pb.ResumeRequest)
     request = message.request if isinstance(message, pb.ResumeRequest) else message
     asked, stopping = request.sampling, request.stopping
-    n = asked.n if asked.HasField("n") else 1
+    n = asked.beams.width if asked.HasField("beams") else asked.n if asked.HasField("n") else 1
     return RequestSize(
         request_id=request.request_id,
         resumable=resumes or (isinstance(request, pb.GenerateStreamRequest) and request.resumable),
         resumed=isinstance(message, pb.ResumeRequest)
         and any(point.token_ids for point in islice(message.choices, limits.max_choices)),
         priority=Priority(request.priority) if int(request.priority) in _PRIORITIES else Priority.NORMAL,
-        n=n if 1 <= n <= limits.max_choices else 1,
+        num_sequences=n if 1 <= n <= limits.max_choices else 1,
         max_tokens=stopping.max_tokens if 1 <= stopping.max_tokens <= max_length else 1,
         fewest_tokens=min(_fewest_tokens(request, limits), max_length),
     )
@@ -117,6 +126,7 @@ def request_from_pb(
     n = asked.n if asked.HasField("n") else 1
     if not 1 <= n <= limits.max_choices:
         raise InvalidRequest("n", f"must be in [1, {limits.max_choices}], got {n}")
+    check_beams(sampling, n, limits)
     stopping = request.stopping
     max_tokens = stopping.max_tokens if stopping.HasField("max_tokens") else None
     spec = GenerateSpec(
@@ -176,9 +186,12 @@ def sampling_from_pb(sampling: pb.SamplingParams) -> SamplingParams:
 
     Bad words are left out: their tokens are not known here. So is the grammar, which is `structured_from_pb`'s.
     """
-    given: dict[str, Any] = {name: _shortest(getattr(sampling, name)) for name in _NUMBERS if sampling.HasField(name)}
+    beams = beams_from_pb(sampling)
+    given: dict[str, Any] = {} if beams is None else {"temperature": 0.0}
+    given |= {name: _shortest(getattr(sampling, name)) for name in _NUMBERS if sampling.HasField(name)}
     return SamplingParams(
         **given,
+        beams=beams,
         top_k=sampling.top_k if sampling.HasField("top_k") else _DEFAULTS.top_k,
         seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(63),
         logit_bias=tuple((token, _shortest(sampling.logit_bias[token])) for token in sorted(sampling.logit_bias)),
@@ -186,6 +199,21 @@ def sampling_from_pb(sampling: pb.SamplingParams) -> SamplingParams:
         banned_token_ids=tuple(sampling.banned_token_ids),
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
+    )
+
+
+def beams_from_pb(sampling: pb.SamplingParams) -> BeamParams | None:
+    """The beam search that is asked for; not checked."""
+    if not sampling.HasField("beams"):
+        return None
+    asked = sampling.beams
+    if asked.early_stopping not in _EARLY_STOPPING:
+        names = ", ".join(pb.EarlyStopping.keys())
+        raise InvalidRequest("beams.early_stopping", f"must be one of {names}, got {asked.early_stopping}")
+    return BeamParams(
+        width=asked.width,
+        length_penalty=_shortest(asked.length_penalty) if asked.HasField("length_penalty") else 1.0,
+        early_stopping=_EARLY_STOPPING[asked.early_stopping],
     )
 
 
@@ -323,6 +351,7 @@ def finish_pb(finish: Finish) -> pb.Finish:
         matched_token_id=finish.matched_token_id,
         usage=_usage_pb(finish),
         exact=finish.exact,
+        score=finish.score,
     )
 
 
@@ -332,6 +361,8 @@ def fill_finish(choice: pb.Choice, finish: Finish) -> None:
     choice.reason = end.reason
     choice.usage.CopyFrom(end.usage)
     choice.exact = end.exact
+    if finish.score is not None:
+        choice.score = finish.score
     if finish.matched_stop is not None:
         choice.matched_stop = finish.matched_stop
     if finish.matched_token_id is not None:

@@ -34,6 +34,7 @@ from common.errors import (
 from common.sampling import SamplingParams, StopConditions
 from common.step import ExecutorFacts, Logprobs, StepPlan, StepResult
 from common.types import FinishReason, Priority, SequenceId
+from scheduler.beams import TextFollower
 from scheduler.pins import Pin
 from scheduler.results import ProtocolError
 from scheduler.scheduler import Scheduler, TokenOutput
@@ -276,8 +277,11 @@ class Engine:
         priority: Priority = Priority.NORMAL,
         deadline_ns: int = 0,
         cache: CacheControl = CacheControl(),  # noqa: B008 - it is a tuple
+        follow: TextFollower | None = None,
     ) -> RequestStream:
         """Queue a request, or the rest of one: `begun` is what its choices have already.
+
+        `follow` is for a beam search that stop strings end.
 
         Raises InvalidRequest, Overloaded, Unavailable while draining, DeadlineExceeded. The rest of one is not refused
         because too much is pinned: it then goes on without its pin.
@@ -288,7 +292,7 @@ class Engine:
             priority=priority,
             prompt_tokens=len(prompt),
             max_tokens=stop.max_tokens,
-            choices=choices if begun is None else len(begun),
+            choices=sampling.beams.width if sampling.beams else choices if begun is None else len(begun),
             deadline_ns=deadline_ns,
             resumed=begun is not None and any(before.tokens for before in begun.values()),
         )
@@ -309,6 +313,7 @@ class Engine:
             priority=priority,
             expected_output=self.admission.expected_output(ask),
             deadline_ns=deadline_ns,
+            follow=follow,
         )
         self.admission.take(ask, now)
         stream = RequestStream(self, made, {s.choice: s.num_output for s in made})
@@ -337,7 +342,7 @@ class Engine:
             elif sequence.id in self._streams:
                 self._streams[sequence.id] = taker
         for sequence in sequences:
-            sequence.deadline_ns = deadline_ns
+            sequence.expire_at(deadline_ns)
         self._expire_at(taker, deadline_ns)
         taker.pin = stream.pin
         if stream.giving_up is not None:
@@ -607,7 +612,7 @@ class Engine:
         if sequence.request.resumed:  # the rest was paid where it began
             expected, used = 0, made
         else:
-            expected, used = sequence.cost, prompt + sequence.num_output if sequence.admitted_ns else 0
+            expected, used = sequence.cost, prompt + sequence.num_used if sequence.admitted_ns else 0
         self.admission.settle(
             sequence.tenant,
             expected=expected,

@@ -83,7 +83,7 @@ class RequestSize:
     resumable: bool  # it may run here already
     resumed: bool  # its caller has some of its answer
     priority: Priority
-    n: int
+    num_sequences: int  # that are computed: choices, or beams
     max_tokens: int
     fewest_tokens: int  # that the prompt can have
 

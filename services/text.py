@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -177,6 +178,12 @@ class IncrementalDecoder:
         self.push(reversed(context))
         self._owed = self._held()
 
+    def fork(self) -> IncrementalDecoder:
+        """Another one that stands where this one does."""
+        other = copy.copy(self)
+        other._window = self._window[:]
+        return other
+
     def push(self, token_ids: Iterable[int]) -> str:
         """Take the next tokens; return the text that became certain."""
         if self._spelling is not None:
@@ -262,6 +269,12 @@ class StopMatcher:
         self._num_matched = [0] * len(self._stops)  # characters of each stop that the text so far ends with
         self._held = ""  # the longest such end; not returned yet
         self._matched: str | None = None
+
+    def fork(self) -> StopMatcher:
+        """Another one that stands where this one does."""
+        other = copy.copy(self)
+        other._num_matched = self._num_matched[:]
+        return other
 
     def push(self, text: str, *, may_end: bool = True) -> tuple[str, str | None]:
         """Take more text; return what may be told of it, and the stop string once it is there.

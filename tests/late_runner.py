@@ -25,7 +25,7 @@ class LateRunner(FakeRunner):
 
     def _settle(self, plan: StepPlan, computed: Computed, reserved: Reserved) -> StepResult:
         sampled = self._resident.settle(reserved, computed.tokens, computed.failed)
-        return result_of(plan, sampled, computed.scored)
+        return result_of(plan, sampled, computed)
 
 
 class _Late:

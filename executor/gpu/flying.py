@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from common.step import Scored, StepResult
+from common.step import Ranked, Scored, StepResult
 from executor.gpu.inputs import StepInputs
 from executor.gpu.packing import StagingBuffer
 from executor.resident import Reserved
@@ -34,6 +34,7 @@ class FlyingStep:
         self.chosen: dict[int, int] = {}  # tokens that the host chose, by sampled row; -1: none could be
         self.unready: list[int] = []  # sampled rows for which none can be chosen yet
         self.scored: list[Scored] = []  # tokens of prompts
+        self.ranked: list[Ranked] = []  # beams
         self.settled: StepResult | None = None
         # on the device, while it is launched
         self.inputs: StepInputs | None = None

@@ -4,8 +4,8 @@ A step needs nothing of the step before that is not on the device already: its t
 rows, positions and blocks are known without them. So while one step is computed the next ones are launched behind it;
 tokens are read when their step's event has come, and a row that had met its end by then was computed in vain.
 
-Three kinds of rows need the host: those whose logits are edited (their launch waits for the tokens before), those with
-typical-p, which only the host's sampler knows, and prompts that are scored.
+Four kinds of rows need the host: those whose logits are edited (their launch waits for the tokens before), those with
+typical-p, which only the host's sampler knows, beams, which are ranked, and prompts that are scored.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from executor.gpu.tables import MirroredTables, Updates
 from executor.guide import Grammars
 from executor.kv_cache import KvCache, SlabFormat, block_bytes, copied_together, fit_slab
 from executor.loading import open_model
+from executor.ranking import prepare, rank_all, who_ranks
 from executor.resident import Resident
 from executor.runner import DeviceLost, Launched, Report
 from executor.sampler import sample
@@ -319,9 +320,10 @@ class GpuRunner:
     def _choose_on_the_host(self, step: FlyingStep, batch: InputBatch) -> None:
         """Choose again, here, for rows whose logits are edited, or that only the sampler of the host can cut."""
         held, slots = self._resident, batch.sampled_slots
+        ranking = who_ranks(held, slots)
         rows = [row for row, slot in enumerate(slots.tolist()) if slot in held.controlled] if held.controlled else []
         typical = (held.typical_p[slots] < 1) & (held.temperature[slots] > 0)
-        rows = sorted({*rows, *np.flatnonzero(typical).tolist()})
+        rows = sorted({*rows, *np.flatnonzero(typical).tolist(), *(each.row for each in ranking)})
         if not rows:
             return
         look_ahead(held, slots[rows])
@@ -332,10 +334,14 @@ class GpuRunner:
             return
         assert step.logits is not None
         values = torch.stack([step.logits[row] for row in rows]).float().cpu().numpy()
+        beams = [each._replace(row=rows.index(each.row)) for each in ranking if each.row not in step.unready]
+        finite = prepare(values, beams)
         edit(values, held, slots[rows])
         chosen = sample(values, columns(held, slots[rows], batch.sampled_indices[rows]))
+        step.ranked, chosen = rank_all(values, beams, finite, chosen)
         step.chosen = dict(zip(rows, chosen.or_none(), strict=True))
-        good = [row for row, token in step.chosen.items() if token >= 0]
+        ranked = {each.row for each in ranking}
+        good = [row for row, token in step.chosen.items() if token >= 0 and row not in ranked]
         where = self._device.torch_device
         places = torch.from_numpy(batch.sampled_places[good]).to(where)
         tokens = torch.tensor([step.chosen[row] for row in good], dtype=torch.int32).to(where)
@@ -413,6 +419,7 @@ class GpuRunner:
             compute_ns=buffer.done.ns_since(buffer.begun),
             idle_ns=idle_ns,
             scored=scored,
+            ranked=step.ranked,
         )
         step.forget()
 

@@ -76,12 +76,15 @@ class MirroredTables:
 
     def updates(self, plan: StepPlan) -> Updates:
         """What `plan` changed. The resident tables have applied it already."""
-        if not plan.new and not plan.append_refs and not plan.replace_refs:
+        if not plan.new and not plan.told_refs and not plan.append_refs and not plan.replace_refs:
             return NO_UPDATES
         places: list[NDArray[np.int64]] = []
         values: list[NDArray[np.int32]] = []
         for sequence in plan.new:
             self._admit(slot_of(sequence.ref), places, values)
+        if plan.told_refs:
+            places.append(self._token_ids + self._resident.told_places(plan))
+            values.append(np.asarray(plan.told_tokens).astype(np.int32))
         if plan.append_refs:
             self._append(plan.append_refs, places, values)
         if plan.replace_refs:

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Final
 
 from common.model_folder import ModelFolder, read_model_folder
-from common.sampling import SamplingParams, StopConditions
+from common.sampling import BeamParams, SamplingParams, StopConditions
+from common.types import FinishReason
 from executor.fake_runner import Prefix, digests_of
 from protos import inference_pb2 as pb
-from services.text import Tokenizer
+from scheduler.stopping import finish_reason, stop_tokens
+from services.text import IncrementalDecoder, Tokenizer
 from tests.e2e import fake_model
 from tests.faults.checker import Expected, undisturbed
 from tests.faults.virtual_executor import true_token
 from tests.faults.virtual_scheduler import TENANTS
+from tests.scheduler.searched import searched
 
 _FAMILIES: Final = [[(11 * family + 7 * i) % 300 + 1 for i in range(40)] for family in range(2)]
 
@@ -54,7 +57,7 @@ class DrawnRequest:
                 digest=digests[num_tokens - 1],
                 greedy=sampling.temperature == 0,
                 seed=sampling.seed,
-                choice=choice,
+                choice=0 if sampling.HasField("beams") else choice,
             )
 
     @property
@@ -93,7 +96,7 @@ def draw_request(draw: random.Random, number: int, *, long: bool, pins: bool) ->
     structured = None
     if not stop.ignore_eos and random.Random(f"grammar of {number} {prompt}").random() < 0.2:
         structured = pb.StructuredOutput(regex=".*")  # the fake model keeps none, but has it compiled
-    return DrawnRequest(
+    drawn = DrawnRequest(
         tenant=draw.choice(list(TENANTS)),
         message=pb.GenerateStreamRequest(
             request_id=f"{number}",
@@ -115,6 +118,39 @@ def draw_request(draw: random.Random, number: int, *, long: bool, pins: bool) ->
         ),
         expected=[replace(_alone(prompt, sampling, choice, stop), logprobs=logprobs) for choice in range(n)],
     )
+    return drawn if long or random.Random(f"beams {number} {prompt}").random() < 0.9 else _with_beams(drawn)
+
+
+def _with_beams(drawn: DrawnRequest) -> DrawnRequest:
+    """A beam search instead, which every executor can hold."""
+    message = pb.GenerateStreamRequest()
+    message.CopyFrom(drawn.message)
+    stopping, asked = message.stopping, message.sampling
+    stopping.max_tokens = min(stopping.max_tokens, 16)
+    del stopping.stop[:]
+    asked.n, asked.beams.width = min(asked.n, 2), 2
+    asked.ClearField("temperature")
+    asked.ClearField("logprobs")
+    stop = StopConditions(
+        max_tokens=stopping.max_tokens,
+        stop_token_ids=tuple(stopping.stop_token_ids),
+        ignore_eos=stopping.ignore_eos,
+    )
+    sampling = SamplingParams(temperature=0.0, seed=asked.seed, beams=BeamParams(2))
+    model, tokenizer = fake_folder()
+    eos = frozenset(model.eos_token_ids)
+    ends = frozenset(stop_tokens(stop, eos))
+    found = searched(
+        drawn.prompt, sampling, stop.max_tokens, ends=ends, vocab_size=model.vocab_size, model=true_token
+    )  # fmt: skip
+    expected = [Expected(tokens=[], reason=FinishReason.ERROR)] * asked.n
+    for choice, hypothesis in enumerate((found or [])[: asked.n]):
+        tokens = hypothesis.tokens.tolist()
+        reason = finish_reason(tokens[-1], len(tokens), stop, eos)
+        decoder = IncrementalDecoder(tokenizer, drawn.prompt, skip_special_tokens=True)
+        text = decoder.push(tokens[:-1] if tokens[-1] in ends else tokens) + decoder.finish()
+        expected[choice] = Expected(tokens=tokens, reason=reason, text=text)
+    return replace(drawn, message=message, expected=expected)
 
 
 def _draw_cache(draw: random.Random, num_prompt: int, *, pins: bool) -> pb.CacheControl | None:

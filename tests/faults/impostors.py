@@ -37,7 +37,11 @@ def no_stop_conditions(request: pb.ResumeRequest) -> None:
 
 
 def another_temperature(request: pb.ResumeRequest) -> None:
-    request.request.sampling.temperature += 0.5
+    sampling = request.request.sampling
+    if sampling.HasField("beams"):
+        sampling.beams.length_penalty = 2.0  # which has no temperature
+    else:
+        sampling.temperature += 0.5
 
 
 def another_prompt(request: pb.ResumeRequest) -> None:

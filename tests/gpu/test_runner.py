@@ -29,7 +29,7 @@ from executor.gpu.runner import GpuRunner
 from executor.guide import Guide
 from executor.model_runner import ModelRunner
 from executor.resident import PlanError
-from executor.runner import DeviceLost, Launched, Runner
+from executor.runner import DeviceLost, Launched, Runner, execute
 from tests.executor.guides import held_up, save_letters, until_compiled
 from tests.executor.tiny_models import VOCAB_SIZE, save_tiny
 from tests.gpu.story import BLOCK_SIZE, MAX_STEP_TOKENS, NUM_BLOCKS, NUM_SLOTS, Story
@@ -242,6 +242,29 @@ def test_rows_that_need_the_host_run_among_the_others(plain: Runner, host: Host,
     story = Story(seed=3 + depth, samplings=PLAIN + CONTROLLED, lag=depth - 1, vocab_size=VOCAB_SIZE)
 
     assert play(story, plain, host.runner, num_steps=36, depth=depth) > 36
+
+
+def test_beams_are_ranked_among_the_others_and_go_on_from_what_they_are_told(plain: Runner, host: Host) -> None:
+    new = [
+        sequence(A, PROMPT, [3, 9, 10], num_candidates=6),
+        sequence(B, PROMPT, [4, 5, 6], num_candidates=6, sampling=CONTROLLED[0]),
+        sequence(C, PROMPT, [1, 2, 7]),
+    ]
+    plans = [
+        StepPlan(step=0, refs=[A, B, C], num_scheduled=[7, 7, 7], new=new),
+        StepPlan(step=1, refs=[A, B, C], num_scheduled=[1, 1, 1], told_refs=[A, B], told_tokens=[11, 12]),
+        StepPlan(step=2, refs=[B, C], num_scheduled=[1, 1], told_refs=[B], told_tokens=[13]),
+    ]
+    plain.begin_session()
+    host.runner.begin_session()
+    for plan in plans:
+        ours, theirs = execute(host.runner, plan), execute(plain, plan)
+
+        assert (ours.refs, ours.tokens) == (theirs.refs, theirs.tokens)
+        assert [each.ref for each in ours.ranked] == [ref for ref in plan.refs if ref != C]
+        assert [each[:3] for each in ours.ranked] == [each[:3] for each in theirs.ranked]
+        for mine, other in zip(ours.ranked, theirs.ranked, strict=True):
+            assert list(mine.logprobs) == pytest.approx(list(other.logprobs), abs=1e-4)
 
 
 def test_rows_with_a_grammar_run_among_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from common.errors import ExecutorRejected
 from common.sampling import Grammar, SamplingParams
-from common.step import ExecutorFacts, Logprobs, NewSequence, Scored, StepPlan, StepResult
+from common.step import ExecutorFacts, Logprobs, NewSequence, Ranked, Scored, StepPlan, StepResult
 from common.types import MAX_SLOTS, BlockId, SlotRef, slot_ref
 from protos import executor_pb2 as pb
 from services import codec_link
@@ -65,6 +65,10 @@ SCORED = st.builds(
     ),
     U32, U32, LOGPROB, TOPS,
 )  # fmt: skip
+RANKED = st.builds(
+    lambda ref, index, top: Ranked(ref, index, tuple(id for id, _ in top), tuple(value for _, value in top)),
+    U32, U32, TOPS,
+)  # fmt: skip
 
 
 @st.composite
@@ -83,12 +87,13 @@ def new_sequences(draw: st.DrawFn) -> NewSequence:
         stop_token_ids=tuple(draw(st.lists(U32, max_size=4))),
         min_tokens=draw(U32),
         domain=draw(st.binary(max_size=16)),
+        num_candidates=draw(U32),
     )
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> StepPlan:
-    num_rows, num_appended, num_replaced = (draw(st.integers(0, 8)) for _ in range(3))
+    num_rows, num_appended, num_replaced, num_told = (draw(st.integers(0, 8)) for _ in range(4))
     granted = st.one_of(st.just([1] * num_rows), st.lists(POSITIVE, min_size=num_rows, max_size=num_rows))
     return StepPlan(
         step=draw(U64),
@@ -102,6 +107,8 @@ def plans(draw: st.DrawFn) -> StepPlan:
         new=draw(st.lists(new_sequences(), max_size=3)),
         released=draw(st.lists(U32, max_size=8)),
         copies=draw(st.lists(st.tuples(U32, U32), max_size=4)),
+        told_refs=draw(column(num_told)),
+        told_tokens=draw(column(num_told)),
     )
 
 
@@ -118,6 +125,7 @@ def results(draw: st.DrawFn) -> StepResult:
         compute_ns=draw(U64),
         idle_ns=draw(U64),
         scored=draw(st.lists(SCORED, min_size=1, max_size=4)) if draw(st.booleans()) else (),
+        ranked=draw(st.lists(RANKED, min_size=1, max_size=4)) if draw(st.booleans()) else (),
     )
 
 
@@ -179,6 +187,8 @@ def a_plan() -> pb.StepPlan:
         new=[new],
         released=[slot_ref(3, 0)],
         copies=[(BlockId(6), BlockId(7))],
+        told_refs=[slot_ref(1, 0)],
+        told_tokens=[5],
     )
     return plan_to_pb(plan, session=1)
 
@@ -261,6 +271,8 @@ PLAN_COLUMNS = [
     "replace_blocks",
     "released",
     "copies",
+    "told_refs",
+    "told_tokens",
 ]
 
 
@@ -284,6 +296,8 @@ def test_a_plan_with_a_cut_number_is_refused_by_the_columns_name(name: str) -> N
         ("replace_refs", "replace_indices"),
         ("replace_indices", "replace_indices"),
         ("replace_blocks", "replace_blocks"),
+        ("told_refs", "told_tokens"),
+        ("told_tokens", "told_tokens"),
     ],
 )
 def test_a_plan_with_columns_of_unequal_length_is_refused(name: str, blamed: str) -> None:
@@ -440,6 +454,24 @@ def a_scored_result() -> pb.StepResult:
 def test_scores_with_a_cut_or_a_missing_number_are_refused_by_name(name: str) -> None:
     for end in (-1, -4):
         message = a_scored_result()
+        setattr(message, name, getattr(message, name)[:end])
+
+        with pytest.raises(WireError) as caught:
+            result_from_pb(message)
+        assert end == -4 or caught.value.field == name
+
+
+def a_ranked_result() -> pb.StepResult:
+    ranked = [Ranked(slot_ref(1, 0), 5, (7, 8), (-0.25, -0.5)), Ranked(slot_ref(2, 0), 9, (3,), (-1.0,))]
+    return result_to_pb(StepResult(step=0, ranked=ranked), session=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["ranked_refs", "ranked_indices", "ranked_counts", "ranked_token_ids", "ranked_logprobs"]
+)
+def test_ranks_with_a_cut_or_a_missing_number_are_refused_by_name(name: str) -> None:
+    for end in (-1, -4):
+        message = a_ranked_result()
         setattr(message, name, getattr(message, name)[:end])
 
         with pytest.raises(WireError) as caught:

@@ -12,7 +12,8 @@ from scheduler.pins import PinLimits
 from scheduler.scheduler import SchedulerLimits
 from services.status import from_rpc_error
 from tests.e2e import fake_model
-from tests.services.test_resuming import Heard, Server, refused, request, run, serving
+from tests.services.heard import Heard
+from tests.services.test_resuming import Server, refused, request, run, serving
 
 LIMITS = SchedulerLimits(pins=PinLimits(max_tokens_per_tenant=20, max_share=1))
 
