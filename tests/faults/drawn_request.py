@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Final
 
 from common.model_folder import ModelFolder, read_model_folder
 from common.sampling import SamplingParams, StopConditions
+from common.types import FinishReason
 from executor.fake_runner import Prefix, digests_of
 from protos import inference_pb2 as pb
 from services.text import Tokenizer
@@ -37,7 +39,8 @@ class DrawnRequest:
 
     tenant: str
     message: pb.GenerateStreamRequest
-    expected: list[Expected]
+    made: list[Expected]  # every choice that is made
+    expected: list[Expected]  # those that are told, in their order
 
     @property
     def prompt(self) -> list[int]:
@@ -46,7 +49,7 @@ class DrawnRequest:
 
     def places(self, choice: int) -> Iterator[Prefix]:
         """What the model is asked for one choice, token by token."""
-        prompt, tokens, sampling = self.prompt, self.expected[choice].tokens, self.message.sampling
+        prompt, tokens, sampling = self.prompt, self.made[choice].tokens, self.message.sampling
         digests = digests_of([*prompt, *tokens])
         for num_tokens in range(len(prompt), len(prompt) + len(tokens)):
             yield Prefix(
@@ -68,11 +71,14 @@ class DrawnRequest:
         ours, theirs = self.message.cache, other.message.cache
         if ours.no_cache or theirs.no_cache or (self.tenant, ours.cache_salt) != (other.tenant, theirs.cache_salt):
             return 0
-        return max(_common([*other.prompt, *e.tokens], self.prompt) for e in other.expected)
+        return max(_common([*other.prompt, *e.tokens], self.prompt) for e in other.made)
 
 
-def draw_request(draw: random.Random, number: int, *, long: bool, pins: bool) -> DrawnRequest:
-    """One request; `long` ones need all the memory that there is. `pins`: it may pin its prompt."""
+def draw_request(draw: random.Random, number: int, *, long: bool, pins: bool, ranks: bool) -> DrawnRequest:
+    """One request; `long` ones need all the memory that there is.
+
+    `pins`: it may pin its prompt. `ranks`: it may ask for the best of several, because none of them can fail.
+    """
     own = [draw.randrange(300) for _ in range(draw.choice([1, 2, 5]))]
     shared = _FAMILIES[draw.randrange(2)][: draw.randrange(0, 34)]
     before = [draw.randrange(300)] * 8 if draw.random() < 0.2 else []  # equal blocks after other ones
@@ -90,12 +96,17 @@ def draw_request(draw: random.Random, number: int, *, long: bool, pins: bool) ->
         stop = replace(stop, stop_strings=(text[at : at + draw.randint(1, 4)] or "?",))
     # drawn apart, so that the stories are otherwise what they were
     logprobs = random.Random(f"{number} {prompt}").choice([None, None, 0, 2])
+    apart = random.Random(f"best {number} {prompt}")
+    best_of = apart.randint(max(n, 2), 4) if ranks and apart.random() < 0.15 else None
+    made = [replace(_alone(prompt, sampling, choice, stop), logprobs=logprobs) for choice in range(best_of or n)]
     return DrawnRequest(
         tenant=draw.choice(list(TENANTS)),
         message=pb.GenerateStreamRequest(
             request_id=f"{number}",
             token_ids=pb.TokenIds(ids=prompt),
-            sampling=pb.SamplingParams(temperature=sampling.temperature, seed=sampling.seed, n=n, logprobs=logprobs),
+            sampling=pb.SamplingParams(
+                temperature=sampling.temperature, seed=sampling.seed, n=n, logprobs=logprobs, best_of=best_of
+            ),
             stopping=pb.StopConditions(
                 max_tokens=stop.max_tokens,
                 stop=stop.stop_strings,
@@ -104,8 +115,15 @@ def draw_request(draw: random.Random, number: int, *, long: bool, pins: bool) ->
             ),
             cache=_draw_cache(random.Random(f"cache {number} {prompt}"), len(prompt), pins=pins),
         ),
-        expected=[replace(_alone(prompt, sampling, choice, stop), logprobs=logprobs) for choice in range(n)],
+        made=made,
+        expected=sorted(made, key=_badness)[:n] if best_of else made,
     )
+
+
+def _badness(choice: Expected) -> tuple[bool, float]:
+    """The less, the better. The fake model says of a token that it is minus itself."""
+    tokens = choice.tokens
+    return choice.reason is FinishReason.ERROR, sum(tokens) / len(tokens) if tokens else math.inf
 
 
 def _draw_cache(draw: random.Random, num_prompt: int, *, pins: bool) -> pb.CacheControl | None:
