@@ -55,6 +55,7 @@ class Usage:
     queue_s: float  # from arrival to the first admission, on the server that told the end; so the next two
     prefill_s: float
     decode_s: float
+    discarded_tokens: int = 0  # with the first choice of best_of: tokens of the choices that were not told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

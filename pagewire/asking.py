@@ -44,6 +44,7 @@ class Settings(TypedDict, total=False):
     beams: int | Mapping[str, Any]  # a beam search: its width, or what BeamSearch in protos/ has
     seed: int
     n: int  # choices that share the prompt
+    best_of: int  # so many are made, and the likeliest n of them are the answer
     stop: str | Sequence[str]  # the text ends before the first of these
     stop_token_ids: Sequence[int]
     include_stop: bool  # the text ends behind the stop string, not before it

@@ -166,6 +166,7 @@ class Continuation:
                 queue_s=usage.queue_ns / 1e9,
                 prefill_s=usage.prefill_ns / 1e9,
                 decode_s=usage.decode_ns / 1e9,
+                discarded_tokens=usage.discarded_tokens,
             ),
             exact=finish.exact,
             score=finish.score if finish.HasField("score") else None,

@@ -331,6 +331,7 @@ def _add_client_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--early-stopping", choices=("likely", "full", "never"), default=None, help="when the search is over"
     )
+    parser.add_argument("--best-of", type=int, default=None, help="answer with the likeliest of so many choices")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--min-tokens", type=int, default=None, help="tokens before which nothing ends the answer")
     parser.add_argument("--stop", action="append", default=[], help="end the answer before this text; repeatable")
@@ -423,7 +424,7 @@ def _sampling(parsed: argparse.Namespace) -> Any:
     sampling = pb.SamplingParams()
     for name in (
         "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
-        "frequency_penalty", "logprobs", "prompt_logprobs", "seed",
+        "frequency_penalty", "logprobs", "prompt_logprobs", "best_of", "seed",
     ):  # fmt: skip
         if (value := getattr(parsed, name)) is not None:
             _set(sampling, name, value, _typed(name))

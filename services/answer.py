@@ -28,6 +28,7 @@ class Usage:
     queue_ns: int = 0
     prefill_ns: int = 0
     decode_ns: int = 0
+    discarded_tokens: int = 0  # of choices that are not told
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: one is made for each message, and freezing took most of that

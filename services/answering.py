@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from common import failpoints
@@ -19,6 +20,7 @@ from scheduler.stopping import finish_reason
 from services.admission import Ask
 from services.answer import Answer, Choice, PinnedPrefix
 from services.bad_words import token_sequences
+from services.best_of import BestOfAnswer
 from services.caller import Caller
 from services.chat_template import ChatTemplate
 from services.choice_text import ChoiceText, StopFollower
@@ -163,14 +165,14 @@ class Answerer:
             await self._check_grammar(spec, tenant)
             live = self._live_of(spec, tenant, scope)  # it may have begun meanwhile
         if live is not None:
-            choices = {n: self._choice(spec, prompt, scope, n) for n in range(spec.n)}
+            choices = {n: self._choice(spec, prompt, scope, n) for n in range(spec.num_made)}
             if live.holds(dict.fromkeys(choices, ())):
-                return self._attach(spec, prompt, choices, live, deadline_ns, resumed=False, scope=scope)
+                return self._attach(spec, prompt, choices, live, deadline_ns, scope=scope)
             self._live.end(live)
         stream = self._submit(spec, prompt, caller, deadline_ns)
-        choices = {n: self._choice(spec, prompt, scope, n) for n in range(spec.n)}
+        choices = {n: self._choice(spec, prompt, scope, n) for n in range(spec.num_made)}
         live = self._live.add(tenant, spec.request_id, scope, stream) if spec.resumable else None
-        return self._answer(spec, prompt, choices, stream, live, resumed=False, scope=scope)
+        return self._answer(spec, prompt, choices, stream, live, scope=scope)
 
     async def resume(
         self, spec: GenerateSpec, points: Sequence[ResumePoint], caller: Caller, *, time_left_s: float | None = None
@@ -192,16 +194,21 @@ class Answerer:
             choices[n] = self._choice(spec, prompt, scope, n)
             if not choices[n].begin(list(tokens), self._natural_end(spec, tokens), exact=bool(determinism)):
                 begun[n] = Begun(tokens, determinism)
+        resumed = choices
+        told = {n: before.tokens for n, before in begun.items()}
+        if spec.best_of and begun:  # which are the best is known when all are made anew
+            begun = {n: Begun((), "") for n in range(spec.best_of)}
+            choices = {n: self._choice(spec, prompt, scope, n) for n in begun}
         live = self._live.get(tenant, spec.request_id)
         if live is not None and live.scope == scope and live.holds({n: b.tokens for n, b in begun.items()}):
-            return self._attach(spec, prompt, choices, live, deadline_ns, resumed=True, scope=scope)
+            return self._attach(spec, prompt, choices, live, deadline_ns, resumed=resumed, told=told, scope=scope)
         if live is not None:
             self._live.end(live)  # what it made, the caller does not have: two answers must not go on side by side
         stream = None
         if begun:
             stream = self._submit(spec, prompt, caller, deadline_ns, begun)
         live = self._live.add(tenant, spec.request_id, scope, stream) if spec.resumable and stream else None
-        return self._answer(spec, prompt, choices, stream, live, resumed=True, scope=scope)
+        return self._answer(spec, prompt, choices, stream, live, resumed=resumed, told=told, scope=scope)
 
     def cancel(self, request_id: str, *, tenant: str = "") -> bool:
         """End a resumable request. False where none of that id runs."""
@@ -223,11 +230,14 @@ class Answerer:
         deadline_ns: int,
         begun: Mapping[int, Begun] | None = None,
     ) -> RequestStream:
+        sampling = spec.sampling
+        if spec.best_of and sampling.logprobs is None:
+            sampling = replace(sampling, logprobs=0)  # of the chosen tokens alone
         return self._engine.submit(
             prompt,
-            spec.sampling,
+            sampling,
             _stop(spec),
-            choices=spec.n,
+            choices=spec.num_made,
             begun=begun,
             tenant=caller.tenant,
             weight=caller.weight,
@@ -307,12 +317,13 @@ class Answerer:
         live: LiveRequest,
         deadline_ns: int,
         *,
-        resumed: bool,
         scope: Scope,
+        resumed: Mapping[int, Choice] | None = None,
+        told: Mapping[int, Sequence[int]] | None = None,
     ) -> Answer:
         taken = {n: choice.num_tokens for n, choice in choices.items() if not choice.has_ended}
         self._live.take_over(live, self._engine.attach(live.stream, taken, deadline_ns=deadline_ns))
-        return self._answer(spec, prompt, choices, live.stream, live, resumed=resumed, scope=scope)
+        return self._answer(spec, prompt, choices, live.stream, live, scope=scope, resumed=resumed, told=told)
 
     def _answer(
         self,
@@ -322,19 +333,24 @@ class Answerer:
         stream: RequestStream | None,
         live: LiveRequest | None,
         *,
-        resumed: bool,
         scope: Scope,
+        resumed: Mapping[int, Choice] | None = None,
+        told: Mapping[int, Sequence[int]] | None = None,
     ) -> Answer:
-        first = b"" if resumed else self._tickets.writer(scope, 0).ticket(self._expiry_s(), "")
-        return Answer(
+        """`choices`: all that are made. `resumed`: those that go on, and what of them was `told` before."""
+        make: Callable[..., Answer] = Answer
+        if spec.best_of:
+            wanted = resumed or {n: self._choice(spec, prompt, scope, n) for n in range(spec.n)}
+            make = partial(BestOfAnswer, wanted, told or {})
+        return make(
             spec,
             choices,
             stream,
             live,
             self._live,
             num_prompt_tokens=len(prompt),
-            ticket=first,
-            resumed=resumed,
+            ticket=b"" if resumed else self._tickets.writer(scope, 0).ticket(self._expiry_s(), ""),
+            resumed=resumed is not None,
             expiry_s=self._expiry_s,
             pinned=self._pinned(stream),
         )

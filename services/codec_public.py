@@ -79,7 +79,7 @@ def size_from_pb(
     resumes = isinstance(message, pb.ResumeRequest)
     request = message.request if isinstance(message, pb.ResumeRequest) else message
     asked, stopping = request.sampling, request.stopping
-    n = asked.beams.width if asked.HasField("beams") else asked.n if asked.HasField("n") else 1
+    n = max(asked.n if asked.HasField("n") else 1, asked.best_of, asked.beams.width)
     return RequestSize(
         request_id=request.request_id,
         resumable=resumes or (isinstance(request, pb.GenerateStreamRequest) and request.resumable),
@@ -147,6 +147,7 @@ def request_from_pb(
         include_stop=stopping.include_stop,
         structured=structured,
         cache=cache_from_pb(request, limits),
+        best_of=best_of_from_pb(asked, n, limits),
     )
     stop = StopConditions(
         max_tokens=1 if max_tokens is None else max_tokens,
@@ -246,6 +247,15 @@ def structured_from_pb(sampling: pb.SamplingParams, limits: RequestLimits) -> tu
             check_structured(field, [source], limits)
             grammar = Grammar(field, source)
     return field, grammar
+
+
+def best_of_from_pb(sampling: pb.SamplingParams, n: int, limits: RequestLimits) -> int:
+    """How many choices are made to tell the best n of them; 0 where there is nothing to choose or to put in order."""
+    if not sampling.HasField("best_of"):
+        return 0
+    if not n <= sampling.best_of <= limits.max_choices:
+        raise InvalidRequest("best_of", f"must be in [{n}, {limits.max_choices}], from n on, got {sampling.best_of}")
+    return sampling.best_of if sampling.best_of > 1 else 0
 
 
 def cache_from_pb(request: pb.GenerateRequest | pb.GenerateStreamRequest, limits: RequestLimits) -> CacheControl | None:
@@ -378,6 +388,7 @@ def _usage_pb(finish: Finish) -> pb.Usage:
         queue_ns=usage.queue_ns,
         prefill_ns=usage.prefill_ns,
         decode_ns=usage.decode_ns,
+        discarded_tokens=usage.discarded_tokens,
     )
 
 

@@ -69,6 +69,12 @@ class GenerateSpec:
     priority: Priority = Priority.NORMAL
     resumable: bool = False
     cache: CacheControl | None = None  # None: nothing is said of it
+    best_of: int = 0  # choices that are made, of which the best n are told; 0: n, and each is told as it is made
+
+    @property
+    def num_made(self) -> int:
+        """Choices that are made."""
+        return self.best_of or self.n
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -185,7 +185,7 @@ class Caller:
 
     def holds(self, poison: Prefix | None) -> bool:
         """The model is asked for this, at some place of the answer."""
-        choices = range(len(self.drawn.expected))
+        choices = range(len(self.drawn.made))
         return poison is not None and any(poison in self.drawn.places(choice) for choice in choices)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 import tempfile
 from collections.abc import Iterator
@@ -40,7 +41,8 @@ class DrawnRequest:
 
     tenant: str
     message: pb.GenerateStreamRequest
-    expected: list[Expected]
+    made: list[Expected]  # every choice that is made
+    expected: list[Expected]  # those that are told, in their order
 
     @property
     def prompt(self) -> list[int]:
@@ -49,7 +51,7 @@ class DrawnRequest:
 
     def places(self, choice: int) -> Iterator[Prefix]:
         """What the model is asked for one choice, token by token."""
-        prompt, tokens, sampling = self.prompt, self.expected[choice].tokens, self.message.sampling
+        prompt, tokens, sampling = self.prompt, self.made[choice].tokens, self.message.sampling
         digests = digests_of([*prompt, *tokens])
         for num_tokens in range(len(prompt), len(prompt) + len(tokens)):
             yield Prefix(
@@ -71,11 +73,14 @@ class DrawnRequest:
         ours, theirs = self.message.cache, other.message.cache
         if ours.no_cache or theirs.no_cache or (self.tenant, ours.cache_salt) != (other.tenant, theirs.cache_salt):
             return 0
-        return max(_common([*other.prompt, *e.tokens], self.prompt) for e in other.expected)
+        return max(_common([*other.prompt, *e.tokens], self.prompt) for e in other.made)
 
 
-def draw_request(draw: random.Random, number: int, *, long: bool, pins: bool) -> DrawnRequest:
-    """One request; `long` ones need all the memory that there is. `pins`: it may pin its prompt."""
+def draw_request(draw: random.Random, number: int, *, long: bool, pins: bool, ranks: bool) -> DrawnRequest:
+    """One request; `long` ones need all the memory that there is.
+
+    `pins`: it may pin its prompt. `ranks`: it may ask for the best of several, because none of them can fail.
+    """
     own = [draw.randrange(300) for _ in range(draw.choice([1, 2, 5]))]
     shared = _FAMILIES[draw.randrange(2)][: draw.randrange(0, 34)]
     before = [draw.randrange(300)] * 8 if draw.random() < 0.2 else []  # equal blocks after other ones
@@ -96,6 +101,9 @@ def draw_request(draw: random.Random, number: int, *, long: bool, pins: bool) ->
     structured = None
     if not stop.ignore_eos and random.Random(f"grammar of {number} {prompt}").random() < 0.2:
         structured = pb.StructuredOutput(regex=".*")  # the fake model keeps none, but has it compiled
+    apart = random.Random(f"best {number} {prompt}")
+    best_of = apart.randint(max(n, 2), 4) if ranks and apart.random() < 0.15 else None
+    made = [replace(_alone(prompt, sampling, choice, stop), logprobs=logprobs) for choice in range(best_of or n)]
     drawn = DrawnRequest(
         tenant=draw.choice(list(TENANTS)),
         message=pb.GenerateStreamRequest(
@@ -107,6 +115,7 @@ def draw_request(draw: random.Random, number: int, *, long: bool, pins: bool) ->
                 n=n,
                 logprobs=logprobs,
                 structured=structured,
+                best_of=best_of,
             ),
             stopping=pb.StopConditions(
                 max_tokens=stop.max_tokens,
@@ -116,9 +125,11 @@ def draw_request(draw: random.Random, number: int, *, long: bool, pins: bool) ->
             ),
             cache=_draw_cache(random.Random(f"cache {number} {prompt}"), len(prompt), pins=pins),
         ),
-        expected=[replace(_alone(prompt, sampling, choice, stop), logprobs=logprobs) for choice in range(n)],
+        made=made,
+        expected=sorted(made, key=_badness)[:n] if best_of else made,
     )
-    return drawn if long or random.Random(f"beams {number} {prompt}").random() < 0.9 else _with_beams(drawn)
+    searches = not long and best_of is None and random.Random(f"beams {number} {prompt}").random() >= 0.9
+    return _with_beams(drawn) if searches else drawn
 
 
 def _with_beams(drawn: DrawnRequest) -> DrawnRequest:
@@ -150,7 +161,13 @@ def _with_beams(drawn: DrawnRequest) -> DrawnRequest:
         decoder = IncrementalDecoder(tokenizer, drawn.prompt, skip_special_tokens=True)
         text = decoder.push(tokens[:-1] if tokens[-1] in ends else tokens) + decoder.finish()
         expected[choice] = Expected(tokens=tokens, reason=reason, text=text)
-    return replace(drawn, message=message, expected=expected)
+    return replace(drawn, message=message, made=expected, expected=expected)
+
+
+def _badness(choice: Expected) -> tuple[bool, float]:
+    """The less, the better. The fake model says of a token that it is minus itself."""
+    tokens = choice.tokens
+    return choice.reason is FinishReason.ERROR, sum(tokens) / len(tokens) if tokens else math.inf
 
 
 def _draw_cache(draw: random.Random, num_prompt: int, *, pins: bool) -> pb.CacheControl | None:

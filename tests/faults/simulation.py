@@ -89,8 +89,14 @@ class Cluster:
         self.callers: list[Caller] = []
         for number in range(draw.randint(5, 8) if self.is_crowded else draw.randint(3, 7)):
             kind = draw.choice([Caller, Caller, ClientCaller, TicketCaller, TicketCaller])
-            pins = self.limits.prefix_caching
-            self.callers.append(kind(self, draw_request(draw, number, long=self.is_crowded, pins=pins), number))
+            drawn = draw_request(
+                draw,
+                number,
+                long=self.is_crowded,
+                pins=self.limits.prefix_caching,
+                ranks=LIES.isdisjoint(disaster.__name__ for disaster in disasters),
+            )
+            self.callers.append(kind(self, drawn, number))
         self.poison = self._draw_poison()
         self._draw_disasters(disasters)
 
@@ -100,7 +106,7 @@ class Cluster:
         if draw.random() >= 0.08:
             return None
         drawn = draw.choice(self.callers).drawn
-        places = list(drawn.places(draw.randrange(len(drawn.expected))))
+        places = list(drawn.places(draw.randrange(len(drawn.made))))
         return draw.choice(places) if places else None
 
     def _draw_disasters(self, kinds: Sequence[Disaster]) -> None:
@@ -219,7 +225,7 @@ class Cluster:
         if self.calls_are_cut:
             return
         asked = sum(
-            len(c.drawn.expected)
+            len(c.drawn.made)
             for c in self.callers
             if not c.done or self.world.now_s - c.done_s < _AT_ONCE_S + c.is_held_s
         )

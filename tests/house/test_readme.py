@@ -80,6 +80,7 @@ def test_every_control_stands_in_the_table_with_its_limit_and_its_default() -> N
     assert limit["regex"] == limit["grammar"] == kibibytes
     assert limit["choices"] == f"{request.max_structured_choices} strings, {kibibytes} together"
 
+    assert limit["best_of"] == f"[`n`, {request.max_choices}] (`--max-choices`)"
     assert limit["cache_salt"] == f"{request.max_cache_salt_bytes} bytes"
     assert limit["pin_seconds"] == f"[1, {request.max_pin_seconds}] (`--max-pin-seconds`)"
     assert request.max_pin_seconds == SchedulerConfig().max_pin_seconds

@@ -27,6 +27,7 @@ from services.codec_public import (
     pin_id_from_pb,
     prompt_logprobs_pb,
     request_from_pb,
+    size_from_pb,
     token_ids,
 )
 from services.request import Chat, GenerateSpec, Message, Text, TokenIds
@@ -402,6 +403,19 @@ def test_n_is_taken_up_to_its_limit(n: int) -> None:
         assert spec_of(sampling(n=n)).n == n
     else:
         assert str(refused(sampling(n=n))) == f"n: must be in [1, 4], got {n}"
+
+
+@given(st.integers(0, (1 << 32) - 1) | st.integers(0, 6), st.integers(1, 4))
+def test_best_of_is_taken_from_n_up_to_the_limit_of_n(best_of: int, n: int) -> None:
+    asked = sampling(n=n, best_of=best_of)
+    size = size_from_pb(asked, LIMITS, max_length=64)
+    if n <= best_of <= LIMITS.max_choices:
+        spec = spec_of(asked)
+        assert (spec.n, spec.best_of, spec.num_made) == (n, best_of if best_of > 1 else 0, best_of)
+        assert size.n == best_of
+    else:
+        assert str(refused(asked)) == f"best_of: must be in [{n}, 4], from n on, got {best_of}"
+        assert 1 <= size.n <= LIMITS.max_choices
 
 
 @given(st.integers(1, (1 << 32) - 1))
