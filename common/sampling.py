@@ -132,8 +132,6 @@ def check_beams(params: SamplingParams, n: int, limits: RequestLimits) -> None:
     if not 2 <= beams.width <= limits.max_choices:
         raise InvalidRequest("beams.width", f"must be in [2, {limits.max_choices}], got {beams.width}")
     _check_range("beams.length_penalty", beams.length_penalty, -limits.max_length_penalty, limits.max_length_penalty)
-    if params.logprobs is not None:
-        raise InvalidRequest("logprobs", "must not be set with beams, whose answers have a score")
     if n > beams.width:
         raise InvalidRequest("n", f"must be at most beams.width, {beams.width}, got {n}")
     for field, value, off in (

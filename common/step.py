@@ -93,6 +93,14 @@ class Ranked(NamedTuple):
     index: int  # output index of the token that may come next
     token_ids: Sequence[int]  # (C,)
     logprobs: Sequence[float]  # (C,) float32
+    # where the sequence asks for log-probabilities: those of the model itself, as in Logprobs
+    raw: Sequence[float] = ()  # (C,) of these tokens
+    top_ids: tuple[int, ...] = ()
+    top: tuple[float, ...] = ()
+
+    def told(self, token: int) -> Logprobs:
+        """How likely one of the tokens was."""
+        return Logprobs(self.raw[self.token_ids.index(token)], self.top_ids, self.top)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -229,7 +229,11 @@ class FakeRunner:
                 best = fake_candidates(int(self._digests[slot, known - 1]), count, self._facts.vocab_size)
                 index = known - int(held.num_prompt[slot])
                 ids, logprobs = zip(*best, strict=True)
-                ranked.append(Ranked(SlotRef(int(held.refs[slot])), index, ids, logprobs))
+                row = Ranked(SlotRef(int(held.refs[slot])), index, ids, logprobs)
+                if (num_top := int(held.logprobs[slot])) >= 0:
+                    _, top_ids, top = fake_logprobs(0, num_top)
+                    row = row._replace(raw=[-float(id) for id in ids], top_ids=top_ids, top=top)
+                ranked.append(row)
         return ranked
 
     def _block(self, block: BlockId) -> slice:

@@ -27,6 +27,7 @@ class Ranking(NamedTuple):
     ref: SlotRef
     index: int  # output index of the token that may come next
     count: int  # continuations that are wanted
+    num_top: int  # likeliest tokens that are told beside, or -1 where nothing is told
 
 
 def who_ranks(held: Resident, slots: NDArray[np.int64], waiting: Sequence[int] = ()) -> list[Ranking]:
@@ -39,6 +40,7 @@ def who_ranks(held: Resident, slots: NDArray[np.int64], waiting: Sequence[int] =
             SlotRef(int(held.refs[slot])),
             int(held.num_tokens[slot] - held.num_prompt[slot]),
             int(held.num_candidates[slot]),
+            int(held.logprobs[slot]),
         )
         for row, slot in enumerate(slots.tolist())
         if slot in held.beams and row not in waiting
@@ -55,22 +57,42 @@ def to_logprobs(logits: NDArray[np.float32]) -> bool:
     return True
 
 
-def rank(logprobs: NDArray[np.float32], each: Ranking) -> Ranked:
-    """The likeliest continuations by a row of log-probabilities (vocab_size,)."""
-    least = kth_largest(logprobs, each.count) if each.count < len(logprobs) else _NEVER
+def rank(logprobs: NDArray[np.float32], each: Ranking, raw: NDArray[np.float32] | None = None) -> Ranked:
+    """The likeliest continuations by a row of log-probabilities (vocab_size,), which are `raw` without the controls."""
+    ids = _likeliest(logprobs, each.count)
+    ranked = Ranked(each.ref, each.index, ids.tolist(), logprobs[ids].tolist())
+    if raw is None:
+        return ranked
+    top = _likeliest(raw, each.num_top) if each.num_top else ids[:0]
+    return ranked._replace(raw=raw[ids].tolist(), top_ids=tuple(top.tolist()), top=tuple(raw[top].tolist()))
+
+
+def _likeliest(logprobs: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """The best first; of equals the lower id first. None that was ruled out."""
+    least = kth_largest(logprobs, count) if count < len(logprobs) else _NEVER
     ids = np.flatnonzero(logprobs >= least)
     ids = ids[np.isfinite(logprobs[ids])]
-    ids = ids[np.argsort(-logprobs[ids], kind="stable")][: each.count]  # of equals the lower id first
-    return Ranked(each.ref, each.index, ids.tolist(), logprobs[ids].tolist())
+    return ids[np.argsort(-logprobs[ids], kind="stable")][:count]
 
 
-def prepare(logits: NDArray[np.float32], ranking: list[Ranking]) -> list[Ranking]:
+class Prepared(NamedTuple):
+    """A row that was finite, before the controls were applied."""
+
+    ranking: Ranking
+    raw: NDArray[np.float32] | None  # its log-probabilities, where they are to be told
+
+
+def prepare(logits: NDArray[np.float32], ranking: list[Ranking]) -> list[Prepared]:
     """Turn these rows of logits (S, vocab_size) into log-probabilities. Returns those that were finite."""
-    return [each for each in ranking if to_logprobs(logits[each.row])]
+    return [
+        Prepared(each, logits[each.row].copy() if each.num_top >= 0 else None)
+        for each in ranking
+        if to_logprobs(logits[each.row])
+    ]
 
 
 def rank_all(
-    logprobs: NDArray[np.float32], ranking: list[Ranking], finite: list[Ranking], chosen: Choice
+    logprobs: NDArray[np.float32], ranking: list[Ranking], finite: list[Prepared], chosen: Choice
 ) -> tuple[list[Ranked], Choice]:
     """Rank those rows of logprobs (S, vocab_size) that were `finite`, and of which anything may come next.
 
@@ -79,6 +101,7 @@ def rank_all(
     """
     if not ranking:
         return [], chosen
-    failed = {*chosen.failed, *(each.row for each in ranking if each not in finite)}
-    ranked = [rank(logprobs[each.row], each) for each in finite if each.row not in failed]
+    rows = {each.ranking.row for each in finite}
+    failed = {*chosen.failed, *(each.row for each in ranking if each.row not in rows)}
+    ranked = [rank(logprobs[each.ranking.row], *each) for each in finite if each.ranking.row not in failed]
     return ranked, Choice(tokens=chosen.tokens, failed=sorted(failed))

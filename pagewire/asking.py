@@ -120,13 +120,13 @@ def _set_messages(request: pb.GenerateStreamRequest, messages: Sequence[Mapping[
 
 def _set_beams(beams: pb.BeamSearch, value: int | Mapping[str, Any]) -> None:
     """`value` is a width, or has the fields of BeamSearch; `early_stopping` as Transformers has it."""
-    given = {"width": value} if isinstance(value, int) else dict(value)
+    given = value if isinstance(value, Mapping) else {"width": value}
     beams.SetInParent()
     for name, part in given.items():
         told = f"beams.{name}"
         if name not in beams.DESCRIPTOR.fields_by_name:
             raise errors.InvalidRequest(told, f"there is {', '.join(beams.DESCRIPTOR.fields_by_name)}")
-        if name == "early_stopping" and part in _EARLY_STOPPING:
+        if name == "early_stopping" and isinstance(part, bool | str) and part in _EARLY_STOPPING:
             beams.early_stopping = _EARLY_STOPPING[part]
         else:
             _set(beams, name, part, told)

@@ -531,6 +531,10 @@ class StepResult(_message.Message):
     RANKED_COUNTS_FIELD_NUMBER: _builtins.int
     RANKED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     RANKED_LOGPROBS_FIELD_NUMBER: _builtins.int
+    RANKED_TOLD_FIELD_NUMBER: _builtins.int
+    RANKED_RAW_FIELD_NUMBER: _builtins.int
+    RANKED_TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    RANKED_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     step: _builtins.int
     refs: _builtins.bytes
@@ -569,6 +573,15 @@ class StepResult(_message.Message):
     ranked_token_ids: _builtins.bytes
     ranked_logprobs: _builtins.bytes
     """f32"""
+    ranked_told: _builtins.bytes
+    """Where any of them asks for log-probabilities.
+    (B,) 0 for one that does not; else 1, and as many more as likeliest tokens follow for it
+    """
+    ranked_raw: _builtins.bytes
+    """f32, one for each candidate of those that do: the model's own"""
+    ranked_top_token_ids: _builtins.bytes
+    ranked_top_logprobs: _builtins.bytes
+    """f32"""
     def __init__(
         self,
         *,
@@ -592,10 +605,14 @@ class StepResult(_message.Message):
         ranked_counts: _builtins.bytes = ...,
         ranked_token_ids: _builtins.bytes = ...,
         ranked_logprobs: _builtins.bytes = ...,
+        ranked_told: _builtins.bytes = ...,
+        ranked_raw: _builtins.bytes = ...,
+        ranked_top_token_ids: _builtins.bytes = ...,
+        ranked_top_logprobs: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "failed", b"failed", "idle_ns", b"idle_ns", "indices", b"indices", "ranked_counts", b"ranked_counts", "ranked_indices", b"ranked_indices", "ranked_logprobs", b"ranked_logprobs", "ranked_refs", b"ranked_refs", "ranked_token_ids", b"ranked_token_ids", "refs", b"refs", "scored_logprobs", b"scored_logprobs", "scored_positions", b"scored_positions", "scored_refs", b"scored_refs", "session", b"session", "step", b"step", "tokens", b"tokens", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids", "unready", b"unready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "failed", b"failed", "idle_ns", b"idle_ns", "indices", b"indices", "ranked_counts", b"ranked_counts", "ranked_indices", b"ranked_indices", "ranked_logprobs", b"ranked_logprobs", "ranked_raw", b"ranked_raw", "ranked_refs", b"ranked_refs", "ranked_token_ids", b"ranked_token_ids", "ranked_told", b"ranked_told", "ranked_top_logprobs", b"ranked_top_logprobs", "ranked_top_token_ids", b"ranked_top_token_ids", "refs", b"refs", "scored_logprobs", b"scored_logprobs", "scored_positions", b"scored_positions", "scored_refs", b"scored_refs", "session", b"session", "step", b"step", "tokens", b"tokens", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids", "unready", b"unready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

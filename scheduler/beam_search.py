@@ -81,6 +81,8 @@ class BeamSearch:
         going_on: list[Continuation] = []
         over = _float32(self._num_tokens**penalty)
         for place, each in enumerate(best[: self.num_kept]):
+            if place >= width == len(going_on):
+                break  # nothing behind is an answer, or goes on
             if not (is_last or ends(each.parent, each.token)):
                 going_on.append(each)
             elif place < width:
@@ -88,7 +90,7 @@ class BeamSearch:
                 tokens.append(each.token)
                 self.answers.append(Hypothesis(_float32(each.score / over), tokens))
         self.answers.sort(key=_worse)
-        del self.answers[width:], going_on[width:]
+        del self.answers[width:]
         if is_last or self._is_over(going_on):
             return []
         self._scores = [each.score for each in going_on]

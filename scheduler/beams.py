@@ -14,11 +14,12 @@ for the others, and two groups never wait for each other. It has no step in flig
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from common.blocks import blocks_for
-from common.step import Ranked
+from common.step import Logprobs, Ranked
 from scheduler.beam_search import BeamSearch, Continuation, Hypothesis
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class BeamGroup:
     num_generated: int = 0  # tokens that were computed for it, over all beams
     ranked: dict[Sequence, Ranked] = field(default_factory=dict["Sequence", Ranked])  # those that were, by beam
     texts: dict[Sequence, TextFollower] = field(default_factory=dict["Sequence", TextFollower])  # with stop strings
+    _told: dict[bytes, list[Logprobs]] = field(default_factory=dict[bytes, list[Logprobs]])  # by the output's tokens
 
     @property
     def leader(self) -> Sequence:
@@ -96,6 +98,10 @@ class BeamGroup:
         begun = answer.tokens[answer.num_prompt :]
         return found[0] if found and found[0].tokens[: len(begun)] == begun else None
 
+    def told(self, found: Hypothesis) -> list[Logprobs]:
+        """How likely the tokens of an answer were, where that is asked for."""
+        return self._told.get(found.tokens.tobytes(), [])
+
     def grow(self, moves: Moves, now_ns: int) -> bool:
         """Every beam was ranked: let those go on that the search chooses, and no others. False when it is over."""
         behind: dict[tuple[int, int], TextFollower] = {}
@@ -117,6 +123,8 @@ class BeamGroup:
             [beam.tokens[beam.num_prompt :] for beam in self.beams],
             ends,
         )
+        if self.leader.sampling.logprobs is not None:
+            self._keep_told(rows, going_on)
         if not going_on:
             return False
         placed = self._place(going_on, moves)
@@ -124,6 +132,19 @@ class BeamGroup:
         if self.texts:
             self.texts = {placed[each]: behind[each.parent, each.token] for each in going_on}
         return True
+
+    def _keep_told(self, rows: list[Ranked], going_on: list[Continuation]) -> None:
+        """How likely the tokens of all were that go on, and of the answers there are: by those tokens."""
+        before, self._told = self._told, {}
+        outputs = [beam.tokens[beam.num_prompt :] for beam in self.beams]
+        parents = {output.tobytes(): n for n, output in enumerate(outputs)}
+        new = [outputs[each.parent] + array("I", [each.token]) for each in going_on]
+        for tokens in [*new, *(answer.tokens for answer in self.search.answers)]:
+            key, beginning = tokens.tobytes(), tokens[:-1].tobytes()
+            if beginning in parents:
+                self._told[key] = [*before.get(beginning, ()), rows[parents[beginning]].told(tokens[-1])]
+            else:  # an answer that was found before
+                self._told[key] = before[key]
 
     def _place(self, going_on: list[Continuation], moves: Moves) -> dict[Continuation, Sequence]:
         """A sequence for each beam that goes on: the first of a parent's is the parent itself."""

@@ -92,7 +92,11 @@ def _problem_of(ranked: Ranked, sequence: Sequence, *, asked: bool, vocab_size: 
         return f"with {len(ranked.token_ids)} tokens that are not up to {most} different ones"
     if not all(0 <= token < vocab_size for token in ranked.token_ids):
         return f"with a token that is none of {vocab_size}"
-    return "" if all(map(math.isfinite, ranked.logprobs)) else "with a log-probability that is not finite"
+    if not all(map(math.isfinite, (*ranked.logprobs, *ranked.raw, *ranked.top))):
+        return "with a log-probability that is not finite"
+    if len(ranked.raw) != len(ranked.token_ids) * (sequence.sampling.logprobs is not None):
+        return f"with {len(ranked.raw)} log-probabilities to tell"
+    return ""
 
 
 def read_scores(flight: Outstanding, result: StepResult) -> list[tuple[list[Logprobs], Logprobs]]:

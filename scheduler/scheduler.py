@@ -497,6 +497,7 @@ class Scheduler:
         answer.last_token_ns = now_ns
         new = found.tokens[answer.num_output :]
         answer.tokens.extend(new)
+        answer.logprobs.extend(group.told(found)[answer.num_begun :])
         self.counters.output_tokens += len(new)
         reason = finish_reason(answer.tokens[-1], answer.num_output, answer.stop, self._eos) or FinishReason.STOP_STRING
         self._end(answer, reason)

@@ -12,6 +12,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Final
 
 from common.determinism import is_determinism_class
@@ -140,6 +141,11 @@ def result_to_pb(result: StepResult, session: int) -> pb.StepResult:
         message.ranked_counts = _pack([len(each.token_ids) for each in result.ranked])
         message.ranked_token_ids = _pack([token for each in result.ranked for token in each.token_ids])
         message.ranked_logprobs = _pack_floats([value for each in result.ranked for value in each.logprobs])
+        if any(each.raw for each in result.ranked):
+            message.ranked_told = _pack([1 + len(each.top) if each.raw else 0 for each in result.ranked])
+            message.ranked_raw = _pack_floats([value for each in result.ranked for value in each.raw])
+            message.ranked_top_token_ids = _pack([token for each in result.ranked for token in each.top_ids])
+            message.ranked_top_logprobs = _pack_floats([value for each in result.ranked for value in each.top])
     return message
 
 
@@ -365,13 +371,29 @@ def _ranked_from_pb(message: pb.StepResult) -> list[Ranked]:
     _check_lengths("ranked_logprobs", values, "ranked_token_ids", ids)
     if sum(counts) != len(ids):
         raise WireError("ranked_counts", f"tell of {sum(counts)} tokens, ranked_token_ids has {len(ids)}")
+    told = _list("ranked_told", message.ranked_told) or [0] * len(refs)
+    _check_lengths("ranked_told", told, "ranked_refs", refs)
+    raw = _floats("ranked_raw", message.ranked_raw)
+    top_ids = _list("ranked_top_token_ids", message.ranked_top_token_ids)
+    top = _floats("ranked_top_logprobs", message.ranked_top_logprobs)
+    _check_lengths("ranked_top_logprobs", top, "ranked_top_token_ids", top_ids)
+    if sum(count for count, each in zip(counts, told, strict=True) if each) != len(raw):
+        raise WireError("ranked_raw", f"has {len(raw)} numbers, not one for each candidate that is told of")
+    if sum(each - 1 for each in told if each) != len(top_ids):
+        raise WireError("ranked_told", f"does not tell of {len(top_ids)} tokens, as many as ranked_top_token_ids has")
+    candidates, owns, tops = iter(zip(ids, values, strict=True)), iter(raw), iter(zip(top_ids, top, strict=True))
     ranked: list[Ranked] = []
-    begin = 0
-    for ref, index, count in zip(refs, indices, counts, strict=True):
-        end = begin + count
-        ranked.append(Ranked(SlotRef(ref), index, tuple(ids[begin:end]), tuple(values[begin:end])))
-        begin = end
+    for ref, index, count, each in zip(refs, indices, counts, told, strict=True):
+        row = Ranked(SlotRef(ref), index, *_unzip(islice(candidates, count)))
+        if each:
+            row = Ranked(*row[:4], tuple(islice(owns, count)), *_unzip(islice(tops, each - 1)))
+        ranked.append(row)
     return ranked
+
+
+def _unzip(pairs: Iterable[tuple[int, float]]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    both = list(pairs)
+    return tuple(token for token, _ in both), tuple(value for _, value in both)
 
 
 def _copies_from_pb(data: bytes) -> list[tuple[BlockId, BlockId]]:

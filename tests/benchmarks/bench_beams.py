@@ -70,11 +70,10 @@ class Theirs:
             num_beams=params.width,
             length_penalty=params.length_penalty,
             early_stopping=params.early_stopping,
-            eos_token_id=None,
+            eos_token_id=[1 << 30],  # no token: None would be the model's own
             pad_token_id=0,
             do_sample=False,
             max_new_tokens=max_tokens,
-            min_new_tokens=0,
         )
         found: list[list[int]] = made[:, ids.shape[1] :].tolist()
         return found

@@ -8,9 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pagewire import Answer, Client
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from pagewire import Answer, Client, FinishReason
 from tests.e2e.cluster import Cluster
 from tests.e2e.programs import PAGEWIRE, run
+from tests.executor.tiny_models import load_plain
 
 SEARCH: dict[str, Any] = {
     "token_ids": [70, 71, 72, 5, 9],
@@ -21,6 +25,7 @@ SEARCH: dict[str, Any] = {
     "repetition_penalty": 1.2,
     "seed": 1,
 }
+NO_TOKEN = 1 << 30
 STREAM: dict[str, Any] = {"token_ids": [70, 71, 72], "max_tokens": 400, "ignore_eos": True, "seed": 11}
 
 
@@ -54,6 +59,37 @@ def test_a_search_finds_the_same_when_its_executor_is_killed(server: Cluster, ti
     assert all(choice.finish.exact for answer in answers for choice in answer.choices)
     scores = [score for _, score in found(undisturbed[0])]
     assert scores == sorted(scores, key=lambda score: -(score or 0.0))
+
+
+def test_a_stop_string_ends_beams_as_it_does_in_transformers(server: Cluster, tiny: Path) -> None:
+    asked: dict[str, Any] = {"max_tokens": 24, "n": 4}
+    free = search(server, **asked).text
+    stop = next(letter for letter in free[4:] if "!" <= letter <= "~")
+
+    ours = search(server, **asked, stop=stop)
+
+    made = load_plain(tiny).generate(
+        torch.tensor([SEARCH["token_ids"]]),
+        attention_mask=torch.ones(1, len(SEARCH["token_ids"]), dtype=torch.long),
+        num_beams=4,
+        num_return_sequences=4,
+        length_penalty=0.5,
+        early_stopping="never",
+        repetition_penalty=1.2,
+        eos_token_id=[NO_TOKEN],
+        pad_token_id=0,
+        do_sample=False,
+        max_new_tokens=24,
+        stop_strings=[stop],
+        tokenizer=PreTrainedTokenizerFast(tokenizer_file=str(tiny / "tokenizer.json")),
+    )
+    expected = [
+        tuple(token for token in sequence[len(SEARCH["token_ids"]) :] if token != NO_TOKEN)
+        for sequence in made.tolist()
+    ]
+    assert [choice.token_ids for choice in ours.choices] == expected
+    assert any(choice.finish.reason is FinishReason.STOP_STRING for choice in ours.choices)
+    assert all(stop not in choice.text for choice in ours.choices)
 
 
 def test_every_answer_of_a_search_is_of_its_grammar(server: Cluster) -> None:

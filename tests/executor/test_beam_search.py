@@ -46,7 +46,7 @@ def transformers_answers(
         num_return_sequences=params.width,
         length_penalty=params.length_penalty,
         early_stopping=params.early_stopping,
-        eos_token_id=list(ends) or None,
+        eos_token_id=list(ends) or [VOCAB_SIZE],  # which none is; None would be the model's own
         pad_token_id=0,
         do_sample=False,
         max_new_tokens=max_tokens,

@@ -151,6 +151,23 @@ def test_controls_change_what_it_adds_up_as_they_do_in_transformers(runner: Mode
     check(answers, expected)
 
 
+def test_log_probabilities_are_those_of_the_model_whatever_the_controls_make_of_them(
+    runner: ModelRunner, plain: Any
+) -> None:
+    cluster = Cluster(runner)
+    answers = cluster.ask(SamplingParams(temperature=0.0, beams=BeamParams(4), logprobs=2, repetition_penalty=1.8))
+    cluster.run()
+
+    for answer in answers:
+        with torch.inference_mode():
+            rows = plain(torch.tensor([answer.tokens.tolist()])).logits[0].log_softmax(-1)[answer.num_prompt - 1 :]
+        assert len(answer.logprobs) == answer.num_output > 1
+        for token, told, row in zip(answer.tokens[answer.num_prompt :], answer.logprobs, rows, strict=False):
+            assert told.token == pytest.approx(float(row[token]), abs=1e-4)
+            assert list(told.top_ids) == row.topk(2).indices.tolist()
+            assert list(told.top) == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+
+
 def test_nothing_changes_when_blocks_run_out_and_an_executor_is_lost(folder: Path, plain: Any) -> None:
     prompts = [[*PROMPT, own] for own in (11, 12, 13)]
     cluster = Cluster(*(make_runner(folder, num_blocks=36) for _ in range(2)))
@@ -173,12 +190,12 @@ def test_the_likeliest_are_ranked_and_what_is_ruled_out_is_not() -> None:
     row = np.array([1.0, 3.0, -np.inf, 3.0, 2.0], np.float32)
     assert to_logprobs(row)
 
-    found = rank(row, Ranking(0, SlotRef(9), 3, 3))
+    found = rank(row, Ranking(0, SlotRef(9), 3, 3, -1))
 
     expected = torch.tensor([1.0, 3.0, -torch.inf, 3.0, 2.0]).log_softmax(0)
     assert (found.ref, found.index, list(found.token_ids)) == (9, 3, [1, 3, 4])
     assert list(found.logprobs) == pytest.approx(expected[[1, 3, 4]].tolist(), abs=1e-6)
-    assert list(rank(row, Ranking(0, SlotRef(9), 3, 9)).token_ids) == [1, 3, 4, 0]
+    assert list(rank(row, Ranking(0, SlotRef(9), 3, 9, -1)).token_ids) == [1, 3, 4, 0]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

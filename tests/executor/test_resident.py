@@ -68,6 +68,51 @@ def test_a_row_samples_when_it_reaches_the_end_of_the_known_tokens() -> None:
     assert held.advance(third, [43]).indices == [1]
 
 
+def test_a_beam_samples_nothing_and_goes_on_from_what_it_is_told() -> None:
+    held = resident()
+    first = held.apply(plan((A, 6), (B, 3), new=[sequence(num_candidates=4), sequence(B, 3, (5,))]))
+    assert shape(first) == [(0, 0, 6, True), (1, 0, 3, True)]
+    sampled = held.advance(first, [41, 42])
+    assert (sampled.refs, sampled.tokens, sampled.failed) == ([B], [42], [])
+
+    told = plan((A, 1), told_refs=[A], told_tokens=[7])
+    assert shape(held.apply(told)) == [(0, 6, 7, True)]
+    assert held.token_ids[0, :7].tolist() == [0, 1, 2, 3, 4, 5, 7]
+    assert held.told_places(told).tolist() == [6]
+
+
+def test_a_beam_that_failed_is_told_as_any_row() -> None:
+    held = resident()
+    rows = held.apply(plan((A, 6), new=[sequence(num_candidates=4)]))
+
+    sampled = held.advance(rows, [0], failed=[0])
+
+    assert (sampled.refs, sampled.failed) == ([], [A])
+
+
+@pytest.mark.parametrize(
+    ("ref", "token", "says"),
+    [
+        (A, 100, "told a token outside the vocabulary of 100"),
+        (B, 7, "is told a token, and is no beam that waits for one"),
+        (slot_ref(2, 0), 7, "not resident"),
+    ],
+)
+def test_a_token_that_cannot_be_told_is_refused(ref: SlotRef, token: int, says: str) -> None:
+    held = resident()
+    held.advance(held.apply(plan((A, 6), (B, 3), new=[sequence(num_candidates=4), sequence(B, 3, (5,))])), [0, 0])
+    with pytest.raises(PlanError, match=says):
+        held.apply(plan(told_refs=[ref], told_tokens=[token]))
+
+
+def test_a_token_is_not_told_twice_in_one_place() -> None:
+    held = resident()
+    held.advance(held.apply(plan((A, 6), new=[sequence(num_candidates=4)])), [0])
+    held.apply(plan(told_refs=[A], told_tokens=[7]))
+    with pytest.raises(PlanError, match="no beam that waits for one"):
+        held.apply(plan(told_refs=[A], told_tokens=[7]))
+
+
 def test_the_tables_follow_the_plan_in_the_order_release_admit_append_replace() -> None:
     held = resident()
     held.advance(held.apply(plan((A, 6), new=[sequence()])), [7])

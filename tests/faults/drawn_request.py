@@ -141,7 +141,6 @@ def _with_beams(drawn: DrawnRequest) -> DrawnRequest:
     del stopping.stop[:]
     asked.n, asked.beams.width = min(asked.n, 2), 2
     asked.ClearField("temperature")
-    asked.ClearField("logprobs")
     stop = StopConditions(
         max_tokens=stopping.max_tokens,
         stop_token_ids=tuple(stopping.stop_token_ids),
@@ -154,13 +153,14 @@ def _with_beams(drawn: DrawnRequest) -> DrawnRequest:
     found = searched(
         drawn.prompt, sampling, stop.max_tokens, ends=ends, vocab_size=model.vocab_size, model=true_token
     )  # fmt: skip
+    logprobs = drawn.expected[0].logprobs
     expected = [Expected(tokens=[], reason=FinishReason.ERROR)] * asked.n
     for choice, hypothesis in enumerate((found or [])[: asked.n]):
         tokens = hypothesis.tokens.tolist()
         reason = finish_reason(tokens[-1], len(tokens), stop, eos)
         decoder = IncrementalDecoder(tokenizer, drawn.prompt, skip_special_tokens=True)
         text = decoder.push(tokens[:-1] if tokens[-1] in ends else tokens) + decoder.finish()
-        expected[choice] = Expected(tokens=tokens, reason=reason, text=text)
+        expected[choice] = Expected(tokens=tokens, reason=reason, text=text, logprobs=logprobs)
     return replace(drawn, message=message, made=expected, expected=expected)
 
 

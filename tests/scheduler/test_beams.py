@@ -292,6 +292,7 @@ WRONG: list[tuple[Callable[[Ranked], Ranked], str]] = [
     (lambda each: each._replace(token_ids=(VOCAB_SIZE,), logprobs=(-1.0,)), "a token that is none of 40"),
     (lambda each: each._replace(logprobs=(float("nan"),) * 12), "a log-probability that is not finite"),
     (lambda each: each._replace(ref=77), "is not ranked"),
+    (lambda each: each._replace(raw=(-1.0,)), "with 1 log-probabilities to tell"),
 ]
 
 

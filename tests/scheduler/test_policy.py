@@ -61,6 +61,20 @@ def test_a_preempted_row_gives_back_what_it_was_granted_in_the_same_step() -> No
     assert decision.budget_left == 1
 
 
+def test_a_group_is_preempted_whole_or_not_at_all() -> None:
+    beams = [row(1, 8, 2)._replace(group=7), row(1, 9, 3)._replace(group=7), row(1, 9, 3)._replace(group=7)]
+    decision = share([row(1, 8, 2), *beams, row(1, 9, 0)], free=0)
+    assert decision.preempted == [4, 3, 2, 1]
+    assert decision.grants == [1, 0, 0, 0, 0]
+
+
+def test_a_row_waits_rather_than_preempt_another_one_of_its_group() -> None:
+    beams = [row(1, 8, 2)._replace(group=7), row(1, 9, 3)._replace(group=7)]
+    decision = share([row(1, 9, 3), *beams], free=0)
+    assert decision.preempted == []
+    assert decision.grants == [1, 0, 1]
+
+
 def test_nobody_is_preempted_while_enough_blocks_are_on_their_way_back() -> None:
     decision = share([row(1, 8, 2), row(1, 9, 3)], free=0, returning=1)
     assert decision.preempted == []

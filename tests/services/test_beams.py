@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 
-from common.errors import InvalidRequest
+from common.errors import InvalidRequest, Overloaded
 from common.model_folder import ModelFolder, read_model_folder
+from common.sampling import BeamParams, SamplingParams, StopConditions
+from common.tenant import TenantLimits
 from protos import inference_pb2 as pb
+from scheduler.scheduler import Scheduler, SchedulerLimits
+from services.admission import Admission
+from services.engine import Engine
 from tests.e2e import fake_model
 from tests.services.heard import Heard
 from tests.services.test_resuming import PROMPT, refused, run, serving
@@ -144,6 +149,39 @@ def test_a_stop_string_ends_a_beam(model: ModelFolder) -> None:
     run(test())
 
 
+def test_log_probabilities_come_with_the_answers_and_those_of_the_prompt_before(model: ModelFolder) -> None:
+    async def test() -> None:
+        heard = Heard(asked(2, logprobs=1, prompt_logprobs=0))
+        async with serving(model) as server:
+            server.join()
+            await heard.rest(server.generate(heard.request))
+
+        assert len(heard.prompt_logprobs) == len(PROMPT)
+        for choice, tokens in heard.tokens.items():
+            told = heard.logprobs[choice]
+            assert [each.token.token_id for each in told] == tokens
+            assert [each.token.logprob for each in told] == [-float(token) for token in tokens]
+            assert all(len(each.top) == 1 for each in told)
+
+    run(test())
+
+
+def test_a_search_counts_for_all_its_beams_where_requests_are_admitted() -> None:
+    async def test() -> None:
+        core = Scheduler(SchedulerLimits(), model="fake", eos=set(), secret=b"test")
+        engine = Engine(core, admission=Admission(default=TenantLimits(tokens_per_s=0.001, burst_tokens=60)))
+        sampling, stop = SamplingParams(temperature=0.0, beams=BeamParams(4)), StopConditions(max_tokens=12)
+        stream = engine.submit(PROMPT, sampling, stop)  # 3 + 4 * 12
+
+        with pytest.raises(Overloaded, match="tenant's"):
+            engine.submit(PROMPT, SamplingParams(), stop)  # 3 + 12
+        assert core.waiting.num_tokens == 51
+        stream.close()
+        engine.submit(PROMPT, SamplingParams(), stop).close()  # it was never begun, and cost nothing
+
+    run(test())
+
+
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"beams": pb.BeamSearch(width=1)}, "beams.width", r"must be in \[2, 8\], got 1"),
     ({"beams": pb.BeamSearch(width=9)}, "beams.width", r"must be in \[2, 8\], got 9"),
@@ -156,7 +194,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"top_p": 0.5}, "top_p", "with beams"),
     ({"min_p": 0.5}, "min_p", "with beams"),
     ({"typical_p": 0.5}, "typical_p", "with beams"),
-    ({"logprobs": 0}, "logprobs", "with beams"),
 ]
 
 

@@ -102,6 +102,20 @@ def test_controls_reach_the_request() -> None:
     assert request.cache == pb.CacheControl(cache_salt="salt", no_cache=False, pin_seconds=60, pin_tokens=16)
 
 
+def test_a_beam_search_reaches_the_request_by_its_width_or_by_all_it_has() -> None:
+    def asked(beams: Any) -> pb.BeamSearch:
+        return request_of("hi", {"beams": beams}).sampling.beams
+
+    assert asked(4) == pb.BeamSearch(width=4)
+    assert asked({"width": 2, "length_penalty": -1, "early_stopping": True}) == pb.BeamSearch(
+        width=2, length_penalty=-1.0, early_stopping=pb.EARLY_STOPPING_FULL
+    )
+    assert asked({"width": 2, "early_stopping": "never"}).early_stopping == pb.EARLY_STOPPING_NEVER
+    for beams, field in (({"size": 2}, "beams.size"), (-1, "beams.width"), ({"early_stopping": "no"}, "beams.early")):
+        with pytest.raises(InvalidRequest, match=field):
+            asked(beams)
+
+
 def test_what_an_answer_must_be_reaches_the_request() -> None:
     def asked(**settings: Any) -> pb.StructuredOutput:
         return request_of("hi", cast("Settings", settings)).sampling.structured

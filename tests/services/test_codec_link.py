@@ -65,10 +65,21 @@ SCORED = st.builds(
     ),
     U32, U32, LOGPROB, TOPS,
 )  # fmt: skip
-RANKED = st.builds(
-    lambda ref, index, top: Ranked(ref, index, tuple(id for id, _ in top), tuple(value for _, value in top)),
-    U32, U32, TOPS,
-)  # fmt: skip
+
+
+@st.composite
+def ranked_rows(draw: st.DrawFn) -> Ranked:
+    ids, logprobs = unzipped(draw(TOPS))
+    row = Ranked(draw(U32), draw(U32), ids, logprobs)
+    if not ids or draw(st.booleans()):
+        return row
+    raw = draw(st.lists(LOGPROB, min_size=len(ids), max_size=len(ids)))
+    top_ids, top = unzipped(draw(TOPS))
+    return row._replace(raw=tuple(raw), top_ids=top_ids, top=top)
+
+
+def unzipped(pairs: list[tuple[int, float]]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    return tuple(id for id, _ in pairs), tuple(value for _, value in pairs)
 
 
 @st.composite
@@ -125,7 +136,7 @@ def results(draw: st.DrawFn) -> StepResult:
         compute_ns=draw(U64),
         idle_ns=draw(U64),
         scored=draw(st.lists(SCORED, min_size=1, max_size=4)) if draw(st.booleans()) else (),
-        ranked=draw(st.lists(RANKED, min_size=1, max_size=4)) if draw(st.booleans()) else (),
+        ranked=draw(st.lists(ranked_rows(), min_size=1, max_size=4)) if draw(st.booleans()) else (),
     )
 
 
@@ -462,12 +473,24 @@ def test_scores_with_a_cut_or_a_missing_number_are_refused_by_name(name: str) ->
 
 
 def a_ranked_result() -> pb.StepResult:
-    ranked = [Ranked(slot_ref(1, 0), 5, (7, 8), (-0.25, -0.5)), Ranked(slot_ref(2, 0), 9, (3,), (-1.0,))]
+    told = Ranked(slot_ref(1, 0), 5, (7, 8), (-0.25, -0.5), (-1.0, -2.0), (9,), (-0.1,))
+    ranked = [told, Ranked(slot_ref(2, 0), 9, (3,), (-1.0,))]
     return result_to_pb(StepResult(step=0, ranked=ranked), session=1)
 
 
 @pytest.mark.parametrize(
-    "name", ["ranked_refs", "ranked_indices", "ranked_counts", "ranked_token_ids", "ranked_logprobs"]
+    "name",
+    [
+        "ranked_refs",
+        "ranked_indices",
+        "ranked_counts",
+        "ranked_token_ids",
+        "ranked_logprobs",
+        "ranked_told",
+        "ranked_raw",
+        "ranked_top_token_ids",
+        "ranked_top_logprobs",
+    ],
 )
 def test_ranks_with_a_cut_or_a_missing_number_are_refused_by_name(name: str) -> None:
     for end in (-1, -4):
