@@ -38,6 +38,7 @@ from services.text import Tokenizer
 from services.ticket_keys import new_key
 from services.tickets import Scope, Tickets
 from services.tickets import scope as make_scope
+from services.tools.calling import ToolCalling
 
 _TORN_TOKENS = 64  # tokens that the end of a text that was cut short may have more than the whole
 _LONG_CHAT = 64  # messages
@@ -69,6 +70,7 @@ class Answerer:
         self.tokenizer = tokenizer
         self._engine = engine
         self._template = template
+        self._tools = ToolCalling(template.tool_format, tokenizer) if template is not None else None
         self._default_max_tokens = default_max_tokens
         self._tickets = tickets or Tickets([new_key()], lifetime_s=_A_DAY_S)
         self._live = LiveRequests() if live is None else live
@@ -94,8 +96,9 @@ class Answerer:
                 if self._template is None:
                     raise InvalidRequest("chat", f"{self.model.name} has no chat template; send text instead")
                 render, add_special_tokens = self._template.render, False
-                if len(source.messages) > _LONG_CHAT:
-                    text = await asyncio.to_thread(render, source.messages)
+                offered = source.tools.offered if source.tools else ()
+                if len(source.messages) > _LONG_CHAT or offered or any(m.tool_calls for m in source.messages):
+                    text = await asyncio.to_thread(render, source.messages, offered)
                 else:
                     text = render(source.messages)
             case Text():
@@ -239,7 +242,7 @@ class Answerer:
         if max_tokens > room:
             problem = f"at most {room} after a prompt of {len(prompt)} tokens, got {max_tokens}"
             raise InvalidRequest("max_tokens", problem)
-        spec = replace(spec, max_tokens=max_tokens)
+        spec = self._with_tools(replace(spec, max_tokens=max_tokens))
         check_choosable(spec.sampling, _stop(spec), set(self.model.eos_token_ids), self.model.vocab_size)
         if spec.sampling.grammar is not None:
             if self._grammars is None:
@@ -251,6 +254,14 @@ class Answerer:
             spec = replace(spec, sampling=replace(spec.sampling, bad_words=bad))
         return spec, prompt, scope
 
+    def _with_tools(self, spec: GenerateSpec) -> GenerateSpec:
+        """The request with the grammar of its tools' calls, which is a part of what its tickets are for."""
+        if not isinstance(spec.input, Chat) or spec.input.tools is None:
+            return spec
+        assert self._tools is not None, "the chat was rendered"
+        grammar = self._tools.grammar(spec.input.tools)
+        return replace(spec, structured="chat.tools", sampling=replace(spec.sampling, grammar=grammar))
+
     async def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         arguments = words, self.tokenizer, self.model.eos_token_ids
         if sum(map(len, words)) > _LONG_TEXT:
@@ -258,6 +269,7 @@ class Answerer:
         return token_sequences(*arguments)
 
     def _choice(self, spec: GenerateSpec, prompt: list[int], scope: Scope, n: int) -> Choice:
+        tools = self._tools if isinstance(spec.input, Chat) and spec.input.tools else None
         text = ChoiceText(
             self.tokenizer,
             prompt,
@@ -265,8 +277,10 @@ class Answerer:
             skip_special_tokens=spec.skip_special_tokens,
             min_tokens=spec.min_tokens,
             include_stop=spec.include_stop,
+            shown=tools.shown if tools else frozenset(),
         )
-        return Choice(n, len(prompt), text, self._tickets.writer(scope, n))
+        reader = tools.reader(spec.request_id, n) if tools else None
+        return Choice(n, len(prompt), text, self._tickets.writer(scope, n), reader)
 
     def _natural_end(self, spec: GenerateSpec, tokens: Sequence[int]) -> FinishReason:
         """Whether tokens that we have sent end the choice: nothing follows an end, so only the last can be one."""

@@ -7,6 +7,7 @@ from typing import ClassVar, Final
 
 from common.sampling import SamplingParams
 from common.types import Priority
+from services.tools.values import ToolCall, Tools
 
 CHARACTERS_A_TOKEN: Final = 8
 """More than plain text has."""
@@ -34,6 +35,9 @@ class Message:
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()  # an assistant's
+    tool_call_id: str = ""  # a tool's: which call this is the result of
+    name: str = ""  # a tool's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,7 @@ class Chat:
 
     field: ClassVar[str] = "chat"
     messages: tuple[Message, ...]
+    tools: Tools | None = None
 
 
 Input = Text | TokenIds | Chat
