@@ -84,6 +84,9 @@ class SchedulerConfig:
     )
     tenant_burst_tokens: float = option(0.0, "of these, tokens that it may ask for at once; 0: ten seconds of them")
     executor_wait_s: float = option(30.0, "seconds a request waits while no executor could run it")
+    tool_format: Literal["auto", "hermes", "llama3", "mistral"] = option(
+        "auto", "how the model writes calls of tools; auto: as its chat template does, else hermes"
+    )
     default_max_tokens: int = option(0, "max_tokens where a request gives none; 0 is the room the context has left")
     max_choices: int = option(8, "largest n of a request", least=1)
     max_grammar_bytes: int = option(

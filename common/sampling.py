@@ -101,6 +101,8 @@ class RequestLimits:
     max_cache_salt_bytes: int = 256
     max_pin_seconds: int = 3600
     max_length_penalty: float = 5.0  # of a beam search, either sign
+    max_tools: int = 128  # that a chat offers; and calls of one message
+    max_tools_bytes: int = 131_072  # of their names, descriptions and schemas together
 
 
 def check_sampling(params: SamplingParams, limits: RequestLimits) -> None:
@@ -209,14 +211,14 @@ def check_choosable(params: SamplingParams, stop: StopConditions, eos: Set[int],
 def _check_can_end(params: SamplingParams, stop: StopConditions, eos: Set[int]) -> None:
     """An answer of a grammar ends by itself: raise InvalidRequest for what would never let it."""
     if stop.ignore_eos:
-        raise InvalidRequest("ignore_eos", "must be false with structured output, which ends when it is complete")
+        raise InvalidRequest("ignore_eos", "must be false with structured output or tools: the answer ends by itself")
     if not eos:
-        raise InvalidRequest("structured", "needs a model that has an end-of-sequence token")
+        raise InvalidRequest("structured", "like tools, needs a model that has an end-of-sequence token")
     ends = {*eos, *stop.stop_token_ids}
     if ends.issubset(params.banned_token_ids):
-        raise InvalidRequest("banned_token_ids", "has every token that ends an answer, and structured output must end")
+        raise InvalidRequest("banned_token_ids", "has every token that ends an answer, and with a grammar it must end")
     if params.allowed_token_ids and ends.isdisjoint(params.allowed_token_ids):
-        problem = "has no token that ends an answer, and structured output must end"
+        problem = "has no token that ends an answer, and with a grammar it must end"
         raise InvalidRequest("allowed_token_ids", problem)
 
 

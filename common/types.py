@@ -60,3 +60,4 @@ class FinishReason(enum.IntEnum):
     LENGTH = 4  # max_tokens, or the model's context, is used up
     ABORTED = 5  # the caller left, or its deadline passed
     ERROR = 6  # this choice failed; the status says why
+    TOOL_CALLS = 7  # EOS behind complete calls of tools; only who reads the text knows, so the core never says it

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pagewire.aio import AsyncClient, AsyncStream
     from pagewire.answers import Answer, Choice, Delta, Finish, FinishReason, TokenLogprob, TokenLogprobs, Usage
     from pagewire.client import Client, Stream
+    from pagewire.tools import ToolCall, ToolCallDelta
 
 _HOMES = {
     "AsyncClient": "aio",
@@ -45,6 +46,8 @@ _HOMES = {
     "Usage": "answers",
     "Client": "client",
     "Stream": "client",
+    "ToolCall": "tools",
+    "ToolCallDelta": "tools",
 }
 _ERRORS = frozenset({
     "DeadlineExceeded",
@@ -77,6 +80,8 @@ __all__ = [
     "TicketStale",
     "TokenLogprob",
     "TokenLogprobs",
+    "ToolCall",
+    "ToolCallDelta",
     "Unauthenticated",
     "Unavailable",
     "UnknownModel",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Any
+
+from pagewire.tools import ToolCall, ToolCallDelta
 
 
 class FinishReason(enum.Enum):
@@ -15,6 +18,7 @@ class FinishReason(enum.Enum):
     LENGTH = "length"  # max_tokens, or the model's context, is used up
     ABORTED = "aborted"  # it was cancelled
     ERROR = "error"  # this choice failed
+    TOOL_CALLS = "tool_calls"  # the model's end-of-sequence token, behind calls that are complete
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,7 @@ class Delta:
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where they were asked for
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +85,13 @@ class Choice:
     token_ids: tuple[int, ...]
     finish: Finish
     logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where they were asked for
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The assistant's message, for the chat to go on with."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        return {**message, "tool_calls": self.tool_calls} if self.tool_calls else message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +118,16 @@ class Answer:
     def text(self) -> str:
         """The words."""
         return self.choices[0].text
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """What it calls."""
+        return self.choices[0].tool_calls
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The assistant's message, for the chat to go on with."""
+        return self.choices[0].message
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from pagewire.borrowed import borrow
+from pagewire.tools import call_fields, problem_of, tool_fields
 
 if TYPE_CHECKING:
     from common import errors
@@ -19,7 +20,12 @@ else:
 class Settings(TypedDict, total=False):
     """Everything but the prompt in words. What is not given takes the server's default, which protos/ tells."""
 
-    messages: Sequence[Mapping[str, str]]  # a chat, each message with its "role" and "content"; instead of a prompt
+    # A chat, each message with its "role" and "content", or what `Answer.message` and `ToolCall.result` give; instead
+    # of a prompt.
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]]  # functions that a chat's answer may call: pagewire/tools.py says how
+    tool_choice: str  # "auto", "none", "required", or the name of the one that is called
+    parallel_tool_calls: bool  # False: one call at most
     token_ids: Sequence[int]  # a prompt that is tokenised already; instead of one in words
     max_tokens: int
     temperature: float  # 0 is greedy
@@ -68,6 +74,7 @@ _EARLY_STOPPING = {
     True: pb.EARLY_STOPPING_FULL,
     "never": pb.EARLY_STOPPING_NEVER,
 }
+_OF_CHATS = frozenset(pb.ChatMessages.DESCRIPTOR.fields_by_name) - {"messages"}
 _LISTS = frozenset({"allowed_token_ids", "banned_token_ids", "bad_words", "stop", "stop_token_ids"})
 
 
@@ -83,6 +90,8 @@ def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamReque
     inputs = [name for name in ("messages", "token_ids") if name in given]
     if len(inputs) + (prompt is not None) != 1:
         raise TypeError("give one of: a prompt in words, messages=, token_ids=")
+    if "messages" not in given and (lost := sorted(_OF_CHATS & given.keys())):
+        raise TypeError(f"{lost[0]}= goes with messages=, for a chat alone has tools")
     request = pb.GenerateStreamRequest()
     if prompt is not None:
         _set(request, "text", prompt)
@@ -94,6 +103,8 @@ def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamReque
             request.token_ids.SetInParent()
         elif name == "beams":
             _set_beams(request.sampling.beams, value)
+        elif name in _OF_CHATS:
+            _set_tools(request.chat, name, value)
         elif name in _STRUCTURED:
             _set_structured(request.sampling.structured, name, value)
         else:
@@ -108,14 +119,35 @@ def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamReque
     return request
 
 
-def _set_messages(request: pb.GenerateStreamRequest, messages: Sequence[Mapping[str, str]]) -> None:
+def _set_messages(request: pb.GenerateStreamRequest, messages: Sequence[Mapping[str, Any]]) -> None:
     request.chat.SetInParent()
     for number, message in enumerate(messages):
-        if set(message) != {"role", "content"}:
-            raise errors.InvalidRequest(f"messages[{number}]", 'must have "role" and "content", and nothing else')
+        field = f"messages[{number}]"
+        if problem := problem_of(message):
+            raise errors.InvalidRequest(field, problem)
         added = request.chat.messages.add()
         for name, value in message.items():
-            _set(added, name, value, f"messages[{number}].{name}")
+            if name != "tool_calls" and value is not None:
+                _set(added, name, value, f"{field}.{name}")
+        for i, call in enumerate(message.get("tool_calls") or ()):
+            part = added.tool_calls.add()
+            for name, value in call_fields(call).items():
+                _set(part, name, value, f"{field}.tool_calls[{i}].{name}")
+
+
+def _set_tools(chat: pb.ChatMessages, name: str, value: Any) -> None:
+    if name == "tools":
+        for number, tool in enumerate(value):
+            added = chat.tools.add()
+            for key, part in tool_fields(tool).items():
+                _set(added, key, part, f"tools[{number}].{key}")
+    elif name == "tool_choice":
+        if value in ("auto", "none", "required"):
+            chat.tool_choice.mode = pb.ToolChoiceMode.Value(f"TOOL_CHOICE_MODE_{value.upper()}")
+        else:
+            _set(chat.tool_choice, "function", value, name)
+    else:
+        _set(chat, name, value)
 
 
 def _set_beams(beams: pb.BeamSearch, value: int | Mapping[str, Any]) -> None:
@@ -148,6 +180,8 @@ def _set_structured(structured: pb.StructuredOutput, name: str, value: Any) -> N
 def _set(message: Any, name: str, value: Any, told: str = "") -> None:
     try:
         setattr(message, name, value)
+    except AttributeError:
+        raise errors.InvalidRequest(told or name, "there is no such field") from None
     except (TypeError, ValueError, UnicodeError):
         raise errors.InvalidRequest(told or name, f"cannot be {_shown(value)}") from None
 

@@ -18,6 +18,7 @@ from pagewire.answers import (
     Usage,
 )
 from pagewire.borrowed import borrow
+from pagewire.tools import ToolCall, ToolCallDelta, add_to
 
 if TYPE_CHECKING:
     from common import failpoints
@@ -49,6 +50,7 @@ class Continuation:
         self._tickets = [b""] * n
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in range(n)]
         self._prompt_logprobs: list[TokenLogprobs] = []
+        self._tool_calls: list[list[ToolCall]] = [[] for _ in range(n)]
         self.finishes: dict[int, Finish] = {}
         self.model = ""
         self._pinned: PinnedPrefix | None = None
@@ -109,6 +111,7 @@ class Continuation:
                     token_ids=tuple(tokens),
                     finish=self.finishes[n],
                     logprobs=tuple(self._logprobs[n]),
+                    tool_calls=tuple(self._tool_calls[n]),
                 )
                 for n, tokens in enumerate(self._tokens)
             ),
@@ -141,12 +144,18 @@ class Continuation:
         self._tickets[delta.choice] = delta.ticket
         logprobs = tuple(_logprobs(delta.logprobs))
         self._logprobs[delta.choice] += logprobs
+        calls = tuple(
+            ToolCallDelta(index=each.index, id=each.id, name=each.name, arguments=each.arguments)
+            for each in delta.tool_calls
+        )
+        add_to(self._tool_calls[delta.choice], calls)
         return Delta(
             choice=delta.choice,
             index=delta.index,
             token_ids=tuple(delta.token_ids),
             text=delta.text,
             logprobs=logprobs,
+            tool_calls=calls,
         )
 
     def _end(self, finish: pb.Finish) -> Finish | None:

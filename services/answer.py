@@ -14,6 +14,8 @@ from services.engine import ChoiceEvent, RequestStream
 from services.live_requests import LiveRequest, LiveRequests
 from services.request import GenerateSpec
 from services.tickets import TicketWriter
+from services.tools.calling import CallReader
+from services.tools.values import CallPiece
 
 _PART: Final = 256  # tokens of a prompt in one message: a millisecond or two of work
 
@@ -41,6 +43,7 @@ class Delta:
     text: str
     ticket: bytes = b""
     logprobs: Sequence[Logprobs | None] = ()  # one a token, where the request asks for them
+    calls: Sequence[CallPiece] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +80,15 @@ class Finish:
 class Choice:
     """One choice: its text and tickets so far, all of it a function of its tokens."""
 
-    def __init__(self, number: int, num_prompt: int, text: ChoiceText, writer: TicketWriter) -> None:
+    def __init__(
+        self, number: int, num_prompt: int, text: ChoiceText, writer: TicketWriter, calls: CallReader | None = None
+    ) -> None:
+        """`calls` reads the text of a choice that may call tools."""
         self._number = number
         self._num_prompt = num_prompt
         self._text = text
         self._writer = writer
+        self._calls = calls
         self._finish: Finish | None = None
         self.num_tokens = 0
 
@@ -98,7 +105,7 @@ class Choice:
 
     def begin(self, tokens: list[int], reason: FinishReason, *, exact: bool) -> bool:
         """Go through what the reader has; `reason` is why that is all, if it is. Returns whether it has ended."""
-        piece = self._push(tokens, reason)
+        piece, _ = self._push(tokens, reason)
         if piece.reason:
             usage = Usage(prompt_tokens=self._num_prompt, completion_tokens=self.num_tokens)
             self._finish = self._end(piece, usage, exact=exact)
@@ -107,7 +114,7 @@ class Choice:
     def take(self, event: ChoiceEvent, sequence: CoreSequence, expiry_s: int) -> tuple[Delta | None, Finish | None]:
         """What the reader is told of these tokens."""
         index = self.num_tokens
-        piece = self._push(event.tokens, event.reason)
+        piece, calls = self._push(event.tokens, event.reason)
         delta = None
         if piece.tokens:
             ticket = self._writer.ticket(expiry_s, sequence.determinism or "")
@@ -118,18 +125,19 @@ class Choice:
                 text=piece.text,
                 ticket=ticket,
                 logprobs=event.logprobs[: len(piece.tokens)],
+                calls=calls,
             )
         if piece.reason:
             exact = bool(sequence.determinism)
             self._finish = self._end(piece, self._usage(sequence), exact=exact, score=sequence.score)
         return delta, self._finish
 
-    def _push(self, tokens: list[int], reason: FinishReason) -> Piece:
+    def _push(self, tokens: list[int], reason: FinishReason) -> tuple[Piece, Sequence[CallPiece]]:
         piece = self._text.push(tokens, reason)
         assert piece.tokens or not piece.text, "text without a token: it would have no ticket"
         self._writer.add(piece.tokens)
         self.num_tokens += len(piece.tokens)
-        return piece
+        return (piece, ()) if self._calls is None else self._calls.read(piece)
 
     def _end(self, piece: Piece, usage: Usage, *, exact: bool, score: float | None = None) -> Finish:
         return Finish(

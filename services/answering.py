@@ -41,6 +41,7 @@ from services.text import Tokenizer
 from services.ticket_keys import new_key
 from services.tickets import Scope, Tickets
 from services.tickets import scope as make_scope
+from services.tools.calling import ToolCalling
 
 _TORN_TOKENS = 64  # tokens that the end of a text that was cut short may have more than the whole
 _LONG_CHAT = 64  # messages
@@ -72,6 +73,7 @@ class Answerer:
         self.tokenizer = tokenizer
         self._engine = engine
         self._template = template
+        self._tools = ToolCalling(template.tool_format, tokenizer) if template is not None else None
         self._default_max_tokens = default_max_tokens
         self._tickets = tickets or Tickets([new_key()], lifetime_s=_A_DAY_S)
         self._live = LiveRequests() if live is None else live
@@ -97,8 +99,9 @@ class Answerer:
                 if self._template is None:
                     raise InvalidRequest("chat", f"{self.model.name} has no chat template; send text instead")
                 render, add_special_tokens = self._template.render, False
-                if len(source.messages) > _LONG_CHAT:
-                    text = await asyncio.to_thread(render, source.messages)
+                offered = source.tools.offered if source.tools else ()
+                if len(source.messages) > _LONG_CHAT or offered or any(m.tool_calls for m in source.messages):
+                    text = await asyncio.to_thread(render, source.messages, offered)
                 else:
                     text = render(source.messages)
             case Text():
@@ -262,7 +265,7 @@ class Answerer:
         if spec.cache is not None and spec.cache.pin_tokens > len(prompt):
             problem = f"at most {len(prompt)}, which are the tokens of the prompt, got {spec.cache.pin_tokens}"
             raise InvalidRequest("pin_tokens", problem)
-        spec = replace(spec, max_tokens=max_tokens)
+        spec = self._with_tools(replace(spec, max_tokens=max_tokens))
         check_choosable(spec.sampling, _stop(spec), set(self.model.eos_token_ids), self.model.vocab_size)
         if spec.sampling.grammar is not None and self._grammars is None:
             raise InvalidRequest(spec.structured, "structured output is not served here")
@@ -284,16 +287,31 @@ class Answerer:
             raise AlreadyRunning(f"request_id: {spec.request_id} runs already, and asks for something else")
         return live
 
+    def _with_tools(self, spec: GenerateSpec) -> GenerateSpec:
+        """The request with the grammar of its tools' calls, which is a part of what its tickets are for."""
+        if not isinstance(spec.input, Chat) or spec.input.tools is None:
+            return spec
+        assert self._tools is not None, "the chat was rendered"
+        grammar = self._tools.grammar(spec.input.tools)
+        return replace(spec, structured="chat.tools", sampling=replace(spec.sampling, grammar=grammar))
+
     async def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         arguments = words, self.tokenizer, self.model.eos_token_ids
         if sum(map(len, words)) > _LONG_TEXT:
             return await asyncio.to_thread(token_sequences, *arguments)
         return token_sequences(*arguments)
 
+    def _tools_of(self, spec: GenerateSpec) -> ToolCalling | None:
+        """What reads its answers, where it is a chat that offers tools."""
+        return self._tools if isinstance(spec.input, Chat) and spec.input.tools else None
+
     def _choice(self, spec: GenerateSpec, prompt: list[int], scope: Scope, n: int) -> Choice:
-        return Choice(n, len(prompt), self._text(spec, prompt), self._tickets.writer(scope, n))
+        tools = self._tools_of(spec)
+        reader = tools.reader(spec.request_id, n) if tools else None
+        return Choice(n, len(prompt), self._text(spec, prompt), self._tickets.writer(scope, n), reader)
 
     def _text(self, spec: GenerateSpec, prompt: list[int]) -> ChoiceText:
+        tools = self._tools_of(spec)
         return ChoiceText(
             self.tokenizer,
             prompt,
@@ -301,6 +319,7 @@ class Answerer:
             skip_special_tokens=spec.skip_special_tokens,
             min_tokens=spec.min_tokens,
             include_stop=spec.include_stop,
+            shown=tools.shown if tools else frozenset(),
         )
 
     def _natural_end(self, spec: GenerateSpec, tokens: Sequence[int]) -> FinishReason:

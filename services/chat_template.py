@@ -21,6 +21,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from common.errors import InvalidRequest, ModelFolderError
 from common.model_folder import ModelFolder
 from services.request import Message
+from services.tools.format import ToolFormat
+from services.tools.formats import format_in
+from services.tools.hermes import HERMES
+from services.tools.values import Tool
+from services.tools.words import function_of, in_words
 
 MAX_PROMPT_CHARACTERS: Final = 16 << 20
 
@@ -29,41 +34,58 @@ class ChatTemplate:
     """The chat template of one model, compiled."""
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str], max_characters: int = MAX_PROMPT_CHARACTERS
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        max_characters: int = MAX_PROMPT_CHARACTERS,
+        tool_format: ToolFormat | None = None,
     ) -> None:
-        """Compile Jinja source. Raises jinja2.TemplateError. `special_tokens` are names that the template may use."""
-        self._template = _environment().from_string(source)
+        """Compile Jinja source. Raises jinja2.TemplateError. `special_tokens` are names that the template may use.
+
+        `tool_format` is how the model writes calls, where its template does not say so in a way that is known here.
+        """
+        environment = _environment()
+        self._template = environment.from_string(source)
+        known = tool_format or format_in(source)
+        uses_tools = any(name.name == "tools" for name in environment.parse(source).find_all(nodes.Name))
+        self.knows_tools = known is not None and uses_tools
+        """The template tells of tools. Where it does not, or of calls that are unknown here, messages do."""
+        self.tool_format = known or HERMES
         self._special_tokens = dict(special_tokens)
         self._max_characters = max_characters
 
     @classmethod
-    def of(cls, folder: ModelFolder) -> Self:
+    def of(cls, folder: ModelFolder, tool_format: ToolFormat | None = None) -> Self:
         """The template of a folder that has one. Raises ModelFolderError where it is not valid Jinja."""
         assert folder.chat_template is not None, f"{folder.path} has no chat template"
         try:
-            return cls(folder.chat_template, folder.special_tokens)
+            return cls(folder.chat_template, folder.special_tokens, tool_format=tool_format)
         except jinja2.TemplateError as error:
             raise ModelFolderError(
                 f"{folder.path}: the chat template is not valid Jinja ({error}). Mend chat_template.jinja, or fetch the"
                 " default model: pagewire pull smollm2"
             ) from error
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt for these messages, up to where the assistant's answer begins.
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+        """The prompt for these messages, up to where the assistant's answer begins, for a model that has these tools.
 
         It brings its own special tokens: encode it without adding any. Raises InvalidRequest, in words that tell
         nothing of the template or the messages.
         """
         if not messages:
             raise InvalidRequest("chat", "must have at least one message")
+        _check_calls(messages)
+        if not self.knows_tools and (tools or any(each.tool_calls or each.tool_call_id for each in messages)):
+            messages, tools = in_words(self.tool_format, messages, tools), ()
+        told = [_told(message) for message in messages]
         pieces: list[str] = []
         room = self._max_characters
         try:
             for piece in self._template.generate(
                 self._special_tokens,
-                messages=[{"role": message.role, "content": message.content} for message in messages],
+                messages=told,
                 add_generation_prompt=True,
-                tools=None,
+                tools=[function_of(tool) for tool in tools] or None,
                 documents=None,
             ):
                 room -= len(piece)
@@ -77,6 +99,27 @@ class ChatTemplate:
         if room < 0:
             raise InvalidRequest("chat", f"the prompt would exceed {self._max_characters} characters")
         return "".join(pieces)
+
+
+def _check_calls(messages: Sequence[Message]) -> None:
+    for i, message in enumerate(messages):
+        for j, call in enumerate(message.tool_calls):
+            try:
+                call.parsed()
+            except ValueError:
+                raise InvalidRequest(f"chat.messages[{i}].tool_calls[{j}].arguments", "must be a JSON object") from None
+
+
+def _told(message: Message) -> dict[str, Any]:
+    """A message as templates know it: what it has not, is not there."""
+    told: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        told["tool_calls"] = [
+            {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.parsed()}}
+            for call in message.tool_calls
+        ]
+    told |= {name: value for name in ("tool_call_id", "name") if (value := getattr(message, name))}
+    return told
 
 
 class _GenerationBlock(jinja2.ext.Extension):

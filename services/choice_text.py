@@ -41,9 +41,13 @@ class ChoiceText:
         skip_special_tokens: bool,
         min_tokens: int = 0,
         include_stop: bool = False,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
-        """A stop string that is complete before `min_tokens` tokens ends nothing. `include_stop`: the text has it."""
-        self._decoder = IncrementalDecoder(tokenizer, prompt, skip_special_tokens=skip_special_tokens)
+        """A stop string that is complete before `min_tokens` tokens ends nothing. `include_stop`: the text has it.
+
+        `shown` are special tokens that are in the text though others are skipped.
+        """
+        self._decoder = IncrementalDecoder(tokenizer, prompt, skip_special_tokens=skip_special_tokens, shown=shown)
         self._stops = StopMatcher(stop_strings) if stop_strings else None
         self._num_unstoppable = max(0, min_tokens - 1)  # tokens behind which no stop string ends the text
         self._include_stop = include_stop

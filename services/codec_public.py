@@ -48,6 +48,7 @@ from services.request import (
     Text,
     TokenIds,
 )
+from services.tools.codec import call_delta_pb, calls_from_pb, check_fits, tools_from_pb
 
 # Optional floats that are called the same in the message and in the value.
 _Number = Literal[
@@ -132,7 +133,7 @@ def request_from_pb(
     spec = GenerateSpec(
         request_id=_request_id(request.request_id),
         model=request.model,
-        input=input_from_pb(request, vocab_size=vocab_size, max_messages=limits.max_messages),
+        input=input_from_pb(request, limits, vocab_size=vocab_size),
         sampling=sampling,
         n=n,
         max_tokens=max_tokens,
@@ -155,6 +156,8 @@ def request_from_pb(
         stop_strings=spec.stop_strings,
     )
     check_stop(stop, limits, vocab_size)
+    if isinstance(spec.input, Chat) and spec.input.tools is not None:
+        check_fits(structured)
     return spec
 
 
@@ -282,9 +285,9 @@ def pin_id_from_pb(request: pb.UnpinRequest) -> str | None:
 
 def input_from_pb(
     request: pb.GenerateRequest | pb.GenerateStreamRequest | pb.TokenizeRequest,
+    limits: RequestLimits,
     *,
     vocab_size: int,
-    max_messages: int = RequestLimits().max_messages,
 ) -> Input:
     """The prompt. Raises InvalidRequest when there is none, an id is outside the vocabulary, or a chat is too long."""
     kind = request.WhichOneof("input")
@@ -295,15 +298,27 @@ def input_from_pb(
     if kind == "token_ids" and not isinstance(request, pb.TokenizeRequest):
         return TokenIds(ids=token_ids("token_ids", tuple(request.token_ids.ids), vocab_size))
     if kind == "chat":
-        if not request.chat.messages:
+        chat = request.chat
+        if not chat.messages:
             raise InvalidRequest("chat", "is empty")
-        if len(request.chat.messages) > max_messages:
-            raise InvalidRequest("chat", f"at most {max_messages} messages, got {len(request.chat.messages)}")
-        for i, message in enumerate(request.chat.messages):
-            if not message.role:
-                raise InvalidRequest(f"chat.messages[{i}].role", "is empty")
-        return Chat(messages=tuple(Message(role=m.role, content=m.content) for m in request.chat.messages))
+        if len(chat.messages) > limits.max_messages:
+            raise InvalidRequest("chat", f"at most {limits.max_messages} messages, got {len(chat.messages)}")
+        messages = tuple(_message(i, message, limits) for i, message in enumerate(chat.messages))
+        return Chat(messages=messages, tools=tools_from_pb(chat, limits))
     raise InvalidRequest("input", "one of text, token_ids or chat must be set")
+
+
+def _message(number: int, message: pb.ChatMessage, limits: RequestLimits) -> Message:
+    if not message.role:
+        raise InvalidRequest(f"chat.messages[{number}].role", "is empty")
+    calls = calls_from_pb(f"chat.messages[{number}]", message, limits)
+    return Message(
+        role=message.role,
+        content=message.content,
+        tool_calls=calls,
+        tool_call_id=message.tool_call_id,
+        name=message.name,
+    )
 
 
 def token_ids(field: str, ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
@@ -324,6 +339,8 @@ def fill_delta(message: pb.Delta, delta: Delta, spell: Spell) -> None:
     message.ticket = delta.ticket
     if delta.logprobs:
         message.logprobs.extend(logprobs_pb(delta.token_ids, delta.logprobs, spell))
+    if delta.calls:
+        message.tool_calls.extend(map(call_delta_pb, delta.calls))
 
 
 def prompt_logprobs_pb(part: PromptLogprobs, spell: Spell) -> pb.PromptLogprobs:

@@ -8,6 +8,7 @@ from typing import ClassVar, Final
 from common.cache_control import CacheControl
 from common.sampling import SamplingParams
 from common.types import Priority
+from services.tools.values import ToolCall, Tools
 
 CHARACTERS_A_TOKEN: Final = 8
 """More than plain text has."""
@@ -35,6 +36,9 @@ class Message:
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()  # an assistant's
+    tool_call_id: str = ""  # a tool's: which call this is the result of
+    name: str = ""  # a tool's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,7 @@ class Chat:
 
     field: ClassVar[str] = "chat"
     messages: tuple[Message, ...]
+    tools: Tools | None = None
 
 
 Input = Text | TokenIds | Chat

@@ -50,6 +50,7 @@ from services.scheduler_service import SchedulerService
 from services.slow_readers import SlowReaders
 from services.text import Tokenizer
 from services.tickets import TicketKey, Tickets
+from services.tools.formats import FORMATS
 
 log = logging.getLogger(__name__)
 
@@ -101,11 +102,12 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         max_chunk_tokens=config.max_chunk_tokens,
     )
     grammars = GrammarChecker(model, cpu_s=config.grammar_cpu_s, memory_mib=config.grammar_memory_mib)
+    template = ChatTemplate.of(model, FORMATS.get(config.tool_format)) if model.has_chat_template else None
     answerer = Answerer(
         engine,
         model,
         Tokenizer(model.path / "tokenizer.json"),
-        ChatTemplate.of(model) if model.has_chat_template else None,
+        template,
         default_max_tokens=config.default_max_tokens,
         tickets=Tickets(_ticket_keys(config.ticket_keys), lifetime_s=config.ticket_lifetime_s),
         live=LiveRequests(linger_s=config.linger_s, max_lingering=config.max_lingering),
@@ -183,6 +185,9 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         asyncio.create_task(gate.watch(), name="gate"),
     ]
     log.info("serving %s on %s; executors dial %s", model.name, listen, link)
+    if template is not None:
+        told = "its chat template" if template.knows_tools else "the system message"
+        log.info("tools are told of by %s, and called as %s does", told, template.tool_format.name)
     lifecycle.announce(ready_fd, json.dumps({"listen": listen, "link": link, "admin": admin}))
     try:
         stopping = asyncio.create_task(stop.wait())

@@ -14,6 +14,7 @@ from services.answer import Answer, Delta, PromptLogprobs
 from services.answering import Answerer
 from services.caller import current_caller
 from services.handlers import Context
+from services.tools.codec import add_calls
 
 
 class SchedulerService:
@@ -49,6 +50,7 @@ class SchedulerService:
                             choice.logprobs.extend(
                                 codec_public.logprobs_pb(event.token_ids, event.logprobs, self._spell)
                             )
+                        add_calls(choice.tool_calls, event.calls)
                     else:
                         codec_public.fill_finish(choice, event)
         return pb.GenerateResponse(
@@ -79,9 +81,7 @@ class SchedulerService:
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text or chat to token ids."""
         self._answerer.check_model(request.model)
-        source = codec_public.input_from_pb(
-            request, vocab_size=self._answerer.model.vocab_size, max_messages=self._limits.max_messages
-        )
+        source = codec_public.input_from_pb(request, self._limits, vocab_size=self._answerer.model.vocab_size)
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
         return pb.TokenizeResponse(token_ids=await self._answerer.prompt(source, add_special_tokens=special))
 

@@ -17,6 +17,7 @@ REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 # Tokens that are decoded together with the next one. An unfinished UTF-8 character has at most 3 bytes, so at most 3
 # tokens; the fourth is what a decoder that treats the first token of a text differently needs to see before them.
 _CONTEXT: Final = 4
+_NONE: Final[frozenset[int]] = frozenset()
 
 
 class Tokenizer:
@@ -34,11 +35,14 @@ class Tokenizer:
         self._tokenizer.no_truncation()  # some files carry the settings of their training
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(id for id, token in added.items() if token.special)
+        self.added = {token.content: id for id, token in added.items()}
+        """Tokens that are one wherever they are spelled out."""
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self._byte_of = self._find_byte_tokens()
         self._bytes_of: dict[int, bytes] = {}
         is_byte_level = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
         self._spellings = {skip: _Spelling(self, skip) for skip in (True, False)} if is_byte_level else {}
+        self._spellings_shown: dict[frozenset[int], _Spelling] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of the text. Special tokens that are spelled out in it are recognised."""
@@ -63,12 +67,19 @@ class Tokenizer:
             return decoder.push(ids) + decoder.finish()
         return text
 
-    def silent(self, id: int, skip_special_tokens: bool) -> bool:
-        """True for an id that adds nothing to any text: not in the vocabulary, or special where those are skipped."""
-        return self.name(id) is None or (skip_special_tokens and id in self._special_ids)
+    def silent(self, id: int, skip_special_tokens: bool, shown: frozenset[int] = _NONE) -> bool:
+        """True for an id that adds nothing to any text: not in the vocabulary, or special where those are skipped.
 
-    def spelling(self, skip_special_tokens: bool) -> Mapping[int, bytes] | None:
+        Of the special ones, `shown` are not skipped.
+        """
+        return self.name(id) is None or (skip_special_tokens and id in self.special_ids and id not in shown)
+
+    def spelling(self, skip_special_tokens: bool, shown: frozenset[int] = _NONE) -> Mapping[int, bytes] | None:
         """The bytes of each token, where a text is no more than the bytes of its tokens; None where it is not."""
+        if shown and skip_special_tokens and self._spellings:
+            if shown not in self._spellings_shown:  # one set, that of the served model's tools
+                self._spellings_shown[shown] = _Spelling(self, skip_special_tokens, shown)
+            return self._spellings_shown[shown]
         return self._spellings.get(skip_special_tokens)
 
     def name(self, id: int) -> str | None:
@@ -116,14 +127,15 @@ class Tokenizer:
 class _Spelling(dict[int, bytes]):
     """Token id → its bytes in a byte-level tokenizer. A token is spelled out when it is first asked for."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, shown: frozenset[int] = _NONE) -> None:
         super().__init__()
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._shown = shown
 
     def __missing__(self, id: int) -> bytes:
         name = self._tokenizer.name(id)
-        if name is None or self._tokenizer.silent(id, self._skip_special_tokens):
+        if name is None or self._tokenizer.silent(id, self._skip_special_tokens, self._shown):
             spelled = b""
         else:
             try:
@@ -157,11 +169,21 @@ class IncrementalDecoder:
     tokenizer the bytes say which it is.) The work for a token does not grow with the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_tail: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
-        """`prompt_tail` may be the whole prompt; only its last few tokens that give text are looked at."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_tail: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        shown: frozenset[int] = _NONE,
+    ) -> None:
+        """`prompt_tail` may be the whole prompt; only its last few tokens that give text are looked at.
+
+        `shown` are special tokens that are not skipped.
+        """
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._spelling = tokenizer.spelling(skip_special_tokens)
+        self._shown = shown
+        self._spelling = tokenizer.spelling(skip_special_tokens, shown)
         self._window: list[int] = []  # the last tokens; what comes next is decoded together with them
         self._num_told = 0  # characters of the window's text that were returned already
         self._torn = b""  # the beginning of a character, told as bytes
@@ -173,7 +195,7 @@ class IncrementalDecoder:
         for id in reversed(prompt_tail):
             if len(context) == _CONTEXT:
                 break
-            if not tokenizer.silent(id, skip_special_tokens):
+            if not tokenizer.silent(id, skip_special_tokens, shown):
                 context.append(id)
         self.push(reversed(context))
         self._owed = self._held()
@@ -189,8 +211,8 @@ class IncrementalDecoder:
         if self._spelling is not None:
             text = self._decode(b"".join(map(self._spelling.__getitem__, token_ids)))
         else:
-            silent, skip = self._tokenizer.silent, self._skip_special_tokens
-            text = "".join([self._push(id) for id in token_ids if not silent(id, skip)])
+            silent, skip, shown = self._tokenizer.silent, self._skip_special_tokens, self._shown
+            text = "".join([self._push(id) for id in token_ids if not silent(id, skip, shown)])
         return self._without_prompt(text) if self._owed else text
 
     def finish(self) -> str:

@@ -11,8 +11,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 VOCAB_SIZE = 320
 MAX_MODEL_LEN = 512
 EOS = 319
+TOOL_CALL = 318  # a token that opens calls
 
-CHAT_TEMPLATE = """{% for m in messages %}<|{{ m.role }}|>{{ m.content }}
+# Tells of tools in a few bytes, each of which is a token, and writes calls as Hermes's templates do.
+CHAT_TEMPLATE = """{% for t in tools or [] %}<|{{ t.function.name }}|>{% endfor %}\
+{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\
+{% for c in m.tool_calls or [] %}<tool_call>
+{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
+</tool_call>{% endfor %}
 {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
 
 
@@ -21,11 +27,12 @@ def write(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: i for i, symbol in enumerate(alphabet)}
-    vocab |= {f"filler{i}": i for i in range(len(alphabet), EOS)}
+    vocab |= {f"filler{i}": i for i in range(len(alphabet), TOOL_CALL)} | {"<tool_call>": TOOL_CALL}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -22,20 +22,16 @@ from tests.e2e.survivors import answers_through_a_kill
 from tests.executor.schemas import problem
 
 PROMPT = [70, 71, 72, 5, 9]
-PEOPLE = {
-    "type": "array",
-    "minItems": 2,
-    "maxItems": 3,
-    "items": {
-        "type": "object",
-        "properties": {
-            "name": {"type": "string", "maxLength": 8},
-            "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        },
-        "required": ["name", "age"],
-        "additionalProperties": False,
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
     },
+    "required": ["name", "age"],
+    "additionalProperties": False,
 }
+PEOPLE: dict[str, Any] = {"type": "array", "minItems": 2, "maxItems": 3, "items": PERSON}
 SERIAL = r"([a-f]{3}-){4}[0-9]{2,9}"
 
 
@@ -54,6 +50,15 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[str], bool]]] = {
     "penalised": ({"json_schema": PEOPLE, "frequency_penalty": 0.5, "bad_words": ["a", "12"]}, is_person),
     "greedy": ({"regex": SERIAL, "temperature": 0.0, "min_tokens": 25, "logprobs": 2}, lambda text: len(text) >= 25),
 }
+TOOLS: dict[str, Any] = {
+    "token_ids": None,
+    "messages": [{"role": "user", "content": "Who is there?"}],
+    "tools": [{"name": "tell", "parameters": {"type": "object", "properties": {"all": PEOPLE}, "required": ["all"]}}],
+    "tool_choice": "required",
+    "parallel_tool_calls": False,
+    "max_tokens": 180,
+    "request_id": "calls",
+}
 FREE: dict[str, Any] = {"ignore_eos": True}
 DEFAULTS: dict[str, Any] = {"token_ids": PROMPT, "temperature": 1.0, "max_tokens": 200, "seed": 11}
 
@@ -65,13 +70,14 @@ def ask(running: Cluster, **settings: Any) -> Answer:
 
 def asked_together(running: Cluster) -> dict[str, Answer]:
     """Every kind at once, between answers that are free."""
-    settings = {**{name: asked for name, (asked, _) in KINDS.items()}, "free": FREE, "free too": {**FREE, "seed": 2}}
+    settings = {name: asked for name, (asked, _) in KINDS.items()}
+    settings |= {"tools": TOOLS, "free": FREE, "free too": {**FREE, "seed": 2}}
     with ThreadPoolExecutor(len(settings)) as pool:
         return dict(zip(settings, pool.map(lambda asked: ask(running, **asked), settings.values()), strict=True))
 
 
 def said(answer: Answer) -> tuple[Any, ...]:
-    return answer.token_ids, answer.text, answer.finish.reason
+    return answer.token_ids, answer.text, answer.tool_calls, answer.finish.reason
 
 
 def heard(answer: Answer) -> tuple[Any, ...]:
@@ -126,7 +132,7 @@ def test_structured_output_holds_when_blocks_run_out(server: Cluster, tiny: Path
 
 
 def test_structured_output_holds_when_an_executor_is_killed(server: Cluster, tiny: Path, tmp_path: Path) -> None:
-    asked = [settings for settings, _ in KINDS.values()]
+    asked = [*(settings for settings, _ in KINDS.values()), TOOLS]
     undisturbed = [ask(server, **settings) for settings in asked]
     answers, moved = answers_through_a_kill(tiny, tmp_path, [{**DEFAULTS, **settings} for settings in asked])
 
@@ -202,6 +208,7 @@ def test_the_command_line_has_every_kind(server: Cluster) -> None:
 def test_the_default_model_fills_in_a_schema_also_when_its_executor_is_killed(
     default_model: Path, tmp_path: Path
 ) -> None:
+    call: dict[str, Any] = {"name": "tell", "parameters": {"properties": {"person": PERSON}, "required": ["person"]}}
     settings: dict[str, Any] = {
         "messages": [{"role": "user", "content": "Invent two people. Answer in JSON."}],
         "json_schema": PEOPLE,
@@ -215,6 +222,8 @@ def test_the_default_model_fills_in_a_schema_also_when_its_executor_is_killed(
             running.start_executor("--threads=1", "--num-blocks=256", fake=False)
         with Client(running.address) as client:
             undisturbed = client.generate(**settings)
+            asked = {**settings, "json_schema": None, "tools": [call], "tool_choice": "tell"}
+            (told,) = client.generate(**asked).tool_calls
             with client.stream(**settings) as stream:
                 next(stream)
                 next(stream)
@@ -234,4 +243,5 @@ def test_the_default_model_fills_in_a_schema_also_when_its_executor_is_killed(
 
     assert undisturbed.finish.reason is FinishReason.EOS
     assert is_person(undisturbed.text), undisturbed.text
+    assert problem(told.parsed["person"], PERSON) is None, "told of tools in words, and held to them"
     assert moved.text == moved_again.text == undisturbed.text

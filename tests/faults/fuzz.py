@@ -119,8 +119,12 @@ _COUNTS: Final = (1, 1, 2, 3, 9, 65)
 _LIKELY: Final[Mapping[str, tuple[Any, ...]]] = {  # what gets a request past the first check
     "text": ("hello", "The sea is", "é😀"),
     "model": ("", "fake"),
-    "role": ("user", "system"),
+    "role": ("user", "system", "assistant", "tool"),
     "content": ("hello", "é"),
+    "name": ("f", "g"),
+    "function": ("f",),
+    "parameters": ("", "{}", '{"properties": {"a": {"type": "integer"}}}'),
+    "arguments": ("", "{}", '{"a": 1}'),
     "request_id": ("", "r", "r2"),
     "temperature": (0.0, 1.0),
     "top_p": (1.0, 0.5),

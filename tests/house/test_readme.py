@@ -10,6 +10,7 @@ from common.config import ClientConfig, ExecutorConfig, SchedulerConfig
 from common.sampling import RequestLimits, SamplingParams
 from protos import inference_pb2 as pb
 from scheduler.pins import PinLimits
+from services.tools.values import NAME_RULE
 from tests.executor.tiny_models import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +100,17 @@ def test_every_control_stands_in_the_table_with_its_limit_and_its_default() -> N
             assert f"{getattr(given, name):g}" == row[1], name
 
 
+def test_every_field_of_tools_stands_in_its_table_with_its_limit() -> None:
+    request = RequestLimits()
+    limit = {row[0].strip("`"): row[1] for row in cells("Tools")}
+
+    assert limit["tools"] == f"{request.max_tools}, {request.max_tools_bytes >> 10} KiB together"
+    schema = limit["a schema; a call's arguments in a message"]
+    assert schema == f"{request.max_structured_bytes >> 10} KiB (`--max-grammar-bytes`)"
+    assert NAME_RULE.removeprefix("must be ") == limit["a name"]
+    assert set(limit) >= set(pb.ChatMessages.DESCRIPTOR.fields_by_name) - {"messages"}
+
+
 def test_every_flag_and_target_that_is_named_exists() -> None:
     settings = {field.name for config in (SchedulerConfig, ExecutorConfig, ClientConfig) for field in fields(config)}
     flags = {
@@ -106,6 +118,7 @@ def test_every_flag_and_target_that_is_named_exists() -> None:
         for part in (
             "Limits",
             "What a request may ask for",
+            "Tools",
             "Keys, TLS and tenants",
             "Restarts that nobody notices",
             "Not there yet",

@@ -482,9 +482,9 @@ def test_ids_to_detokenize_are_checked_alike() -> None:
 
 
 def test_a_text_to_tokenize_is_checked_alike() -> None:
-    assert input_from_pb(pb.TokenizeRequest(text="hi"), vocab_size=VOCAB_SIZE) == Text(text="hi")
+    assert input_from_pb(pb.TokenizeRequest(text="hi"), LIMITS, vocab_size=VOCAB_SIZE) == Text(text="hi")
     with pytest.raises(InvalidRequest, match="input: one of text"):
-        input_from_pb(pb.TokenizeRequest(), vocab_size=VOCAB_SIZE)
+        input_from_pb(pb.TokenizeRequest(), LIMITS, vocab_size=VOCAB_SIZE)
 
 
 # ---- stop conditions

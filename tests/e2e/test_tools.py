@@ -1,0 +1,171 @@
+"""Tools over real processes: what is called, streamed and resumed. tests/e2e/test_structured.py kills executors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from common.errors import InvalidRequest
+from pagewire import Client, FinishReason, ToolCall
+from protos import inference_pb2 as pb
+from tests.e2e import fake_model
+from tests.e2e.cluster import ROOT, Cluster
+from tests.e2e.programs import run
+from tests.executor.schemas import problem
+
+EXAMPLE = (sys.executable, str(ROOT / "examples" / "python" / "tools.py"))
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 6},
+        "unit": {"enum": ["celsius", "kelvin"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["city", "unit", "days"],
+    "additionalProperties": False,
+}
+WEATHER: dict[str, Any] = {"name": "weather", "description": "The weather in a city.", "parameters": SCHEMA}
+CLOCK: dict[str, Any] = {"type": "function", "function": {"name": "clock"}}
+ASKED: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "What will the weather be?"}],
+    "tools": [WEATHER, CLOCK],
+    "seed": 4,
+    "max_tokens": 250,
+}
+
+
+def check(calls: Sequence[ToolCall]) -> None:
+    assert calls
+    schemas: Mapping[str, Any] = {"weather": SCHEMA, "clock": {"type": "object", "additionalProperties": False}}
+    for call in calls:
+        assert problem(call.parsed, schemas[call.name]) is None
+
+
+def test_the_example_of_the_readme_works(server: Cluster) -> None:
+    ended = run(*EXAMPLE, server.address, "What is 17 times 23?")
+
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith('calculate({"left": ')
+    assert len(ended.out.splitlines()) > 1, "an answer behind it"
+
+
+def test_an_answer_that_must_call_is_calls_and_ends_behind_them(server: Cluster) -> None:
+    with Client(server.address) as client:
+        one = client.generate(**ASKED, tool_choice="required", parallel_tool_calls=False, n=3)
+        named = client.generate(**ASKED, tool_choice="clock")
+        none = client.generate(**{**ASKED, "max_tokens": 12, "tool_choice": "none"})
+
+    for choice in one.choices:
+        assert (choice.finish.reason, choice.text, len(choice.tool_calls)) == (FinishReason.TOOL_CALLS, "", 1)
+        check(choice.tool_calls)
+    assert len({choice.tool_calls[0].id for choice in one.choices}) == 3
+    assert [call.name for call in named.tool_calls] == ["clock"]
+    assert none.tool_calls == () and none.text
+
+
+def test_a_chat_goes_on_with_what_was_called_and_what_came_of_it(server: Cluster) -> None:
+    called = ToolCall(id="abcdefghi", name="clock", arguments="{}")
+    chat = pb.ChatMessages(
+        messages=[
+            pb.ChatMessage(role="assistant", tool_calls=[pb.ToolCall(id=called.id, name="clock", arguments="{}")]),
+            pb.ChatMessage(role="tool", content="noon", tool_call_id=called.id, name="clock"),
+        ]
+    )
+    prompt = server.stub.Detokenize(
+        pb.DetokenizeRequest(token_ids=server.stub.Tokenize(pb.TokenizeRequest(chat=chat)).token_ids)
+    )
+
+    with Client(server.address) as client:
+        messages = [{"role": "assistant", "content": None, "tool_calls": [called]}, called.result("noon")]
+        answer = client.generate(messages=messages, max_tokens=8, temperature=0.0)
+        same = client.generate(prompt.text, max_tokens=8, temperature=0.0)
+
+    assert '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>' in prompt.text
+    assert answer.token_ids == same.token_ids
+
+
+def test_where_it_may_call_it_is_free_until_it_does(server: Cluster) -> None:
+    """A model that was never trained comes to a call where its opening is favoured."""
+    asked: dict[str, Any] = {
+        **ASKED,
+        "logit_bias": {fake_model.TOOL_CALL: 4.0},
+        "parallel_tool_calls": False,
+        "request_id": "auto",
+    }
+    with Client(server.address) as client:
+        free = client.generate(**{**ASKED, "max_tokens": 40, "banned_token_ids": [fake_model.TOOL_CALL]})
+        called = client.generate(**asked)
+        streamed = list(client.stream(**asked))
+
+    assert (free.tool_calls, free.finish.reason) == ((), FinishReason.LENGTH)
+    assert called.text and called.finish.reason is FinishReason.TOOL_CALLS
+    check(called.tool_calls)
+    assert "".join(delta.text for delta in streamed) == called.text
+    parts = [part for delta in streamed for part in delta.tool_calls]
+    assert (parts[0].id, parts[0].name) == (called.tool_calls[0].id, called.tool_calls[0].name)
+    assert "".join(part.arguments for part in parts) == called.tool_calls[0].arguments
+
+
+Told = list[tuple[list[int], str, list[tuple[int, str, str, str]]]]
+
+
+def told(messages: Sequence[pb.GenerateStreamResponse]) -> Told:
+    """Tokens, text and parts of calls, delta by delta."""
+    deltas = [message.delta for message in messages if message.HasField("delta")]
+    return [(list(d.token_ids), d.text, [(c.index, c.id, c.name, c.arguments) for c in d.tool_calls]) for d in deltas]
+
+
+def whole(heard: Told) -> tuple[list[int], str, str]:
+    """All of it, put together."""
+    tokens = [token for ids, _, _ in heard for token in ids]
+    calls = "".join("".join(part[1:]) for _, _, parts in heard for part in parts)
+    return tokens, "".join(text for _, text, _ in heard), calls
+
+
+def test_a_stream_goes_on_in_the_middle_of_a_call_as_if_it_had_never_ended(server: Cluster) -> None:
+    chat = pb.ChatMessages(
+        messages=[pb.ChatMessage(role="user", content="And the weather?")],
+        tools=[pb.Tool(name="weather", parameters=json.dumps(SCHEMA))],
+        tool_choice=pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED),
+        parallel_tool_calls=False,
+    )
+    asked = pb.GenerateStreamRequest(
+        request_id="tools",
+        chat=chat,
+        sampling=pb.SamplingParams(seed=5),
+        stopping=pb.StopConditions(max_tokens=250),
+    )
+    _, *deltas, end = server.stub.GenerateStream(asked)
+    alone = told(deltas)
+    assert len([parts for _, _, parts in alone if parts]) > 5, "arguments come in pieces"
+
+    for number in range(0, len(deltas), 9):
+        sent = [token for ids, _, _ in alone[: number + 1] for token in ids]
+        point = pb.ResumePoint(choice=0, ticket=deltas[number].delta.ticket, token_ids=sent)
+        _, *rest = server.stub.Resume(pb.ResumeRequest(request=asked, choices=[point]))
+        assert whole(alone[: number + 1] + told(rest)) == whole(alone)
+        assert rest[-1].finish.reason == end.finish.reason == pb.FINISH_REASON_TOOL_CALLS
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "problem"),
+    [
+        ({"regex": "a"}, "regex", "does not go together with chat.tools"),
+        ({"ignore_eos": True}, "ignore_eos", "must be false"),
+        ({"tool_choice": "rain"}, "chat.tool_choice.function", "one of chat.tools"),
+        ({"tools": [{**WEATHER, "parameters": {"not": {}}, "strict": True}]}, "chat.tools", "not"),
+        ({"tools": [{**WEATHER, "colour": "red"}]}, "tools[0].colour", "there is no such field"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_by_its_field(
+    server: Cluster, changes: dict[str, Any], field: str, problem: str
+) -> None:
+    with Client(server.address) as client, pytest.raises(InvalidRequest) as refused:
+        client.generate(**{**ASKED, **changes})
+
+    assert refused.value.field == field
+    assert problem in refused.value.problem
