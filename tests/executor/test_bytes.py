@@ -42,6 +42,26 @@ def test_the_products_are_nearly_those_of_the_weights_as_they_were(isa: str, kin
     assert (found - wanted).norm() / wanted.norm() < most
 
 
+@pytest.mark.parametrize(("kind", "most"), [(INT8, 0.67), (INT4, 1.01)], ids=["int8", "int4"])
+def test_a_weight_is_the_same_on_every_path_to_the_last_bit_of_bfloat16(isa: str, kind: int, most: float) -> None:
+    """AMX multiplies them as bfloat16: wrong by two thirds of the last bit at most, and by nothing on average."""
+    torch.manual_seed(0)
+    weight = 0.02 * torch.randn(64, 96)
+    weight[3, :32] = 0
+    linear = pack(native(), Pages(), weight, kind=kind)
+
+    native().use_isa("baseline")
+    wanted = product(linear, torch.eye(96))
+    native().use_isa(isa)
+    found = product(linear, torch.eye(96))
+
+    last_bit = 2.0 ** (wanted.abs().clamp_min(2**-8).log2().floor() - 7)
+    errors = (found - wanted) / last_bit
+    assert errors.abs().max() < most
+    assert (errors * wanted.sign()).mean().abs() < 0.03
+    assert found[:32, 3].eq(0).all()
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 def test_a_row_that_is_no_number_spoils_no_other(isa: str, rows: int) -> None:
     torch.manual_seed(0)

@@ -207,9 +207,8 @@ static void multiply_panels(const Linear& l, const Operand& a, int64_t row, int6
 }
 
 #if defined(PAGEWIRE_AMX)
+#include "scaled.h"
 #include "tiles.h"
-
-#include "byte_tiles.h"
 #else
 struct Tiles {};
 #endif
@@ -219,9 +218,7 @@ static void multiply(Team& team, int phase, const Linear& l, const Operand& a, i
   constexpr int64_t kBandRows = 384;  // rows that meet a panel while it is in the cache
   const int64_t panels = (l.n + 31) / 32, bands = (rows + kBandRows - 1) / kBandRows;
 #if defined(PAGEWIRE_AMX)
-  if (l.kind == kBfloat16) shape_tiles(rows);
-  const bool on_byte_tiles = l.kind >= kInt8 && rows >= fewest_on_tiles(l.kind);
-  if (on_byte_tiles) shape_byte_tiles(rows);
+  if (l.kind != kFloat32) shape_tiles(rows);
 #endif
   team.share(phase, panels * bands, rows <= kTileRows ? 8 : 4, [&](int64_t from, int64_t to) {
     while (from < to) {
@@ -230,21 +227,14 @@ static void multiply(Team& team, int phase, const Linear& l, const Operand& a, i
       from += last - first;
       const int64_t row = band * kBandRows, count = std::min(rows - row, kBandRows);
 #if defined(PAGEWIRE_AMX)
-      if (on_byte_tiles) {
-        if (l.kind == kInt8)
-          multiply_bytes_on_tiles<kInt8>(l, a, row, count, first, last, e);
-        else
-          multiply_bytes_on_tiles<kInt4>(l, a, row, count, first, last, e);
-        continue;
-      }
-#endif
+      if (l.kind == kFloat32)
+        multiply_panels<kFloat32Words>(l, a, row, count, first, last, e);
+      else
+        multiply_on_tiles(l, a, row, count, first, last, e);
+#else
       switch (l.kind) {
         case kFloat32: multiply_panels<kFloat32Words>(l, a, row, count, first, last, e); break;
         case kBfloat16:
-#if defined(PAGEWIRE_AMX)
-          multiply_on_tiles(l, a, row, count, first, last, e);
-          break;
-#endif
           if (l.exponents)
             multiply_panels<kCompactWords>(l, a, row, count, first, last, e);
           else
@@ -253,6 +243,7 @@ static void multiply(Team& team, int phase, const Linear& l, const Operand& a, i
         case kInt8: multiply_panels<kInt8Words>(l, a, row, count, first, last, e); break;
         default: multiply_panels<kInt4Words>(l, a, row, count, first, last, e);
       }
+#endif
     }
   });
 }

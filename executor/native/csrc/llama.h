@@ -8,7 +8,7 @@ constexpr int64_t kMostSpace = 64 << 20;  // bytes of all layers; beyond it (ver
 struct LayerSpace {
   const float* in;     // residual stream before the layer
   float *between, *out;  // after attention, after the MLP; of many rows all three are one
-  float *wide, *attended, *middle;  // QKV; what int8 still has to quantise, of attention and of the MLP
+  float *wide, *attended, *middle;  // QKV; what is still to become bytes, of attention and of the MLP
   uint32_t *queries, *mixed, *act;
   char* parts;
 };
@@ -41,7 +41,7 @@ struct Workspace {
 
  private:
   static Operand operand(const Linear& l, uint32_t* words, float* scales, int32_t* sums) {
-    return {words, operand_stride(l.kind, l.k), scales, sums, l.kind >= kInt8 ? l.k / kGroup : 0};
+    return {words, operand_stride(l), scales, sums, operand_groups(l)};
   }
 };
 
@@ -78,9 +78,9 @@ static Workspace lay_out_workspace(const Llama& m, int64_t T, int threads, int64
   w.model = &m, w.tokens = T, w.num_parts = num_parts;
   w.words = w.groups = 1, w.widest = m.hidden;
   const auto widen_for = [&](const Linear& l) {
-    w.words = std::max(w.words, operand_stride(l.kind, l.k));
+    w.words = std::max(w.words, operand_stride(l));
     w.widest = std::max(w.widest, l.k);
-    if (l.kind >= kInt8) w.groups = std::max(w.groups, l.k / kGroup);
+    w.groups = std::max(w.groups, operand_groups(l));
   };
   for (int64_t n = 0; n < m.num_layers; n++)
     for (const Linear* l : {&m.layers[n].qkv, &m.layers[n].o, &m.layers[n].gate_up, &m.layers[n].down}) widen_for(*l);
@@ -200,12 +200,13 @@ static void llama_forward(const Llama& m, const Step& s, float* logits) {
         for (; from < to; from++) place_token(m, layer, s, from, space);
       });
 
-      const bool direct = layer.o.kind < kInt8;
-      const int64_t mixed_words = operand_stride(layer.o.kind, heads_dim);
+      const int32_t mixed_kind = operand_kind(layer.o);
+      const bool direct = mixed_kind != kInt8;
+      const int64_t mixed_words = operand_stride(layer.o);
       attend(team, phase + 3, s, a, space.queries, works[work_of[n]], space.parts,
              [&](int64_t token, int64_t column, f32x16 value) {
                if (direct)
-                 put_operand(layer.o.kind, space.mixed, mixed_words, token, column, value);
+                 put_operand(mixed_kind, space.mixed, mixed_words, token, column, value);
                else
                  store(space.attended + token * heads_dim + column, value);
              });
@@ -213,13 +214,13 @@ static void llama_forward(const Llama& m, const Step& s, float* logits) {
       if (!direct) in = prepare_rows(team, thread, phase + 6, w, layer.o, T, rows_of(space.attended, heads_dim));
       multiply(team, phase + 7, layer.o, in, T, {Epilogue::kAdd, space.between, space.in, hidden, 0, nullptr, 0});
 
-      const bool straight = layer.down.kind < kInt8;
-      const int64_t act_words = operand_stride(layer.down.kind, m.intermediate);
+      const int32_t act_kind = operand_kind(layer.down);
+      const int64_t act_words = operand_stride(layer.down);
       in = prepare_rows(team, thread, phase + 8, w, layer.gate_up, T, normed(space.between, layer.post_norm));
       multiply(team, phase + 9, layer.gate_up, in, T,
-               {Epilogue::kSiluMul, space.middle, nullptr, m.intermediate, layer.down.kind, space.act, act_words});
+               {Epilogue::kSiluMul, space.middle, nullptr, m.intermediate, act_kind, space.act, act_words});
       in = {space.act, act_words, nullptr, nullptr, 0};
-      if (!straight) in = prepare_rows(team, thread, phase + 10, w, layer.down, T, rows_of(space.middle, m.intermediate));
+      if (act_kind == kInt8) in = prepare_rows(team, thread, phase + 10, w, layer.down, T, rows_of(space.middle, m.intermediate));
       multiply(team, phase + 11, layer.down, in, T, {Epilogue::kAdd, space.out, space.between, hidden, 0, nullptr, 0});
       x = space.out;
     }

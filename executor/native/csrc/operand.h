@@ -9,27 +9,27 @@ static inline void put_lanes(int32_t kind, uint32_t* row, int64_t column, f32x16
 }
 
 // On a machine with tiles an operand of bfloat16 lies in them: 16 rows by 32 columns in one kilobyte, those of the same rows
-// one after the other. Else, and in every other kind, it lies row after row.
+// one after the other. Else, and in every other kind, it lies row after row. Weights of 8 and 4 bits become bfloat16 there
+// (scaled.h); elsewhere the operand becomes bytes, as they are.
 #if defined(PAGEWIRE_AMX)
 constexpr int64_t kTileHeight = 16, kTileWords = 16;  // rows, and words of a row
 static inline bool lies_in_tiles(int32_t kind) { return kind == kBfloat16; }
+static inline int32_t operand_kind(const Linear& l) { return l.kind == kFloat32 ? kFloat32 : kBfloat16; }
 #else
 constexpr int64_t kTileHeight = 1, kTileWords = 1;
 static inline bool lies_in_tiles(int32_t) { return false; }
+static inline int32_t operand_kind(const Linear& l) { return l.kind >= kInt8 ? kInt8 : l.kind; }
 #endif
 
-// The left side of a product: rows of words, and for int8 their scales and (shifted) sums by group.
+// The left side of a product: rows of words, and of bytes their scales and sums by group.
 struct Operand {
   uint32_t* words;
   int64_t stride;  // words a row
-  float* scales;   // by tiles of rows: (operand_rows / kTileHeight, groups, kTileHeight)
+  float* scales;   // (rows, groups)
   int32_t* sums;   // the same, of the bytes
   int64_t groups;
 
-  int64_t at(int64_t row, int64_t group) const {
-    return (row / kTileHeight * groups + group) * kTileHeight + row % kTileHeight;
-  }
-  // The rows from `row` on; of a kind with scales, `row` is a multiple of kTileHeight.
+  int64_t at(int64_t row, int64_t group) const { return row * groups + group; }
   Operand from(int64_t row) const {
     return {words + row * stride, stride, scales + at(row, 0), sums + at(row, 0), groups};
   }
@@ -37,10 +37,11 @@ struct Operand {
 
 static inline int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
 static inline int64_t operand_rows(int64_t rows) { return whole(rows, kTileHeight); }  // that there must be room for
-static inline int64_t operand_stride(int32_t kind, int64_t k) {
-  const int64_t words = k / per_word(kind);
-  return lies_in_tiles(kind) ? whole(words, kTileWords) : words;
+static inline int64_t operand_stride(const Linear& l) {
+  const int64_t words = l.k / per_word(operand_kind(l));
+  return lies_in_tiles(operand_kind(l)) ? whole(words, kTileWords) : words;
 }
+static inline int64_t operand_groups(const Linear& l) { return operand_kind(l) == kInt8 ? l.k / kGroup : 0; }
 
 // Sixteen columns of a row to their place in an operand; float32 and bfloat16 only.
 static inline void put_operand(int32_t kind, uint32_t* words, int64_t stride, int64_t row, int64_t column, f32x16 x) {
@@ -69,8 +70,9 @@ static inline void quantise(const float* x, const Operand& to, int64_t row) {
 }
 
 static inline void prepare(const float* x, const Linear& l, const Operand& to, int64_t row) {
-  if (l.kind >= kInt8) return quantise(x, to, row);
-  for (int64_t i = 0; i < l.k; i += 16) put_operand(l.kind, to.words, to.stride, row, i, load<f32x16>(x + i));
+  const int32_t kind = operand_kind(l);
+  if (kind == kInt8) return quantise(x, to, row);
+  for (int64_t i = 0; i < l.k; i += 16) put_operand(kind, to.words, to.stride, row, i, load<f32x16>(x + i));
 }
 
 static inline int64_t panel_words(const Linear& l) {

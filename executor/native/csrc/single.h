@@ -2,7 +2,7 @@
 
 // y = x @ w.T + bias over rows of the model's dtype.
 static void linear(const Linear& l, const Rows& x, const Rows& y, int64_t rows) {
-  const int64_t words = operand_stride(l.kind, l.k), groups = l.kind >= kInt8 ? l.k / kGroup : 0;
+  const int64_t words = operand_stride(l), groups = operand_groups(l);
   const int threads = num_threads();
   const int64_t out_bytes = y.kind == kFloat32 ? 0 : rows * l.n * 4;
   char* at = scratch(operand_rows(rows) * words * 4 + operand_rows(rows) * groups * 8 + threads * l.k * 4 + out_bytes + 256);

@@ -1,4 +1,4 @@
-// Products of bfloat16 on AMX: a tile is a register of 16 rows of 64 bytes, and one instruction multiplies 16 rows by 16
+// Products on AMX, of bfloat16 or what becomes bfloat16: a tile is a register of 16 rows of 64 bytes, and one instruction multiplies 16 rows by 16
 // outputs over 32 values of k, eight times what AVX-512 does meanwhile. The layout of panels serves it as it is: a step of a
 // panel, 32 outputs of two values of k each, is one row of two tiles of weights.
 //
@@ -48,27 +48,16 @@ struct PlainPanel {
   const uint32_t* chunk(int64_t c) const { return words + c * kTileSteps * 32; }
 };
 
-// A compact panel, expanded a chunk ahead of the one that is multiplied. With `kept` the whole panel stays in `to` for the
-// rows that follow, else there are four chunks, used in turn.
-class ExpandedPanel {
+// The chunks of a compact panel.
+class CompactChunks {
  public:
-  ExpandedPanel(const Linear& l, int64_t panel, uint32_t* to, bool kept)
-      : expander_(l.exponents), strays_(l, panel), from_(compact_panel(l, panel)), pairs_(l.k / 4), to_(to), kept_(kept) {
-    expand(0);
-  }
-  void before(int64_t c) { expand(c + 1); }
-  const uint32_t* chunk(int64_t c) const { return at(c); }
+  CompactChunks(const Linear& l, int64_t panel)
+      : expander_(l.exponents), strays_(l, panel), from_(compact_panel(l, panel)), pairs_(l.k / 4) {}
 
- private:
-  static constexpr int64_t kPairs = kTileSteps / 2, kAhead = 8 << 10;
-
-  uint32_t* at(int64_t c) const { return to_ + (kept_ ? c : c % 4) * kTileSteps * 32; }
-
-  void expand(int64_t c) {
+  void expand(int64_t c, uint32_t* to) {
     const int64_t first = c * kPairs, last = std::min(first + kPairs, pairs_);
     const uint8_t* const soon = from_ + first * kPairBytes + kAhead;  // the machine's own prefetching alone is too late
     for (int64_t at = 0; at < kPairs * kPairBytes; at += 64) __builtin_prefetch(soon + at, 0, 3);
-    uint32_t* const to = at(c);
     for (int64_t pair = first; pair < last; pair++) {
       uint32_t* words = to + (pair - first) * 64;
       for (int step = 0; step < 2; step++) {
@@ -83,10 +72,30 @@ class ExpandedPanel {
     }
   }
 
+ private:
+  static constexpr int64_t kPairs = kTileSteps / 2, kAhead = 8 << 10;
+
   const Expander expander_;
   Strays strays_;
   const uint8_t* const from_;
   const int64_t pairs_;
+};
+
+// A panel that is expanded a chunk ahead of the one that is multiplied. With `kept` the whole panel stays in `to` for the
+// rows that follow, else there are four chunks, used in turn.
+template <class Chunks>
+class ExpandedPanel {
+ public:
+  ExpandedPanel(const Linear& l, int64_t panel, uint32_t* to, bool kept) : chunks_(l, panel), to_(to), kept_(kept) {
+    chunks_.expand(0, at(0));
+  }
+  void before(int64_t c) { chunks_.expand(c + 1, at(c + 1)); }
+  const uint32_t* chunk(int64_t c) const { return at(c); }
+
+ private:
+  uint32_t* at(int64_t c) const { return to_ + (kept_ ? c : c % 4) * kTileSteps * 32; }
+
+  Chunks chunks_;
   uint32_t* const to_;
   const bool kept_;
 };
@@ -114,7 +123,7 @@ static inline void finish_rows(const Linear& l, const Epilogue& e, int64_t row, 
   const f32x16 low_bias = l.bias ? load<f32x16>(l.bias + column) : splat(0.f);
   const f32x16 high_bias = l.bias ? load<f32x16>(l.bias + column + 16) : splat(0.f);
   const bool padded = column + 32 > l.n;
-  if (e.mode == Epilogue::kSiluMul && e.next_kind < kInt8) {
+  if (e.mode == Epilogue::kSiluMul) {
     for (int64_t r = 0; r < rows; r++) {
       const f32x16 low = load<f32x16>(sums[r]) + low_bias, high = load<f32x16>(sums[r] + 16) + high_bias;
       put_operand(e.next_kind, e.next, e.next_stride, row + r, column / 2, low / (1.f + vexp(-low)) * high);
@@ -186,7 +195,6 @@ static void multiply_on_tiles(const Linear& l, const Operand& a, int64_t row, in
   buffer.resize(l.k * 16 + 16);
   uint32_t* const plain = (uint32_t*)(((uintptr_t)buffer.data() + 63) / 64 * 64);
   for (int64_t panel = first; panel < last; panel++) {
-    bool expanded = false;
     for (int64_t from = row; from < row + rows; from += kBoth) {
       const int64_t count = std::min(kBoth, row + rows - from);
       const bool last_tile = from + count == row + rows;
@@ -195,7 +203,7 @@ static void multiply_on_tiles(const Linear& l, const Operand& a, int64_t row, in
         if (l.exponents)
           fetch = {compact_panel(l, panel + 1), kPairBytes / 2};
         else
-          fetch = {(const uint8_t*)(l.words + (panel + 1) * panel_words(l)), 128};
+          fetch = {(const uint8_t*)(l.words + (panel + 1) * panel_words(l)), panel_words(l) * 8 / l.k};
       }
       const auto run = [&](auto&& from_panel) __attribute__((always_inline)) {
         if (count > kTileHeight)
@@ -203,12 +211,16 @@ static void multiply_on_tiles(const Linear& l, const Operand& a, int64_t row, in
         else
           multiply_tile_rows<false>(l, a, from_panel, from, count, panel, fetch, e);
       };
-      if (!l.exponents)
+      if (l.kind == kBfloat16 && !l.exponents)
         run(PlainPanel{l.words + panel * panel_words(l)});
-      else if (expanded)
+      else if (from != row)
         run(PlainPanel{plain});
+      else if (l.kind == kBfloat16)
+        run(ExpandedPanel<CompactChunks>(l, panel, plain, !last_tile));
+      else if (l.kind == kInt8)
+        run(ExpandedPanel<ScaledChunks<kInt8>>(l, panel, plain, !last_tile));
       else
-        run(ExpandedPanel(l, panel, plain, !last_tile)), expanded = true;
+        run(ExpandedPanel<ScaledChunks<kInt4>>(l, panel, plain, !last_tile));
     }
   }
 }
