@@ -12,7 +12,8 @@ from common.model_folder import ModelFolder, read_model_folder
 from executor.fake_runner import NextToken, Prefix, fake_logprobs, prefix_hash_token
 from protos import inference_pb2 as pb
 from tests.e2e import fake_model
-from tests.services.test_resuming import Heard, heard_of, refused, request, run, serving, told, undisturbed, until
+from tests.services.heard import Heard
+from tests.services.test_resuming import heard_of, refused, request, run, serving, told, undisturbed, until
 
 MAX_TOKENS = 12
 

@@ -412,10 +412,10 @@ def test_best_of_is_taken_from_n_up_to_the_limit_of_n(best_of: int, n: int) -> N
     if n <= best_of <= LIMITS.max_choices:
         spec = spec_of(asked)
         assert (spec.n, spec.best_of, spec.num_made) == (n, best_of if best_of > 1 else 0, best_of)
-        assert size.n == best_of
+        assert size.num_sequences == best_of
     else:
         assert str(refused(asked)) == f"best_of: must be in [{n}, 4], from n on, got {best_of}"
-        assert 1 <= size.n <= LIMITS.max_choices
+        assert 1 <= size.num_sequences <= LIMITS.max_choices
 
 
 @given(st.integers(1, (1 << 32) - 1))
