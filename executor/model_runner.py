@@ -203,7 +203,7 @@ class ModelRunner:
             asking = who_asks(self._resident, batch.sampled_slots)
             # a copy: what is asked for is of the model's own logits
             raw = values[[each.row for each in asking]] if asking else values
-            edit(values, self._resident, batch.sampled_slots)
+            edit(values, self._resident, batch.sampled_slots, waiting)
             chosen = sample(values, columns(self._resident, batch.sampled_slots, batch.sampled_indices))
             if asking:
                 scored = score_sampled(asking, raw, chosen.or_none(waiting))

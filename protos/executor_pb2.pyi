@@ -540,7 +540,7 @@ class StepResult(_message.Message):
     top_logprobs: _builtins.bytes
     """f32"""
     unready: _builtins.bytes
-    """u32 column: rows whose grammar is still compiled; their last token is to be computed again"""
+    """u32 column: rows whose grammar says nothing yet: their last token is computed again"""
     def __init__(
         self,
         *,
