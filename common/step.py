@@ -112,7 +112,7 @@ class StepResult:
     tokens: Sequence[int] = ()  # (S,)
     indices: Sequence[int] = ()  # (S,) output index of each token: 0 is the first after the prompt
     failed: Sequence[SlotRef] = ()  # rows whose logits were not finite: nothing was sampled
-    unready: Sequence[SlotRef] = ()  # rows whose grammar is still compiled: their last token is to be computed again
+    unready: Sequence[SlotRef] = ()  # rows whose grammar says nothing yet: their last token is computed again
     compute_ns: int = 0  # time the executor spent on the step
     idle_ns: int = 0  # time it waited before the step for want of a plan
     scored: Sequence[Scored] = ()  # where a sequence asks for it; positions in order within each

@@ -24,6 +24,8 @@ after a preemption, on another executor, and in a stream that was resumed.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -35,6 +37,7 @@ from executor.sampler import SamplingColumns
 from executor.token_rules import TokenRules
 
 _NEVER: Final = np.float32(-np.inf)
+_MASKS_S: Final = 0.03  # of a step, for what its grammars allow
 
 
 def columns(held: Resident, slots: NDArray[np.int64], indices: NDArray[np.int64]) -> SamplingColumns | None:
@@ -54,33 +57,29 @@ def columns(held: Resident, slots: NDArray[np.int64], indices: NDArray[np.int64]
     )
 
 
-def edit(logits: NDArray[np.float32], held: Resident, slots: NDArray[np.int64]) -> None:
+def edit(logits: NDArray[np.float32], held: Resident, slots: NDArray[np.int64], but: Sequence[int] = ()) -> None:
     """Apply the controls of each row's sequence. logits (S, vocab_size) are changed; slots (S,) says whose they are.
 
-    Called before the new tokens are known, and after `unready` has told of which rows nothing is chosen. Rows are
-    worked one by one, as the sampler does: a sequence's tokens lie side by side, and to gather those of many rows first
-    takes longer than the calls that it would save.
+    Called before the new tokens are known. The rows `but`, which are `unready`, are left as they are. Rows are worked
+    one by one, as the sampler does: a sequence's tokens lie side by side, and to gather those of many rows first takes
+    longer than the calls that it would save.
     """
     if not held.controlled:
         return
     for row, slot in enumerate(slots.tolist()):
-        if slot in held.controlled:
+        if slot in held.controlled and row not in but:
             _edit(logits[row], held, slot)
 
 
-def look_ahead(held: Resident, slots: NDArray[np.int64]) -> None:
-    """Find out what the grammars of these rows allow, while a device computes their logits: `edit` need not then."""
-    for slot in slots.tolist():
-        guide = held.guides[slot]
-        if guide is not None and guide.is_ready():
-            guide.allowed(held.token_ids[slot, held.num_prompt[slot] : held.num_tokens[slot]])
-
-
 def unready(held: Resident, slots: NDArray[np.int64], num_rows: int) -> list[int]:
-    """Which of the sampled rows, slots (S,), have a grammar that is still compiled: nothing is chosen there yet.
+    """Find out what the grammars of the sampled rows, slots (S,), allow; a device may compute their logits meanwhile.
 
-    Nobody waits for that, but where such rows are all of the step's `num_rows`: then a moment is waited for one of
-    them, so that scheduler and executor do not exchange steps as fast as they can meanwhile.
+    Returns for which of the rows that is not known in this step, so that nothing is chosen there yet: their grammars
+    are still compiled, or those of the others took all the time that a step has for it, as they may be written to. Who
+    was left out goes first in the next step.
+
+    A moment is waited for grammars that are compiled where they are those of all `num_rows` of the step, so that
+    scheduler and executor do not exchange steps as fast as they can meanwhile.
     """
     if not held.controlled:
         return []
@@ -89,6 +88,16 @@ def unready(held: Resident, slots: NDArray[np.int64], num_rows: int) -> list[int
     if late and len(late) == num_rows:
         wait_for_one([guides[row] for row in late])
         late = [row for row in late if not guides[row].is_ready()]
+    ready = sorted(guides.keys() - set(late), key=lambda row: (-guides[row].times_left_out, row))
+    until_s = time.monotonic() + _MASKS_S
+    for number, row in enumerate(ready):
+        if number and time.monotonic() > until_s:
+            for left_out in ready[number:]:
+                guides[left_out].times_left_out += 1
+            return sorted(late + ready[number:])
+        slot = slots[row]
+        guides[row].times_left_out = 0
+        guides[row].allowed(held.token_ids[slot, held.num_prompt[slot] : held.num_tokens[slot]])
     return late
 
 
@@ -107,7 +116,7 @@ def _edit(row: NDArray[np.float32], held: Resident, slot: int) -> None:
     free = row.copy() if rules is not None and guide is not None else row
     if rules is not None:
         _take_away(row, known - num_prompt, rules)
-    if guide is not None and guide.has_begun:
+    if guide is not None:
         _keep_grammatical(row, guide.allowed(tokens[num_prompt:]), free)
     if rules is not None and rules.bad_words.longest:
         _take_bad_words(row, tokens, rules)

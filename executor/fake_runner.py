@@ -97,7 +97,8 @@ class Computed:
 class FakeRunner:
     """A Runner that needs no torch and no model. `step_time_s` makes a demo look alive; tests leave it at 0.
 
-    It keeps no grammar, but has them compiled for `compile_rows` rows of each sequence that would be sampled before.
+    It keeps no grammar, but puts rows off for one: the first `compile_rows` that a sequence would be sampled in, as if
+    it was compiled meanwhile, and once each place that `left_out_every` divides, as if there was no time for its mask.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class FakeRunner:
         next_token: NextToken = position_token,
         step_time_s: float = 0.0,
         compile_rows: int = 0,
+        left_out_every: int = 0,
     ) -> None:
         self._facts = ExecutorFacts(
             name=name,
@@ -146,7 +148,9 @@ class FakeRunner:
         self._next_token = next_token
         self._step_time_s = step_time_s
         self._compile_rows = compile_rows
+        self._left_out_every = left_out_every
         self._compiling: Counter[int] = Counter()  # rows that each slot's grammar still takes
+        self._left_out: dict[int, int] = {}  # of slots with a grammar, the place that was left out last
         self._cells = np.zeros(num_blocks * block_size, _CELL)  # the slab: one cell a token
         self.begin_session()
 
@@ -180,7 +184,11 @@ class FakeRunner:
             self._token_ids[slot, :num_known] = sequence.token_ids
             digests = digests_of(int(token) for token in sequence.token_ids)
             self._digests[slot, :num_known] = np.array(digests, np.uint64)
-            self._compiling[slot] = self._compile_rows if sequence.sampling.grammar is not None else 0
+            self._compiling[slot] = 0
+            self._left_out.pop(slot, None)
+            if sequence.sampling.grammar is not None:
+                self._compiling[slot] = self._compile_rows
+                self._left_out[slot] = -1
         for ref, token in zip(plan.told_refs, plan.told_tokens, strict=True):
             slot = slot_of(ref)
             self._know(slot, int(self._resident.num_tokens[slot]) - 1, token)
@@ -191,12 +199,10 @@ class FakeRunner:
         self._store(rows)
         self._read_back(rows)
         sampled = rows.slots[rows.samples].tolist()
-        unready = [n for n, slot in enumerate(sampled) if self._compiling[slot]]
+        unready = [n for n, slot in enumerate(sampled) if self._is_put_off(slot)]
         tokens: list[int | None] = [None] * len(sampled)
         if failpoints.hit("after_forward_before_sample") != "nan":
             tokens = [None if n in unready else self._choose(slot) for n, slot in enumerate(sampled)]
-        for n in unready:
-            self._compiling[sampled[n]] -= 1
         return Computed(
             rows=rows,
             tokens=[token or 0 for token in tokens],
@@ -205,6 +211,17 @@ class FakeRunner:
             scored=self._score(rows, tokens),
             ranked=self._rank(rows, tokens),
         )
+
+    def _is_put_off(self, slot: int) -> bool:
+        """Whether the slot's grammar cannot say yet what comes next. Asked once a row."""
+        if self._compiling[slot]:
+            self._compiling[slot] -= 1
+            return True
+        place = int(self._resident.num_tokens[slot])
+        if self._left_out_every and self._left_out.get(slot, place) != place and place % self._left_out_every == 0:
+            self._left_out[slot] = place
+            return True
+        return False
 
     def _score(self, rows: Rows, tokens: list[int | None]) -> list[Scored]:
         """Log-probabilities by hand: a token's is minus itself, and the likeliest are 0, 1, 2 and so on."""

@@ -77,6 +77,7 @@ class Guide:
         """`matcher` has taken the first `num_taken` output tokens."""
         self.compiling = matcher
         self.has_begun = False  # it is compiled, or will never be: `allowed` may be asked
+        self.times_left_out = 0  # steps in a row that had no time for it
         self._late_s = time.monotonic() + _LATE_S
         self._ends = np.array(ends, np.int64)
         self._vocab_size = vocab_size

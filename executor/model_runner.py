@@ -209,7 +209,7 @@ class ModelRunner:
             raw = values[[each.row for each in asking]] if asking else values
             ranking = who_ranks(self._resident, batch.sampled_slots, waiting)
             finite = prepare(values, ranking)
-            edit(values, self._resident, batch.sampled_slots)
+            edit(values, self._resident, batch.sampled_slots, waiting)
             chosen = sample(values, columns(self._resident, batch.sampled_slots, batch.sampled_indices))
             ranked, chosen = rank_all(values, ranking, finite, chosen)
             if asking:

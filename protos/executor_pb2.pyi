@@ -561,7 +561,7 @@ class StepResult(_message.Message):
     top_logprobs: _builtins.bytes
     """f32"""
     unready: _builtins.bytes
-    """u32 column: rows whose grammar is still compiled; their last token is to be computed again"""
+    """u32 column: rows whose grammar says nothing yet: their last token is computed again"""
     ranked_refs: _builtins.bytes
     """Beams that were ranked, B of them, and their candidates one beam behind the other.
     (B,)

@@ -21,7 +21,7 @@ class Counters:
     trials: int = 0  # requests that had an executor to themselves for that
     given_up: int = 0  # requests that ended because executors died with them
     rows_unusable: int = 0  # result rows that had no token, or one that cannot be
-    rows_unready: int = 0  # result rows whose grammar was still compiled
+    rows_unready: int = 0  # result rows whose grammar said nothing yet
     quarantines: int = 0  # of executors that sent too many of those
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0

@@ -32,7 +32,7 @@ from common.types import BlockId, slot_of
 from executor.attention import choose
 from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.batch import InputBatch, build_batch
-from executor.controls import columns, edit, look_ahead, unready
+from executor.controls import columns, edit, unready
 from executor.gpu.device import CudaDevice, Device
 from executor.gpu.flying import FlyingStep
 from executor.gpu.graphs import StepGraph, StepGraphs, buckets_for, mixed_shapes
@@ -326,9 +326,8 @@ class GpuRunner:
         rows = sorted({*rows, *np.flatnonzero(typical).tolist(), *(each.row for each in ranking)})
         if not rows:
             return
-        look_ahead(held, slots[rows])
+        step.unready = unready(held, slots, len(batch.seq_lens))  # the device computes meanwhile
         self._device.synchronize()
-        step.unready = unready(held, slots, len(batch.seq_lens))
         rows = [row for row in rows if row not in step.unready]
         if not rows:
             return

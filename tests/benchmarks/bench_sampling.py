@@ -199,6 +199,7 @@ def grammar_cost(rows: int, *, steps: int) -> tuple[float, float]:
         logits = (noise.standard_normal((rows, folder.vocab_size)) * 3).astype(np.float32)
         logits[:, list(folder.eos_token_ids)] -= 100  # nobody ends
         began = time.perf_counter()
+        assert not unready(held, slots, rows)
         edit(logits, held, slots)
         found.append(time.perf_counter() - began)
         tokens = sample(logits, columns(held, slots, held.num_tokens[slots])).tokens

@@ -75,7 +75,7 @@ def pickled_items(data: bytes) -> dict[str, bytes | str]:
         if code.name == "MEMOIZE":
             memo.append(before)
             continue
-        value = memo[argument] if code.name in ("BINGET", "LONG_BINGET") else argument
+        value = memo[argument] if isinstance(argument, int) and code.name in ("BINGET", "LONG_BINGET") else argument
         if isinstance(before, str) and isinstance(value, str | bytes):
             found.setdefault(before, value)
             value = None  # a value is no key

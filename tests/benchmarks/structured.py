@@ -38,8 +38,12 @@ _SHOWN: Final = 2000  # characters of a schema
 
 def drawn(schemas: int) -> dict[str, tuple[Schema, Problem]]:
     """So many schemas of ours, and how to look at an answer to each."""
+
+    def look_with(schema: Schema) -> Problem:
+        return lambda value: problem(value, schema)
+
     made = {f"{number}": drawn_schema(Random(number)) for number in range(schemas)}
-    return {name: (schema, lambda value, schema=schema: problem(value, schema)) for name, schema in made.items()}
+    return {name: (schema, look_with(schema)) for name, schema in made.items()}
 
 
 def of_store(store: Path, schemas: int) -> dict[str, tuple[Schema, Problem]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sqlite3
 import struct
@@ -10,7 +11,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import setuptools
 
 from tests.benchmarks.schema_store import kind_of, main, pickled_items, stored
 from tests.e2e import fake_model
@@ -58,7 +58,7 @@ def test_the_schemas_of_a_wheel_are_what_was_fetched_but_its_catalog(tmp_path: P
 def test_what_is_refused_is_named_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, store = fake_model.write(tmp_path / "fake"), tmp_path / "store"
     store.mkdir()
-    real = Path(setuptools.__file__).parent / "config"
+    (real,) = (Path(place) / "config" for place in importlib.import_module("setuptools").__path__)
     schemas = {path.name.partition(".")[0]: path.read_text() for path in real.glob("*.schema.json")}
     schemas["large"] = json.dumps({"title": "x" * 65_536})
     schemas["open"] = json.dumps({"type": "array", "items": {"type": "integer"}})

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from common.sampling import Grammar, SamplingParams
 from common.step import NewSequence, StepPlan
 from common.types import BlockId, slot_ref
-from executor.controls import columns, edit, look_ahead, unready
+from executor.controls import columns, edit, unready
 from executor.grammar import GrammarError, compile_grammar, load_tokenizer
 from executor.guide import Grammars
 from executor.resident import Resident
@@ -165,11 +165,12 @@ def test_an_answer_goes_on_from_the_known_tokens_as_if_it_had_never_moved(gramma
             assert answer(grammars, told(0, sampling, whole[:cut])) == whole
 
 
-def test_what_is_found_out_ahead_changes_nothing(grammars: Grammars) -> None:
+def test_what_is_found_out_twice_is_the_same(grammars: Grammars) -> None:
     one, other = (held(grammars, told(0, KINDS["schema"][0], [ord("{") - 33])) for _ in range(2))
     slots = np.array([0])
 
-    look_ahead(one, slots)
+    assert not unready(one, slots, 1)
+    assert not unready(one, slots, 1)
     assert not unready(other, slots, 1)
     rows = [noise(1), noise(1)]
     edit(rows[0], one, slots)

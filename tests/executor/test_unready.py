@@ -1,4 +1,4 @@
-"""Rows whose grammar is still compiled: put off, at no cost to anybody, and then what they would have been at once."""
+"""Rows whose grammar says nothing yet: put off, at no cost to anybody, and then what they would have been at once."""
 
 from __future__ import annotations
 
@@ -155,6 +155,27 @@ def test_a_moment_is_waited_for_a_grammar_only_where_nobody_else_is_in_the_step(
         world.step((A, 1), (B, 3), new=(told(B, FREE),))  # it samples nothing, and does not wait either
         world.step((A, 1), (B, 4))
         assert waited == [1]
+
+
+def test_rows_take_turns_where_a_step_has_no_time_for_all_their_grammars(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {slot_ref(slot, 0): replace(GUIDED, seed=slot) for slot in range(3)}
+    alone = {ref: undisturbed(world, ref, sampling, 4) for ref, sampling in asked.items()}
+    monkeypatch.setattr(controls, "_MASKS_S", -1.0)
+
+    new = tuple(told(ref, sampling) for ref, sampling in asked.items())
+    found = [world.step(*((ref, 3) for ref in asked), (slot_ref(3, 0), 7), new=(*new, told(slot_ref(3, 0), FREE)))]
+    world.until_compiled()
+    found.append(world.step(*((ref, 4) for ref in asked)))
+    found += [world.step(*((ref, 1) for ref in asked), (slot_ref(3, 0), 1)) for _ in range(11)]
+
+    guided = [[ref for ref in result.refs if ref in asked] for result in found[1:]]
+    assert [len(refs) for refs in guided] == [1] * 12
+    assert all({ref for refs in guided[n : n + 3] for ref in refs} == set(asked) for n in range(10))
+    assert of(found, slot_ref(3, 0))[0], "the free one goes on"
+    for ref in asked:
+        assert of(found, ref) == of(alone[ref], ref)
 
 
 def test_a_grammar_that_is_not_compiled_for_very_long_fails_its_row(

@@ -551,7 +551,10 @@ def main() -> None:
 
     @hypothesis.seed(options.seed)
     @hypothesis.settings(
-        max_examples=options.examples, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=options.examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
     )
     @hypothesis.given(stories)
     def search(drawn: DrawnStory) -> None:

@@ -32,6 +32,7 @@ def more_tokens_than_were_asked_for(request: pb.ResumeRequest) -> None:
 
 
 def no_stop_conditions(request: pb.ResumeRequest) -> None:
+    request.request.sampling.ClearField("structured")  # an answer of a grammar ends, so it would hear something else
     request.request.stopping.ignore_eos = not request.request.stopping.ignore_eos
     del request.request.stopping.stop[:]
 

@@ -129,6 +129,7 @@ class SimulatedExecutor:
             max_model_len=LONGEST,
             next_token=self._next_token,
             compile_rows=self.lives % 3,
+            left_out_every=self.lives % 4,
             **self._shape,
         )
 

@@ -69,6 +69,7 @@ def _join(world: Witness, draw: random.Random) -> None:
             credit=draw.choice([1, 2, 2, 3]),
             max_step_tokens=draw.choice([8, 256]),
             compile_rows=world.now_ns % 4,  # not drawn: the stories are otherwise what they were
+            left_out_every=world.now_ns % 3,
         )
 
 

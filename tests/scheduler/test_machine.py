@@ -80,6 +80,7 @@ class Machine(RuleBasedStateMachine):
         max_sequences=st.sampled_from([1, 2, 4, 8]),
         max_step_tokens=st.sampled_from([8, 256]),
         compile_rows=st.integers(0, 3),
+        left_out_every=st.integers(0, 3),
         glitches=st.booleans(),
     )
     def join(
@@ -90,6 +91,7 @@ class Machine(RuleBasedStateMachine):
         max_sequences: int,
         max_step_tokens: int,
         compile_rows: int,
+        left_out_every: int,
         glitches: bool,
     ) -> None:
         self.world.join(
@@ -100,6 +102,7 @@ class Machine(RuleBasedStateMachine):
             max_sequences=max_sequences,
             max_step_tokens=max_step_tokens,
             compile_rows=compile_rows,
+            left_out_every=left_out_every,
         )
 
     @precondition(lambda self: self.world.runners)

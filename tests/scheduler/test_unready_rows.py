@@ -1,4 +1,4 @@
-"""Rows whose grammar is still compiled: computed, given no token, and asked again. It costs nobody else anything."""
+"""Rows whose grammar says nothing yet: computed, given no token, and asked again. It costs nobody else anything."""
 
 from __future__ import annotations
 
@@ -50,6 +50,18 @@ def test_rows_in_flight_behind_it_are_its_next_tries() -> None:
 
     assert [list(world.answer().indices) for _ in range(3)] == [[], [], [0]]
     assert world.tokens["a"] == [6]
+
+
+@pytest.mark.parametrize("credit", [1, 2, 3])
+def test_a_row_may_be_put_off_in_the_middle_of_its_answer(credit: int) -> None:
+    world = World(executors=0, credit=credit)
+    world.join(left_out_every=3)
+    world.add("guided", prompt=6, max_tokens=9, sampling=GUIDED)
+    world.add("free", prompt=5, max_tokens=9)
+    world.run()
+
+    assert world.tokens == {"guided": list(range(6, 15)), "free": list(range(5, 14))}
+    assert world.scheduler.counters.rows_unready == 3
 
 
 def test_an_answer_of_one_token_may_wait() -> None:
