@@ -104,7 +104,7 @@ def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamReque
         elif name == "beams":
             _set_beams(request.sampling.beams, value)
         elif name in _OF_CHATS:
-            _set_tools(request.chat, name, value)
+            set_tools(request.chat, name, value)
         elif name in _STRUCTURED:
             _set_structured(request.sampling.structured, name, value)
         else:
@@ -135,7 +135,8 @@ def _set_messages(request: pb.GenerateStreamRequest, messages: Sequence[Mapping[
                 _set(part, name, value, f"{field}.tool_calls[{i}].{name}")
 
 
-def _set_tools(chat: pb.ChatMessages, name: str, value: Any) -> None:
+def set_tools(chat: pb.ChatMessages, name: str, value: Any) -> None:
+    """Set `tools`, `tool_choice` or `parallel_tool_calls`. Raises InvalidRequest for what cannot be sent."""
     if name == "tools":
         for number, tool in enumerate(value):
             added = chat.tools.add()

@@ -18,7 +18,7 @@ from pagewire.answers import (
     Usage,
 )
 from pagewire.borrowed import borrow
-from pagewire.tools import ToolCall, ToolCallDelta, add_to
+from pagewire.tools import ToolCall, ToolCallDelta, add_to, fits
 
 if TYPE_CHECKING:
     from common import failpoints
@@ -139,15 +139,17 @@ class Continuation:
             return None  # told already
         if delta.index != len(tokens) or delta.choice in self.finishes:
             raise OutOfStep(f"choice {delta.choice} has {len(tokens)} tokens, and more came from {delta.index} on")
+        calls = tuple(
+            ToolCallDelta(index=each.index, id=each.id, name=each.name, arguments=each.arguments)
+            for each in delta.tool_calls
+        )
+        if not fits(self._tool_calls[delta.choice], calls):
+            raise OutOfStep(f"choice {delta.choice} has a part of a call that never began")
         tokens += delta.token_ids
         self._texts[delta.choice].append(delta.text)
         self._tickets[delta.choice] = delta.ticket
         logprobs = tuple(_logprobs(delta.logprobs))
         self._logprobs[delta.choice] += logprobs
-        calls = tuple(
-            ToolCallDelta(index=each.index, id=each.id, name=each.name, arguments=each.arguments)
-            for each in delta.tool_calls
-        )
         add_to(self._tool_calls[delta.choice], calls)
         return Delta(
             choice=delta.choice,

@@ -7,7 +7,7 @@ be there, or the same inside {"type": "function", "function": …}, as OpenAI's 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -43,8 +43,18 @@ class ToolCallDelta:
     arguments: str
 
 
+def fits(calls: Sequence[ToolCall], deltas: Iterable[ToolCallDelta]) -> bool:
+    """Whether each part is of a call that has begun, or begins the next one."""
+    begun = len(calls)
+    for delta in deltas:
+        if delta.index > begun:
+            return False
+        begun = max(begun, delta.index + 1)
+    return True
+
+
 def add_to(calls: list[ToolCall], deltas: Iterable[ToolCallDelta]) -> None:
-    """Put the parts of calls together."""
+    """Put the parts of calls, which fit, together."""
     for delta in deltas:
         if delta.index == len(calls):
             calls.append(ToolCall(id=delta.id, name=delta.name, arguments=""))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import shutil
 import sys
@@ -238,6 +239,8 @@ def _parser() -> argparse.ArgumentParser:
     generate = _add(commands, "generate", _generate, "stream one answer")
     generate.add_argument("prompt", help="what to answer")
     generate.add_argument("--raw", action="store_true", help="send the text as it is, without the chat template")
+    generate.add_argument("--tools", type=Path, metavar="FILE", help="functions that it may call: a JSON array of them")
+    generate.add_argument("--tool-choice", metavar="CHOICE", help="auto, none, required, or the name of a function")
     generate.add_argument("--no-stats", dest="stats", action="store_false", help="print the answer alone")
     _add_client_flags(generate)
 
@@ -405,7 +408,27 @@ def _request(parsed: argparse.Namespace) -> Any:
         _set(request, "text", parsed.prompt, "the prompt")
     else:
         _set(request.chat.messages.add(role="user"), "content", parsed.prompt, "the prompt")
+    if parsed.tools or parsed.tool_choice:
+        if parsed.raw:
+            raise PagewireError("--tools and --tool-choice go with the chat template, which --raw leaves out")
+        _set_tools(request.chat, parsed.tools, parsed.tool_choice)
     return request
+
+
+def _set_tools(chat: Any, file: Path | None, choice: str | None) -> None:
+    from pagewire.asking import set_tools
+
+    if file is not None:
+        try:
+            tools = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not JSON in UTF-8"
+            raise PagewireError(f"--tools {file}: {why}") from error
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise PagewireError(f"--tools {file}: must be a JSON array of objects")
+        set_tools(chat, "tools", tools)
+    if choice is not None:
+        set_tools(chat, "tool_choice", choice)
 
 
 def _system(parsed: argparse.Namespace) -> list[Any]:

@@ -24,8 +24,8 @@ from services.request import Message
 from services.tools.format import ToolFormat
 from services.tools.formats import format_in
 from services.tools.hermes import HERMES
-from services.tools.values import Tool
-from services.tools.words import function_of, in_words
+from services.tools.values import MAX_DEPTH, Tool
+from services.tools.words import in_words
 
 MAX_PROMPT_CHARACTERS: Final = 16 << 20
 
@@ -75,8 +75,14 @@ class ChatTemplate:
         if not messages:
             raise InvalidRequest("chat", "must have at least one message")
         _check_calls(messages)
-        if not self.knows_tools and (tools or any(each.tool_calls or each.tool_call_id for each in messages)):
-            messages, tools = in_words(self.tool_format, messages, tools), ()
+        if self.knows_tools or not (tools or any(each.tool_calls or each.tool_call_id for each in messages)):
+            return self._render(messages, tools)
+        try:
+            return self._render(in_words(self.tool_format, messages, tools))
+        except InvalidRequest:  # some templates know no system message either
+            return self._render(in_words(self.tool_format, messages, tools, by_system=False))
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
         told = [_told(message) for message in messages]
         pieces: list[str] = []
         room = self._max_characters
@@ -85,7 +91,7 @@ class ChatTemplate:
                 self._special_tokens,
                 messages=told,
                 add_generation_prompt=True,
-                tools=[function_of(tool) for tool in tools] or None,
+                tools=[tool.as_function() for tool in tools] or None,
                 documents=None,
             ):
                 room -= len(piece)
@@ -107,7 +113,8 @@ def _check_calls(messages: Sequence[Message]) -> None:
             try:
                 call.parsed()
             except ValueError:
-                raise InvalidRequest(f"chat.messages[{i}].tool_calls[{j}].arguments", "must be a JSON object") from None
+                field = f"chat.messages[{i}].tool_calls[{j}].arguments"
+                raise InvalidRequest(field, f"must be a JSON object, at most {MAX_DEPTH} deep") from None
 
 
 def _told(message: Message) -> dict[str, Any]:

@@ -66,6 +66,8 @@ async def tell(client: Client, request: pb.GenerateStreamRequest, show: Callable
                 told.num_tokens += len(delta.token_ids)
                 told.text += delta.text
                 show(delta.text)
+                for part in delta.tool_calls:
+                    show(f"\n{part.name} {part.arguments}" if part.name else part.arguments)
             told.usage = stream.answer.usage
             told.prompt_logprobs, told.logprobs = stream.answer.prompt_logprobs, stream.answer.logprobs
     except PagewireError:

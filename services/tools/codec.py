@@ -8,7 +8,7 @@ from typing import Any, Final
 from common.errors import InvalidRequest
 from common.sampling import RequestLimits
 from protos import inference_pb2 as pb
-from services.tools.values import NAME, NAME_RULE, NO_PARAMETERS, CallPiece, Tool, ToolCall, Tools, object_of
+from services.tools.values import MAX_DEPTH, NAME, NAME_RULE, NO_PARAMETERS, CallPiece, Tool, ToolCall, Tools, object_of
 
 _MAX_CALL_ID: Final = 128
 _MODES: Final = frozenset(pb.ToolChoiceMode.values())
@@ -122,7 +122,7 @@ def _parameters(field: str, source: str) -> Mapping[str, Any]:
     try:
         schema = object_of(source)
     except ValueError:
-        raise InvalidRequest(field, "must be a JSON object, and not too deep") from None
+        raise InvalidRequest(field, f"must be a JSON object, at most {MAX_DEPTH} deep") from None
     if schema.get("type", "object") != "object":
         raise InvalidRequest(field, 'must have "type": "object": arguments have names')
     return schema

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 NAME_RULE: Final = "must be 1 to 64 of a-z, A-Z, 0-9, _ and -"
+MAX_DEPTH: Final = 64  # objects and arrays within each other, of a schema and of arguments
 NO_PARAMETERS: Final[Mapping[str, Any]] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -21,6 +22,11 @@ class Tool:
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=lambda: NO_PARAMETERS)  # JSON schema of an object
     strict: bool = False  # a keyword of the schema that cannot be kept is an error; else it does not count
+
+    def as_function(self) -> dict[str, Any]:
+        """As chat templates and OpenAI's API have it."""
+        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": function}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +53,20 @@ class ToolCall:
 
 
 def object_of(text: str) -> dict[str, Any]:
-    """The JSON object that a text is. Raises ValueError where it is none, or has what no text can: half a character."""
+    """The JSON object that a text is. Raises ValueError where it is none, too deep, or has half a character in it."""
     try:
         value = json.loads(text, parse_constant=_refuse)
-        json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is too deep") from None
     if not isinstance(value, dict):
         raise ValueError("it is no object")  # noqa: TRY004 - the text is wrong, not its type
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [part for each in level for part in (each.values() if isinstance(each, dict) else each)]
+        level = [part for part in level if isinstance(part, dict | list)]
+    if level:
+        raise ValueError("it is too deep")
+    json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     return value
 
 

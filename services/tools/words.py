@@ -15,25 +15,23 @@ from services.tools.format import ToolFormat
 from services.tools.values import Tool
 
 
-def in_words(format: ToolFormat, messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
-    """The same chat without tools, calls and results."""
-    plain = list(_plain(format, messages))
+def in_words(
+    format: ToolFormat, messages: Sequence[Message], tools: Sequence[Tool], *, by_system: bool = True
+) -> list[Message]:
+    """The same chat without tools, calls and results. With `by_system` false, the first message tells of the tools."""
+    first, *others = _plain(format, messages)
     if not tools:
-        return plain
+        return [first, *others]
     told = _told(format, tools)
-    if plain and plain[0].role == "system":
-        return [replace(plain[0], content=f"{plain[0].content}\n\n{told}"), *plain[1:]]
-    return [Message(role="system", content=told), *plain]
-
-
-def function_of(tool: Tool) -> dict[str, object]:
-    """A tool as chat templates and OpenAI's API have it."""
-    function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
-    return {"type": "function", "function": function}
+    if first.role == "system":
+        return [replace(first, content=f"{first.content}\n\n{told}"), *others]
+    if by_system:
+        return [Message(role="system", content=told), first, *others]
+    return [replace(first, content=f"{told}\n\n{first.content}"), *others]
 
 
 def _told(format: ToolFormat, tools: Sequence[Tool]) -> str:
-    signatures = "\n".join(json.dumps(function_of(tool), ensure_ascii=False) for tool in tools)
+    signatures = "\n".join(json.dumps(tool.as_function(), ensure_ascii=False) for tool in tools)
     example = format.write([("NAME", '{"PARAMETER": "VALUE"}')])
     return (
         f"You may call functions to help with the user's request. These are their signatures:\n"

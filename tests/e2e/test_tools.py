@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from pagewire import Client, FinishReason, ToolCall
 from protos import inference_pb2 as pb
 from tests.e2e import fake_model
 from tests.e2e.cluster import ROOT, Cluster
-from tests.e2e.programs import run
+from tests.e2e.programs import PAGEWIRE, run
 from tests.executor.schemas import problem
 
 EXAMPLE = (sys.executable, str(ROOT / "examples" / "python" / "tools.py"))
@@ -54,10 +55,11 @@ def test_the_example_of_the_readme_works(server: Cluster) -> None:
 
 
 def test_an_answer_that_must_call_is_calls_and_ends_behind_them(server: Cluster) -> None:
+    short: dict[str, Any] = {**ASKED, "max_tokens": 12, "tool_choice": "none"}
     with Client(server.address) as client:
         one = client.generate(**ASKED, tool_choice="required", parallel_tool_calls=False, n=3)
         named = client.generate(**ASKED, tool_choice="clock")
-        none = client.generate(**{**ASKED, "max_tokens": 12, "tool_choice": "none"})
+        none = client.generate(**short)
 
     for choice in one.choices:
         assert (choice.finish.reason, choice.text, len(choice.tool_calls)) == (FinishReason.TOOL_CALLS, "", 1)
@@ -90,6 +92,7 @@ def test_a_chat_goes_on_with_what_was_called_and_what_came_of_it(server: Cluster
 
 def test_where_it_may_call_it_is_free_until_it_does(server: Cluster) -> None:
     """A model that was never trained comes to a call where its opening is favoured."""
+    text: dict[str, Any] = {**ASKED, "max_tokens": 40, "banned_token_ids": [fake_model.TOOL_CALL]}
     asked: dict[str, Any] = {
         **ASKED,
         "logit_bias": {fake_model.TOOL_CALL: 4.0},
@@ -97,7 +100,7 @@ def test_where_it_may_call_it_is_free_until_it_does(server: Cluster) -> None:
         "request_id": "auto",
     }
     with Client(server.address) as client:
-        free = client.generate(**{**ASKED, "max_tokens": 40, "banned_token_ids": [fake_model.TOOL_CALL]})
+        free = client.generate(**text)
         called = client.generate(**asked)
         streamed = list(client.stream(**asked))
 
@@ -108,6 +111,22 @@ def test_where_it_may_call_it_is_free_until_it_does(server: Cluster) -> None:
     parts = [part for delta in streamed for part in delta.tool_calls]
     assert (parts[0].id, parts[0].name) == (called.tool_calls[0].id, called.tool_calls[0].name)
     assert "".join(part.arguments for part in parts) == called.tool_calls[0].arguments
+
+
+def test_the_command_line_shows_what_is_called(server: Cluster, tmp_path: Path) -> None:
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps([CLOCK]))
+    generate = [*PAGEWIRE, "generate", "--address", server.address, "--no-stats", "--max-tokens=200"]
+
+    called = run(*generate, f"--tools={file}", "--tool-choice=clock", "hi")
+    refused = [
+        run(*generate, *flags, "hi")
+        for flags in (["--raw", "--tool-choice=auto"], [f"--tools={tmp_path / 'none'}"], [f"--tools={__file__}"])
+    ]
+
+    assert (called.code, called.out) == (0, "\nclock {}\n"), called.err
+    told = ["go with the chat template", "No such file", "not JSON"]
+    assert all(ended.code == 1 and why in ended.err for ended, why in zip(refused, told, strict=True)), refused
 
 
 Told = list[tuple[list[int], str, list[tuple[int, str, str, str]]]]
@@ -126,22 +145,22 @@ def whole(heard: Told) -> tuple[list[int], str, str]:
     return tokens, "".join(text for _, text, _ in heard), calls
 
 
-def test_a_stream_goes_on_in_the_middle_of_a_call_as_if_it_had_never_ended(server: Cluster) -> None:
+def test_a_stream_tells_what_a_whole_answer_does_and_goes_on_in_the_middle_of_a_call(server: Cluster) -> None:
     chat = pb.ChatMessages(
         messages=[pb.ChatMessage(role="user", content="And the weather?")],
         tools=[pb.Tool(name="weather", parameters=json.dumps(SCHEMA))],
         tool_choice=pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED),
         parallel_tool_calls=False,
     )
-    asked = pb.GenerateStreamRequest(
-        request_id="tools",
-        chat=chat,
-        sampling=pb.SamplingParams(seed=5),
-        stopping=pb.StopConditions(max_tokens=250),
-    )
+    sampling, stopping = pb.SamplingParams(seed=5), pb.StopConditions(max_tokens=250)
+    asked = pb.GenerateStreamRequest(request_id="tools", chat=chat, sampling=sampling, stopping=stopping)
     _, *deltas, end = server.stub.GenerateStream(asked)
     alone = told(deltas)
     assert len([parts for _, _, parts in alone if parts]) > 5, "arguments come in pieces"
+
+    at_once = pb.GenerateRequest(request_id="tools", chat=chat, sampling=sampling, stopping=stopping)
+    [call] = server.stub.Generate(at_once).choices[0].tool_calls
+    assert call.id + call.name + call.arguments == whole(alone)[2]
 
     for number in range(0, len(deltas), 9):
         sent = [token for ids, _, _ in alone[: number + 1] for token in ids]

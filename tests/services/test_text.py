@@ -276,6 +276,19 @@ def test_special_tokens_are_added_and_skipped_on_request() -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<s>fox"
 
 
+@every_tokenizer
+def test_special_tokens_that_are_shown_are_text_and_the_others_are_not(
+    build: Callable[[], tokenizers.Tokenizer],
+) -> None:
+    tokenizer, vocab = tokenizer_of(build), vocab_of(build)
+    decoder = IncrementalDecoder(tokenizer, shown=frozenset({vocab["</s>"]}))
+
+    text = decoder.push([vocab["<s>"], vocab["</s>"], vocab["<unk>"]]) + decoder.finish()
+
+    assert "</s>" in text
+    assert "<s>" not in text and "<unk>" not in text
+
+
 def test_a_megabyte_of_text_and_zeros_comes_back() -> None:
     tokenizer = tokenizer_of(byte_level_bpe)
 

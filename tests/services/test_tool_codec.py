@@ -14,9 +14,10 @@ from services.codec_public import request_from_pb
 from services.request import Chat
 from services.tools.values import NO_PARAMETERS, Tool, ToolCall, Tools
 
-LIMITS = RequestLimits(max_tools=3, max_tools_bytes=400, max_structured_bytes=100)
+LIMITS = RequestLimits(max_tools=3, max_tools_bytes=400, max_structured_bytes=350)
 AUTO, NONE, REQUIRED = pb.TOOL_CHOICE_MODE_AUTO, pb.TOOL_CHOICE_MODE_NONE, pb.TOOL_CHOICE_MODE_REQUIRED
 SCHEMA = '{"properties": {"a": {"type": "integer"}}}'
+DEEP = '{"":' * 65 + "1" + "}" * 65
 F, G = pb.Tool(name="f"), pb.Tool(name="g", description="Does it.", parameters=SCHEMA, strict=True)
 
 
@@ -81,8 +82,9 @@ def message(role: str = "assistant", **given: Any) -> list[pb.ChatMessage]:
         (chat(F, pb.Tool(name="my tool")), "chat.tools[1].name", "must be 1 to 64 of"),
         (chat(pb.Tool(name="f\n")), "chat.tools[0].name", "must be 1 to 64 of"),
         (chat(pb.Tool(name="f", description="d" * 400)), "chat.tools", "at most 400 bytes together, got 401"),
-        (chat(pb.Tool(name="f", parameters=" " * 101)), "chat.tools[0].parameters", "at most 100 bytes, got 101"),
+        (chat(pb.Tool(name="f", parameters=" " * 351)), "chat.tools[0].parameters", "at most 350 bytes, got 351"),
         (chat(F, pb.Tool(name="g", parameters="{")), "chat.tools[1].parameters", "must be a JSON object"),
+        (chat(pb.Tool(name="f", parameters=DEEP)), "chat.tools[0].parameters", "at most 64 deep"),
         (chat(pb.Tool(name="f", parameters="[]")), "chat.tools[0].parameters", "must be a JSON object"),
         (chat(pb.Tool(name="f", parameters='{"const": NaN}')), "chat.tools[0].parameters", "must be a JSON object"),
         (chat(pb.Tool(name="f", parameters='{"type": "string"}')), "chat.tools[0].parameters", '"type": "object"'),
@@ -104,9 +106,9 @@ def message(role: str = "assistant", **given: Any) -> list[pb.ChatMessage]:
             "at most 128",
         ),
         (
-            chat(messages=message(tool_calls=[pb.ToolCall(name="f", arguments=" " * 101)])),
+            chat(messages=message(tool_calls=[pb.ToolCall(name="f", arguments=" " * 351)])),
             "chat.messages[1].tool_calls[0].arguments",
-            "at most 100 bytes, got 101",
+            "at most 350 bytes, got 351",
         ),
     ],
 )  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from common.config import SchedulerConfig
 from common.errors import InvalidRequest
 from common.model_folder import read_model_folder
 from services.chat_template import ChatTemplate
@@ -29,6 +31,7 @@ WEATHER = Tool(
 )
 CLOCK = Tool(name="clock")
 SPECIAL: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
+DEEPER = '{"a": ' * 65 + "1" + "}" * 65
 DEEP = pytest.param("[" * 100_000, id="deep")
 TEMPLATES = {"hermes": HERMES_TEMPLATE, "llama3": LLAMA3_TEMPLATE, "mistral": MISTRAL_TEMPLATE}
 
@@ -121,6 +124,12 @@ def test_an_operator_may_know_better_how_a_template_writes_calls() -> None:
     assert template.render([user("hi")], [CLOCK]) == "clock"
 
 
+def test_every_format_is_one_that_an_operator_may_name() -> None:
+    named = typing.get_args(typing.get_type_hints(SchedulerConfig)["tool_format"])
+
+    assert set(named) == {"auto", *FORMATS}
+
+
 def test_a_template_without_tools_is_told_of_them_in_the_system_message() -> None:
     prompt = ChatTemplate(PLAIN_TEMPLATE, {}).render(TWO_CALLS, [WEATHER, CLOCK])
 
@@ -142,6 +151,17 @@ def test_without_a_system_message_there_is_one_for_the_tools() -> None:
 
     assert prompt.startswith("<|im_start|>system\nYou may call functions")
     assert prompt.endswith("<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_template_that_knows_no_system_message_is_told_in_the_first_one() -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}" + PLAIN_TEMPLATE
+
+    prompt = ChatTemplate(strict, {}).render([user("hi")], [CLOCK])
+
+    assert prompt.startswith("<|im_start|>user\nYou may call functions")
+    assert prompt.endswith("\n\nhi<|im_end|>\n<|im_start|>assistant\n")
+    with pytest.raises(InvalidRequest, match="template does not accept"):
+        ChatTemplate(strict, {}).render(TWO_CALLS, [CLOCK])
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
@@ -173,7 +193,7 @@ def test_the_default_model_is_told_in_words(default_model: Path) -> None:
 
 
 @pytest.mark.parametrize("template", [HERMES_TEMPLATE, PLAIN_TEMPLATE], ids=["template", "words"])
-@pytest.mark.parametrize("arguments", ["[]", "{", "null", "{}{}", '{"a": NaN}', '{"a": "\\ud800"}', DEEP])
+@pytest.mark.parametrize("arguments", ["[]", "{", "null", "{}{}", '{"a": NaN}', '{"a": "\\ud800"}', DEEPER, DEEP])
 def test_arguments_that_are_no_object_are_refused_by_their_place(template: str, arguments: str) -> None:
     chat = [user("?"), calling(call("f", "{}"), call("f", arguments))]
 
