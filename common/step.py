@@ -90,7 +90,7 @@ class Ranked(NamedTuple):
     """
 
     ref: SlotRef
-    index: int  # output index of the token that may come next
+    output_index: int  # of the token that may come next: 0 is the first after the prompt
     token_ids: Sequence[int]  # (C,)
     logprobs: Sequence[float]  # (C,) float32
     # where the sequence asks for log-probabilities: those of the model itself, as in Logprobs

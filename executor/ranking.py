@@ -25,8 +25,8 @@ class Ranking(NamedTuple):
 
     row: int  # of the sampled ones
     ref: SlotRef
-    index: int  # output index of the token that may come next
-    count: int  # continuations that are wanted
+    output_index: int  # of the token that may come next: 0 is the first after the prompt
+    num_candidates: int  # continuations that are wanted
     num_top: int  # likeliest tokens that are told beside, or -1 where nothing is told
 
 
@@ -59,8 +59,8 @@ def to_logprobs(logits: NDArray[np.float32]) -> bool:
 
 def rank(logprobs: NDArray[np.float32], each: Ranking, raw: NDArray[np.float32] | None = None) -> Ranked:
     """The likeliest continuations by a row of log-probabilities (vocab_size,), which are `raw` without the controls."""
-    ids = _likeliest(logprobs, each.count)
-    ranked = Ranked(each.ref, each.index, ids.tolist(), logprobs[ids].tolist())
+    ids = _likeliest(logprobs, each.num_candidates)
+    ranked = Ranked(each.ref, each.output_index, ids.tolist(), logprobs[ids].tolist())
     if raw is None:
         return ranked
     top = _likeliest(raw, each.num_top) if each.num_top else ids[:0]

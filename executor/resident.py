@@ -357,7 +357,8 @@ class Resident:
     def told_places(self, plan: StepPlan) -> NDArray[np.int64]:
         """(B,) where in the flattened token pool the tokens lie that `plan`, which was applied, told."""
         slots = np.asarray(plan.told_refs, np.int64) & (MAX_SLOTS - 1)
-        return slots * self.max_model_len + self.num_tokens[slots] - 1
+        places: NDArray[np.int64] = slots * self.max_model_len + self.num_tokens[slots] - 1
+        return places
 
     def _append(self, ref: SlotRef, block: BlockId) -> None:
         slot = self._slot(ref)

@@ -85,8 +85,8 @@ def read_ranked(flight: Outstanding, result: StepResult, vocab_size: int) -> lis
 def _problem_of(ranked: Ranked, sequence: Sequence, *, asked: bool, vocab_size: int) -> str:
     """What is wrong with it; empty for nothing."""
     assert sequence.beams is not None
-    if not asked or ranked.index != sequence.num_output:
-        return f"for output {ranked.index}, not {sequence.num_output}"
+    if not asked or ranked.output_index != sequence.num_output:
+        return f"for output {ranked.output_index}, not {sequence.num_output}"
     most = sequence.beams.search.num_kept
     if len(ranked.token_ids) > most or len(set(ranked.token_ids)) != len(ranked.token_ids):
         return f"with {len(ranked.token_ids)} tokens that are not up to {most} different ones"

@@ -137,7 +137,7 @@ def result_to_pb(result: StepResult, session: int) -> pb.StepResult:
         message.top_logprobs = _pack_floats([value for each in logprobs for value in each.top])
     if result.ranked:
         message.ranked_refs = _pack([each.ref for each in result.ranked])
-        message.ranked_indices = _pack([each.index for each in result.ranked])
+        message.ranked_indices = _pack([each.output_index for each in result.ranked])
         message.ranked_counts = _pack([len(each.token_ids) for each in result.ranked])
         message.ranked_token_ids = _pack([token for each in result.ranked for token in each.token_ids])
         message.ranked_logprobs = _pack_floats([value for each in result.ranked for value in each.logprobs])

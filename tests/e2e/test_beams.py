@@ -68,6 +68,7 @@ def test_a_stop_string_ends_beams_as_it_does_in_transformers(server: Cluster, ti
 
     ours = search(server, **asked, stop=stop)
 
+    fast: Any = PreTrainedTokenizerFast
     made = load_plain(tiny).generate(
         torch.tensor([SEARCH["token_ids"]]),
         attention_mask=torch.ones(1, len(SEARCH["token_ids"]), dtype=torch.long),
@@ -81,7 +82,7 @@ def test_a_stop_string_ends_beams_as_it_does_in_transformers(server: Cluster, ti
         do_sample=False,
         max_new_tokens=24,
         stop_strings=[stop],
-        tokenizer=PreTrainedTokenizerFast(tokenizer_file=str(tiny / "tokenizer.json")),
+        tokenizer=fast(tokenizer_file=str(tiny / "tokenizer.json")),
     )
     expected = [
         tuple(token for token in sequence[len(SEARCH["token_ids"]) :] if token != NO_TOKEN)

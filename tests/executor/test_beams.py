@@ -193,7 +193,7 @@ def test_the_likeliest_are_ranked_and_what_is_ruled_out_is_not() -> None:
     found = rank(row, Ranking(0, SlotRef(9), 3, 3, -1))
 
     expected = torch.tensor([1.0, 3.0, -torch.inf, 3.0, 2.0]).log_softmax(0)
-    assert (found.ref, found.index, list(found.token_ids)) == (9, 3, [1, 3, 4])
+    assert (found.ref, found.output_index, list(found.token_ids)) == (9, 3, [1, 3, 4])
     assert list(found.logprobs) == pytest.approx(expected[[1, 3, 4]].tolist(), abs=1e-6)
     assert list(rank(row, Ranking(0, SlotRef(9), 3, 9, -1)).token_ids) == [1, 3, 4, 0]
 

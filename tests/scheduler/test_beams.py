@@ -13,7 +13,7 @@ from common.blocks import blocks_for
 from common.errors import InvalidRequest
 from common.sampling import BeamParams, SamplingParams, StopConditions
 from common.step import Ranked, StepResult
-from common.types import FinishReason, Priority
+from common.types import FinishReason, Priority, SlotRef
 from executor.fake_runner import Prefix, position_token
 from executor.runner import execute
 from scheduler.beam_search import Hypothesis
@@ -286,12 +286,12 @@ def test_a_search_that_kills_is_found_out_alone() -> None:
 
 
 WRONG: list[tuple[Callable[[Ranked], Ranked], str]] = [
-    (lambda each: each._replace(index=each.index + 1), "for output 2, not 1"),
+    (lambda each: each._replace(output_index=each.output_index + 1), "for output 2, not 1"),
     (lambda each: each._replace(token_ids=(1,) * 12), "not up to 12 different ones"),
     (lambda each: each._replace(token_ids=tuple(range(13)), logprobs=(-1.0,) * 13), "not up to 12 different ones"),
     (lambda each: each._replace(token_ids=(VOCAB_SIZE,), logprobs=(-1.0,)), "a token that is none of 40"),
     (lambda each: each._replace(logprobs=(float("nan"),) * 12), "a log-probability that is not finite"),
-    (lambda each: each._replace(ref=77), "is not ranked"),
+    (lambda each: each._replace(ref=SlotRef(77)), "is not ranked"),
     (lambda each: each._replace(raw=(-1.0,)), "with 1 log-probabilities to tell"),
 ]
 

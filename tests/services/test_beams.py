@@ -187,7 +187,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"beams": pb.BeamSearch(width=9)}, "beams.width", r"must be in \[2, 8\], got 9"),
     ({"beams": pb.BeamSearch(width=2, length_penalty=5.1)}, "beams.length_penalty", r"must be in \[-5, 5\], got 5.1"),
     ({"beams": pb.BeamSearch(width=2, length_penalty=float("nan"))}, "beams.length_penalty", "got nan"),
-    ({"beams": pb.BeamSearch(width=2, early_stopping=9)}, "beams.early_stopping", "must be one of .*, got 9"),
+    (
+        {"beams": pb.BeamSearch(width=2, early_stopping=pb.EarlyStopping.ValueType(9))},
+        "beams.early_stopping",
+        "must be one of .*, got 9",
+    ),
     ({"n": 5}, "n", "must be at most beams.width, 4, got 5"),
     ({"temperature": 0.7}, "temperature", "must be 0, or not set, with beams, which draw nothing; got 0.7"),
     ({"top_k": 3}, "top_k", "with beams"),
