@@ -10,7 +10,6 @@ from common.config import ClientConfig, ExecutorConfig, SchedulerConfig
 from common.sampling import RequestLimits, SamplingParams
 from protos import inference_pb2 as pb
 from scheduler.pins import PinLimits
-from services.tools.values import NAME_RULE
 from services.tools.values import MAX_DEPTH, NAME_RULE
 from tests.executor.tiny_models import TINY
 
