@@ -29,6 +29,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from executor.guide import Guide
 from executor.resident import Resident
 from executor.sampler import SamplingColumns
 from executor.token_rules import TokenRules
@@ -53,8 +54,13 @@ def columns(held: Resident, slots: NDArray[np.int64], indices: NDArray[np.int64]
     )
 
 
-def edit(logits: NDArray[np.float32], held: Resident, slots: NDArray[np.int64]) -> None:
+def edit(
+    logits: NDArray[np.float32], held: Resident, slots: NDArray[np.int64], ahead: int = 0, *, guided: bool = True
+) -> None:
     """Apply the controls of each row's sequence. logits (S, vocab_size) are changed; slots (S,) says whose they are.
+
+    `ahead`: so many drafts, which were right, stand behind the known tokens and count as such. Not `guided`: but for
+    its grammar, which goes on from known tokens alone.
 
     Called before the new tokens are known. Rows are worked one by one, as the sampler does: a sequence's tokens lie
     side by side, and to gather those of many rows first takes longer than the calls that it would save.
@@ -63,7 +69,7 @@ def edit(logits: NDArray[np.float32], held: Resident, slots: NDArray[np.int64]) 
         return
     for row, slot in enumerate(slots.tolist()):
         if slot in held.controlled:
-            _edit(logits[row], held, slot)
+            _edit(logits[row], held, slot, ahead, held.guides[slot] if guided else None)
 
 
 def look_ahead(held: Resident, slots: NDArray[np.int64]) -> None:
@@ -74,8 +80,8 @@ def look_ahead(held: Resident, slots: NDArray[np.int64]) -> None:
             guide.allowed(held.token_ids[slot, held.num_prompt[slot] : held.num_tokens[slot]])
 
 
-def _edit(row: NDArray[np.float32], held: Resident, slot: int) -> None:
-    known, num_prompt, rules = int(held.num_tokens[slot]), int(held.num_prompt[slot]), held.rules[slot]
+def _edit(row: NDArray[np.float32], held: Resident, slot: int, ahead: int, guide: Guide | None) -> None:
+    known, num_prompt, rules = int(held.num_tokens[slot]) + ahead, int(held.num_prompt[slot]), held.rules[slot]
     tokens = held.token_ids[slot, :known]
     if rules is not None and len(rules.biased):
         row[rules.biased] += rules.biases
@@ -85,7 +91,6 @@ def _edit(row: NDArray[np.float32], held: Resident, slot: int) -> None:
     if presence or frequency:
         said, counts = np.unique(tokens[num_prompt:], return_counts=True)
         row[said] -= (presence + frequency * counts).astype(np.float32)
-    guide = held.guides[slot]
     free = row.copy() if rules is not None and guide is not None else row
     if rules is not None:
         _take_away(row, known - num_prompt, rules)

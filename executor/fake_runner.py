@@ -9,7 +9,7 @@ step in which it would first have changed a token.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,6 +21,7 @@ from common.step import ExecutorFacts, Logprobs, Scored, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_of
 from executor.resident import Resident, Rows, Sampled, spread
 from executor.runner import Done, Launched, Report
+from executor.speculation import drafted, possible
 
 _CELL: Final = np.dtype([("position", np.int64), ("token", np.int64), ("digest", np.uint64)])
 _POISON: Final = -1
@@ -79,7 +80,9 @@ class Computed:
     rows: Rows
     tokens: list[int]  # (S,)
     failed: list[int]  # which of them are none
+    more: dict[SlotRef, list[int]]  # behind drafts that were right
     scored: list[Scored]
+    drafted: list[tuple[SlotRef, int]]
 
 
 class FakeRunner:
@@ -100,7 +103,11 @@ class FakeRunner:
         credit: int = 2,
         next_token: NextToken = position_token,
         step_time_s: float = 0.0,
+        guess: NextToken | None = None,
+        max_drafts: int = 4,
+        draft_step_tokens: int = 64,
     ) -> None:
+        """With `guess`, rows may carry drafts: what it says of a prefix, or None for no guess."""
         self._facts = ExecutorFacts(
             name=name,
             model=model,
@@ -114,6 +121,8 @@ class FakeRunner:
             credit=credit,
             dtype="none",
             device="none",
+            max_drafts=max_drafts if guess is not None else 0,
+            draft_step_tokens=draft_step_tokens,
             determinism=determinism_class("fake", model_digest, next_token.__qualname__, str(vocab_size)),
         )
         self._resident = Resident(
@@ -128,6 +137,7 @@ class FakeRunner:
         self._token_ids = np.zeros((max_sequences, max_model_len), np.int32)
         self._digests = np.zeros((max_sequences, max_model_len), np.uint64)  # what each row must read back
         self._next_token = next_token
+        self._guess = guess
         self._step_time_s = step_time_s
         self._cells = np.zeros(num_blocks * block_size, _CELL)  # the slab: one cell a token
         self.begin_session()
@@ -149,10 +159,10 @@ class FakeRunner:
     def launch(self, plan: StepPlan) -> Launched:
         """Run one step. Raises PlanError for a plan that does not fit, SlabMismatch for blocks with other tokens."""
         computed = self._compute(plan)
-        sampled = self._resident.advance(computed.rows, computed.tokens, computed.failed)
+        sampled = self._resident.advance(computed.rows, computed.tokens, computed.failed, computed.more)
         if self._step_time_s:
             threading.Event().wait(self._step_time_s)
-        return Done(result_of(plan, sampled, computed.scored))
+        return Done(result_of(plan, sampled, computed.scored, computed.drafted))
 
     def _compute(self, plan: StepPlan) -> Computed:
         """What the device does: all of the step but for what the host makes of its tokens."""
@@ -166,20 +176,62 @@ class FakeRunner:
             failpoints.hit("before_block_copy")
         for source, destination in plan.copies:
             self._cells[self._block(destination)] = self._cells[self._block(source)]
+        if rows.max_drafts is not None:
+            rows = self._draft(rows)
         self._store(rows)
         self._read_back(rows)
         if failpoints.hit("after_forward_before_sample") == "nan":
-            tokens: list[int | None] = [None] * int(rows.samples.sum())
+            runs: list[list[int | None]] = [[None]] * int(rows.samples.sum())
         else:
-            tokens = [self._choose(slot) for slot in rows.slots[rows.samples].tolist()]
+            num_drafts = np.zeros_like(rows.slots) if rows.num_drafts is None else rows.num_drafts
+            slots, counts = rows.slots[rows.samples].tolist(), num_drafts[rows.samples].tolist()
+            runs = [self._choose_run(slot, count) for slot, count in zip(slots, counts, strict=True)]
+        refs = [SlotRef(ref) for ref in self._resident.refs[rows.slots[rows.samples]].tolist()]
         return Computed(
             rows=rows,
-            tokens=[token or 0 for token in tokens],
-            failed=[n for n, token in enumerate(tokens) if token is None],
-            scored=self._score(rows, tokens),
+            tokens=[run[0] or 0 for run in runs],
+            failed=[n for n, run in enumerate(runs) if run[0] is None],
+            more={ref: [token or 0 for token in run[1:]] for ref, run in zip(refs, runs, strict=True) if run[1:]},
+            scored=self._score(rows, runs),
+            drafted=drafted(self._resident, rows),
         )
 
-    def _score(self, rows: Rows, tokens: list[int | None]) -> list[Scored]:
+    def _draft(self, rows: Rows) -> Rows:
+        """Guess behind the rows that may carry drafts, each guess from the ones before it."""
+        held, most = self._resident, self._resident.most_drafts(rows)
+        drafts: list[list[int]] = [[] for _ in rows.slots]
+        for n in np.flatnonzero(most).tolist() if self._guess is not None else ():
+            slot = int(rows.slots[n])
+            known, digest = int(held.num_tokens[slot]), int(self._digests[slot, held.num_tokens[slot] - 1])
+            guessed: list[int] = []
+            while len(guessed) < most[n] and self._guess is not None:
+                token = self._guess(self._prefix(slot, known + len(guessed), digest))
+                if token is None:
+                    break
+                guessed.append(token % self._facts.vocab_size)
+                digest = _mix(digest, guessed[-1])
+            drafts[n] = possible(held, slot, guessed)
+            end = known + len(drafts[n])
+            self._token_ids[slot, known:end] = drafts[n]
+            digests = digests_of(drafts[n], int(self._digests[slot, known - 1]))
+            self._digests[slot, known:end] = np.array(digests, np.uint64)
+        return held.draft(rows, drafts) if any(drafts) else rows
+
+    def _choose_run(self, slot: int, num_drafts: int) -> list[int | None]:
+        """The tokens of a row: the next one, and those behind its drafts as long as they are right."""
+        known = int(self._resident.num_tokens[slot])
+        drafts = self._token_ids[slot, known : known + num_drafts].tolist()
+        tokens = [self._choose(slot, 0)]
+        for place, guess in enumerate(drafts, start=1):
+            if tokens[-1] != guess or guess in self._resident.stop_token_ids[slot]:
+                break
+            token = self._choose(slot, place)
+            if token is None:
+                break
+            tokens.append(token)
+        return tokens
+
+    def _score(self, rows: Rows, runs: list[list[int | None]]) -> list[Scored]:
         """Log-probabilities by hand: a token's is minus itself, and the likeliest are 0, 1, 2 and so on."""
         held, scored = self._resident, list[Scored]()
         for slot, start, stop in zip(rows.slots.tolist(), rows.starts.tolist(), rows.stops.tolist(), strict=True):
@@ -187,10 +239,14 @@ class FakeRunner:
                 for position in range(start + 1, min(stop + 1, int(held.num_prompt[slot]))):
                     logprobs = fake_logprobs(int(held.token_ids[slot, position]), num_top)
                     scored.append(Scored(SlotRef(int(held.refs[slot])), position, logprobs))
-        for slot, token in zip(rows.slots[rows.samples].tolist(), tokens, strict=True):
-            if token is not None and (num_top := int(held.logprobs[slot])) >= 0:
-                logprobs = fake_logprobs(token, num_top)
-                scored.append(Scored(SlotRef(int(held.refs[slot])), int(held.num_tokens[slot]), logprobs))
+        for slot, run in zip(rows.slots[rows.samples].tolist(), runs, strict=True):
+            if (num_top := int(held.logprobs[slot])) >= 0:
+                ref, known = SlotRef(int(held.refs[slot])), int(held.num_tokens[slot])
+                scored += [
+                    Scored(ref, position, fake_logprobs(token, num_top))
+                    for position, token in enumerate(run, start=known)
+                    if token is not None
+                ]
         return scored
 
     def _block(self, block: BlockId) -> slice:
@@ -224,20 +280,21 @@ class FakeRunner:
                 f"{self._token_ids[slots[n], positions[n]]}, after the same prefix"
             )
 
-    def _choose(self, slot: int) -> int | None:
-        """Choose the next token of a row whose prefix was read back; remember the digest it will have in the slab."""
+    def _prefix(self, slot: int, num_tokens: int, digest: int) -> Prefix:
         held = self._resident
-        stop = int(held.num_tokens[slot])
-        digest = int(self._digests[slot, stop - 1])
-        token = self._next_token(
-            Prefix(
-                num_tokens=stop,
-                digest=digest,
-                greedy=bool(held.temperature[slot] == 0),
-                seed=int(held.seed[slot]),
-                choice=int(held.choice[slot]),
-            )
+        return Prefix(
+            num_tokens=num_tokens,
+            digest=digest,
+            greedy=bool(held.temperature[slot] == 0),
+            seed=int(held.seed[slot]),
+            choice=int(held.choice[slot]),
         )
+
+    def _choose(self, slot: int, ahead: int) -> int | None:
+        """Choose the token behind the known ones and `ahead` drafts, which were read back; remember its digest."""
+        stop = int(self._resident.num_tokens[slot]) + ahead
+        digest = int(self._digests[slot, stop - 1])
+        token = self._next_token(self._prefix(slot, stop, digest))
         if token is None:
             return None
         token %= self._facts.vocab_size
@@ -246,7 +303,9 @@ class FakeRunner:
         return token
 
 
-def result_of(plan: StepPlan, sampled: Sampled, scored: list[Scored]) -> StepResult:
+def result_of(
+    plan: StepPlan, sampled: Sampled, scored: list[Scored], guessed: Sequence[tuple[SlotRef, int]] = ()
+) -> StepResult:
     """What the host makes of a step."""
     return StepResult(
         step=plan.step,
@@ -255,6 +314,7 @@ def result_of(plan: StepPlan, sampled: Sampled, scored: list[Scored]) -> StepRes
         indices=sampled.indices,
         failed=sampled.failed,
         scored=scored,
+        drafted=guessed,
     )
 
 

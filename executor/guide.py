@@ -112,6 +112,12 @@ class Guide:
             self._num_taken = len(output)
         return self._allowed
 
+    def num_allowed(self, output: NDArray[np.int32], tokens: Sequence[int]) -> int:
+        """How many of `tokens` the grammar lets follow `output`, one behind the other. None of them is taken in."""
+        if self.allowed(output) is None or self._matcher is None:
+            return 0
+        return self._matcher.validate_tokens(list(tokens))
+
     def _follow(self, output: NDArray[np.int32]) -> NDArray[np.bool_] | None:
         if self._matcher is None:
             try:

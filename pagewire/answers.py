@@ -55,6 +55,8 @@ class Usage:
     queue_s: float  # from arrival to the first admission, on the server that told the end; so the next two
     prefill_s: float
     decode_s: float
+    drafted_tokens: int = 0  # guessed ahead, right or wrong
+    accepted_tokens: int = 0  # of completion_tokens, those that took no step of their own for that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,6 +48,7 @@ class Settings(TypedDict, total=False):
     include_stop: bool  # the text ends behind the stop string, not before it
     ignore_eos: bool
     min_tokens: int  # before so many, nothing but max_tokens ends the answer
+    max_drafts: int  # tokens guessed ahead in one step, where the server guesses any; 0 is none
     skip_special_tokens: bool
     model: str
     request_id: str  # by default a random one

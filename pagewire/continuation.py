@@ -160,6 +160,8 @@ class Continuation:
                 queue_s=usage.queue_ns / 1e9,
                 prefill_s=usage.prefill_ns / 1e9,
                 decode_s=usage.decode_ns / 1e9,
+                drafted_tokens=usage.drafted_tokens,
+                accepted_tokens=usage.accepted_tokens,
             ),
             exact=finish.exact,
         )

@@ -136,6 +136,8 @@ class Hello(_message.Message):
     DETERMINISM_FIELD_NUMBER: _builtins.int
     LAST_EPOCH_FIELD_NUMBER: _builtins.int
     LAST_EPOCH_AGE_MS_FIELD_NUMBER: _builtins.int
+    MAX_DRAFTS_FIELD_NUMBER: _builtins.int
+    DRAFT_STEP_TOKENS_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """the version of this contract: 1"""
     name: _builtins.str
@@ -160,6 +162,10 @@ class Hello(_message.Message):
     """the highest that this process was welcomed with; 0 is none"""
     last_epoch_age_ms: _builtins.int
     """how long ago the scheduler of that epoch began, at least"""
+    max_drafts: _builtins.int
+    """drafts that a row may carry; 0: it does not speculate"""
+    draft_step_tokens: _builtins.int
+    """tokens of a step, drafts included, up to which drafts are worth while"""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -183,10 +189,12 @@ class Hello(_message.Message):
         determinism: _builtins.str = ...,
         last_epoch: _builtins.int = ...,
         last_epoch_age_ms: _builtins.int = ...,
+        max_drafts: _builtins.int = ...,
+        draft_step_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "capabilities", b"capabilities", "credit", b"credit", "determinism", b"determinism", "device", b"device", "dtype", b"dtype", "incarnation", b"incarnation", "last_epoch", b"last_epoch", "last_epoch_age_ms", b"last_epoch_age_ms", "max_model_len", b"max_model_len", "max_sequences", b"max_sequences", "max_step_tokens", b"max_step_tokens", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_blocks", b"num_blocks", "protocol", b"protocol", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "capabilities", b"capabilities", "credit", b"credit", "determinism", b"determinism", "device", b"device", "draft_step_tokens", b"draft_step_tokens", "dtype", b"dtype", "incarnation", b"incarnation", "last_epoch", b"last_epoch", "last_epoch_age_ms", b"last_epoch_age_ms", "max_drafts", b"max_drafts", "max_model_len", b"max_model_len", "max_sequences", b"max_sequences", "max_step_tokens", b"max_step_tokens", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_blocks", b"num_blocks", "protocol", b"protocol", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -445,6 +453,7 @@ class StepPlan(_message.Message):
     NEW_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     COPIES_FIELD_NUMBER: _builtins.int
+    MAX_DRAFTS_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     step: _builtins.int
     refs: _builtins.bytes
@@ -465,6 +474,8 @@ class StepPlan(_message.Message):
     """u32 column"""
     copies: _builtins.bytes
     """u32 column: source, destination, source, destination, ..."""
+    max_drafts: _builtins.bytes
+    """u32 column, one a row; empty when no row may carry drafts"""
     @_builtins.property
     def new(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewSequence]: ...
     def __init__(
@@ -482,10 +493,11 @@ class StepPlan(_message.Message):
         new: _abc.Iterable[Global___NewSequence] | None = ...,
         released: _builtins.bytes = ...,
         copies: _builtins.bytes = ...,
+        max_drafts: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["append_blocks", b"append_blocks", "append_refs", b"append_refs", "copies", b"copies", "new", b"new", "num_scheduled", b"num_scheduled", "refs", b"refs", "released", b"released", "replace_blocks", b"replace_blocks", "replace_indices", b"replace_indices", "replace_refs", b"replace_refs", "session", b"session", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["append_blocks", b"append_blocks", "append_refs", b"append_refs", "copies", b"copies", "max_drafts", b"max_drafts", "new", b"new", "num_scheduled", b"num_scheduled", "refs", b"refs", "released", b"released", "replace_blocks", b"replace_blocks", "replace_indices", b"replace_indices", "replace_refs", b"replace_refs", "session", b"session", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -509,10 +521,12 @@ class StepResult(_message.Message):
     TOP_COUNTS_FIELD_NUMBER: _builtins.int
     TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    DRAFTED_REFS_FIELD_NUMBER: _builtins.int
+    NUM_DRAFTED_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     step: _builtins.int
     refs: _builtins.bytes
-    """u32 column, one a sampled row"""
+    """u32 column, one a sampled row; a row that carried drafts is there once for each of its tokens"""
     tokens: _builtins.bytes
     """u32 column"""
     indices: _builtins.bytes
@@ -534,6 +548,9 @@ class StepResult(_message.Message):
     top_token_ids: _builtins.bytes
     top_logprobs: _builtins.bytes
     """f32"""
+    drafted_refs: _builtins.bytes
+    """Rows that carried drafts, and how many. Columns of u32."""
+    num_drafted: _builtins.bytes
     def __init__(
         self,
         *,
@@ -551,10 +568,12 @@ class StepResult(_message.Message):
         top_counts: _builtins.bytes = ...,
         top_token_ids: _builtins.bytes = ...,
         top_logprobs: _builtins.bytes = ...,
+        drafted_refs: _builtins.bytes = ...,
+        num_drafted: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "failed", b"failed", "idle_ns", b"idle_ns", "indices", b"indices", "refs", b"refs", "scored_logprobs", b"scored_logprobs", "scored_positions", b"scored_positions", "scored_refs", b"scored_refs", "session", b"session", "step", b"step", "tokens", b"tokens", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "drafted_refs", b"drafted_refs", "failed", b"failed", "idle_ns", b"idle_ns", "indices", b"indices", "num_drafted", b"num_drafted", "refs", b"refs", "scored_logprobs", b"scored_logprobs", "scored_positions", b"scored_positions", "scored_refs", b"scored_refs", "session", b"session", "step", b"step", "tokens", b"tokens", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from common.step import Logprobs, StepResult
+from common.types import SlotRef
 from scheduler.sequence import Sequence
-from scheduler.session import Outstanding
+from scheduler.session import Outstanding, Row
 
 
 class ProtocolError(Exception):
@@ -24,8 +27,10 @@ def read_result(
     """Tokens to commit, and sequences whose row failed. Raises ProtocolError when any row is not as it must be."""
     rows = flight.rows
     answered = {*result.refs, *result.failed}
+    runs: dict[SlotRef, int] = {}  # tokens so far of each row that is there several times
     if len(answered) != len(result.refs) + len(result.failed):
-        raise ProtocolError(f"step {result.step}: a row is answered twice")
+        _check_runs(flight, result)
+        runs = dict.fromkeys(result.refs, 0)
     tokens: list[tuple[Sequence, int]] = []
     for ref, token, index in zip(result.refs, result.tokens, result.indices, strict=True):
         row = rows.get(ref)
@@ -36,6 +41,9 @@ def read_result(
             raise ProtocolError(problem, row.sequence if row.is_current else None)
         if row.is_current:
             expected = row.sequence.num_output
+            if runs:
+                expected += runs[ref]
+                runs[ref] += 1
             if index != expected:
                 problem = f"step {result.step}: output {index} of row {ref:#x}, not {expected}"
                 raise ProtocolError(problem, row.sequence)
@@ -50,6 +58,33 @@ def read_result(
     return tokens, [rows[ref].sequence for ref in result.failed if rows[ref].is_current]
 
 
+def _check_runs(flight: Outstanding, result: StepResult) -> None:
+    """A row may bring one token more than it may carry drafts, side by side, and none beside its failure."""
+    brought = Counter(result.refs)
+    failed = {*result.failed}
+    if len(failed) < len(result.failed) or not failed.isdisjoint(brought):
+        raise ProtocolError(f"step {result.step}: a row is answered twice")
+    for ref, count in brought.items():
+        row = flight.rows.get(ref)
+        if count > 1 + (row.max_drafts if row is not None else 0):
+            raise ProtocolError(f"step {result.step}: a row is answered twice")
+
+
+def read_drafts(flight: Outstanding, result: StepResult) -> list[tuple[Row, int, int]]:
+    """The rows that might carry drafts, how many they did, and how many were right. Raises ProtocolError for others."""
+    brought = Counter(result.refs)
+    found: dict[SlotRef, tuple[Row, int, int]] = {}
+    for ref, drafted in result.drafted:
+        row = flight.rows.get(ref)
+        if row is None or drafted > row.max_drafts or ref in found:
+            raise ProtocolError(f"step {result.step}: row {ref:#x} was not asked for {drafted} drafts")
+        found[ref] = row, drafted, max(0, brought[ref] - 1)
+    for ref, count in brought.items():
+        if count > 1 and (ref not in found or count > 1 + found[ref][1]):
+            raise ProtocolError(f"step {result.step}: {count} tokens of row {ref:#x}, more than it had drafts for")
+    return list(found.values())
+
+
 def read_scores(flight: Outstanding, result: StepResult) -> list[tuple[list[Logprobs], Logprobs]]:
     """Log-probabilities to keep, each with the list that it goes to.
 
@@ -58,6 +93,7 @@ def read_scores(flight: Outstanding, result: StepResult) -> list[tuple[list[Logp
     """
     found: list[tuple[list[Logprobs], Logprobs]] = []
     after: dict[int, int] = {}  # by list: the position that is next, where one was found already
+    brought = Counter(result.refs) if flight.max_drafts else None
     for ref, position, logprobs in result.scored:
         row = flight.rows.get(ref)
         if row is None:
@@ -66,7 +102,8 @@ def read_scores(flight: Outstanding, result: StepResult) -> list[tuple[list[Logp
             continue
         sequence = row.sequence
         if position >= sequence.num_prompt:
-            asked = row.samples and sequence.sampling.logprobs is not None and position == len(sequence.tokens)
+            last = len(sequence.tokens) + (brought[ref] - 1 if brought else 0)
+            asked = row.samples and sequence.sampling.logprobs is not None and position <= last
             scores, first = sequence.logprobs, sequence.num_prompt + sequence.logprobs_from
         else:
             asked = sequence.scores_prompt and position > 0

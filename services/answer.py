@@ -28,6 +28,8 @@ class Usage:
     queue_ns: int = 0
     prefill_ns: int = 0
     decode_ns: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: one is made for each message, and freezing took most of that
@@ -137,6 +139,8 @@ class Choice:
             queue_ns=max(0, s.admitted_ns - s.arrived_ns),
             prefill_ns=max(0, s.first_token_ns - s.admitted_ns),
             decode_ns=max(0, s.last_token_ns - s.first_token_ns),
+            drafted_tokens=s.acceptance.drafted,
+            accepted_tokens=s.acceptance.accepted,
         )
 
 

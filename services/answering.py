@@ -225,6 +225,7 @@ class Answerer:
             weight=caller.weight,
             priority=spec.priority,
             deadline_ns=deadline_ns,
+            max_drafts=spec.max_drafts,
         )
 
     async def _understand(self, spec: GenerateSpec, tenant: str) -> tuple[GenerateSpec, list[int], Scope]:

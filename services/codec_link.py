@@ -17,7 +17,7 @@ from typing import Any, Final
 from common.determinism import is_determinism_class
 from common.errors import ExecutorRejected, InvalidRequest
 from common.sampling import Grammar, RequestLimits, SamplingParams, check_sampling
-from common.step import ExecutorFacts, Logprobs, NewSequence, Scored, StepPlan, StepResult
+from common.step import MAX_DRAFTS, ExecutorFacts, Logprobs, NewSequence, Scored, StepPlan, StepResult
 from common.types import MAX_SLOTS, BlockId, SlotRef
 from protos import executor_pb2 as pb
 
@@ -86,6 +86,8 @@ def plan_to_pb(plan: StepPlan, session: int) -> pb.StepPlan:
         message.new.extend([_new_to_pb(new) for new in plan.new])
     if plan.copies:
         message.copies = _pack([block for pair in plan.copies for block in pair])
+    if plan.max_drafts:
+        message.max_drafts = _pack(plan.max_drafts)
     return message
 
 
@@ -98,6 +100,10 @@ def plan_from_pb(message: pb.StepPlan) -> StepPlan:
     elif 0 in num_scheduled:
         raise WireError("num_scheduled", f"row {num_scheduled.tolist().index(0)} is granted no token")
     _check_lengths("num_scheduled", num_scheduled, "refs", refs)
+    max_drafts: Sequence[int] = ()
+    if message.max_drafts:
+        max_drafts = _view("max_drafts", message.max_drafts)
+        _check_lengths("max_drafts", max_drafts, "refs", refs)
     changes = {name: _view(name, column) for name in _CHANGES if (column := getattr(message, name))}
     for name, other in _EQUALLY_LONG if changes else ():
         _check_lengths(name, changes.get(name, _NOTHING), other, changes.get(other, _NOTHING))
@@ -107,6 +113,7 @@ def plan_from_pb(message: pb.StepPlan) -> StepPlan:
         num_scheduled=num_scheduled,
         new=[_new_from_pb(new, f"new[{i}]") for i, new in enumerate(message.new)],
         copies=_copies_from_pb(message.copies) if message.copies else (),
+        max_drafts=max_drafts,
         **{name: _named(column) for name, column in changes.items()},
     )
 
@@ -131,6 +138,9 @@ def result_to_pb(result: StepResult, session: int) -> pb.StepResult:
         message.top_counts = _pack([len(each.top) for each in logprobs])
         message.top_token_ids = _pack([token for each in logprobs for token in each.top_ids])
         message.top_logprobs = _pack_floats([value for each in logprobs for value in each.top])
+    if result.drafted:
+        message.drafted_refs = _pack([ref for ref, _ in result.drafted])
+        message.num_drafted = _pack([count for _, count in result.drafted])
     return message
 
 
@@ -150,6 +160,7 @@ def result_from_pb(message: pb.StepResult) -> StepResult:
         compute_ns=message.compute_ns,
         idle_ns=message.idle_ns,
         scored=_scored_from_pb(message) if message.scored_refs else (),
+        drafted=_drafted_from_pb(message) if message.drafted_refs else (),
     )
 
 
@@ -175,6 +186,8 @@ def hello_to_pb(
         device=facts.device,
         capabilities=facts.capabilities,
         determinism=facts.determinism,
+        max_drafts=facts.max_drafts,
+        draft_step_tokens=facts.draft_step_tokens,
         last_epoch=last_epoch,
         last_epoch_age_ms=int(1000 * last_epoch_age_s),
     )
@@ -195,6 +208,8 @@ def facts_from_pb(hello: pb.Hello) -> ExecutorFacts:
     for name in ("name", "model", "model_digest", "dtype", "device"):
         if len(word := getattr(hello, name)) > _MAX_WORD or not word.isprintable():
             raise WireError(name, f"must be at most {_MAX_WORD} printable characters")
+    if hello.max_drafts > MAX_DRAFTS:
+        raise WireError("max_drafts", f"must be at most {MAX_DRAFTS}, got {hello.max_drafts}")
     if not is_determinism_class(hello.determinism):
         raise WireError("determinism", "must be 16 hex digits, or empty")
     return ExecutorFacts(
@@ -211,6 +226,8 @@ def facts_from_pb(hello: pb.Hello) -> ExecutorFacts:
         dtype=hello.dtype,
         device=hello.device,
         capabilities=tuple(hello.capabilities),
+        max_drafts=hello.max_drafts,
+        draft_step_tokens=hello.draft_step_tokens,
         determinism=hello.determinism,
     )
 
@@ -337,6 +354,12 @@ def _scored_from_pb(message: pb.StepResult) -> list[Scored]:
         scored.append(Scored(SlotRef(ref), position, logprobs))
         begin = end
     return scored
+
+
+def _drafted_from_pb(message: pb.StepResult) -> list[tuple[SlotRef, int]]:
+    refs, counts = _list("drafted_refs", message.drafted_refs), _list("num_drafted", message.num_drafted)
+    _check_lengths("num_drafted", counts, "drafted_refs", refs)
+    return [(SlotRef(ref), count) for ref, count in zip(refs, counts, strict=True)]
 
 
 def _copies_from_pb(data: bytes) -> list[tuple[BlockId, BlockId]]:

@@ -29,7 +29,7 @@ from common.sampling import (
     check_stop,
     check_structured,
 )
-from common.step import Logprobs
+from common.step import MAX_DRAFTS, Logprobs
 from common.types import Priority
 from protos import inference_pb2 as pb
 from services.answer import Delta, Finish, PromptLogprobs
@@ -135,6 +135,7 @@ def request_from_pb(
         min_tokens=stopping.min_tokens,
         include_stop=stopping.include_stop,
         structured=structured,
+        max_drafts=_max_drafts(request),
     )
     stop = StopConditions(
         max_tokens=1 if max_tokens is None else max_tokens,
@@ -143,6 +144,14 @@ def request_from_pb(
     )
     check_stop(stop, limits, vocab_size)
     return spec
+
+
+def _max_drafts(request: pb.GenerateRequest | pb.GenerateStreamRequest) -> int | None:
+    if not request.HasField("max_drafts"):
+        return None
+    if request.max_drafts > MAX_DRAFTS:
+        raise InvalidRequest("max_drafts", f"must be in [0, {MAX_DRAFTS}], got {request.max_drafts}")
+    return request.max_drafts
 
 
 def resume_from_pb(
@@ -316,6 +325,8 @@ def _usage_pb(finish: Finish) -> pb.Usage:
         queue_ns=usage.queue_ns,
         prefill_ns=usage.prefill_ns,
         decode_ns=usage.decode_ns,
+        drafted_tokens=usage.drafted_tokens,
+        accepted_tokens=usage.accepted_tokens,
     )
 
 

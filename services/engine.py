@@ -250,6 +250,7 @@ class Engine:
         weight: float = 1.0,
         priority: Priority = Priority.NORMAL,
         deadline_ns: int = 0,
+        max_drafts: int | None = None,
     ) -> RequestStream:
         """Queue a request, or the rest of one: `begun` is what its choices have already.
 
@@ -279,6 +280,7 @@ class Engine:
             priority=priority,
             expected_output=self.admission.expected_output(ask),
             deadline_ns=deadline_ns,
+            max_drafts=max_drafts,
         )
         self.admission.take(ask, now)
         stream = RequestStream(self, made, {s.choice: s.num_output for s in made})

@@ -66,6 +66,7 @@ class GenerateSpec:
     include_stop: bool = False
     structured: str = ""  # the field that says what the answer must be, which is `sampling.grammar`
     priority: Priority = Priority.NORMAL
+    max_drafts: int | None = None  # tokens guessed ahead in one step; None: as many as pay
     resumable: bool = False
 
 

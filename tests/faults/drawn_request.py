@@ -80,7 +80,9 @@ def draw_request(draw: random.Random, number: int, *, long: bool) -> DrawnReques
         at = draw.randrange(max(1, len(text)))
         stop = replace(stop, stop_strings=(text[at : at + draw.randint(1, 4)] or "?",))
     # drawn apart, so that the stories are otherwise what they were
-    logprobs = random.Random(f"{number} {prompt}").choice([None, None, 0, 2])
+    apart = random.Random(f"{number} {prompt}")
+    logprobs = apart.choice([None, None, 0, 2])
+    max_drafts = apart.choice([None, None, None, 0, 1])
     return DrawnRequest(
         tenant=draw.choice(list(TENANTS)),
         message=pb.GenerateStreamRequest(
@@ -93,6 +95,7 @@ def draw_request(draw: random.Random, number: int, *, long: bool) -> DrawnReques
                 stop_token_ids=stop.stop_token_ids,
                 ignore_eos=stop.ignore_eos,
             ),
+            max_drafts=max_drafts,
         ),
         expected=[replace(_alone(prompt, sampling, choice, stop), logprobs=logprobs) for choice in range(n)],
     )

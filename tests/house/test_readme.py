@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.config import ClientConfig, ExecutorConfig, SchedulerConfig
 from common.sampling import RequestLimits, SamplingParams
+from common.step import MAX_DRAFTS
 from protos import inference_pb2 as pb
 from tests.executor.tiny_models import TINY
 
@@ -65,6 +66,7 @@ def test_every_control_stands_in_the_table_with_its_limit_and_its_default() -> N
     assert limit["stop_token_ids"] == f"{request.max_stop_token_ids}"
     assert limit["logprobs"] == limit["prompt_logprobs"] == f"{request.max_logprobs}"
     assert limit["banned_token_ids"] == limit["allowed_token_ids"] == f"{request.max_listed_token_ids}"
+    assert limit["max_drafts"] == f"[0, {MAX_DRAFTS}]"
 
     kibibytes = f"{request.max_structured_bytes >> 10} KiB"
     assert limit["json_schema"] == f"{kibibytes} (`--max-grammar-bytes`)"
@@ -72,7 +74,9 @@ def test_every_control_stands_in_the_table_with_its_limit_and_its_default() -> N
     assert limit["choices"] == f"{request.max_structured_choices} strings, {kibibytes} together"
 
     fields_of = (pb.SamplingParams.DESCRIPTOR, pb.StructuredOutput.DESCRIPTOR, pb.StopConditions.DESCRIPTOR)
-    named = {name for message in fields_of for name in message.fields_by_name} - {"n", "max_tokens", "structured"}
+    named = {name for message in fields_of for name in message.fields_by_name} - {"n", "max_tokens", "structured"} | {
+        "max_drafts"
+    }
     assert set(table) == named, "every field of the API, and no other"
     given = SamplingParams()
     for name, row in table.items():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from common.errors import ExecutorRejected
 from common.sampling import Grammar, SamplingParams
-from common.step import ExecutorFacts, Logprobs, NewSequence, Scored, StepPlan, StepResult
+from common.step import MAX_DRAFTS, ExecutorFacts, Logprobs, NewSequence, Scored, StepPlan, StepResult
 from common.types import MAX_SLOTS, BlockId, SlotRef, slot_ref
 from protos import executor_pb2 as pb
 from services import codec_link
@@ -101,6 +101,7 @@ def plans(draw: st.DrawFn) -> StepPlan:
         new=draw(st.lists(new_sequences(), max_size=3)),
         released=draw(st.lists(U32, max_size=8)),
         copies=draw(st.lists(st.tuples(U32, U32), max_size=4)),
+        max_drafts=draw(st.one_of(st.just([]), column(num_rows))),
     )
 
 
@@ -116,6 +117,7 @@ def results(draw: st.DrawFn) -> StepResult:
         compute_ns=draw(U64),
         idle_ns=draw(U64),
         scored=draw(st.lists(SCORED, min_size=1, max_size=4)) if draw(st.booleans()) else (),
+        drafted=draw(st.lists(st.tuples(U32, U32), max_size=4)) or (),
     )
 
 
@@ -135,6 +137,8 @@ FACTS = st.builds(
     dtype=WORD,
     device=WORD,
     capabilities=st.lists(st.text(), max_size=3).map(tuple),
+    max_drafts=st.integers(0, MAX_DRAFTS),
+    draft_step_tokens=U32,
 )
 
 
@@ -177,6 +181,7 @@ def a_plan() -> pb.StepPlan:
         new=[new],
         released=[slot_ref(3, 0)],
         copies=[(BlockId(6), BlockId(7))],
+        max_drafts=[2, 0],
     )
     return plan_to_pb(plan, session=1)
 
@@ -259,6 +264,7 @@ PLAN_COLUMNS = [
     "replace_blocks",
     "released",
     "copies",
+    "max_drafts",
 ]
 
 
@@ -282,6 +288,7 @@ def test_a_plan_with_a_cut_number_is_refused_by_the_columns_name(name: str) -> N
         ("replace_refs", "replace_indices"),
         ("replace_indices", "replace_indices"),
         ("replace_blocks", "replace_blocks"),
+        ("max_drafts", "max_drafts"),
     ],
 )
 def test_a_plan_with_columns_of_unequal_length_is_refused(name: str, blamed: str) -> None:
@@ -352,9 +359,11 @@ def test_sampling_that_cannot_be_computed_is_refused(name: str, value: float) ->
     assert caught.value.field == f"new[0].sampling.{name}"
 
 
-@pytest.mark.parametrize("name", ["refs", "tokens", "indices", "failed"])
+@pytest.mark.parametrize("name", ["refs", "tokens", "indices", "failed", "drafted_refs", "num_drafted"])
 def test_a_result_with_a_cut_number_is_refused_by_the_columns_name(name: str) -> None:
-    result = StepResult(step=0, refs=[slot_ref(1, 0)], tokens=[5], indices=[0], failed=[slot_ref(2, 0)])
+    result = StepResult(
+        step=0, refs=[slot_ref(1, 0)], tokens=[5], indices=[0], failed=[slot_ref(2, 0)], drafted=[(slot_ref(1, 0), 2)]
+    )
     message = result_to_pb(result, session=1)
     setattr(message, name, getattr(message, name)[:-1])
 
@@ -411,6 +420,7 @@ def test_an_executor_of_another_protocol_is_told_both_versions() -> None:
         ("num_blocks", (1 << 32) - 1),
         ("block_size", (1 << 32) - 1),
         ("credit", (1 << 32) - 1),
+        ("max_drafts", MAX_DRAFTS + 1),
         ("name", "x" * 257),
         ("name", "two\nlines"),
     ],

@@ -211,6 +211,7 @@ def test_every_field_reaches_the_value(kind: type[Request]) -> None:
             max_tokens=9, stop=["a", "b"], stop_token_ids=[3], ignore_eos=True, min_tokens=4, include_stop=True
         ),
         skip_special_tokens=False,
+        max_drafts=6,
     )
 
     assert spec_of(request) == GenerateSpec(
@@ -242,6 +243,7 @@ def test_every_field_reaches_the_value(kind: type[Request]) -> None:
         bad_words=("x", " y"),
         min_tokens=4,
         include_stop=True,
+        max_drafts=6,
     )
 
 

@@ -1,0 +1,99 @@
+"""Speculation over real processes: every control and every grammar give what they give without, in fewer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import InvalidRequest
+from pagewire import Answer, Client
+from tests.e2e.cluster import Cluster
+from tests.e2e.programs import PAGEWIRE, run
+from tests.e2e.survivors import answers_through_a_kill
+from tests.e2e.test_controls import DEFAULTS, MIXED, PROMPT
+from tests.e2e.test_structured import KINDS
+
+FLAGS = ("--dtype=float32", "--threads=1", "--speculate=ngram", "--max-drafts=4", "--draft-step-tokens=64")
+LOOPING: dict[str, Any] = {"allowed_token_ids": [64, 65, 66], "max_tokens": 60}  # so short of words it repeats itself
+
+ASKED: dict[str, dict[str, Any]] = {
+    **{name: {**DEFAULTS, **settings} for name, settings in MIXED.items()},
+    **{name: {"token_ids": PROMPT, "seed": 11, "max_tokens": 120, **kind} for name, (kind, _) in KINDS.items()},
+    "looping": {**DEFAULTS, **LOOPING, "logprobs": 2},
+    "choices": {**DEFAULTS, **LOOPING, "temperature": 0.3, "n": 3},
+    "stopped": {**DEFAULTS, **LOOPING, "stop": ["aba", "bcb", "cac", "bbb"], "min_tokens": 9},
+}
+
+
+@pytest.fixture(scope="module")
+def speculating(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    running = Cluster(tiny, tmp_path_factory.mktemp("speculating"))
+    try:
+        running.start_executor(*FLAGS, fake=False)
+        yield running
+    finally:
+        running.close()
+
+
+def ask(running: Cluster, settings: dict[str, Any]) -> Answer:
+    with Client(running.address) as client:
+        return client.generate(**settings)
+
+
+def all_at_once(running: Cluster) -> dict[str, Answer]:
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(ASKED, pool.map(lambda settings: ask(running, settings), ASKED.values()), strict=True))
+
+
+def heard(answer: Answer) -> list[tuple[Any, ...]]:
+    return [(c.token_ids, c.text, c.logprobs, c.finish.reason, c.finish.exact) for c in answer.choices]
+
+
+def test_every_answer_is_what_it_is_without(server: Cluster, speculating: Cluster) -> None:
+    without, found = all_at_once(server), all_at_once(speculating)
+
+    for name in ASKED:
+        assert heard(found[name]) == heard(without[name]), name
+    usage = found["looping"].finish.usage
+    assert usage.accepted_tokens > usage.completion_tokens / 6
+    assert usage.drafted_tokens >= usage.accepted_tokens
+    assert without["looping"].finish.usage.drafted_tokens == 0
+
+
+def test_a_request_may_do_without(speculating: Cluster) -> None:
+    settings = {**DEFAULTS, **LOOPING}
+    guessing, plain = ask(speculating, settings), ask(speculating, {**settings, "max_drafts": 0})
+
+    assert plain.token_ids == guessing.token_ids
+    assert plain.finish.usage.drafted_tokens == 0
+    with pytest.raises(InvalidRequest, match=r"max_drafts: must be in \[0, 32\], got 33"):
+        ask(speculating, {**settings, "max_drafts": 33})
+
+
+def test_answers_are_whole_when_blocks_run_out_and_an_executor_is_killed(
+    server: Cluster, tiny: Path, tmp_path: Path
+) -> None:
+    names = ["frequency", "everything", "looping", "schema", "penalised"]
+    asked = [{**ASKED[name], "max_tokens": 300} for name in names]
+    without = [heard(ask(server, settings)) for settings in asked]
+    small = (*FLAGS, "--num-blocks=24")  # of 16 tokens, so that all is exact
+
+    answers, counted = answers_through_a_kill(tiny, tmp_path, asked, flags=small)
+
+    assert [heard(answer) for answer in answers] == without
+    assert counted["moved"] > 0
+    assert counted["preemptions"] > 0
+    assert counted["accepted_tokens"] > 0
+
+
+def test_the_command_line_has_it(speculating: Cluster) -> None:
+    asked = ["generate", "--address", speculating.address, "--raw", "--no-stats", "--max-drafts=33", "hi"]
+
+    ended = run(*PAGEWIRE, *asked)
+
+    assert ended.code == 1
+    assert "max_drafts: must be in [0, 32], got 33" in ended.err
