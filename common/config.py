@@ -151,8 +151,9 @@ class ExecutorConfig:
     )
     draft_model: str = option("", "that smaller model, of the same vocabulary: as --model")
     max_drafts: int = option(8, "tokens that may be guessed ahead for one sequence in a step", least=1, most=32)
-    draft_step_tokens: int = option(
-        16, "tokens of a step, guessed ones included, up to which guesses are cheap: in fuller steps there are none"
+    step_overhead_tokens: int = option(
+        12,
+        "tokens that take as long to compute as a step takes in any case, to read the weights: what guesses may cost",
     )
     threads: int = option(0, "threads of the forward; 0 is one for each physical core this process may use")
     drain_s: float = option(30.0, "seconds that running sequences get after SIGTERM")

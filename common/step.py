@@ -117,5 +117,5 @@ class ExecutorFacts:
     device: str = ""
     capabilities: tuple[str, ...] = field(default=())
     max_drafts: int = 0  # drafts that a row may carry; 0: it does not speculate
-    draft_step_tokens: int = 0  # tokens of a step, drafts included, up to which drafts are worth while
+    step_overhead_tokens: int = 0  # tokens whose computing takes as long as what a step takes in any case
     determinism: str = ""  # class of those that compute the same tokens bit for bit; empty: no promise

@@ -105,7 +105,7 @@ class FakeRunner:
         step_time_s: float = 0.0,
         guess: NextToken | None = None,
         max_drafts: int = 4,
-        draft_step_tokens: int = 64,
+        step_overhead_tokens: int = 64,
     ) -> None:
         """With `guess`, rows may carry drafts: what it says of a prefix, or None for no guess."""
         self._facts = ExecutorFacts(
@@ -122,7 +122,7 @@ class FakeRunner:
             dtype="none",
             device="none",
             max_drafts=max_drafts if guess is not None else 0,
-            draft_step_tokens=draft_step_tokens,
+            step_overhead_tokens=step_overhead_tokens,
             determinism=determinism_class("fake", model_digest, next_token.__qualname__, str(vocab_size)),
         )
         self._resident = Resident(

@@ -92,7 +92,7 @@ class ModelRunner:
         speculate: str = "none",
         draft_model: Path | None = None,
         max_drafts: int = 8,
-        draft_step_tokens: int = 16,
+        step_overhead_tokens: int = 12,
     ) -> None:
         """Take the settings; nothing is read before `load`.
 
@@ -100,7 +100,7 @@ class ModelRunner:
         is found from the free memory. Without `max_model_len` it is the model's, or less where the memory is less.
         `weights` is auto (as they are), int8 or int4; `kv_cache_dtype` auto (as the activations) or int8.
         `speculate` is none, ngram or draft (by the model in `draft_model`): a row then carries up to `max_drafts`
-        drafts, as long as all tokens of its step are at most `draft_step_tokens`.
+        drafts, as long as that pays beside a step's fixed cost of `step_overhead_tokens`.
         """
         self._name = name
         self._model_folder = model_folder
@@ -122,7 +122,7 @@ class ModelRunner:
         self._speculate = speculate
         self._draft_model = draft_model
         self._max_drafts = max_drafts
-        self._draft_step_tokens = draft_step_tokens
+        self._step_overhead_tokens = step_overhead_tokens
         self._proposer: Proposer | None = None
 
     def load(self, report: Report) -> ExecutorFacts:
@@ -189,7 +189,7 @@ class ModelRunner:
             max_step_tokens=self._max_step_tokens,
             credit=self._credit,
             max_drafts=self._max_drafts if self._proposer is not None else 0,
-            draft_step_tokens=self._draft_step_tokens,
+            step_overhead_tokens=self._step_overhead_tokens,
             dtype=str(loaded.model.dtype).removeprefix("torch."),
             device=self._device.type,
             determinism=class_of(

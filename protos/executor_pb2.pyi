@@ -137,7 +137,7 @@ class Hello(_message.Message):
     LAST_EPOCH_FIELD_NUMBER: _builtins.int
     LAST_EPOCH_AGE_MS_FIELD_NUMBER: _builtins.int
     MAX_DRAFTS_FIELD_NUMBER: _builtins.int
-    DRAFT_STEP_TOKENS_FIELD_NUMBER: _builtins.int
+    STEP_OVERHEAD_TOKENS_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """the version of this contract: 1"""
     name: _builtins.str
@@ -164,8 +164,8 @@ class Hello(_message.Message):
     """how long ago the scheduler of that epoch began, at least"""
     max_drafts: _builtins.int
     """drafts that a row may carry; 0: it does not speculate"""
-    draft_step_tokens: _builtins.int
-    """tokens of a step, drafts included, up to which drafts are worth while"""
+    step_overhead_tokens: _builtins.int
+    """tokens whose computing takes as long as what a step takes in any case"""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -190,11 +190,11 @@ class Hello(_message.Message):
         last_epoch: _builtins.int = ...,
         last_epoch_age_ms: _builtins.int = ...,
         max_drafts: _builtins.int = ...,
-        draft_step_tokens: _builtins.int = ...,
+        step_overhead_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "capabilities", b"capabilities", "credit", b"credit", "determinism", b"determinism", "device", b"device", "draft_step_tokens", b"draft_step_tokens", "dtype", b"dtype", "incarnation", b"incarnation", "last_epoch", b"last_epoch", "last_epoch_age_ms", b"last_epoch_age_ms", "max_drafts", b"max_drafts", "max_model_len", b"max_model_len", "max_sequences", b"max_sequences", "max_step_tokens", b"max_step_tokens", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_blocks", b"num_blocks", "protocol", b"protocol", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "capabilities", b"capabilities", "credit", b"credit", "determinism", b"determinism", "device", b"device", "dtype", b"dtype", "incarnation", b"incarnation", "last_epoch", b"last_epoch", "last_epoch_age_ms", b"last_epoch_age_ms", "max_drafts", b"max_drafts", "max_model_len", b"max_model_len", "max_sequences", b"max_sequences", "max_step_tokens", b"max_step_tokens", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_blocks", b"num_blocks", "protocol", b"protocol", "step_overhead_tokens", b"step_overhead_tokens", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -175,11 +175,8 @@ class Planner:
                 session.extend_row(sequence, min(num_known - planned, draft.budget), num_known, draft)
 
     def _add_drafts(self, session: Session, draft: Draft) -> None:
-        """What the step has left goes to guesses: behind rows that reach the end of what is known."""
+        """What the step has left may go to guesses: behind rows that reach the end of what is known."""
         facts = session.facts
-        room = min(draft.budget, facts.draft_step_tokens - sum(draft.num_scheduled))
-        if room <= 0:
-            return
         rows: list[Row] = []
         candidates: list[speculation.Candidate] = []
         for row in draft.rows.values():
@@ -194,8 +191,14 @@ class Planner:
                     most=min(most, sequence.max_length - row.stop - 1),  # the row brings one token in any case
                 )
             )
+        drafts = speculation.share(
+            candidates,
+            num_tokens=sum(draft.num_scheduled),
+            overhead=facts.step_overhead_tokens,
+            room=draft.budget,
+        )
         num_spare = session.num_spare_blocks
-        for row, most in zip(rows, speculation.share(candidates, room), strict=True):
+        for row, most in zip(rows, drafts, strict=True):
             if most:
                 num_spare -= session.add_drafts(row, most, max(0, num_spare), draft)
 

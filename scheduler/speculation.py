@@ -1,11 +1,13 @@
 """How many tokens are guessed ahead of each sequence in a step. Pure: numbers in, numbers out.
 
 A draft is a token more to compute, and is kept only if all before it are: with a chance of `rate` for each, that at
-place j (from 1) is kept with rate ** j. Drafts are cheap while a step waits for its weights, and cost what any other
-token costs from `draft_step_tokens` on, which the executor says. So the drafts that are likeliest to be kept get what a
-step has left below that, whoever's they are; where a step is full of sequences, or of prompts, nothing is guessed.
-The idea of speculation is of Leviathan et al. (ICML 2023) and Chen et al. (2023); that its length should follow from
-both acceptance and load is of Liu et al. (SmartSpec, 2024).
+place j (from 1) is kept with rate ** j. A step takes as long as its tokens and `overhead` more would: while it has few,
+its weights are what it waits for. So what it brings for its time is num_tokens / (overhead + num_tokens), and a draft that
+is likelier to be kept than that makes it more. The likeliest come first, whoever's they are, until the next one would
+make it less: a lone sequence whose drafts are kept has many, a crowd has few, and a step with much of a prompt none.
+
+The idea of speculation is of Leviathan et al. (ICML 2023) and Chen et al. (2023); that acceptance and load together
+should say how much of it there is, by what comes out in the time, of Liu et al. (SmartSpec, 2024).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 WORTH: Final = 0.3
-"""A draft that is kept less often costs more than it wins, also where it is cheap."""
+"""What it takes to guess a draft, and to wait for a row that has any, is not in that: it is kept as often at least."""
 
 TRY_EVERY: Final = 8
 """Steps: in each of these, sequences whose drafts were not kept try one again, all at once."""
@@ -57,16 +59,25 @@ class Candidate(NamedTuple):
     most: int  # drafts that it may carry
 
 
-def share(candidates: Sequence[Candidate], room: int) -> list[int]:
-    """Drafts for each of the candidates, `room` in all: those that are likeliest to be kept, the first among equals."""
+def share(candidates: Sequence[Candidate], *, num_tokens: int, overhead: int, room: int) -> list[int]:
+    """Drafts for each of the candidates, `room` at most in all, beside the `num_tokens` of the step without them.
+
+    `overhead`: tokens whose computing takes as long as what a step takes in any case. The first goes first among equals.
+    """
     drafts = [0] * len(candidates)
-    best = [(-each.chance, i) for i, each in enumerate(candidates) if each.most > 0 and each.chance >= WORTH]
+    kept, computed = float(num_tokens), overhead + num_tokens
+    best = [(-each.chance, i) for i, each in enumerate(candidates) if each.most > 0]
     heapq.heapify(best)
     while best and room > 0:
-        chance, i = heapq.heappop(best)
+        chance, i = -best[0][0], best[0][1]
+        if chance < WORTH or chance * computed <= kept:
+            break
         drafts[i] += 1
         room -= 1
-        chance *= candidates[i].chance
-        if drafts[i] < candidates[i].most and -chance >= WORTH:
-            heapq.heappush(best, (chance, i))
+        kept += chance
+        computed += 1
+        if drafts[i] < candidates[i].most:
+            heapq.heapreplace(best, (-chance * candidates[i].chance, i))
+        else:
+            heapq.heappop(best)
     return drafts

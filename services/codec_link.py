@@ -187,7 +187,7 @@ def hello_to_pb(
         capabilities=facts.capabilities,
         determinism=facts.determinism,
         max_drafts=facts.max_drafts,
-        draft_step_tokens=facts.draft_step_tokens,
+        step_overhead_tokens=facts.step_overhead_tokens,
         last_epoch=last_epoch,
         last_epoch_age_ms=int(1000 * last_epoch_age_s),
     )
@@ -227,7 +227,7 @@ def facts_from_pb(hello: pb.Hello) -> ExecutorFacts:
         device=hello.device,
         capabilities=tuple(hello.capabilities),
         max_drafts=hello.max_drafts,
-        draft_step_tokens=hello.draft_step_tokens,
+        step_overhead_tokens=hello.step_overhead_tokens,
         determinism=hello.determinism,
     )
 

@@ -99,9 +99,9 @@ def make_runner(config: ExecutorConfig, model: ModelFolder, name: str, draft_mod
         "max_step_tokens": config.max_step_tokens or None,
         "max_model_len": config.max_model_len or None,
     }
+    if device.type != "cpu" and config.speculate != "none":
+        raise ModelFolderError(f"speculation is for CPUs so far, not for {device.type}. Type: --speculate none")
     if device.type == "cuda":
-        if config.speculate != "none":
-            raise ModelFolderError("speculation is for CPUs so far, not for cuda. Type: --speculate none")
         reason = why_not(device)
         if reason is None:
             from executor.gpu.runner import GpuRunner
@@ -116,5 +116,5 @@ def make_runner(config: ExecutorConfig, model: ModelFolder, name: str, draft_mod
         speculate=config.speculate,
         draft_model=draft_model,
         max_drafts=config.max_drafts,
-        draft_step_tokens=config.draft_step_tokens,
+        step_overhead_tokens=config.step_overhead_tokens,
     )

@@ -11,13 +11,14 @@ import pytest
 
 from common.errors import InvalidRequest
 from pagewire import Answer, Client
+from protos import inference_pb2 as pb
 from tests.e2e.cluster import Cluster
 from tests.e2e.programs import PAGEWIRE, run
 from tests.e2e.survivors import answers_through_a_kill
 from tests.e2e.test_controls import DEFAULTS, MIXED, PROMPT
 from tests.e2e.test_structured import KINDS
 
-FLAGS = ("--dtype=float32", "--threads=1", "--speculate=ngram", "--max-drafts=4", "--draft-step-tokens=64")
+FLAGS = ("--dtype=float32", "--threads=1", "--speculate=ngram", "--max-drafts=4", "--step-overhead-tokens=64")
 LOOPING: dict[str, Any] = {"allowed_token_ids": [64, 65, 66], "max_tokens": 60}  # so short of words it repeats itself
 
 ASKED: dict[str, dict[str, Any]] = {
@@ -72,6 +73,25 @@ def test_a_request_may_do_without(speculating: Cluster) -> None:
     assert plain.finish.usage.drafted_tokens == 0
     with pytest.raises(InvalidRequest, match=r"max_drafts: must be in \[0, 32\], got 33"):
         ask(speculating, {**settings, "max_drafts": 33})
+
+
+def test_a_stream_that_was_cut_among_guesses_goes_on_with_and_without_them(speculating: Cluster) -> None:
+    asked = pb.GenerateStreamRequest(
+        request_id="guessed",
+        token_ids=pb.TokenIds(ids=PROMPT),
+        sampling=pb.SamplingParams(temperature=0.3, seed=4, allowed_token_ids=[64, 65, 66], frequency_penalty=0.01),
+        stopping=pb.StopConditions(max_tokens=60, ignore_eos=True),
+    )
+    _, *deltas, end = speculating.stub.GenerateStream(asked)
+    whole = [token for message in deltas for token in message.delta.token_ids]
+    assert end.finish.usage.accepted_tokens > 0
+
+    for number in range(0, len(deltas), 4):
+        asked.max_drafts = number % 8
+        sent = [token for message in deltas[: number + 1] for token in message.delta.token_ids]
+        point = pb.ResumePoint(choice=0, ticket=deltas[number].delta.ticket, token_ids=sent)
+        _, *rest = speculating.stub.Resume(pb.ResumeRequest(request=asked, choices=[point]))
+        assert sent + [token for message in rest[:-1] for token in message.delta.token_ids] == whole
 
 
 def test_answers_are_whole_when_blocks_run_out_and_an_executor_is_killed(

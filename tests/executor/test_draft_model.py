@@ -55,7 +55,7 @@ class ModelWorld(World):
             speculate="draft" if self.draft is not None else "none",
             draft_model=self.draft,
             max_drafts=3,
-            draft_step_tokens=64,
+            step_overhead_tokens=64,
             max_step_tokens=64,
             **shape,
         )

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import erf, sqrt
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
+from common.config import ExecutorConfig
+from common.errors import ModelFolderError
 from common.sampling import SamplingParams
 from common.step import NewSequence, Scored, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_of, slot_ref
+from executor import devices
 from executor.batch import build_batch
 from executor.choosing import choose_run
 from executor.controls import columns
@@ -23,6 +28,7 @@ from executor.proposers.ngram import lookup
 from executor.resident import PlanError, Resident, Rows
 from executor.runner import execute
 from executor.sampler import keep, sample
+from services.executor_process import make_runner
 from tests.executor.tiny_models import VOCAB_SIZE, save_tiny
 
 A, B = slot_ref(0, 0), slot_ref(1, 0)
@@ -226,9 +232,9 @@ def test_a_plan_whose_drafts_do_not_fit_is_refused(world: World, plan: dict[str,
 
 
 def test_a_runner_that_guesses_says_so(folder: Path, world: World) -> None:
-    speculating = World(folder, speculate="ngram", max_drafts=5, draft_step_tokens=9).facts
+    speculating = World(folder, speculate="ngram", max_drafts=5, step_overhead_tokens=9).facts
 
-    assert (speculating.max_drafts, speculating.draft_step_tokens) == (5, 9)
+    assert (speculating.max_drafts, speculating.step_overhead_tokens) == (5, 9)
     assert world.facts.max_drafts == 0
 
 
@@ -340,3 +346,10 @@ def test_who_draws_the_same_random_numbers_guesses_better_than_by_chance() -> No
 
     assert (coupled == tokens).mean() > 0.85
     assert (by_chance == tokens).mean() < 0.5
+
+
+def test_a_device_that_cannot_have_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "device_of", lambda _: torch.device("cuda"))
+    folder: Any = SimpleNamespace(path=Path())
+    with pytest.raises(ModelFolderError, match="speculation is for CPUs so far, not for cuda"):
+        make_runner(ExecutorConfig(speculate="ngram"), folder, "gpu")

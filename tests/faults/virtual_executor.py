@@ -83,7 +83,7 @@ class SimulatedExecutor:
         # drawn apart, so that the stories are otherwise what they were
         apart = random.Random(f"{self.name} {self.lives} {self._shape} {self._step_s}")
         if not self._cluster.late and apart.random() < 0.5:  # who launches ahead does not guess
-            self._shape |= {"guess": guess_token, "max_drafts": apart.choice([1, 3, 8]), "draft_step_tokens": 24}
+            self._shape |= {"guess": guess_token, "max_drafts": apart.choice([1, 3, 8]), "step_overhead_tokens": 24}
         self.process = self._cluster.world.process(f"{self.name}.{self.lives}")
         self.process.host = self
         self._sessions, self._epoch, self._excused, self._lies = {}, 0, [], False

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.sampling import SamplingParams
 from common.types import FinishReason
@@ -12,6 +15,7 @@ from executor.fake_runner import NextToken, Prefix, fake_logprobs, position_toke
 from executor.runner import execute
 from scheduler.results import ProtocolError
 from scheduler.speculation import TRY_EVERY, WORTH, Acceptance, Candidate, share
+from scheduler.suspicion import End
 from tests.scheduler.world import GREEDY, World
 
 
@@ -107,8 +111,8 @@ def test_a_stop_token_among_right_guesses_is_the_last_token() -> None:
     assert (world.tokens["a"], world.reasons["a"]) == ([5, 6, 7, 8], FinishReason.STOP_TOKEN)
 
 
-def test_a_full_step_has_no_room_for_guesses() -> None:
-    world = world_of(position_token, draft_step_tokens=3)
+def test_a_step_that_is_full_of_rows_has_no_guesses() -> None:
+    world = world_of(position_token, step_overhead_tokens=1)
     for name in "abc":
         world.add(name, prompt=1)
 
@@ -245,19 +249,54 @@ def test_tokens_behind_an_end_that_the_executor_did_not_see_are_dropped() -> Non
 # ---- how many
 
 
+def drafts(*candidates: Candidate, num_tokens: int = 2, overhead: int = 1000, room: int = 100) -> list[int]:
+    return share(candidates, num_tokens=num_tokens, overhead=overhead, room=room)
+
+
 def test_the_likeliest_drafts_are_carried_first() -> None:
     sure, unsure = Candidate(0.9, 8), Candidate(0.5, 8)
 
-    assert share([unsure, sure], 100) == [1, 8]  # 0.5 ** 2 is not worth while
-    assert share([unsure, sure], 4) == [0, 4]
-    assert share([unsure, sure], 8) == [1, 7]  # 0.9 ** 7 is less than 0.5
-    assert share([sure, sure], 3) == [2, 1]
+    assert drafts(unsure, sure) == [1, 8]  # 0.5 ** 2 is not worth while
+    assert drafts(unsure, sure, room=4) == [0, 4]
+    assert drafts(unsure, sure, room=8) == [1, 7]  # 0.9 ** 7 is less than 0.5
+    assert drafts(sure, sure, room=3) == [2, 1]
 
 
 def test_nobody_carries_more_than_it_may_nor_what_is_not_worth_it() -> None:
-    assert share([Candidate(1.0, 2), Candidate(WORTH - 0.01, 8), Candidate(0.9, 0)], 100) == [2, 0, 0]
-    assert share([], 10) == []
-    assert share([Candidate(1.0, 8)], 0) == [0]
+    assert drafts(Candidate(1.0, 2), Candidate(WORTH - 0.01, 8), Candidate(0.9, 0)) == [2, 0, 0]
+    assert drafts() == []
+    assert drafts(Candidate(1.0, 8), room=0) == [0]
+
+
+def test_a_draft_must_bring_more_for_its_time_than_the_step_does_without_it() -> None:
+    sure = Candidate(0.8, 8)
+
+    assert drafts(sure, num_tokens=1, overhead=12) == [5]
+    assert drafts(*[sure] * 8, num_tokens=8, overhead=12) == [2] * 8
+    assert drafts(*[sure] * 32, num_tokens=32, overhead=12) == [1] * 32
+    assert drafts(*[sure] * 64, num_tokens=64, overhead=12) == [0] * 64
+    assert drafts(sure, num_tokens=256, overhead=12) == [0], "beside a long prompt"
+    assert drafts(sure, num_tokens=1, overhead=0) == [0]
+
+
+@given(
+    st.lists(st.builds(Candidate, st.floats(0, 1), st.integers(0, 8)), max_size=20),
+    st.integers(1, 300),
+    st.integers(0, 200),
+    st.integers(0, 100),
+)
+def test_no_draft_makes_a_step_bring_less(candidates: list[Candidate], more: int, overhead: int, room: int) -> None:
+    num_tokens = len(candidates) + more
+    found = share(candidates, num_tokens=num_tokens, overhead=overhead, room=room)
+
+    assert sum(found) <= room
+    assert all(count <= each.most for count, each in zip(found, candidates, strict=True))
+    chances = [each.chance**j for count, each in zip(found, candidates, strict=True) for j in range(1, count + 1)]
+    rates, kept, computed = [num_tokens / (overhead + num_tokens)], float(num_tokens), overhead + num_tokens
+    for chance in sorted(chances, reverse=True):
+        kept, computed = kept + chance, computed + 1
+        rates.append(kept / computed)
+    assert all(later >= rate - 1e-12 for rate, later in pairwise(rates))
 
 
 def test_drafts_that_are_not_kept_are_fewer_and_then_tried_now_and_then() -> None:
@@ -275,12 +314,12 @@ def test_drafts_that_are_not_kept_are_fewer_and_then_tried_now_and_then() -> Non
 
 def test_drafts_that_are_kept_become_more() -> None:
     acceptance = Acceptance()
-    before = share([Candidate(acceptance.chance(1), 8)], 8)
+    before = drafts(Candidate(acceptance.chance(1), 8))
     for _ in range(4):
         acceptance.learn(4, 4)
 
     assert before == [2]
-    assert share([Candidate(acceptance.chance(1), 8)], 8) == [8]
+    assert drafts(Candidate(acceptance.chance(1), 8)) == [8]
 
 
 def test_no_guess_counts_as_a_wrong_one() -> None:
@@ -288,3 +327,20 @@ def test_no_guess_counts_as_a_wrong_one() -> None:
     acceptance.learn(0, 0)
 
     assert acceptance.rate < Acceptance().rate
+
+
+def test_who_died_with_guesses_is_trusted_when_it_is_past_them() -> None:
+    world = world_of(position_token, max_drafts=2)
+    world.join()
+    world.add("a", prompt=5, max_tokens=9)
+    world.send(0)
+    world.lose(0, End.FAILED)
+    assert world.scheduler.num_suspects == 1
+
+    for computed in (5, 6):
+        world.step(1)
+        assert world.scheduler.num_suspects == 1, f"{computed} tokens are computed, and it died of up to 7"
+    world.step(1)
+    assert world.scheduler.num_suspects == 0
+    world.run()
+    assert world.tokens["a"] == list(range(5, 14))

@@ -138,7 +138,7 @@ FACTS = st.builds(
     device=WORD,
     capabilities=st.lists(st.text(), max_size=3).map(tuple),
     max_drafts=st.integers(0, MAX_DRAFTS),
-    draft_step_tokens=U32,
+    step_overhead_tokens=U32,
 )
 
 
