@@ -2,9 +2,9 @@
 
 A draft is a token more to compute, and is kept only if all before it are: with a chance of `rate` for each, that at
 place j (from 1) is kept with rate ** j. A step takes as long as its tokens and `overhead` more would: while it has few,
-its weights are what it waits for. So what it brings for its time is num_tokens / (overhead + num_tokens), and a draft that
-is likelier to be kept than that makes it more. The likeliest come first, whoever's they are, until the next one would
-make it less: a lone sequence whose drafts are kept has many, a crowd has few, and a step with much of a prompt none.
+its weights are what it waits for. What it brings for its time is num_tokens / (overhead + num_tokens), and a draft
+that is likelier to be kept than that makes it more. The likeliest come first, whoever's they are, until the next
+one would make it less: a lone sequence whose drafts are kept has many, a crowd few, a step with much of a prompt none.
 
 The idea of speculation is of Leviathan et al. (ICML 2023) and Chen et al. (2023); that acceptance and load together
 should say how much of it there is, by what comes out in the time, of Liu et al. (SmartSpec, 2024).
@@ -60,9 +60,9 @@ class Candidate(NamedTuple):
 
 
 def share(candidates: Sequence[Candidate], *, num_tokens: int, overhead: int, room: int) -> list[int]:
-    """Drafts for each of the candidates, `room` at most in all, beside the `num_tokens` of the step without them.
+    """Drafts for each candidate, `room` at most in all, beside the `num_tokens` of the step without them.
 
-    `overhead`: tokens whose computing takes as long as what a step takes in any case. The first goes first among equals.
+    `overhead`: tokens whose computing takes as long as what a step takes in any case. Of equals the first goes first.
     """
     drafts = [0] * len(candidates)
     kept, computed = float(num_tokens), overhead + num_tokens

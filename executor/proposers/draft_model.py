@@ -94,8 +94,8 @@ class DraftModel:
                 held.token_ids[slots[n], known[n] + place] = token
             self._mark(rows)
             place += 1
-            goes_on = [place < most[n] and drafts[n][-1] not in held.stop_token_ids[slots[n]] for n in here.tolist()]
-            here = here[goes_on]
+            ends = [place == most[n] or drafts[n][-1] in held.stop_token_ids[slots[n]] for n in here.tolist()]
+            here = here[~np.array(ends, np.bool_)]
             begun[here], stops[here] = known[here] + place - 1, known[here] + place
         return drafts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -33,7 +34,7 @@ def now_and_then(prefix: Prefix) -> int | None:
     return None if fate == 0 else prefix_hash_token(prefix) + (fate < 3)
 
 
-def world_of(guess: NextToken, **shape: int) -> World:
+def world_of(guess: NextToken, **shape: Any) -> World:
     """One executor that guesses so."""
     world = World(executors=0, credit=2)
     world.join(guess=guess, **shape)
