@@ -156,6 +156,16 @@ class ExecutorConfig:
         0, "tokens of one step; 0 is 256 on a CPU, so that no stream waits long, and 8192 on a GPU"
     )
     max_model_len: int = option(0, "tokens of one sequence; 0 is what the model was made for")
+    speculate: Literal["none", "ngram", "draft"] = option(
+        "none",
+        "guess tokens ahead, on a CPU: ngram looks the newest ones up in prompt and answer, draft asks a smaller model",
+    )
+    draft_model: str = option("", "that smaller model, of the same vocabulary: as --model")
+    max_drafts: int = option(8, "tokens that may be guessed ahead for one sequence in a step", least=1, most=32)
+    step_overhead_tokens: int = option(
+        12,
+        "tokens that take as long to compute as a step takes in any case, to read the weights: what guesses may cost",
+    )
     threads: int = option(0, "threads of the forward; 0 is one for each physical core this process may use")
     drain_s: float = option(30.0, "seconds that running sequences get after SIGTERM")
     watchdog_s: float = option(

@@ -12,16 +12,22 @@ Both sides derive the rest by the same rules, in the same order:
   - A sequence that met a token stop condition is finished on the executor: its later rows are skipped.
   - A sequence with `num_candidates` is a beam: its row never samples. Where it reaches the end of the known tokens, the
     result ranks that many of the likeliest next tokens, and a later plan tells which of them it is (`told_tokens`).
+  - A row that samples may carry *drafts*: tokens that the executor guesses behind the known ones, and computes with
+    them. It samples behind each for as long as what it sampled is what was guessed, so one row brings 1 to 1 + drafts
+    tokens, which are those that as many rows would have brought. Until its result is there nothing follows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from common.sampling import SamplingParams
 from common.types import BlockId, SlotRef
+
+MAX_DRAFTS: Final = 32
+"""That any row may carry: as many tokens as one sequence can win in one step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +66,12 @@ class StepPlan:
     copies: Sequence[tuple[BlockId, BlockId]] = ()  # (source, destination), done in this order before the forward
     told_refs: Sequence[SlotRef] = ()  # (B,) beams whose next token was chosen
     told_tokens: Sequence[int] = ()  # (B,) that token
+    max_drafts: Sequence[int] = ()  # (R,) drafts that a row may carry, behind its tokens; () for none at all
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the whole step."""
-        return sum(self.num_scheduled)
+        """Tokens of the whole step, at most."""
+        return sum(self.num_scheduled) + sum(self.max_drafts)
 
 
 class Logprobs(NamedTuple):
@@ -108,7 +115,7 @@ class StepResult:
     """What came out of one plan. S sampled rows. Every step has a result, also one that samples nothing."""
 
     step: int
-    refs: Sequence[SlotRef] = ()  # (S,) rows that were sampled
+    refs: Sequence[SlotRef] = ()  # (S,) rows that were sampled; those with drafts once for each token, side by side
     tokens: Sequence[int] = ()  # (S,)
     indices: Sequence[int] = ()  # (S,) output index of each token: 0 is the first after the prompt
     failed: Sequence[SlotRef] = ()  # rows whose logits were not finite: nothing was sampled
@@ -117,6 +124,7 @@ class StepResult:
     idle_ns: int = 0  # time it waited before the step for want of a plan
     scored: Sequence[Scored] = ()  # where a sequence asks for it; positions in order within each
     ranked: Sequence[Ranked] = ()  # beams that reached the end of their known tokens
+    drafted: Sequence[tuple[SlotRef, int]] = ()  # rows that might carry drafts, and how many they did
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,4 +144,6 @@ class ExecutorFacts:
     dtype: str = ""
     device: str = ""
     capabilities: tuple[str, ...] = field(default=())
+    max_drafts: int = 0  # drafts that a row may carry; 0: it does not speculate
+    step_overhead_tokens: int = 0  # tokens whose computing takes as long as what a step takes in any case
     determinism: str = ""  # class of those that compute the same tokens bit for bit; empty: no promise

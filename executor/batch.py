@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from executor.resident import Resident, Rows
+from executor.resident import Resident, Rows, spread
 
 
 def _nothing() -> NDArray[np.int64]:
@@ -20,8 +20,9 @@ def _nothing() -> NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputBatch:
-    """One forward pass, flattened. T tokens, N rows, M blocks in the longest table, S sampled rows, P scored positions.
+    """One forward pass, flattened.
 
+    T tokens, N rows, M blocks in the longest table, S sampled rows, D drafts, P scored positions.
     The rows with one token lie first, so a backend can cut decode from prefill. Sampled rows keep the plan's order.
     """
 
@@ -32,17 +33,22 @@ class InputBatch:
     seq_lens: NDArray[np.int64]  # (N,) tokens row n may attend to, this step's included
     block_tables: NDArray[np.int32]  # (N, M) padded with whatever the table held before
     num_decodes: int  # the first rows, those with one token each
-    logits_indices: NDArray[np.int64]  # (S + P,) which of the T tokens are sampled, then which of them score the next
+    logits_indices: NDArray[np.int64]  # (S + D + P,) of the T tokens: those to sample behind, drafts, those that score
     sampled_slots: NDArray[np.int64]  # (S,) their lines in the resident tables
     sampled_places: NDArray[np.int64]  # (S,) where in the token pool the new tokens go
     sampled_indices: NDArray[np.int64]  # (S,) their output indices
+    # drafts: which of the sampled rows carries it, and at which place of its drafts it is, from 1; the first ones first
+    draft_rows: NDArray[np.int64] = field(default_factory=_nothing)  # (D,)
+    draft_places: NDArray[np.int64] = field(default_factory=_nothing)  # (D,)
     # where prompts are scored: whose, and at which place of it is the token whose logits those are
     scored_slots: NDArray[np.int64] = field(default_factory=_nothing)  # (P,) lines in the resident tables
     scored_positions: NDArray[np.int64] = field(default_factory=_nothing)  # (P,) at least 1
     table_rows: NDArray[np.int64] = field(default_factory=_nothing)  # (N,) each row's line in the resident tables
 
 
-def build_batch(resident: Resident, rows: Rows, *, gathers_tables: bool = True) -> InputBatch:
+def build_batch(
+    resident: Resident, rows: Rows, *, gathers_tables: bool = True, scores_prompts: bool = True
+) -> InputBatch:
     """Gather what the forward needs. At least one row.
 
     A device that holds the tables itself reads them by `table_rows`: for it, `block_tables` need not be gathered.
@@ -64,8 +70,16 @@ def build_batch(resident: Resident, rows: Rows, *, gathers_tables: bool = True) 
 
     longest = -(-int(rows.stops.max()) // resident.block_size)
     logits_indices = last_token[rows.samples]
+    draft_rows = draft_places = _nothing()
+    if rows.num_drafts is not None:
+        num_drafts = rows.num_drafts[rows.samples]
+        logits_indices -= num_drafts  # the first token is sampled behind the known ones, then one behind each draft
+        draft_rows, draft_places = spread(np.arange(len(num_drafts)), np.ones_like(num_drafts), num_drafts)
+        by_place = np.argsort(draft_places, kind="stable")
+        draft_rows, draft_places = draft_rows[by_place], draft_places[by_place]
+        logits_indices = np.concatenate((logits_indices, logits_indices[draft_rows] + draft_places))
     scored_slots = scored_positions = _nothing()
-    if resident.scored_prompts:
+    if resident.scored_prompts and scores_prompts:
         # each position that is not the prompt's last tells how likely the token behind it was
         token_slots = np.repeat(ordered.slots, ordered.counts)
         tells = (resident.prompt_logprobs[token_slots] >= 0) & (positions < resident.num_prompt[token_slots] - 1)
@@ -85,6 +99,8 @@ def build_batch(resident: Resident, rows: Rows, *, gathers_tables: bool = True) 
         sampled_slots=sampled,
         sampled_places=sampled * resident.max_model_len + known,
         sampled_indices=known - resident.num_prompt[sampled],
+        draft_rows=draft_rows,
+        draft_places=draft_places,
         scored_slots=scored_slots,
         scored_positions=scored_positions,
         table_rows=ordered.slots,

@@ -31,13 +31,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from executor.guide import wait_for_one
+from executor.guide import Guide, wait_for_one
 from executor.resident import Resident
 from executor.sampler import SamplingColumns
 from executor.token_rules import TokenRules
 
 _NEVER: Final = np.float32(-np.inf)
-_MASKS_S: Final = 0.03  # of a step, for what its grammars allow
+MASKS_S: Final = 0.03  # of a step, for what its grammars allow
 
 
 def columns(held: Resident, slots: NDArray[np.int64], indices: NDArray[np.int64]) -> SamplingColumns | None:
@@ -57,18 +57,29 @@ def columns(held: Resident, slots: NDArray[np.int64], indices: NDArray[np.int64]
     )
 
 
-def edit(logits: NDArray[np.float32], held: Resident, slots: NDArray[np.int64], but: Sequence[int] = ()) -> None:
+def edit(
+    logits: NDArray[np.float32],
+    held: Resident,
+    slots: NDArray[np.int64],
+    but: Sequence[int] = (),
+    *,
+    ahead: int = 0,
+    guided: bool = True,
+) -> None:
     """Apply the controls of each row's sequence. logits (S, vocab_size) are changed; slots (S,) says whose they are.
 
-    Called before the new tokens are known. The rows `but`, which are `unready`, are left as they are. Rows are worked
-    one by one, as the sampler does: a sequence's tokens lie side by side, and to gather those of many rows first takes
-    longer than the calls that it would save.
+    Called before the new tokens are known. The rows `but`, which are `unready`, are left as they are. `ahead`: so many
+    drafts, which were right, stand behind the known tokens and count as such. Not `guided`: but for its grammar, which
+    goes on from known tokens alone.
+
+    Rows are worked one by one, as the sampler does: a sequence's tokens lie side by side, and to gather those of many
+    rows first takes longer than the calls that it would save.
     """
     if not held.controlled:
         return
     for row, slot in enumerate(slots.tolist()):
         if slot in held.controlled and row not in but:
-            _edit(logits[row], held, slot)
+            _edit(logits[row], held, slot, ahead, held.guides[slot] if guided else None)
 
 
 def unready(held: Resident, slots: NDArray[np.int64], num_rows: int) -> list[int]:
@@ -89,7 +100,7 @@ def unready(held: Resident, slots: NDArray[np.int64], num_rows: int) -> list[int
         wait_for_one([guides[row] for row in late])
         late = [row for row in late if not guides[row].is_ready()]
     ready = sorted(guides.keys() - set(late), key=lambda row: (-guides[row].times_left_out, row))
-    until_s = time.monotonic() + _MASKS_S
+    until_s = time.monotonic() + MASKS_S
     for number, row in enumerate(ready):
         if number and time.monotonic() > until_s:
             for left_out in ready[number:]:
@@ -101,8 +112,27 @@ def unready(held: Resident, slots: NDArray[np.int64], num_rows: int) -> list[int
     return late
 
 
-def _edit(row: NDArray[np.float32], held: Resident, slot: int) -> None:
-    known, num_prompt, rules = int(held.num_tokens[slot]), int(held.num_prompt[slot]), held.rules[slot]
+def out_of_time(held: Resident, slots: NDArray[np.int64], until_s: float, *, ahead: int) -> list[int]:
+    """Find out what the grammars of rows, slots (S,), allow behind `ahead` drafts that were right, as `unready` does.
+
+    Returns for which rows that is not known at `until_s`, of the monotonic clock: nothing is chosen there.
+    """
+    if not held.controlled:
+        return []
+    late: list[int] = []
+    for row, slot in enumerate(slots.tolist()):
+        guide = held.guides[slot]
+        if guide is None:
+            continue
+        if time.monotonic() > until_s:
+            late.append(row)
+        else:
+            guide.allowed(held.token_ids[slot, held.num_prompt[slot] : held.num_tokens[slot] + ahead])
+    return late
+
+
+def _edit(row: NDArray[np.float32], held: Resident, slot: int, ahead: int, guide: Guide | None) -> None:
+    known, num_prompt, rules = int(held.num_tokens[slot]) + ahead, int(held.num_prompt[slot]), held.rules[slot]
     tokens = held.token_ids[slot, :known]
     if rules is not None and len(rules.biased):
         row[rules.biased] += rules.biases
@@ -112,7 +142,6 @@ def _edit(row: NDArray[np.float32], held: Resident, slot: int) -> None:
     if presence or frequency:
         said, counts = np.unique(tokens[num_prompt:], return_counts=True)
         row[said] -= (presence + frequency * counts).astype(np.float32)
-    guide = held.guides[slot]
     free = row.copy() if rules is not None and guide is not None else row
     if rules is not None:
         _take_away(row, known - num_prompt, rules)

@@ -22,6 +22,7 @@ from common.step import ExecutorFacts, Logprobs, Ranked, Scored, StepPlan, StepR
 from common.types import BlockId, SlotRef, slot_of
 from executor.resident import Resident, Rows, Sampled, spread
 from executor.runner import Done, Launched, Report
+from executor.speculation import drafted, possible
 
 _CELL: Final = np.dtype([("position", np.int64), ("token", np.int64), ("digest", np.uint64)])
 _POISON: Final = -1
@@ -90,8 +91,10 @@ class Computed:
     tokens: list[int]  # (S,)
     failed: list[int]  # which of them are none
     unready: list[int]  # which of them are none yet
+    more: dict[SlotRef, list[int]]  # behind drafts that were right
     scored: list[Scored]
     ranked: list[Ranked]
+    drafted: list[tuple[SlotRef, int]]
 
 
 class FakeRunner:
@@ -118,7 +121,11 @@ class FakeRunner:
         step_time_s: float = 0.0,
         compile_rows: int = 0,
         left_out_every: int = 0,
+        guess: NextToken | None = None,
+        max_drafts: int = 4,
+        step_overhead_tokens: int = 64,
     ) -> None:
+        """With `guess`, rows may carry drafts: what it says of a prefix, or None for no guess."""
         self._facts = ExecutorFacts(
             name=name,
             model=model,
@@ -132,6 +139,8 @@ class FakeRunner:
             credit=credit,
             dtype="none",
             device="none",
+            max_drafts=max_drafts if guess is not None else 0,
+            step_overhead_tokens=step_overhead_tokens,
             determinism=determinism_class("fake", model_digest, next_token.__qualname__, str(vocab_size)),
         )
         self._resident = Resident(
@@ -146,6 +155,7 @@ class FakeRunner:
         self._token_ids = np.zeros((max_sequences, max_model_len), np.int32)
         self._digests = np.zeros((max_sequences, max_model_len), np.uint64)  # what each row must read back
         self._next_token = next_token
+        self._guess = guess
         self._step_time_s = step_time_s
         self._compile_rows = compile_rows
         self._left_out_every = left_out_every
@@ -171,7 +181,9 @@ class FakeRunner:
     def launch(self, plan: StepPlan) -> Launched:
         """Run one step. Raises PlanError for a plan that does not fit, SlabMismatch for blocks with other tokens."""
         computed = self._compute(plan)
-        sampled = self._resident.advance(computed.rows, computed.tokens, computed.failed, computed.unready)
+        sampled = self._resident.advance(
+            computed.rows, computed.tokens, computed.failed, unready=computed.unready, more=computed.more
+        )
         if self._step_time_s:
             threading.Event().wait(self._step_time_s)
         return Done(result_of(plan, sampled, computed))
@@ -196,20 +208,31 @@ class FakeRunner:
             failpoints.hit("before_block_copy")
         for source, destination in plan.copies:
             self._cells[self._block(destination)] = self._cells[self._block(source)]
+        if rows.max_drafts is not None:
+            rows = self._draft(rows)
         self._store(rows)
         self._read_back(rows)
         sampled = rows.slots[rows.samples].tolist()
         unready = [n for n, slot in enumerate(sampled) if self._is_put_off(slot)]
-        tokens: list[int | None] = [None] * len(sampled)
+        runs: list[list[int | None]] = [[None]] * len(sampled)
         if failpoints.hit("after_forward_before_sample") != "nan":
-            tokens = [None if n in unready else self._choose(slot) for n, slot in enumerate(sampled)]
+            num_drafts = np.zeros_like(rows.slots) if rows.num_drafts is None else rows.num_drafts
+            counts = num_drafts[rows.samples].tolist()
+            runs = [
+                [None] if n in unready else self._choose_run(slot, count)
+                for n, (slot, count) in enumerate(zip(sampled, counts, strict=True))
+            ]
+        refs = [SlotRef(ref) for ref in self._resident.refs[sampled].tolist()]
+        tokens = [run[0] for run in runs]
         return Computed(
             rows=rows,
             tokens=[token or 0 for token in tokens],
             failed=[n for n, token in enumerate(tokens) if token is None and n not in unready],
             unready=unready,
-            scored=self._score(rows, tokens),
+            more={ref: [token or 0 for token in run[1:]] for ref, run in zip(refs, runs, strict=True) if run[1:]},
+            scored=self._score(rows, runs),
             ranked=self._rank(rows, tokens),
+            drafted=drafted(self._resident, rows),
         )
 
     def _is_put_off(self, slot: int) -> bool:
@@ -223,7 +246,42 @@ class FakeRunner:
             return True
         return False
 
-    def _score(self, rows: Rows, tokens: list[int | None]) -> list[Scored]:
+    def _draft(self, rows: Rows) -> Rows:
+        """Guess behind the rows that may carry drafts, each guess from the ones before it."""
+        held, most = self._resident, self._resident.most_drafts(rows)
+        drafts: list[list[int]] = [[] for _ in rows.slots]
+        for n in np.flatnonzero(most).tolist() if self._guess is not None else ():
+            slot = int(rows.slots[n])
+            known, digest = int(held.num_tokens[slot]), int(self._digests[slot, held.num_tokens[slot] - 1])
+            guessed: list[int] = []
+            while len(guessed) < most[n] and self._guess is not None:
+                token = self._guess(self._prefix(slot, known + len(guessed), digest))
+                if token is None:
+                    break
+                guessed.append(token % self._facts.vocab_size)
+                digest = _mix(digest, guessed[-1])
+            drafts[n] = possible(held, slot, guessed)
+            end = known + len(drafts[n])
+            self._token_ids[slot, known:end] = drafts[n]
+            digests = digests_of(drafts[n], int(self._digests[slot, known - 1]))
+            self._digests[slot, known:end] = np.array(digests, np.uint64)
+        return held.draft(rows, drafts) if any(drafts) else rows
+
+    def _choose_run(self, slot: int, num_drafts: int) -> list[int | None]:
+        """The tokens of a row: the next one, and those behind its drafts as long as they are right."""
+        known = int(self._resident.num_tokens[slot])
+        drafts = self._token_ids[slot, known : known + num_drafts].tolist()
+        tokens = [self._choose(slot, 0)]
+        for place, guess in enumerate(drafts, start=1):
+            if tokens[-1] != guess or guess in self._resident.stop_token_ids[slot]:
+                break
+            token = self._choose(slot, place)
+            if token is None:
+                break
+            tokens.append(token)
+        return tokens
+
+    def _score(self, rows: Rows, runs: list[list[int | None]]) -> list[Scored]:
         """Log-probabilities by hand: a token's is minus itself, and the likeliest are 0, 1, 2 and so on."""
         held, scored = self._resident, list[Scored]()
         for slot, start, stop in zip(rows.slots.tolist(), rows.starts.tolist(), rows.stops.tolist(), strict=True):
@@ -231,10 +289,14 @@ class FakeRunner:
                 for position in range(start + 1, min(stop + 1, int(held.num_prompt[slot]))):
                     logprobs = fake_logprobs(int(held.token_ids[slot, position]), num_top)
                     scored.append(Scored(SlotRef(int(held.refs[slot])), position, logprobs))
-        for slot, token in zip(rows.slots[rows.samples].tolist(), tokens, strict=True):
-            if token is not None and slot not in held.beams and (num_top := int(held.logprobs[slot])) >= 0:
-                logprobs = fake_logprobs(token, num_top)
-                scored.append(Scored(SlotRef(int(held.refs[slot])), int(held.num_tokens[slot]), logprobs))
+        for slot, run in zip(rows.slots[rows.samples].tolist(), runs, strict=True):
+            if slot not in held.beams and (num_top := int(held.logprobs[slot])) >= 0:
+                ref, known = SlotRef(int(held.refs[slot])), int(held.num_tokens[slot])
+                scored += [
+                    Scored(ref, position, fake_logprobs(token, num_top))
+                    for position, token in enumerate(run, start=known)
+                    if token is not None
+                ]
         return scored
 
     def _rank(self, rows: Rows, tokens: list[int | None]) -> list[Ranked]:
@@ -284,24 +346,25 @@ class FakeRunner:
                 f"{self._token_ids[slots[n], positions[n]]}, after the same prefix"
             )
 
-    def _choose(self, slot: int) -> int | None:
-        """Choose the next token of a row whose prefix was read back. For a beam only whether there is one counts."""
+    def _prefix(self, slot: int, num_tokens: int, digest: int) -> Prefix:
         held = self._resident
-        stop = int(held.num_tokens[slot])
-        digest = int(self._digests[slot, stop - 1])
-        token = self._next_token(
-            Prefix(
-                num_tokens=stop,
-                digest=digest,
-                greedy=bool(held.temperature[slot] == 0),
-                seed=int(held.seed[slot]),
-                choice=int(held.choice[slot]),
-            )
+        return Prefix(
+            num_tokens=num_tokens,
+            digest=digest,
+            greedy=bool(held.temperature[slot] == 0),
+            seed=int(held.seed[slot]),
+            choice=int(held.choice[slot]),
         )
+
+    def _choose(self, slot: int, ahead: int) -> int | None:
+        """Choose the token behind the known ones and `ahead` drafts, which were read back; remember its digest."""
+        stop = int(self._resident.num_tokens[slot]) + ahead
+        digest = int(self._digests[slot, stop - 1])
+        token = self._next_token(self._prefix(slot, stop, digest))
         if token is None:
             return None
         token %= self._facts.vocab_size
-        if slot not in held.beams:
+        if slot not in self._resident.beams:
             self._know(slot, stop, token)
         return token
 
@@ -322,6 +385,7 @@ def result_of(plan: StepPlan, sampled: Sampled, computed: Computed) -> StepResul
         unready=sampled.unready,
         scored=computed.scored,
         ranked=computed.ranked,
+        drafted=computed.drafted,
     )
 
 

@@ -119,13 +119,30 @@ class Guide:
             self._num_allowed = len(output)
         return self._allowed
 
+    def num_allowed(self, output: NDArray[np.int32], tokens: Sequence[int]) -> int:
+        """How many of `tokens` the grammar lets follow `output`, one behind the other. None of them is taken in.
+
+        0 while it is compiled. It costs no mask.
+        """
+        if not self.is_ready() or self._is_broken or not self._take(output):
+            return 0
+        assert self._matcher is not None
+        return self._matcher.validate_tokens(list(tokens))
+
+    def _take(self, output: NDArray[np.int32]) -> bool:
+        """Let the grammar have the tokens that it has not yet. False where it did not allow them."""
+        assert self._matcher is not None
+        new = output[self._num_taken :].tolist()
+        if new and not self._matcher.consume_tokens(new):
+            self._is_broken, self._allowed = True, None
+            return False
+        self._num_taken = len(output)
+        return True
+
     def _follow(self, output: NDArray[np.int32]) -> NDArray[np.bool_] | None:
         matcher = self._matcher
-        assert matcher is not None
-        new = output[self._num_taken :].tolist()
-        if new and not matcher.consume_tokens(new):
+        if not self._take(output) or matcher is None:
             return None
-        self._num_taken = len(output)
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         if matcher.is_error():
             return None

@@ -152,15 +152,17 @@ def fit_slab(
     max_sequences: int,
     longest: int,
     max_model_len: int | None = None,
+    other_bytes: int = 0,
 ) -> tuple[int, int]:
     """Return how many blocks to take, and how many tokens one sequence may have.
 
     `longest` is what the model allows. A wanted `max_model_len` is kept; without it the length is cut to what fits.
+    `other_bytes`: what each block takes in another slab of as many blocks.
     Raises ModelFolderError when it is out of range, or one sequence of it does not fit into `budget_bytes`.
     """
     if max_model_len is not None and not 2 <= max_model_len <= longest:
         raise ModelFolderError(f"max_model_len must be in [2, {longest}] for this model, got {max_model_len}")
-    each = block_bytes(layers, block_size, format)
+    each = block_bytes(layers, block_size, format) + other_bytes
     useful = max_sequences * blocks_for(max_model_len or longest, block_size)
     num_blocks = min(budget_bytes // each, useful)
     needed = max_model_len or 2

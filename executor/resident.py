@@ -9,8 +9,8 @@ launched, for the next plan builds on its numbers, and `settle` when its tokens 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -46,11 +46,18 @@ class Rows:
     starts: NDArray[np.int64]  # (N,) first position this step computes
     stops: NDArray[np.int64]  # (N,) one past the last
     samples: NDArray[np.bool_]  # (N,) True where the row reaches the end of the known tokens
+    max_drafts: NDArray[np.int64] | None = None  # (N,) drafts that the plan allows each; None: nobody has any
+    num_drafts: NDArray[np.int64] | None = None  # (N,) how many of its positions are drafts, the last ones
 
     @property
     def counts(self) -> NDArray[np.int64]:
         """(N,) tokens that each row computes."""
         return self.stops - self.starts
+
+    @property
+    def known_stops(self) -> NDArray[np.int64]:
+        """(N,) one past the last position of a known token."""
+        return self.stops if self.num_drafts is None else self.stops - self.num_drafts
 
     def each_token(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return slot and position of every token this step computes, row after row: two columns (T,)."""
@@ -176,14 +183,23 @@ class Resident:
         return self._rows(plan)
 
     def advance(
-        self, rows: Rows, tokens: Sequence[int], failed: Iterable[int] = (), unready: Sequence[int] = ()
+        self,
+        rows: Rows,
+        tokens: Sequence[int],
+        failed: Iterable[int] = (),
+        *,
+        unready: Sequence[int] = (),
+        more: Mapping[SlotRef, Sequence[int]] | None = None,
     ) -> Sampled:
         """Record that `rows` were computed, and the token of each row that samples; finish what is complete.
 
         `tokens` has one entry per sampling row, in row order. `failed` are indices into `tokens` for which there is
-        none: the sequence ends there. `unready` are those for which there is none yet.
+        none: the sequence ends there. `unready` are those for which there is none yet. `more` are the tokens that
+        follow the first one of a row whose drafts were right: all but the last of the row's tokens are drafts, and
+        computed.
         """
-        return self.settle(self.reserve(rows, unready), tokens, failed)
+        sampled = self.settle(self.reserve(rows, unready), tokens, failed)
+        return self._go_on(sampled, more) if more else sampled
 
     def reserve(self, rows: Rows, unready: Sequence[int] = ()) -> Reserved:
         """Record that `rows` are computed, and that those that sample have one token more, which is not known yet.
@@ -192,7 +208,7 @@ class Resident:
         token. Of the sampling rows at `unready` no token will come: their last one is computed again by their next
         row, whose logits are the same. What is reserved is settled in the same order, or forgotten by `clear`.
         """
-        self.num_computed[rows.slots] = rows.stops
+        self.num_computed[rows.slots] = rows.known_stops
         slots = rows.slots[rows.samples]
         refs, places = self.refs[slots], self.num_tokens[slots]
         indices = places - self.num_prompt[slots]
@@ -259,6 +275,47 @@ class Resident:
         if met or over:
             self._end([*over, *self.refs[met].tolist()])
         return sampled
+
+    def most_drafts(self, rows: Rows) -> NDArray[np.int64]:
+        """Return how many drafts each row may carry (N,): what is allowed, and could still be tokens of its answer."""
+        if rows.max_drafts is None:
+            return np.zeros(len(rows.slots), np.int64)
+        known = self.num_tokens[rows.slots]
+        ends = np.minimum(self.num_prompt[rows.slots] + self.max_tokens[rows.slots], self.max_model_len)
+        return np.where(rows.samples, np.clip(ends - known - 1, 0, rows.max_drafts), 0)
+
+    def draft(self, rows: Rows, drafts: Sequence[Sequence[int]]) -> Rows:
+        """Write each row's drafts behind its known tokens, where the forward reads them; return the longer rows.
+
+        They are no known tokens: whatever comes to stand there is written over them. At most `most_drafts`.
+        """
+        for slot, tokens in zip(rows.slots.tolist(), drafts, strict=True):
+            known = self.num_tokens[slot]
+            self.token_ids[slot, known : known + len(tokens)] = tokens
+        num_drafts = np.array([len(tokens) for tokens in drafts], np.int64)
+        return replace(rows, stops=rows.stops + num_drafts, num_drafts=num_drafts)
+
+    def _go_on(self, sampled: Sampled, more: Mapping[SlotRef, Sequence[int]]) -> Sampled:
+        """Record the tokens behind the first ones, each up to where its sequence ends."""
+        refs, tokens, indices = list[SlotRef](), list[int](), list[int]()
+        for ref, first, index in zip(sampled.refs, sampled.tokens, sampled.indices, strict=True):
+            refs.append(ref)
+            tokens.append(first)
+            indices.append(index)
+            slot = slot_of(ref)
+            for later, token in enumerate(more.get(ref, ()), start=index + 1):
+                if self.finished[slot]:
+                    break
+                place = int(self.num_tokens[slot])
+                self.token_ids[slot, place] = token
+                self.num_tokens[slot] = place + 1
+                self.num_computed[slot] = place
+                is_last = later + 1 >= self.max_tokens[slot] or place + 1 >= self.max_model_len
+                self.finished[slot] = is_last or token in self.stop_token_ids[slot]
+                refs.append(ref)
+                tokens.append(token)
+                indices.append(later)
+        return replace(sampled, refs=refs, tokens=tokens, indices=indices)
 
     def _end(self, refs: list[SlotRef]) -> None:
         """Skip later rows of these, and drop what steps in flight will still bring of them."""
@@ -391,9 +448,11 @@ class Resident:
         if granted.sum() > self.max_step_tokens:
             raise PlanError(f"{granted.sum()} tokens in a step of at most {self.max_step_tokens}")
 
+        max_drafts = self._max_drafts(plan, int(granted.sum()))
         finished = self.finished[slots]
         if finished.any():
             slots, granted = slots[~finished], granted[~finished]
+            max_drafts = None if max_drafts is None else max_drafts[~finished]
         starts = self.num_computed[slots]
         stops = starts + granted
         wrong = (granted < 1) | (stops > self.num_tokens[slots]) | (stops > self.num_blocks[slots] * self.block_size)
@@ -404,7 +463,30 @@ class Resident:
                 f"{_named(SlotRef(int(self.refs[slot])))} is granted positions [{starts[n]}, {stops[n]}) of "
                 f"{self.num_tokens[slot]} known tokens in {self.num_blocks[slot]} blocks of {self.block_size}"
             )
-        return Rows(slots=slots, starts=starts, stops=stops, samples=stops == self.num_tokens[slots])
+        samples = stops == self.num_tokens[slots]
+        if max_drafts is not None:
+            beyond = stops + max_drafts > self.num_blocks[slots] * self.block_size
+            ranks = self.num_candidates[slots] > 0  # a beam has no token that a draft could be
+            wrong = (max_drafts > 0) & (beyond | ~samples | ranks)
+            if wrong.any():
+                n = int(np.flatnonzero(wrong)[0])
+                name = _named(SlotRef(int(self.refs[slots[n]])))
+                raise PlanError(
+                    f"{name} may carry {max_drafts[n]} drafts behind position {stops[n]} of "
+                    f"{self.num_tokens[slots[n]]} known tokens in {self.num_blocks[slots[n]]} blocks"
+                )
+        return Rows(slots=slots, starts=starts, stops=stops, samples=samples, max_drafts=max_drafts)
+
+    def _max_drafts(self, plan: StepPlan, granted: int) -> NDArray[np.int64] | None:
+        """The column (R,); None where nobody has any."""
+        if not len(plan.max_drafts):
+            return None
+        if len(plan.max_drafts) != len(plan.refs):
+            raise PlanError(f"{len(plan.refs)} rows, {len(plan.max_drafts)} numbers of drafts")
+        column = np.asarray(plan.max_drafts, np.int64)
+        if granted + column.sum() > self.max_step_tokens:
+            raise PlanError(f"{granted} tokens and {column.sum()} drafts in a step of at most {self.max_step_tokens}")
+        return column
 
     def _slot(self, ref: SlotRef) -> int:
         slot = slot_of(ref)

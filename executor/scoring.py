@@ -26,15 +26,15 @@ class Asking(NamedTuple):
     num_top: int
 
 
-def who_asks(held: Resident, slots: NDArray[np.int64]) -> list[Asking]:
+def who_asks(held: Resident, slots: NDArray[np.int64], ahead: int = 0) -> list[Asking]:
     """Those of the sampled rows, slots (S,), whose tokens are scored. Called before the tokens are known.
 
-    A beam's row has none.
+    `ahead`: so many drafts, which were right, stand behind the known tokens. A beam's row has none that is scored.
     """
     if not held.scored:
         return []
     return [
-        Asking(row, SlotRef(int(held.refs[slot])), int(held.num_tokens[slot]), int(held.logprobs[slot]))
+        Asking(row, SlotRef(int(held.refs[slot])), int(held.num_tokens[slot]) + ahead, int(held.logprobs[slot]))
         for row, slot in enumerate(slots.tolist())
         if slot in held.scored and slot not in held.beams
     ]

@@ -61,6 +61,8 @@ class Usage:
     prefill_s: float
     decode_s: float
     discarded_tokens: int = 0  # with the first choice of best_of: tokens of the choices that were not told
+    drafted_tokens: int = 0  # guessed ahead, right or wrong
+    accepted_tokens: int = 0  # of completion_tokens, those that took no step of their own for that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

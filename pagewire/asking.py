@@ -60,6 +60,7 @@ class Settings(TypedDict, total=False):
     no_cache: bool  # nothing is read from the prefix cache, and nothing is left there
     pin_seconds: int  # the prompt stays in the prefix cache for so long
     pin_tokens: int  # only so many first tokens of it do
+    max_drafts: int  # tokens guessed ahead in one step, where the server guesses any; 0 is none
     skip_special_tokens: bool
     model: str
     request_id: str  # by default a random one

@@ -178,6 +178,8 @@ class Continuation:
                 prefill_s=usage.prefill_ns / 1e9,
                 decode_s=usage.decode_ns / 1e9,
                 discarded_tokens=usage.discarded_tokens,
+                drafted_tokens=usage.drafted_tokens,
+                accepted_tokens=usage.accepted_tokens,
             ),
             exact=finish.exact,
             score=finish.score if finish.HasField("score") else None,

@@ -136,6 +136,8 @@ class Hello(_message.Message):
     DETERMINISM_FIELD_NUMBER: _builtins.int
     LAST_EPOCH_FIELD_NUMBER: _builtins.int
     LAST_EPOCH_AGE_MS_FIELD_NUMBER: _builtins.int
+    MAX_DRAFTS_FIELD_NUMBER: _builtins.int
+    STEP_OVERHEAD_TOKENS_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """the version of this contract: 1"""
     name: _builtins.str
@@ -160,6 +162,10 @@ class Hello(_message.Message):
     """the highest that this process was welcomed with; 0 is none"""
     last_epoch_age_ms: _builtins.int
     """how long ago the scheduler of that epoch began, at least"""
+    max_drafts: _builtins.int
+    """drafts that a row may carry; 0: it does not speculate"""
+    step_overhead_tokens: _builtins.int
+    """tokens whose computing takes as long as what a step takes in any case"""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -183,10 +189,12 @@ class Hello(_message.Message):
         determinism: _builtins.str = ...,
         last_epoch: _builtins.int = ...,
         last_epoch_age_ms: _builtins.int = ...,
+        max_drafts: _builtins.int = ...,
+        step_overhead_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "capabilities", b"capabilities", "credit", b"credit", "determinism", b"determinism", "device", b"device", "dtype", b"dtype", "incarnation", b"incarnation", "last_epoch", b"last_epoch", "last_epoch_age_ms", b"last_epoch_age_ms", "max_model_len", b"max_model_len", "max_sequences", b"max_sequences", "max_step_tokens", b"max_step_tokens", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_blocks", b"num_blocks", "protocol", b"protocol", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "capabilities", b"capabilities", "credit", b"credit", "determinism", b"determinism", "device", b"device", "dtype", b"dtype", "incarnation", b"incarnation", "last_epoch", b"last_epoch", "last_epoch_age_ms", b"last_epoch_age_ms", "max_drafts", b"max_drafts", "max_model_len", b"max_model_len", "max_sequences", b"max_sequences", "max_step_tokens", b"max_step_tokens", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_blocks", b"num_blocks", "protocol", b"protocol", "step_overhead_tokens", b"step_overhead_tokens", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -455,6 +463,7 @@ class StepPlan(_message.Message):
     COPIES_FIELD_NUMBER: _builtins.int
     TOLD_REFS_FIELD_NUMBER: _builtins.int
     TOLD_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_DRAFTS_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     step: _builtins.int
     refs: _builtins.bytes
@@ -479,6 +488,8 @@ class StepPlan(_message.Message):
     """u32 column: beams whose next token was chosen"""
     told_tokens: _builtins.bytes
     """u32 column: that token"""
+    max_drafts: _builtins.bytes
+    """u32 column, one a row; empty when no row may carry drafts"""
     @_builtins.property
     def new(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewSequence]: ...
     def __init__(
@@ -498,10 +509,11 @@ class StepPlan(_message.Message):
         copies: _builtins.bytes = ...,
         told_refs: _builtins.bytes = ...,
         told_tokens: _builtins.bytes = ...,
+        max_drafts: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["append_blocks", b"append_blocks", "append_refs", b"append_refs", "copies", b"copies", "new", b"new", "num_scheduled", b"num_scheduled", "refs", b"refs", "released", b"released", "replace_blocks", b"replace_blocks", "replace_indices", b"replace_indices", "replace_refs", b"replace_refs", "session", b"session", "step", b"step", "told_refs", b"told_refs", "told_tokens", b"told_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["append_blocks", b"append_blocks", "append_refs", b"append_refs", "copies", b"copies", "max_drafts", b"max_drafts", "new", b"new", "num_scheduled", b"num_scheduled", "refs", b"refs", "released", b"released", "replace_blocks", b"replace_blocks", "replace_indices", b"replace_indices", "replace_refs", b"replace_refs", "session", b"session", "step", b"step", "told_refs", b"told_refs", "told_tokens", b"told_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -535,10 +547,12 @@ class StepResult(_message.Message):
     RANKED_RAW_FIELD_NUMBER: _builtins.int
     RANKED_TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     RANKED_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    DRAFTED_REFS_FIELD_NUMBER: _builtins.int
+    NUM_DRAFTED_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     step: _builtins.int
     refs: _builtins.bytes
-    """u32 column, one a sampled row"""
+    """u32 column, one a sampled row; a row that carried drafts is there once for each of its tokens"""
     tokens: _builtins.bytes
     """u32 column"""
     indices: _builtins.bytes
@@ -582,6 +596,9 @@ class StepResult(_message.Message):
     ranked_top_token_ids: _builtins.bytes
     ranked_top_logprobs: _builtins.bytes
     """f32"""
+    drafted_refs: _builtins.bytes
+    """Rows that carried drafts, and how many. Columns of u32."""
+    num_drafted: _builtins.bytes
     def __init__(
         self,
         *,
@@ -609,10 +626,12 @@ class StepResult(_message.Message):
         ranked_raw: _builtins.bytes = ...,
         ranked_top_token_ids: _builtins.bytes = ...,
         ranked_top_logprobs: _builtins.bytes = ...,
+        drafted_refs: _builtins.bytes = ...,
+        num_drafted: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "failed", b"failed", "idle_ns", b"idle_ns", "indices", b"indices", "ranked_counts", b"ranked_counts", "ranked_indices", b"ranked_indices", "ranked_logprobs", b"ranked_logprobs", "ranked_raw", b"ranked_raw", "ranked_refs", b"ranked_refs", "ranked_token_ids", b"ranked_token_ids", "ranked_told", b"ranked_told", "ranked_top_logprobs", b"ranked_top_logprobs", "ranked_top_token_ids", b"ranked_top_token_ids", "refs", b"refs", "scored_logprobs", b"scored_logprobs", "scored_positions", b"scored_positions", "scored_refs", b"scored_refs", "session", b"session", "step", b"step", "tokens", b"tokens", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids", "unready", b"unready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "drafted_refs", b"drafted_refs", "failed", b"failed", "idle_ns", b"idle_ns", "indices", b"indices", "num_drafted", b"num_drafted", "ranked_counts", b"ranked_counts", "ranked_indices", b"ranked_indices", "ranked_logprobs", b"ranked_logprobs", "ranked_raw", b"ranked_raw", "ranked_refs", b"ranked_refs", "ranked_token_ids", b"ranked_token_ids", "ranked_told", b"ranked_told", "ranked_top_logprobs", b"ranked_top_logprobs", "ranked_top_token_ids", b"ranked_top_token_ids", "refs", b"refs", "scored_logprobs", b"scored_logprobs", "scored_positions", b"scored_positions", "scored_refs", b"scored_refs", "session", b"session", "step", b"step", "tokens", b"tokens", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids", "unready", b"unready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -769,6 +769,7 @@ class GenerateRequest(_message.Message):
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    MAX_DRAFTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """chosen by the caller, for logs and for Resume; made by the server when empty"""
     model: _builtins.str
@@ -777,6 +778,10 @@ class GenerateRequest(_message.Message):
     skip_special_tokens: _builtins.bool
     """in the text of the answer; default true"""
     priority: Global___Priority.ValueType
+    max_drafts: _builtins.int
+    """Speculative decoding: tokens that may be guessed ahead in one step, where the executors guess any. It changes how
+    soon tokens come, never which. Default: as many as pay; 0: none.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -800,15 +805,20 @@ class GenerateRequest(_message.Message):
         skip_special_tokens: _builtins.bool | None = ...,
         priority: Global___Priority.ValueType = ...,
         cache: Global___CacheControl | None = ...,
+        max_drafts: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens", "cache", b"cache", "chat", b"chat", "input", b"input", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_drafts", b"_max_drafts", "_skip_special_tokens", b"_skip_special_tokens", "cache", b"cache", "chat", b"chat", "input", b"input", "max_drafts", b"max_drafts", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens", "cache", b"cache", "chat", b"chat", "input", b"input", "model", b"model", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_drafts", b"_max_drafts", "_skip_special_tokens", b"_skip_special_tokens", "cache", b"cache", "chat", b"chat", "input", b"input", "max_drafts", b"max_drafts", "model", b"model", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_drafts: _TypeAlias = _typing.Literal["max_drafts"]  # noqa: Y015
+    _WhichOneofArgType__max_drafts: _TypeAlias = _typing.Literal["_max_drafts", b"_max_drafts"]  # noqa: Y015
     _WhichOneofReturnType__skip_special_tokens: _TypeAlias = _typing.Literal["skip_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__skip_special_tokens: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_drafts) -> _WhichOneofReturnType__max_drafts | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__skip_special_tokens) -> _WhichOneofReturnType__skip_special_tokens | None: ...
     @_typing.overload
@@ -832,12 +842,14 @@ class GenerateStreamRequest(_message.Message):
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    MAX_DRAFTS_FIELD_NUMBER: _builtins.int
     RESUMABLE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     text: _builtins.str
     skip_special_tokens: _builtins.bool
     priority: Global___Priority.ValueType
+    max_drafts: _builtins.int
     resumable: _builtins.bool
     """Default false. The request is known by its request_id, which no other that runs may have, and goes on for a while
     (--linger-s) when its connection breaks. Sent once more while it runs, it is taken over from its beginning.
@@ -865,18 +877,23 @@ class GenerateStreamRequest(_message.Message):
         skip_special_tokens: _builtins.bool | None = ...,
         priority: Global___Priority.ValueType = ...,
         cache: Global___CacheControl | None = ...,
+        max_drafts: _builtins.int | None = ...,
         resumable: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_resumable", b"_resumable", "_skip_special_tokens", b"_skip_special_tokens", "cache", b"cache", "chat", b"chat", "input", b"input", "resumable", b"resumable", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_drafts", b"_max_drafts", "_resumable", b"_resumable", "_skip_special_tokens", b"_skip_special_tokens", "cache", b"cache", "chat", b"chat", "input", b"input", "max_drafts", b"max_drafts", "resumable", b"resumable", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_resumable", b"_resumable", "_skip_special_tokens", b"_skip_special_tokens", "cache", b"cache", "chat", b"chat", "input", b"input", "model", b"model", "priority", b"priority", "request_id", b"request_id", "resumable", b"resumable", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_drafts", b"_max_drafts", "_resumable", b"_resumable", "_skip_special_tokens", b"_skip_special_tokens", "cache", b"cache", "chat", b"chat", "input", b"input", "max_drafts", b"max_drafts", "model", b"model", "priority", b"priority", "request_id", b"request_id", "resumable", b"resumable", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_drafts: _TypeAlias = _typing.Literal["max_drafts"]  # noqa: Y015
+    _WhichOneofArgType__max_drafts: _TypeAlias = _typing.Literal["_max_drafts", b"_max_drafts"]  # noqa: Y015
     _WhichOneofReturnType__resumable: _TypeAlias = _typing.Literal["resumable"]  # noqa: Y015
     _WhichOneofArgType__resumable: _TypeAlias = _typing.Literal["_resumable", b"_resumable"]  # noqa: Y015
     _WhichOneofReturnType__skip_special_tokens: _TypeAlias = _typing.Literal["skip_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__skip_special_tokens: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_drafts) -> _WhichOneofReturnType__max_drafts | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__resumable) -> _WhichOneofReturnType__resumable | None: ...
     @_typing.overload
@@ -1040,6 +1057,8 @@ class Usage(_message.Message):
     PREFILL_NS_FIELD_NUMBER: _builtins.int
     DECODE_NS_FIELD_NUMBER: _builtins.int
     DISCARDED_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     cached_prompt_tokens: _builtins.int
     """Of prompt_tokens, those whose K and V the request found in the prefix cache when it was first admitted. What it
@@ -1054,6 +1073,10 @@ class Usage(_message.Message):
     """from the first token to the last"""
     discarded_tokens: _builtins.int
     """with the first choice of best_of: tokens of the choices that are not told"""
+    drafted_tokens: _builtins.int
+    """guessed ahead, right or wrong"""
+    accepted_tokens: _builtins.int
+    """of completion_tokens, those that took no step of their own for that"""
     def __init__(
         self,
         *,
@@ -1064,10 +1087,12 @@ class Usage(_message.Message):
         prefill_ns: _builtins.int = ...,
         decode_ns: _builtins.int = ...,
         discarded_tokens: _builtins.int = ...,
+        drafted_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "decode_ns", b"decode_ns", "discarded_tokens", b"discarded_tokens", "prefill_ns", b"prefill_ns", "prompt_tokens", b"prompt_tokens", "queue_ns", b"queue_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "decode_ns", b"decode_ns", "discarded_tokens", b"discarded_tokens", "drafted_tokens", b"drafted_tokens", "prefill_ns", b"prefill_ns", "prompt_tokens", b"prompt_tokens", "queue_ns", b"queue_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

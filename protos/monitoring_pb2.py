@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/monitoring.proto\x12\x0bpagewire.v1\"\x12\n\x10GetStatusRequest\"t\n\x11GetStatusResponse\x12/\n\tscheduler\x18\x01 \x01(\x0b\x32\x1c.pagewire.v1.SchedulerStatus\x12.\n\texecutors\x18\x02 \x03(\x0b\x32\x1b.pagewire.v1.ExecutorStatus\"\xbd\x05\n\x0fSchedulerStatus\x12\x11\n\tuptime_ns\x18\x01 \x01(\x04\x12\x0e\n\x06\x63pu_ns\x18\x02 \x01(\x04\x12\x1f\n\x17\x63pu_us_per_output_token\x18\x03 \x01(\x01\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\r\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x08 \x01(\x04\x12\x15\n\routput_tokens\x18\t \x01(\x04\x12\x13\n\x0bpreemptions\x18\n \x01(\x04\x12\x17\n\x0fmoved_sequences\x18\x0b \x01(\x04\x12\x14\n\x0c\x64ropped_rows\x18\x0c \x01(\x04\x12O\n\x12\x66inished_sequences\x18\r \x03(\x0b\x32\x33.pagewire.v1.SchedulerStatus.FinishedSequencesEntry\x12\x16\n\x0ewaiting_tokens\x18\x14 \x01(\x04\x12K\n\x10refused_requests\x18\x15 \x03(\x0b\x32\x31.pagewire.v1.SchedulerStatus.RefusedRequestsEntry\x12\x19\n\x11line_tokens_per_s\x18\x16 \x01(\x01\x12\x34\n\x0f\x65xecutor_losses\x18\x17 \x01(\x0b\x32\x1b.pagewire.v1.ExecutorLosses\x12$\n\x04pins\x18( \x01(\x0b\x32\x16.pagewire.v1.PinStatus\x1a\x38\n\x16\x46inishedSequencesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x36\n\x14RefusedRequestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xaa\x01\n\tPinStatus\x12\x10\n\x08num_pins\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\x44\n\x10tokens_by_tenant\x18\x03 \x03(\x0b\x32*.pagewire.v1.PinStatus.TokensByTenantEntry\x1a\x35\n\x13TokensByTenantEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xe0\x01\n\x0e\x45xecutorLosses\x12\x14\n\x0cunclean_ends\x18\x01 \x01(\x04\x12\x1a\n\x12suspected_requests\x18\x02 \x01(\x04\x12\x0e\n\x06trials\x18\x03 \x01(\x04\x12\x19\n\x11given_up_requests\x18\x04 \x01(\x04\x12\x15\n\runusable_rows\x18\x05 \x01(\x04\x12\x13\n\x0bquarantines\x18\x06 \x01(\x04\x12\x16\n\x0e\x66\x65nced_results\x18\x07 \x01(\x04\x12\x14\n\x0cnum_suspects\x18\x08 \x01(\r\x12\x17\n\x0fnum_quarantined\x18\t \x01(\r\"\xd5\x02\n\x0e\x45xecutorStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x17\n\x0fsteps_in_flight\x18\x07 \x01(\r\x12\x12\n\nnum_blocks\x18\x08 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\t \x01(\r\x12\r\n\x05steps\x18\n \x01(\x04\x12\x12\n\ncompute_ns\x18\x0b \x01(\x04\x12\x0f\n\x07idle_ns\x18\x0c \x01(\x04\x12\x12\n\nidle_ratio\x18\r \x01(\x01\x12\x0e\n\x06silent\x18\x0e \x01(\x08\x12\x13\n\x0bquarantined\x18\x0f \x01(\x08\x12\x11\n\theld_back\x18\x10 \x01(\x08\x12\x19\n\x11num_pinned_blocks\x18\x14 \x01(\r2_\n\x11MonitoringService\x12J\n\tGetStatus\x12\x1d.pagewire.v1.GetStatusRequest\x1a\x1e.pagewire.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/monitoring.proto\x12\x0bpagewire.v1\"\x12\n\x10GetStatusRequest\"t\n\x11GetStatusResponse\x12/\n\tscheduler\x18\x01 \x01(\x0b\x32\x1c.pagewire.v1.SchedulerStatus\x12.\n\texecutors\x18\x02 \x03(\x0b\x32\x1b.pagewire.v1.ExecutorStatus\"\x88\x06\n\x0fSchedulerStatus\x12\x11\n\tuptime_ns\x18\x01 \x01(\x04\x12\x0e\n\x06\x63pu_ns\x18\x02 \x01(\x04\x12\x1f\n\x17\x63pu_us_per_output_token\x18\x03 \x01(\x01\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\r\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x08 \x01(\x04\x12\x15\n\routput_tokens\x18\t \x01(\x04\x12\x13\n\x0bpreemptions\x18\n \x01(\x04\x12\x17\n\x0fmoved_sequences\x18\x0b \x01(\x04\x12\x14\n\x0c\x64ropped_rows\x18\x0c \x01(\x04\x12O\n\x12\x66inished_sequences\x18\r \x03(\x0b\x32\x33.pagewire.v1.SchedulerStatus.FinishedSequencesEntry\x12\x16\n\x0ewaiting_tokens\x18\x14 \x01(\x04\x12K\n\x10refused_requests\x18\x15 \x03(\x0b\x32\x31.pagewire.v1.SchedulerStatus.RefusedRequestsEntry\x12\x19\n\x11line_tokens_per_s\x18\x16 \x01(\x01\x12\x34\n\x0f\x65xecutor_losses\x18\x17 \x01(\x0b\x32\x1b.pagewire.v1.ExecutorLosses\x12$\n\x04pins\x18( \x01(\x0b\x32\x16.pagewire.v1.PinStatus\x12\x16\n\x0e\x64rafted_tokens\x18< \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18= \x01(\x04\x12\x18\n\x10speculating_rows\x18> \x01(\x04\x1a\x38\n\x16\x46inishedSequencesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x36\n\x14RefusedRequestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xaa\x01\n\tPinStatus\x12\x10\n\x08num_pins\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\x44\n\x10tokens_by_tenant\x18\x03 \x03(\x0b\x32*.pagewire.v1.PinStatus.TokensByTenantEntry\x1a\x35\n\x13TokensByTenantEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xe0\x01\n\x0e\x45xecutorLosses\x12\x14\n\x0cunclean_ends\x18\x01 \x01(\x04\x12\x1a\n\x12suspected_requests\x18\x02 \x01(\x04\x12\x0e\n\x06trials\x18\x03 \x01(\x04\x12\x19\n\x11given_up_requests\x18\x04 \x01(\x04\x12\x15\n\runusable_rows\x18\x05 \x01(\x04\x12\x13\n\x0bquarantines\x18\x06 \x01(\x04\x12\x16\n\x0e\x66\x65nced_results\x18\x07 \x01(\x04\x12\x14\n\x0cnum_suspects\x18\x08 \x01(\r\x12\x17\n\x0fnum_quarantined\x18\t \x01(\r\"\xd5\x02\n\x0e\x45xecutorStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x17\n\x0fsteps_in_flight\x18\x07 \x01(\r\x12\x12\n\nnum_blocks\x18\x08 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\t \x01(\r\x12\r\n\x05steps\x18\n \x01(\x04\x12\x12\n\ncompute_ns\x18\x0b \x01(\x04\x12\x0f\n\x07idle_ns\x18\x0c \x01(\x04\x12\x12\n\nidle_ratio\x18\r \x01(\x01\x12\x0e\n\x06silent\x18\x0e \x01(\x08\x12\x13\n\x0bquarantined\x18\x0f \x01(\x08\x12\x11\n\theld_back\x18\x10 \x01(\x08\x12\x19\n\x11num_pinned_blocks\x18\x14 \x01(\r2_\n\x11MonitoringService\x12J\n\tGetStatus\x12\x1d.pagewire.v1.GetStatusRequest\x1a\x1e.pagewire.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,19 +42,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSRESPONSE']._serialized_start=60
   _globals['_GETSTATUSRESPONSE']._serialized_end=176
   _globals['_SCHEDULERSTATUS']._serialized_start=179
-  _globals['_SCHEDULERSTATUS']._serialized_end=880
-  _globals['_SCHEDULERSTATUS_FINISHEDSEQUENCESENTRY']._serialized_start=768
-  _globals['_SCHEDULERSTATUS_FINISHEDSEQUENCESENTRY']._serialized_end=824
-  _globals['_SCHEDULERSTATUS_REFUSEDREQUESTSENTRY']._serialized_start=826
-  _globals['_SCHEDULERSTATUS_REFUSEDREQUESTSENTRY']._serialized_end=880
-  _globals['_PINSTATUS']._serialized_start=883
-  _globals['_PINSTATUS']._serialized_end=1053
-  _globals['_PINSTATUS_TOKENSBYTENANTENTRY']._serialized_start=1000
-  _globals['_PINSTATUS_TOKENSBYTENANTENTRY']._serialized_end=1053
-  _globals['_EXECUTORLOSSES']._serialized_start=1056
-  _globals['_EXECUTORLOSSES']._serialized_end=1280
-  _globals['_EXECUTORSTATUS']._serialized_start=1283
-  _globals['_EXECUTORSTATUS']._serialized_end=1624
-  _globals['_MONITORINGSERVICE']._serialized_start=1626
-  _globals['_MONITORINGSERVICE']._serialized_end=1721
+  _globals['_SCHEDULERSTATUS']._serialized_end=955
+  _globals['_SCHEDULERSTATUS_FINISHEDSEQUENCESENTRY']._serialized_start=843
+  _globals['_SCHEDULERSTATUS_FINISHEDSEQUENCESENTRY']._serialized_end=899
+  _globals['_SCHEDULERSTATUS_REFUSEDREQUESTSENTRY']._serialized_start=901
+  _globals['_SCHEDULERSTATUS_REFUSEDREQUESTSENTRY']._serialized_end=955
+  _globals['_PINSTATUS']._serialized_start=958
+  _globals['_PINSTATUS']._serialized_end=1128
+  _globals['_PINSTATUS_TOKENSBYTENANTENTRY']._serialized_start=1075
+  _globals['_PINSTATUS_TOKENSBYTENANTENTRY']._serialized_end=1128
+  _globals['_EXECUTORLOSSES']._serialized_start=1131
+  _globals['_EXECUTORLOSSES']._serialized_end=1355
+  _globals['_EXECUTORSTATUS']._serialized_start=1358
+  _globals['_EXECUTORSTATUS']._serialized_end=1699
+  _globals['_MONITORINGSERVICE']._serialized_start=1701
+  _globals['_MONITORINGSERVICE']._serialized_end=1796
 # @@protoc_insertion_point(module_scope)

@@ -125,6 +125,9 @@ class SchedulerStatus(_message.Message):
     LINE_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     EXECUTOR_LOSSES_FIELD_NUMBER: _builtins.int
     PINS_FIELD_NUMBER: _builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
+    SPECULATING_ROWS_FIELD_NUMBER: _builtins.int
     uptime_ns: _builtins.int
     """since it became ready"""
     cpu_ns: _builtins.int
@@ -150,6 +153,12 @@ class SchedulerStatus(_message.Message):
     """what those that wait are expected to take, prompts and answers"""
     line_tokens_per_s: _builtins.float
     """how fast the line moves while it is not empty; 0 while unknown"""
+    drafted_tokens: _builtins.int
+    """guessed ahead, right or wrong"""
+    accepted_tokens: _builtins.int
+    """of output_tokens, those that took no step of their own for that"""
+    speculating_rows: _builtins.int
+    """rows that carried drafts: accepted_tokens over them, and one, is tokens a row"""
     @_builtins.property
     def finished_sequences(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """by the name of their FinishReason"""
@@ -183,10 +192,13 @@ class SchedulerStatus(_message.Message):
         line_tokens_per_s: _builtins.float = ...,
         executor_losses: Global___ExecutorLosses | None = ...,
         pins: Global___PinStatus | None = ...,
+        drafted_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
+        speculating_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["executor_losses", b"executor_losses", "pins", b"pins"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "cpu_ns", b"cpu_ns", "cpu_us_per_output_token", b"cpu_us_per_output_token", "dropped_rows", b"dropped_rows", "executor_losses", b"executor_losses", "finished_sequences", b"finished_sequences", "line_tokens_per_s", b"line_tokens_per_s", "moved_sequences", b"moved_sequences", "num_running", b"num_running", "num_waiting", b"num_waiting", "output_tokens", b"output_tokens", "pins", b"pins", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "refused_requests", b"refused_requests", "steps", b"steps", "uptime_ns", b"uptime_ns", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "cached_prompt_tokens", b"cached_prompt_tokens", "cpu_ns", b"cpu_ns", "cpu_us_per_output_token", b"cpu_us_per_output_token", "drafted_tokens", b"drafted_tokens", "dropped_rows", b"dropped_rows", "executor_losses", b"executor_losses", "finished_sequences", b"finished_sequences", "line_tokens_per_s", b"line_tokens_per_s", "moved_sequences", b"moved_sequences", "num_running", b"num_running", "num_waiting", b"num_waiting", "output_tokens", b"output_tokens", "pins", b"pins", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "refused_requests", b"refused_requests", "speculating_rows", b"speculating_rows", "steps", b"steps", "uptime_ns", b"uptime_ns", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

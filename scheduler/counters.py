@@ -26,4 +26,7 @@ class Counters:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     output_tokens: int = 0
+    speculating_rows: int = 0  # that might carry drafts
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of output_tokens, those that took no row of their own
     finished: dict[FinishReason, int] = field(default_factory=dict[FinishReason, int])

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from common.blocks import blocks_for
 from common.step import StepPlan
-from scheduler import policy
+from scheduler import policy, speculation
 from scheduler.block_pool import Reclaim
 from scheduler.counters import Counters
 from scheduler.line import Line
@@ -17,7 +17,7 @@ from scheduler.moves import Moves, rank
 from scheduler.placement import Placement, fork_match, fork_parent
 from scheduler.replays import Replays
 from scheduler.sequence import Request, Sequence
-from scheduler.session import Draft, Match, Session
+from scheduler.session import Draft, Match, Row, Session
 from scheduler.suspicion import Suspects, is_on_trial, runs_alone, who_waits
 from scheduler.trials import Trials
 
@@ -52,6 +52,8 @@ class Planner:
 
     def plan(self, session: Session, now_ns: int) -> StepPlan | None:
         """The executor's next step, which has credit for it; None when there is nothing to do."""
+        if session.speculates:  # what comes next of those rows is not known; the others alone are not worth a step
+            return None
         if self._suspects or session.trial:
             trial = session.trial = self._trials.here(session, now_ns)
             if trial is not None:
@@ -66,6 +68,8 @@ class Planner:
             if session.takes_work(now_ns) and not session.full:
                 draft.replay_budget = draft.budget
                 self._admit_waiting(session, draft, now_ns)
+        if session.facts.max_drafts and draft.rows:
+            self._add_drafts(session, draft)
         if not draft.rows:
             assert session.outstanding or not session.running or self._suspects, (
                 "sequences run, and nothing will ever wake them"
@@ -156,7 +160,7 @@ class Planner:
             if tokens:
                 session.add_row(sequence, row.num_planned, tokens, num_known, draft)
             if tokens < row.num_uncomputed and sequence.session is session:
-                num_promised += blocks_for(num_known, block_size) - len(sequence.block_table)
+                num_promised += max(0, blocks_for(num_known, block_size) - len(sequence.block_table))
         session.num_promised = num_promised  # blocks that what is known of them will still need
         draft.replay_budget = decision.replay_budget_left
 
@@ -173,6 +177,34 @@ class Planner:
             num_known = len(sequence.tokens) + sampled
             if planned < num_known < sequence.max_length:
                 session.extend_row(sequence, min(num_known - planned, draft.budget), num_known, draft)
+
+    def _add_drafts(self, session: Session, draft: Draft) -> None:
+        """What the step has left may go to guesses: behind rows that reach the end of what is known."""
+        facts = session.facts
+        rows: list[Row] = []
+        candidates: list[speculation.Candidate] = []
+        for row in draft.rows.values():
+            sequence = row.sequence
+            if not row.samples or sequence.max_drafts == 0:
+                continue
+            most = facts.max_drafts if sequence.max_drafts is None else min(sequence.max_drafts, facts.max_drafts)
+            rows.append(row)
+            candidates.append(
+                speculation.Candidate(
+                    chance=sequence.acceptance.chance(draft.step),
+                    most=min(most, sequence.max_length - row.stop - 1),  # the row brings one token in any case
+                )
+            )
+        drafts = speculation.share(
+            candidates,
+            num_tokens=sum(draft.num_scheduled),
+            overhead=facts.step_overhead_tokens,
+            room=draft.budget,
+        )
+        num_spare = session.num_spare_blocks
+        for row, most in zip(rows, drafts, strict=True):
+            if most:
+                num_spare -= session.add_drafts(row, most, max(0, num_spare), draft)
 
     def _yield_slot(self, session: Session, now_ns: int) -> Sequence | None:
         """While all slots are taken, the one that was let in last makes way for a tenant that was served too little.

@@ -14,7 +14,7 @@ class Running(NamedTuple):
 
     num_uncomputed: int  # tokens that could be computed now; 0 when it only waits for results
     num_planned: int  # tokens computed once the steps in flight are done
-    num_blocks: int  # in its table
+    num_blocks: int  # in its table, which may be longer than what is planned: drafts needed it
     copy_on_write: bool  # its next token goes into a block that others hold too
     group: int = -1  # rows of one group stand side by side, and are preempted together; -1 is none
 
@@ -85,7 +85,7 @@ def decide(
             tokens = min(tokens, shares[i in replays])
             if tokens == 0:
                 continue
-        need = blocks_for(num_planned + tokens, block_size) - num_blocks + copy_on_write
+        need = max(0, blocks_for(num_planned + tokens, block_size) - num_blocks) + copy_on_write
         while need > num_free + num_returning and last > i and not _together(rows[last], rows[i]):
             first = last
             while _together(rows[first - 1], rows[last]):  # row i ends this: it is none of them
@@ -105,7 +105,7 @@ def decide(
             tokens = min(tokens, room) if num_free >= copy_on_write else 0
             if tokens <= 0:
                 continue
-            need = blocks_for(num_planned + tokens, block_size) - num_blocks + copy_on_write
+            need = max(0, blocks_for(num_planned + tokens, block_size) - num_blocks) + copy_on_write
         grants[i] = tokens
         if need > 0:
             blocks[i] = need

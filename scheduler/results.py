@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from common.step import Logprobs, Ranked, StepResult
+from common.types import SlotRef
 from scheduler.sequence import Sequence
-from scheduler.session import Outstanding
+from scheduler.session import Outstanding, Row
 
 
 class ProtocolError(Exception):
@@ -26,8 +28,10 @@ def read_result(
     """Tokens to commit, and sequences whose row failed. Raises ProtocolError when any row is not as it must be."""
     rows = flight.rows
     answered = {*result.refs, *result.failed, *result.unready}
+    runs: dict[SlotRef, int] = {}  # tokens so far of each row that is there several times
     if len(answered) != len(result.refs) + len(result.failed) + len(result.unready):
-        raise ProtocolError(f"step {result.step}: a row is answered twice")
+        _check_runs(flight, result)
+        runs = dict.fromkeys(result.refs, 0)
     tokens: list[tuple[Sequence, int]] = []
     for ref, token, index in zip(result.refs, result.tokens, result.indices, strict=True):
         row = rows.get(ref)
@@ -38,6 +42,9 @@ def read_result(
             raise ProtocolError(problem, row.sequence if row.is_current else None)
         if row.is_current:
             expected = row.sequence.num_output
+            if runs:
+                expected += runs[ref]
+                runs[ref] += 1
             if index != expected:
                 problem = f"step {result.step}: output {index} of row {ref:#x}, not {expected}"
                 raise ProtocolError(problem, row.sequence)
@@ -99,6 +106,38 @@ def _problem_of(ranked: Ranked, sequence: Sequence, *, asked: bool, vocab_size: 
     return ""
 
 
+def _check_runs(flight: Outstanding, result: StepResult) -> None:
+    """A row may bring one token more than it may carry drafts, side by side, and none where it failed or is unready."""
+    brought = Counter(result.refs)
+    without = {*result.failed, *result.unready}
+    if len(without) < len(result.failed) + len(result.unready) or not without.isdisjoint(brought):
+        raise ProtocolError(f"step {result.step}: a row is answered twice")
+    for ref, count in brought.items():
+        row = flight.rows.get(ref)
+        if count > 1 + (row.max_drafts if row is not None else 0):
+            raise ProtocolError(f"step {result.step}: a row is answered twice")
+
+
+def read_drafts(flight: Outstanding, result: StepResult) -> list[tuple[Row, int, int]]:
+    """The rows that might carry drafts, how many they did, and how many were right. Raises ProtocolError for others.
+
+    Where no token was chosen yet, nobody knows whether they were: those are left out.
+    """
+    brought = Counter(result.refs)
+    found: dict[SlotRef, tuple[Row, int, int]] = {}
+    for ref, drafted in result.drafted:
+        row = flight.rows.get(ref)
+        if row is None or drafted > row.max_drafts or ref in found:
+            raise ProtocolError(f"step {result.step}: row {ref:#x} was not asked for {drafted} drafts")
+        found[ref] = row, drafted, max(0, brought[ref] - 1)
+    for ref, count in brought.items():
+        if count > 1 and (ref not in found or count > 1 + found[ref][1]):
+            raise ProtocolError(f"step {result.step}: {count} tokens of row {ref:#x}, more than it had drafts for")
+    for ref in result.unready:
+        found.pop(ref, None)
+    return list(found.values())
+
+
 def read_scores(flight: Outstanding, result: StepResult) -> list[tuple[list[Logprobs], Logprobs]]:
     """Log-probabilities to keep, each with the list that it goes to.
 
@@ -107,6 +146,7 @@ def read_scores(flight: Outstanding, result: StepResult) -> list[tuple[list[Logp
     """
     found: list[tuple[list[Logprobs], Logprobs]] = []
     after: dict[int, int] = {}  # by list: the position that is next, where one was found already
+    brought = Counter(result.refs) if flight.max_drafts else None
     for ref, position, logprobs in result.scored:
         row = flight.rows.get(ref)
         if row is None:
@@ -115,7 +155,8 @@ def read_scores(flight: Outstanding, result: StepResult) -> list[tuple[list[Logp
             continue
         sequence = row.sequence
         if position >= sequence.num_prompt:
-            asked = row.samples and sequence.sampling.logprobs is not None and position == len(sequence.tokens)
+            last = len(sequence.tokens) + (brought[ref] - 1 if brought else 0)
+            asked = row.samples and sequence.sampling.logprobs is not None and position <= last
             scores, first = sequence.logprobs, sequence.num_prompt + sequence.logprobs_from
         else:
             asked = sequence.scores_prompt and position > 0

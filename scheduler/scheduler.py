@@ -30,9 +30,9 @@ from scheduler.planning import Planner
 from scheduler.prefix_cache import BlockKey, KeyChain
 from scheduler.replays import Replays
 from scheduler.reputation import Patience, Reputations
-from scheduler.results import ProtocolError, read_ranked, read_result, read_scores
+from scheduler.results import ProtocolError, read_drafts, read_ranked, read_result, read_scores
 from scheduler.sequence import Begun, Request, Sequence, Status
-from scheduler.session import Outstanding, Session
+from scheduler.session import Outstanding, Row, Session
 from scheduler.stopping import finish_reason, stop_tokens
 from scheduler.suspicion import End, Suspects, blamed, runs_alone
 
@@ -173,6 +173,7 @@ class Scheduler:
         expected_output: int | None = None,
         deadline_ns: int = 0,
         follow: TextFollower | None = None,
+        max_drafts: int | None = None,
     ) -> list[Sequence]:
         """Queue one request: `choices` sequences that share the prompt.
 
@@ -184,7 +185,8 @@ class Scheduler:
 
         `expected_output`: tokens that each is expected to generate; max_tokens unless told. From `deadline_ns` on, if
         that is not 0, it is not begun: whoever set the deadline then finishes it. `follow`: where the text of a beam
-        search ends, besides its tokens; it stands behind the prompt.
+        search ends, besides its tokens; it stands behind the prompt. `max_drafts`: that one row may carry; as many as
+        pay unless told.
 
         Raises InvalidRequest when it could never run: the prompt, or prompt and max_tokens together, are longer than
         the largest joined executor can hold.
@@ -228,6 +230,7 @@ class Scheduler:
                 priority=priority,
                 cost=_cost(sampling, len(prompt), output, is_first=not made),
                 deadline_ns=deadline_ns,
+                max_drafts=max_drafts,
                 fork_of=made[0] if made and begun is None else None,
                 determinism=before.determinism if before.tokens else None,
                 logprobs_from=len(before.tokens),
@@ -431,24 +434,28 @@ class Scheduler:
         tokens, failed = read_result(flight, result, session.facts.vocab_size)
         scores = read_scores(flight, result) if result.scored else ()
         ranked = read_ranked(flight, result, session.facts.vocab_size) if session.groups or result.ranked else ()
+        drafted = read_drafts(flight, result) if flight.max_drafts else ()
         session.outstanding.popleft()
-        for ref, (sequence, _, num_scheduled, _, _) in flight.rows.items():
+        for ref, (sequence, _, num_scheduled, _, _, _) in flight.rows.items():
             if sequence.ref == ref and sequence.session is session:
                 sequence.num_computed += num_scheduled
         if result.unready:
             self._put_off(session, result.unready, flight)
+        for row, num_drafted, num_accepted in drafted:
+            self._learn(session, row, num_drafted, num_accepted)
         if self._suspects:
             self._suspects.answered(flight)
         for scored, logprobs in scores:
             scored.append(logprobs)
-        outputs = [self._commit(sequence, token, now_ns) for sequence, token in tokens]
+        # the executor ends a row where it ends; should it know better, what comes behind the end is dropped
+        outputs = [self._commit(sequence, token, now_ns) for sequence, token in tokens if not sequence.reason]
+        self.counters.output_tokens += len(outputs)
+        self.counters.rows_dropped += len(result.refs) - len(outputs)
         for sequence in failed:
             if sequence.beams is None or sequence.session is session:  # else it went with others of its group
                 outputs += self._unusable(session, sequence, now_ns)
-        for sequence, row in ranked:
-            outputs += self._rank(sequence, row, now_ns)
-        self.counters.output_tokens += len(tokens)
-        self.counters.rows_dropped += len(result.refs) - len(tokens)
+        for sequence, likeliest in ranked:
+            outputs += self._rank(sequence, likeliest, now_ns)
         session.timed(flight, result, now_ns)
         session.answered(flight.step)
         return outputs
@@ -503,6 +510,16 @@ class Scheduler:
         self._end(answer, reason)
         outputs = [TokenOutput(answer.id, token, FinishReason.NONE) for token in new[:-1]]
         return [*outputs, TokenOutput(answer.id, new[-1] if new else None, reason)]
+
+    def _learn(self, session: Session, row: Row, num_drafted: int, num_accepted: int) -> None:
+        """A row carried drafts. Those that were right are computed, too."""
+        sequence = row.sequence
+        self.counters.speculating_rows += 1
+        self.counters.drafted_tokens += num_drafted
+        self.counters.accepted_tokens += num_accepted
+        sequence.acceptance.learn(num_drafted, num_accepted)
+        if sequence.session is session and row.is_current:
+            sequence.num_computed += num_accepted
 
     def _end(self, sequence: Sequence, reason: FinishReason, *, forget: bool = False) -> None:
         self._moves.end(sequence, reason, forget=forget)

@@ -13,6 +13,7 @@ from common.step import Logprobs
 from common.types import BlockId, FinishReason, Priority, SequenceId, SlotRef
 from scheduler.account import Account
 from scheduler.prefix_cache import BlockKey
+from scheduler.speculation import Acceptance
 
 if TYPE_CHECKING:
     from scheduler.beams import BeamGroup
@@ -111,6 +112,9 @@ class Sequence:
     admitted_ns: int = 0
     first_token_ns: int = 0
     last_token_ns: int = 0
+
+    max_drafts: int | None = None  # that one row may carry; None: as many as the executor may
+    acceptance: Acceptance = field(default_factory=Acceptance)
 
     max_length: int = field(init=False)  # tokens it may come to hold: prompt and all it may generate
 

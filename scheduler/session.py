@@ -36,7 +36,8 @@ class Row(NamedTuple):
     attempt: int
     num_scheduled: int
     samples: bool
-    stop: int  # one past the last position that it computes
+    stop: int  # one past the last position that it computes, drafts aside
+    max_drafts: int = 0  # tokens that it may guess behind that, and then brings as many more as were right
 
     @property
     def is_current(self) -> bool:
@@ -49,9 +50,10 @@ class Outstanding(NamedTuple):
 
     step: int
     rows: dict[SlotRef, Row]
-    num_tokens: int
+    num_tokens: int  # at most
     sent_ns: int
     had_work: bool  # one of its sequences was there when the step before it was answered
+    max_drafts: int = 0  # of all its rows
 
 
 class Admission(NamedTuple):
@@ -77,6 +79,7 @@ class Draft:
     step: int
     budget: int
     replay_budget: int = 0  # of it, what replays may have before the others were served
+    num_drafts: int = 0  # that all its rows may carry
     rows: dict[SlotRef, Row] = field(default_factory=dict[SlotRef, Row])
     num_scheduled: list[int] = field(default_factory=list[int])
     append_refs: list[SlotRef] = field(default_factory=list[SlotRef])
@@ -198,6 +201,11 @@ class Session:
     def last_step(self) -> int:
         """The step that was sent last; -1 before the first."""
         return self._next_step - 1
+
+    @property
+    def speculates(self) -> bool:
+        """Rows with drafts are in flight: how many tokens they bring, and so what comes next of them, is not known."""
+        return any(flight.max_drafts for flight in self.outstanding)
 
     def in_flight(self, sequence: Sequence) -> tuple[int, int]:
         """(tokens computed, tokens sampled) for the sequence by the outstanding steps."""
@@ -480,6 +488,20 @@ class Session:
             self.remember(sequence, stop, draft.step)
         return tokens
 
+    def add_drafts(self, row: Row, most: int, num_spare: int, draft: Draft) -> int:
+        """Let the row carry up to `most` drafts, in its blocks and `num_spare` free ones; return how many it took."""
+        sequence, table = row.sequence, row.sequence.block_table
+        num_drafts = min(most, (len(table) + num_spare) * self.block_size - row.stop)
+        if num_drafts <= 0:
+            return 0
+        num_blocks = len(table)
+        whole = any(new.sequence is sequence for new in draft.new)
+        self.make_room(sequence, row.stop, num_drafts, draft, whole=whole)
+        draft.rows[sequence.ref] = row._replace(max_drafts=num_drafts)
+        draft.num_drafts += num_drafts
+        draft.budget -= num_drafts
+        return len(table) - num_blocks
+
     def make_room(self, sequence: Sequence, start: int, num_tokens: int, draft: Draft, *, whole: bool = False) -> None:
         """Blocks for positions [start, start + num_tokens), none of them shared where it will be written.
 
@@ -509,8 +531,9 @@ class Session:
         """The plan, which is outstanding from now on."""
         first = next(iter(draft.rows.values())).sequence  # the first of those that go on
         had_work = first.arrived_ns < self._answered_ns
-        num_tokens = sum(draft.num_scheduled)
-        self.outstanding.append(Outstanding(draft.step, draft.rows, num_tokens, now_ns, had_work))
+        max_drafts = [row.max_drafts for row in draft.rows.values()] if draft.num_drafts else []
+        num_tokens = sum(draft.num_scheduled) + draft.num_drafts
+        self.outstanding.append(Outstanding(draft.step, draft.rows, num_tokens, now_ns, had_work, draft.num_drafts))
         self._next_step += 1
         released, self._released = self._released, []
         return StepPlan(
@@ -527,6 +550,7 @@ class Session:
             copies=draft.copies,
             told_refs=draft.told_refs,
             told_tokens=draft.told_tokens,
+            max_drafts=max_drafts,
         )
 
     @staticmethod
@@ -598,6 +622,11 @@ class Session:
                 row = flight.rows.get(ref)
                 if row is not None:
                     flight.rows[ref] = row._replace(stop=row.stop - 1)
+
+    @property
+    def num_spare_blocks(self) -> int:
+        """Free blocks that are nobody's soon: what drafts may take, which never take a block from a token."""
+        return self.pool.num_free - self._watermark - max(0, self.num_promised) - len(self.running)
 
     def answered(self, step: int) -> None:
         """The step is done: blocks that waited for it come free."""

@@ -88,7 +88,8 @@ class Suspects:
             sequence, request = row.sequence, row.sequence.request
             if not sequence.reason:  # what has ended will not be computed again
                 request.deaths.add(session_id)
-                request.doubts[sequence] = max(request.doubts.get(sequence, 0), row.stop)
+                until = row.stop + row.max_drafts  # it may have died of a guess
+                request.doubts[sequence] = max(request.doubts.get(sequence, 0), until)
                 accused[request] = None
         self._requests.update(accused)
         given_up = [request for request in accused if alone and len(request.deaths) >= GIVEN_UP_AT]

@@ -97,7 +97,8 @@ def _executor(parsed: argparse.Namespace) -> int:
     _configure_log(parsed.name or "executor", parsed)
     _follow_parent(parsed)
     config = _executor_config(parsed)
-    _run(executor_process.run(config, resolve(config.model), parsed.ready_fd))
+    draft_model = resolve(config.draft_model) if config.speculate == "draft" and config.draft_model else None
+    _run(executor_process.run(config, resolve(config.model), parsed.ready_fd, draft_model=draft_model))
     return 0
 
 
@@ -241,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--raw", action="store_true", help="send the text as it is, without the chat template")
     generate.add_argument("--tools", type=Path, metavar="FILE", help="functions that it may call: a JSON array of them")
     generate.add_argument("--tool-choice", metavar="CHOICE", help="auto, none, required, or the name of a function")
+    generate.add_argument("--max-drafts", type=int, default=None, help="tokens guessed ahead in one step; 0 is none")
     generate.add_argument("--no-stats", dest="stats", action="store_false", help="print the answer alone")
     _add_client_flags(generate)
 
@@ -404,6 +406,8 @@ def _request(parsed: argparse.Namespace) -> Any:
     from protos import inference_pb2 as pb
 
     request = pb.GenerateStreamRequest(sampling=_sampling(parsed), stopping=_stopping(parsed), cache=_cache(parsed))
+    if parsed.max_drafts is not None:
+        _set(request, "max_drafts", parsed.max_drafts, "--max-drafts")
     if parsed.raw:
         _set(request, "text", parsed.prompt, "the prompt")
     else:

@@ -31,6 +31,8 @@ class Usage:
     prefill_ns: int = 0
     decode_ns: int = 0
     discarded_tokens: int = 0  # of choices that are not told
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: one is made for each message, and freezing took most of that
@@ -158,6 +160,8 @@ class Choice:
             queue_ns=max(0, s.admitted_ns - s.arrived_ns),
             prefill_ns=max(0, s.first_token_ns - s.admitted_ns),
             decode_ns=max(0, s.last_token_ns - s.first_token_ns),
+            drafted_tokens=s.acceptance.drafted,
+            accepted_tokens=s.acceptance.accepted,
         )
 
 

@@ -248,6 +248,7 @@ class Answerer:
             deadline_ns=deadline_ns,
             cache=spec.cache or CacheControl(),
             follow=StopFollower(self._text(spec, prompt)) if spec.sampling.beams and spec.stop_strings else None,
+            max_drafts=spec.max_drafts,
         )
 
     async def _understand(self, spec: GenerateSpec, tenant: str) -> tuple[GenerateSpec, list[int], Scope]:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from common.determinism import is_determinism_class
 from common.errors import ExecutorRejected, InvalidRequest
 from common.sampling import Grammar, RequestLimits, SamplingParams, check_sampling
-from common.step import ExecutorFacts, Logprobs, NewSequence, Ranked, Scored, StepPlan, StepResult
+from common.step import MAX_DRAFTS, ExecutorFacts, Logprobs, NewSequence, Ranked, Scored, StepPlan, StepResult
 from common.types import MAX_SLOTS, BlockId, SlotRef
 from protos import executor_pb2 as pb
 
@@ -89,6 +89,8 @@ def plan_to_pb(plan: StepPlan, session: int) -> pb.StepPlan:
         message.new.extend([_new_to_pb(new) for new in plan.new])
     if plan.copies:
         message.copies = _pack([block for pair in plan.copies for block in pair])
+    if plan.max_drafts:
+        message.max_drafts = _pack(plan.max_drafts)
     return message
 
 
@@ -101,6 +103,10 @@ def plan_from_pb(message: pb.StepPlan) -> StepPlan:
     elif 0 in num_scheduled:
         raise WireError("num_scheduled", f"row {num_scheduled.tolist().index(0)} is granted no token")
     _check_lengths("num_scheduled", num_scheduled, "refs", refs)
+    max_drafts: Sequence[int] = ()
+    if message.max_drafts:
+        max_drafts = _view("max_drafts", message.max_drafts)
+        _check_lengths("max_drafts", max_drafts, "refs", refs)
     changes = {name: _view(name, column) for name in _CHANGES if (column := getattr(message, name))}
     for name, other in _EQUALLY_LONG if changes else ():
         _check_lengths(name, changes.get(name, _NOTHING), other, changes.get(other, _NOTHING))
@@ -110,6 +116,7 @@ def plan_from_pb(message: pb.StepPlan) -> StepPlan:
         num_scheduled=num_scheduled,
         new=[_new_from_pb(new, f"new[{i}]") for i, new in enumerate(message.new)],
         copies=_copies_from_pb(message.copies) if message.copies else (),
+        max_drafts=max_drafts,
         **{name: _named(column) for name, column in changes.items()},
     )
 
@@ -146,6 +153,9 @@ def result_to_pb(result: StepResult, session: int) -> pb.StepResult:
             message.ranked_raw = _pack_floats([value for each in result.ranked for value in each.raw])
             message.ranked_top_token_ids = _pack([token for each in result.ranked for token in each.top_ids])
             message.ranked_top_logprobs = _pack_floats([value for each in result.ranked for value in each.top])
+    if result.drafted:
+        message.drafted_refs = _pack([ref for ref, _ in result.drafted])
+        message.num_drafted = _pack([count for _, count in result.drafted])
     return message
 
 
@@ -167,6 +177,7 @@ def result_from_pb(message: pb.StepResult) -> StepResult:
         idle_ns=message.idle_ns,
         scored=_scored_from_pb(message) if message.scored_refs else (),
         ranked=_ranked_from_pb(message) if message.ranked_refs else (),
+        drafted=_drafted_from_pb(message) if message.drafted_refs else (),
     )
 
 
@@ -192,6 +203,8 @@ def hello_to_pb(
         device=facts.device,
         capabilities=facts.capabilities,
         determinism=facts.determinism,
+        max_drafts=facts.max_drafts,
+        step_overhead_tokens=facts.step_overhead_tokens,
         last_epoch=last_epoch,
         last_epoch_age_ms=int(1000 * last_epoch_age_s),
     )
@@ -212,6 +225,8 @@ def facts_from_pb(hello: pb.Hello) -> ExecutorFacts:
     for name in ("name", "model", "model_digest", "dtype", "device"):
         if len(word := getattr(hello, name)) > _MAX_WORD or not word.isprintable():
             raise WireError(name, f"must be at most {_MAX_WORD} printable characters")
+    if hello.max_drafts > MAX_DRAFTS:
+        raise WireError("max_drafts", f"must be at most {MAX_DRAFTS}, got {hello.max_drafts}")
     if not is_determinism_class(hello.determinism):
         raise WireError("determinism", "must be 16 hex digits, or empty")
     return ExecutorFacts(
@@ -228,6 +243,8 @@ def facts_from_pb(hello: pb.Hello) -> ExecutorFacts:
         dtype=hello.dtype,
         device=hello.device,
         capabilities=tuple(hello.capabilities),
+        max_drafts=hello.max_drafts,
+        step_overhead_tokens=hello.step_overhead_tokens,
         determinism=hello.determinism,
     )
 
@@ -394,6 +411,12 @@ def _ranked_from_pb(message: pb.StepResult) -> list[Ranked]:
 def _unzip(pairs: Iterable[tuple[int, float]]) -> tuple[tuple[int, ...], tuple[float, ...]]:
     both = list(pairs)
     return tuple(token for token, _ in both), tuple(value for _, value in both)
+
+
+def _drafted_from_pb(message: pb.StepResult) -> list[tuple[SlotRef, int]]:
+    refs, counts = _list("drafted_refs", message.drafted_refs), _list("num_drafted", message.num_drafted)
+    _check_lengths("num_drafted", counts, "drafted_refs", refs)
+    return [(SlotRef(ref), count) for ref, count in zip(refs, counts, strict=True)]
 
 
 def _copies_from_pb(data: bytes) -> list[tuple[BlockId, BlockId]]:

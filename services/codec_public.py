@@ -33,7 +33,7 @@ from common.sampling import (
     check_stop,
     check_structured,
 )
-from common.step import Logprobs
+from common.step import MAX_DRAFTS, Logprobs
 from common.types import Priority
 from protos import inference_pb2 as pb
 from services.answer import Delta, Finish, PinnedPrefix, PromptLogprobs
@@ -149,6 +149,7 @@ def request_from_pb(
         structured=structured,
         cache=cache_from_pb(request, limits),
         best_of=best_of_from_pb(asked, n, limits),
+        max_drafts=_max_drafts(request),
     )
     stop = StopConditions(
         max_tokens=1 if max_tokens is None else max_tokens,
@@ -159,6 +160,14 @@ def request_from_pb(
     if isinstance(spec.input, Chat) and spec.input.tools is not None:
         check_fits(structured)
     return spec
+
+
+def _max_drafts(request: pb.GenerateRequest | pb.GenerateStreamRequest) -> int | None:
+    if not request.HasField("max_drafts"):
+        return None
+    if request.max_drafts > MAX_DRAFTS:
+        raise InvalidRequest("max_drafts", f"must be in [0, {MAX_DRAFTS}], got {request.max_drafts}")
+    return request.max_drafts
 
 
 def resume_from_pb(
@@ -406,6 +415,8 @@ def _usage_pb(finish: Finish) -> pb.Usage:
         prefill_ns=usage.prefill_ns,
         decode_ns=usage.decode_ns,
         discarded_tokens=usage.discarded_tokens,
+        drafted_tokens=usage.drafted_tokens,
+        accepted_tokens=usage.accepted_tokens,
     )
 
 

@@ -278,6 +278,7 @@ class Engine:
         deadline_ns: int = 0,
         cache: CacheControl = CacheControl(),  # noqa: B008 - it is a tuple
         follow: TextFollower | None = None,
+        max_drafts: int | None = None,
     ) -> RequestStream:
         """Queue a request, or the rest of one: `begun` is what its choices have already.
 
@@ -314,6 +315,7 @@ class Engine:
             expected_output=self.admission.expected_output(ask),
             deadline_ns=deadline_ns,
             follow=follow,
+            max_drafts=max_drafts,
         )
         self.admission.take(ask, now)
         stream = RequestStream(self, made, {s.choice: s.num_output for s in made})

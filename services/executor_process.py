@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import ExecutorConfig
+from common.errors import ModelFolderError
 from common.model_folder import ModelFolder, read_model_folder
 from executor.runner import Runner
 from services import lifecycle, tls
@@ -20,7 +21,9 @@ from services.grpc_options import link_options
 log = logging.getLogger(__name__)
 
 
-async def run(config: ExecutorConfig, model_path: Path, ready_fd: int | None = None) -> None:
+async def run(
+    config: ExecutorConfig, model_path: Path, ready_fd: int | None = None, *, draft_model: Path | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT. Announces itself when the first scheduler has welcomed it.
 
     Raises StartupError, ModelFolderError and ExecutorRejected.
@@ -41,7 +44,7 @@ async def run(config: ExecutorConfig, model_path: Path, ready_fd: int | None = N
             lifecycle.announce(ready_fd, name)
 
     service = ExecutorService(
-        lambda: make_runner(config, model, name),
+        lambda: make_runner(config, model, name, draft_model),
         config.scheduler,
         dial=dial,
         on_joined=on_joined,
@@ -55,7 +58,7 @@ async def run(config: ExecutorConfig, model_path: Path, ready_fd: int | None = N
         os._exit(0)
 
 
-def make_runner(config: ExecutorConfig, model: ModelFolder, name: str) -> Runner:
+def make_runner(config: ExecutorConfig, model: ModelFolder, name: str, draft_model: Path | None = None) -> Runner:
     """The runner that the configuration asks for. Called on the compute thread."""
     if config.fake:
         from executor.fake_runner import FakeRunner, position_token, prefix_hash_token
@@ -96,6 +99,8 @@ def make_runner(config: ExecutorConfig, model: ModelFolder, name: str) -> Runner
         "max_step_tokens": config.max_step_tokens or None,
         "max_model_len": config.max_model_len or None,
     }
+    if device.type != "cpu" and config.speculate != "none":
+        raise ModelFolderError(f"speculation is for CPUs so far, not for {device.type}. Type: --speculate none")
     if device.type == "cuda":
         reason = why_not(device)
         if reason is None:
@@ -105,4 +110,11 @@ def make_runner(config: ExecutorConfig, model: ModelFolder, name: str) -> Runner
         log.warning("the GPU is used by plain torch, one step at a time: %s", reason)
     from executor.model_runner import ModelRunner
 
-    return ModelRunner(**settings, num_threads=config.threads or usable_cores())
+    return ModelRunner(
+        **settings,
+        num_threads=config.threads or usable_cores(),
+        speculate=config.speculate,
+        draft_model=draft_model,
+        max_drafts=config.max_drafts,
+        step_overhead_tokens=config.step_overhead_tokens,
+    )

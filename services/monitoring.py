@@ -53,6 +53,9 @@ class Monitoring:
                     tokens=self._scheduler.pins.num_tokens,
                     tokens_by_tenant=self._scheduler.pins.tokens_by_tenant,
                 ),
+                drafted_tokens=counters.drafted_tokens,
+                accepted_tokens=counters.accepted_tokens,
+                speculating_rows=counters.speculating_rows,
             ),
             executors=[_executor_status(session, now_ns) for session in sessions],
         )
@@ -85,12 +88,17 @@ def lines(status: pb.GetStatusResponse) -> list[str]:
         f"executors lost: {losses.unclean_ends}; requests given up for that: {losses.given_up_requests}, under "
         f"suspicion: {losses.num_suspects}; rows that could not be used: {losses.unusable_rows}"
     )
+    guessed = (
+        f"speculation: {s.accepted_tokens} of {s.drafted_tokens} guessed tokens were right, "
+        f"{1 + s.accepted_tokens / max(1, s.speculating_rows):.2f} tokens a row that guessed"
+    )
     executors = [
         f"{e.name}: {e.dtype} on {e.device}, {e.num_running} sequences run, {e.num_free_blocks} of {e.num_blocks} "
         f"blocks free{_pinned(e)}, idle for {100 * e.idle_ratio:.1f}% of its working time{_marks(e)}"
         for e in status.executors
     ]
-    return [scheduler, *([lost] if losses.unclean_ends or losses.unusable_rows else []), *executors]
+    had_losses = losses.unclean_ends or losses.unusable_rows
+    return [scheduler, *([lost] if had_losses else []), *([guessed] if s.speculating_rows else []), *executors]
 
 
 def _pinned(e: pb.ExecutorStatus) -> str:

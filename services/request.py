@@ -72,6 +72,7 @@ class GenerateSpec:
     include_stop: bool = False
     structured: str = ""  # the field that says what the answer must be, which is `sampling.grammar`
     priority: Priority = Priority.NORMAL
+    max_drafts: int | None = None  # tokens guessed ahead in one step; None: as many as pay
     resumable: bool = False
     cache: CacheControl | None = None  # None: nothing is said of it
     best_of: int = 0  # choices that are made, of which the best n are told; 0: n, and each is told as it is made

@@ -32,7 +32,8 @@ MAX_KEY_ID_BYTES: Final = 8
 KEY_BYTES: Final = 32
 
 _NO_CLASS: Final = bytes(8)
-_NOT_OF_THE_REQUEST: Final = frozenset({"request_id", "model", "input", "sampling", "resumable"})
+# what is told apart, or changes no token
+_NOT_OF_THE_REQUEST: Final = frozenset({"request_id", "model", "input", "sampling", "resumable", "max_drafts"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,14 +20,19 @@ def answers_through_a_kill(
     try:
         for _ in range(2):
             running.start_executor("--dtype=float32", "--threads=1", fake=False)
-        with Client(running.address) as client, contextlib.ExitStack() as stack:
-            streams = [stack.enter_context(client.stream(**request)) for request in requests]
-            for stream in streams:
-                next(stream)
-            running.executors[0].signal(signal.SIGKILL)
-            for stream in streams:
-                for _ in stream:
-                    pass
-            return [stream.answer for stream in streams], running.counters()["moved"]
+        return through_a_kill(running, requests), running.counters()["moved"]
     finally:
         running.close()
+
+
+def through_a_kill(running: Cluster, requests: Sequence[Mapping[str, Any]]) -> list[Answer]:
+    """Ask for all of them at once, and kill the first executor when every stream has begun."""
+    with Client(running.address) as client, contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(client.stream(**request)) for request in requests]
+        for stream in streams:
+            next(stream)
+        running.executors[0].signal(signal.SIGKILL)
+        for stream in streams:
+            for _ in stream:
+                pass
+        return [stream.answer for stream in streams]

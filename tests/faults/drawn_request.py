@@ -97,7 +97,9 @@ def draw_request(draw: random.Random, number: int, *, long: bool, pins: bool, ra
         at = draw.randrange(max(1, len(text)))
         stop = replace(stop, stop_strings=(text[at : at + draw.randint(1, 4)] or "?",))
     # drawn apart, so that the stories are otherwise what they were
-    logprobs = random.Random(f"{number} {prompt}").choice([None, None, 0, 2])
+    apart = random.Random(f"{number} {prompt}")
+    logprobs = apart.choice([None, None, 0, 2])
+    max_drafts = apart.choice([None, None, None, 0, 1])
     structured = None
     if not stop.ignore_eos and random.Random(f"grammar of {number} {prompt}").random() < 0.2:
         structured = pb.StructuredOutput(regex=".*")  # the fake model keeps none, but has it compiled
@@ -124,6 +126,7 @@ def draw_request(draw: random.Random, number: int, *, long: bool, pins: bool, ra
                 ignore_eos=stop.ignore_eos,
             ),
             cache=_draw_cache(random.Random(f"cache {number} {prompt}"), len(prompt), pins=pins),
+            max_drafts=max_drafts,
         ),
         made=made,
         expected=sorted(made, key=_badness)[:n] if best_of else made,

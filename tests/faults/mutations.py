@@ -190,18 +190,38 @@ def more_plans_are_sent_than_there_is_credit(patch: Patch) -> None:
 def a_row_that_is_not_finite_takes_its_step_with_it(patch: Patch) -> None:
     advance = Resident.advance
 
-    def strict(
-        self: Resident, rows: Rows, tokens: Sequence[int], failed: Sequence[int] = (), unready: Sequence[int] = ()
-    ) -> Sampled:
+    def strict(self: Resident, rows: Rows, tokens: Sequence[int], failed: Sequence[int] = (), **more: Any) -> Sampled:
         if failed:
             raise ArithmeticError("not finite")
-        return advance(self, rows, tokens, failed, unready)
+        return advance(self, rows, tokens, failed, **more)
 
     patch(Resident, "advance", strict)
 
 
 def a_row_that_waits_for_its_grammar_counts_as_sampled(patch: Patch) -> None:
     patch(Scheduler, "_put_off", lambda self, session, unready, flight: None)
+
+
+# ---- guesses
+
+
+def a_step_follows_guesses_in_flight(patch: Patch) -> None:
+    patch(Session, "speculates", property(lambda self: False))
+
+
+def a_right_guess_does_not_count_as_computed(patch: Patch) -> None:
+    patch(Scheduler, "_learn", lambda *_: None)
+
+
+def a_wrong_guess_is_believed(patch: Patch) -> None:
+    choose = FakeRunner._choose_run
+
+    def believed(self: FakeRunner, slot: int, num_drafts: int) -> list[int | None]:
+        known = int(self._resident.num_tokens[slot])
+        guesses = self._token_ids[slot, known : known + num_drafts].tolist()
+        return [*guesses, 1] if guesses else choose(self, slot, 0)
+
+    patch(FakeRunner, "_choose_run", believed)
 
 
 # ---- memory

@@ -7,6 +7,7 @@ asked for what it cannot do.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,6 +32,13 @@ def true_token(prefix: Prefix) -> int | None:
     """The model: a hash of everything that may matter; now and then its logits are not finite."""
     token = prefix_hash_token(prefix)
     return None if token % 512 == 77 else token
+
+
+def guess_token(prefix: Prefix) -> int | None:
+    """What executors guess: mostly right, often wrong, sometimes nothing."""
+    fate = prefix.digest % 8
+    token = true_token(prefix)
+    return None if fate == 0 or token is None else token + (fate < 3)
 
 
 class SimulatedExecutor:
@@ -72,6 +80,10 @@ class SimulatedExecutor:
             "max_step_tokens": draw.choice([16, 64, 256]),
         }
         self._step_s = draw.choice([0.002, 0.005, 0.02])
+        # drawn apart, so that the stories are otherwise what they were
+        apart = random.Random(f"{self.name} {self.lives} {self._shape} {self._step_s}")
+        if not self._cluster.late and apart.random() < 0.5:  # who launches ahead does not guess
+            self._shape |= {"guess": guess_token, "max_drafts": apart.choice([1, 3, 8]), "step_overhead_tokens": 24}
         self.process = self._cluster.world.process(f"{self.name}.{self.lives}")
         self.process.host = self
         self._sessions, self._epoch, self._excused, self._lies = {}, 0, [], False

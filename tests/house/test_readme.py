@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.config import ClientConfig, ExecutorConfig, SchedulerConfig
 from common.sampling import RequestLimits, SamplingParams
+from common.step import MAX_DRAFTS
 from protos import inference_pb2 as pb
 from scheduler.pins import PinLimits
 from services.tools.values import MAX_DEPTH, NAME_RULE
@@ -75,6 +76,7 @@ def test_every_control_stands_in_the_table_with_its_limit_and_its_default() -> N
     assert limit["stop_token_ids"] == f"{request.max_stop_token_ids}"
     assert limit["logprobs"] == limit["prompt_logprobs"] == f"{request.max_logprobs}"
     assert limit["banned_token_ids"] == limit["allowed_token_ids"] == f"{request.max_listed_token_ids}"
+    assert limit["max_drafts"] == f"[0, {MAX_DRAFTS}]"
 
     kibibytes = f"{request.max_structured_bytes >> 10} KiB"
     assert limit["json_schema"] == f"{kibibytes} (`--max-grammar-bytes`)"
@@ -93,6 +95,7 @@ def test_every_control_stands_in_the_table_with_its_limit_and_its_default() -> N
         pb.CacheControl.DESCRIPTOR,
     )
     named = {name for message in fields_of for name in message.fields_by_name} - {"n", "max_tokens", "structured"}
+    named.add("max_drafts")
     assert set(table) == named, "every field of the API, and no other"
     given = SamplingParams()
     for name, row in table.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from common.sampling import SamplingParams, StopConditions
 from common.step import StepPlan, StepResult
@@ -50,7 +51,7 @@ class World:
             pins=pins or PinLimits(),
         )
         self.scheduler = Scheduler(limits, model="fake", eos=eos, secret=b"test", weights=weights)
-        self._shape = {
+        self._shape: dict[str, Any] = {
             "num_blocks": num_blocks,
             "block_size": block_size,
             "max_sequences": max_sequences,
@@ -71,14 +72,20 @@ class World:
 
     # ---- events
 
-    def join(self, *, name: str | None = None, next_token: NextToken | None = None, **changes: int) -> int:
-        """Another executor; of a name of its own, unless told."""
+    def join(
+        self,
+        *,
+        name: str | None = None,
+        next_token: NextToken | None = None,
+        **changes: Any,
+    ) -> int:
+        """Another executor; of a name of its own, unless told. `changes` are of its shape, or its `guess`."""
         session = self._next_session
         self._next_session += 1
         runner = self.runner_class(
             name=name or f"fake-{session}",
             next_token=next_token or self._next_token,
-            **{**self._shape, **changes},  # type: ignore[arg-type]
+            **{**self._shape, **changes},
         )
         facts = runner.load(lambda stage, done, total: None)
         self.scheduler.join(session, facts, self.now_ns)
@@ -108,6 +115,7 @@ class World:
         stop_token_ids: tuple[int, ...] = (),
         salt: str = "",
         caches: bool = True,
+        max_drafts: int | None = None,
     ) -> list[SequenceId]:
         """A request. A number is a prompt of that many tokens that no other request shares."""
         if isinstance(prompt, int):
@@ -125,6 +133,7 @@ class World:
             caches=caches,
             priority=priority,
             deadline_ns=deadline_ns,
+            max_drafts=max_drafts,
         )
         for choice, sequence in enumerate(made):
             label = name if n == 1 else f"{name}{choice}"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from common.errors import ExecutorRejected
 from common.sampling import Grammar, SamplingParams
-from common.step import ExecutorFacts, Logprobs, NewSequence, Ranked, Scored, StepPlan, StepResult
+from common.step import MAX_DRAFTS, ExecutorFacts, Logprobs, NewSequence, Ranked, Scored, StepPlan, StepResult
 from common.types import MAX_SLOTS, BlockId, SlotRef, slot_ref
 from protos import executor_pb2 as pb
 from services import codec_link
@@ -120,6 +120,7 @@ def plans(draw: st.DrawFn) -> StepPlan:
         copies=draw(st.lists(st.tuples(U32, U32), max_size=4)),
         told_refs=draw(column(num_told)),
         told_tokens=draw(column(num_told)),
+        max_drafts=draw(st.one_of(st.just([]), column(num_rows))),
     )
 
 
@@ -137,6 +138,7 @@ def results(draw: st.DrawFn) -> StepResult:
         idle_ns=draw(U64),
         scored=draw(st.lists(SCORED, min_size=1, max_size=4)) if draw(st.booleans()) else (),
         ranked=draw(st.lists(ranked_rows(), min_size=1, max_size=4)) if draw(st.booleans()) else (),
+        drafted=draw(st.lists(st.tuples(U32, U32), max_size=4)) or (),
     )
 
 
@@ -156,6 +158,8 @@ FACTS = st.builds(
     dtype=WORD,
     device=WORD,
     capabilities=st.lists(st.text(), max_size=3).map(tuple),
+    max_drafts=st.integers(0, MAX_DRAFTS),
+    step_overhead_tokens=U32,
 )
 
 
@@ -200,6 +204,7 @@ def a_plan() -> pb.StepPlan:
         copies=[(BlockId(6), BlockId(7))],
         told_refs=[slot_ref(1, 0)],
         told_tokens=[5],
+        max_drafts=[2, 0],
     )
     return plan_to_pb(plan, session=1)
 
@@ -284,6 +289,7 @@ PLAN_COLUMNS = [
     "copies",
     "told_refs",
     "told_tokens",
+    "max_drafts",
 ]
 
 
@@ -309,6 +315,7 @@ def test_a_plan_with_a_cut_number_is_refused_by_the_columns_name(name: str) -> N
         ("replace_blocks", "replace_blocks"),
         ("told_refs", "told_tokens"),
         ("told_tokens", "told_tokens"),
+        ("max_drafts", "max_drafts"),
     ],
 )
 def test_a_plan_with_columns_of_unequal_length_is_refused(name: str, blamed: str) -> None:
@@ -379,10 +386,16 @@ def test_sampling_that_cannot_be_computed_is_refused(name: str, value: float) ->
     assert caught.value.field == f"new[0].sampling.{name}"
 
 
-@pytest.mark.parametrize("name", ["refs", "tokens", "indices", "failed", "unready"])
+@pytest.mark.parametrize("name", ["refs", "tokens", "indices", "failed", "unready", "drafted_refs", "num_drafted"])
 def test_a_result_with_a_cut_number_is_refused_by_the_columns_name(name: str) -> None:
     result = StepResult(
-        step=0, refs=[slot_ref(1, 0)], tokens=[5], indices=[0], failed=[slot_ref(2, 0)], unready=[slot_ref(3, 0)]
+        step=0,
+        refs=[slot_ref(1, 0)],
+        tokens=[5],
+        indices=[0],
+        failed=[slot_ref(2, 0)],
+        unready=[slot_ref(3, 0)],
+        drafted=[(slot_ref(1, 0), 2)],
     )
     message = result_to_pb(result, session=1)
     setattr(message, name, getattr(message, name)[:-1])
@@ -440,6 +453,7 @@ def test_an_executor_of_another_protocol_is_told_both_versions() -> None:
         ("num_blocks", (1 << 32) - 1),
         ("block_size", (1 << 32) - 1),
         ("credit", (1 << 32) - 1),
+        ("max_drafts", MAX_DRAFTS + 1),
         ("name", "x" * 257),
         ("name", "two\nlines"),
     ],

@@ -217,6 +217,7 @@ def test_every_field_reaches_the_value(kind: type[Request]) -> None:
         ),
         skip_special_tokens=False,
         cache=pb.CacheControl(cache_salt="salt", pin_seconds=60, pin_tokens=1),
+        max_drafts=6,
     )
 
     assert spec_of(request) == GenerateSpec(
@@ -249,6 +250,7 @@ def test_every_field_reaches_the_value(kind: type[Request]) -> None:
         min_tokens=4,
         include_stop=True,
         cache=CacheControl(salt="salt", pin_seconds=60, pin_tokens=1),
+        max_drafts=6,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from executor.fake_runner import position_token
 from protos import monitoring_pb2 as pb
 from services.engine import Engine
 from services.monitoring import Monitoring, lines
@@ -66,3 +67,15 @@ def test_an_executor_that_gets_less_than_others_is_marked() -> None:
         (False, True, False, False),
     ]
     assert [line.rpartition(", ")[2] for line in lines(response)[1:]] == ["silent", "leaving"]
+
+
+def test_what_guessed_tokens_came_to_is_counted_and_said() -> None:
+    world = World(executors=0)
+    world.join(guess=position_token)
+    world.add("a", prompt=5, max_tokens=8)
+    world.run()
+    status = status_of(world)
+
+    told = status.scheduler
+    assert (told.accepted_tokens, told.drafted_tokens, told.output_tokens) == (6, 6, 8)
+    assert lines(status)[1] == "speculation: 6 of 6 guessed tokens were right, 4.00 tokens a row that guessed"

@@ -1,0 +1,1 @@
+"""Who guesses the tokens behind the known ones, for speculative decoding."""
