@@ -162,7 +162,7 @@ def test_rows_take_turns_where_a_step_has_no_time_for_all_their_grammars(
 ) -> None:
     asked = {slot_ref(slot, 0): replace(GUIDED, seed=slot) for slot in range(3)}
     alone = {ref: undisturbed(world, ref, sampling, 4) for ref, sampling in asked.items()}
-    monkeypatch.setattr(controls, "_MASKS_S", -1.0)
+    monkeypatch.setattr(controls, "MASKS_S", -1.0)
 
     new = tuple(told(ref, sampling) for ref, sampling in asked.items())
     found = [world.step(*((ref, 3) for ref in asked), (slot_ref(3, 0), 7), new=(*new, told(slot_ref(3, 0), FREE)))]
