@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import grpc
 
-from pagewire.access import Access
+from pagewire.access import Access, Metadata
 from pagewire.answers import Delta, Finish
 from pagewire.borrowed import borrow
 from pagewire.continuation import Continuation, OutOfStep
@@ -77,9 +77,13 @@ class Asked:
         *,
         first: str,
         timeout_s: float | None,
+        begin_patience_s: float | None = None,
+        metadata: Metadata = (),
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`metadata` goes with each call, beside the client's own."""
         self.continuation = Continuation(request)
+        self.metadata = (*manner.access.metadata, *metadata)
         now_s = clock_s()
         self._clock_s = clock_s
         self._attempts = Attempts(
@@ -90,6 +94,7 @@ class Asked:
             deadline_s=now_s + (manner.timeout_s if timeout_s is None else timeout_s),
             patience_s=manner.patience_s,
             jitter=lambda: random.uniform(0.5, 1.5),
+            begin_patience_s=begin_patience_s,
         )
 
     @property
