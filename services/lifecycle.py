@@ -33,6 +33,8 @@ def check_binds(config: SchedulerConfig) -> None:
     """Raise StartupError for an address that others could reach without TLS and keys; --insecure allows it."""
     needed = {"--tls-cert": config.tls_cert, "--tls-key": config.tls_key, "--api-keys": config.api_keys}
     check_bind(config.listen, insecure=config.insecure, missing=[flag for flag, value in needed.items() if not value])
+    if config.local_listen and not config.local_listen.startswith("unix:"):
+        raise StartupError(f"--local-listen {config.local_listen}: give unix:PATH, which only this machine can reach")
     needed = {f"--link-tls-{name}": getattr(config, f"link_tls_{name}") for name in ("cert", "key", "ca")}
     check_bind(
         config.link_listen, insecure=config.insecure, missing=[flag for flag, value in needed.items() if not value]

@@ -158,6 +158,8 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
     )
 
     listen = _bind(clients, config.listen, client_tls)
+    if config.local_listen:
+        _bind(clients, config.local_listen, None)
     link = _bind(executors, config.link_listen, link_tls)
     if admin := admin_address(config.admin_listen, listen):
         bind_admin(admins, admin)

@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from common.config import ClientConfig, ExecutorConfig, SchedulerConfig
+from common.config import ClientConfig, ExecutorConfig, GatewayConfig, SchedulerConfig
 from common.sampling import RequestLimits, SamplingParams
 from protos import inference_pb2 as pb
 from tests.executor.tiny_models import TINY
@@ -81,7 +81,8 @@ def test_every_control_stands_in_the_table_with_its_limit_and_its_default() -> N
 
 
 def test_every_flag_and_target_that_is_named_exists() -> None:
-    settings = {field.name for config in (SchedulerConfig, ExecutorConfig, ClientConfig) for field in fields(config)}
+    configs = (SchedulerConfig, ExecutorConfig, ClientConfig, GatewayConfig)
+    settings = {field.name for config in configs for field in fields(config)}
     flags = {
         flag.replace("-", "_")
         for part in (
