@@ -221,7 +221,7 @@ class AsyncStream:
         call, self._call = self._call, None
         if call is not None:
             call.cancel()
-        if call is not None and not linger and not self._is_closed and not self._asked.is_done:
+        if call is not None and not linger and not self._is_closed and self._asked.is_ours:
             await self._connections.cancel(self._asked)
         self._is_closed = True
 

@@ -32,6 +32,10 @@ _LOST: Final = frozenset({
 Trailers = Iterable[tuple[str, str | bytes]]
 
 
+class Lost(errors.Unavailable):
+    """No server said no: none was there, or what it said broke off."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """How a call ended that did not end well."""
@@ -44,7 +48,7 @@ class Failure:
 
 def lost(what: str) -> Failure:
     """A stream that ended without an end."""
-    return Failure(error=errors.Unavailable(what), may_pass=True)
+    return Failure(error=Lost(what), may_pass=True)
 
 
 def judge(code: grpc.StatusCode, message: str, trailers: Trailers, address: str) -> Failure:

@@ -27,6 +27,14 @@ class Piece(NamedTuple):
     finish: Finish | None
 
 
+class _Read(NamedTuple):
+    """What was read of one of several streams; None is its end."""
+
+    prompt: int
+    stream: AsyncStream
+    new: Delta | Finish | Exception | None
+
+
 class Answers:
     """Pieces of any choice in the order in which they come. Leave it with `async with`, and the schedulers stop."""
 
@@ -47,7 +55,11 @@ class Answers:
         either. `on_first` is called with the first piece. Raises InvalidRequest for tokens that do not fit.
         """
         self.n = requests[0].sampling.n if requests[0].sampling.HasField("n") else 1
-        self.streams = [upstream.ask(request, key) for request in requests]
+        self._upstream = upstream
+        self._requests = requests
+        self._key = key
+        self._goes_on = position is not None
+        self.streams = [self._ask(prompt) for prompt in range(len(requests))]
         self.created = created
         self.linger = False  # whether what still runs when the reader has left waits for him
         self._told = [
@@ -61,8 +73,9 @@ class Answers:
         if len(requests) * self.n <= MAX_CHOICES:
             first = requests[0]
             self._writer = Writer(first.request_id, first.sampling.seed, created, prompts=len(requests), choices=self.n)
-        self._queue: asyncio.Queue[tuple[int, Delta | Finish] | Exception | None] = asyncio.Queue(_AHEAD)
+        self._queue: asyncio.Queue[_Read] = asyncio.Queue(_AHEAD)
         self._on_first: Callable[[], None] | None = on_first
+        self._asked_anew: set[int] = set()
         self._num_ended = 0  # streams that were read to their end through the queue
         self._readers: list[asyncio.Task[None]] = []
 
@@ -81,12 +94,13 @@ class Answers:
             told = self._told[prompt][new.choice]
             choice = prompt * self.n + new.choice
             if isinstance(new, Finish):
-                if not told.end():
-                    continue
                 if new.reason is FinishReason.ERROR:
                     raise RequestFailed("this choice failed; do not send it again")
                 if new.reason is FinishReason.ABORTED:
-                    raise Unavailable("the request was ended on the server")
+                    await self._ask_again(prompt)
+                    continue
+                if not told.end():
+                    continue
                 return Piece(choice, "", (), (), new)
             if (piece := told.add(new, choice)) is not None:
                 return piece
@@ -138,28 +152,54 @@ class Answers:
     ) -> None:
         await self.close()
 
+    def _ask(self, prompt: int) -> AsyncStream:
+        return self._upstream.ask(self._requests[prompt], self._key)
+
+    async def _ask_again(self, prompt: int) -> None:
+        """A stream that goes on was ended: its reader left, and the word of that came behind him coming back.
+
+        Raises Unavailable where that is not how it was.
+        """
+        if not self._goes_on or prompt in self._asked_anew:
+            raise Unavailable("the request was ended on the server")
+        self._asked_anew.add(prompt)
+        ended = self.streams[prompt]
+        self._told[prompt] = [
+            _Told(told.heard(ended.continuation.ticket(n)), again=True) for n, told in enumerate(self._told[prompt])
+        ]
+        self.streams[prompt] = self._ask(prompt)
+        if self._readers:
+            self._read_ahead(prompt)
+        await ended.close(linger=True)
+
     async def _read(self) -> tuple[int, Delta | Finish] | None:
         if len(self.streams) == 1:
             new = await self.streams[0].next()
             return None if new is None else (0, new)
         if not self._readers:
-            self._readers = [asyncio.create_task(self._pass_on(i, s)) for i, s in enumerate(self.streams)]
+            for prompt in range(len(self.streams)):
+                self._read_ahead(prompt)
         while self._num_ended < len(self.streams):
             read = await self._queue.get()
-            if isinstance(read, Exception):  # half of a batch is of no use to anybody
-                raise read
-            if read is not None:
-                return read
+            if read.stream is not self.streams[read.prompt]:  # that was asked anew
+                continue
+            if isinstance(read.new, Exception):  # half of a batch is of no use to anybody
+                raise read.new
+            if read.new is not None:
+                return read.prompt, read.new
             self._num_ended += 1
         return None
+
+    def _read_ahead(self, prompt: int) -> None:
+        self._readers.append(asyncio.create_task(self._pass_on(prompt, self.streams[prompt])))
 
     async def _pass_on(self, prompt: int, stream: AsyncStream) -> None:
         try:
             while (new := await stream.next()) is not None:
-                await self._queue.put((prompt, new))
-            await self._queue.put(None)
+                await self._queue.put(_Read(prompt, stream, new))
+            await self._queue.put(_Read(prompt, stream, None))
         except Exception as error:  # noqa: BLE001  raised where it is read
-            await self._queue.put(error)
+            await self._queue.put(_Read(prompt, stream, error))
 
     def _go_on(self, tokens: Sequence[Sequence[int]]) -> None:
         """Begin each choice behind the tokens that its caller brings."""

@@ -7,7 +7,10 @@ where there are too many; and one whose reader takes nothing is cut in the end, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
+import struct
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,6 +19,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from services.gateway.events import ABORT
+
+_NO_LINGERING: Final = struct.pack("ii", 1, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,7 @@ class Connection(HttpToolsProtocol):
         self._limits = limits
         self._idle = idle
         self._head_bytes = 0
+        self._in_head = False  # the first bytes of one have come, and not the last
         self._head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -75,7 +81,8 @@ class Connection(HttpToolsProtocol):
         """As httptools calls it."""
         super().on_message_begin()
         self._head_bytes = 0
-        self.scope["extensions"] = {ABORT: {"now": self.transport.abort}}
+        self._in_head = True
+        self.scope["extensions"] = {ABORT: {"now": self._cut}}
 
     def on_url(self, url: bytes) -> None:
         """As httptools calls it."""
@@ -90,14 +97,19 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """As httptools calls it."""
         self._stop_timer()
+        self._in_head = False
         self._idle.pop(self, None)
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
         """As uvicorn calls it."""
         super().on_response_complete()
-        if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
+        if self.transport.is_closing():  # behind what is still to be written
+            self.loop.call_later(self._limits.reader_s, self._cut)
+        elif self.cycle is None or self.cycle.response_complete:
             self._idle[self] = None
+            if self._in_head:  # it came together with the request before it
+                self._await_head()
 
     def timeout_keep_alive_handler(self) -> None:
         """As uvicorn calls it, when no request followed the last one."""
@@ -107,7 +119,7 @@ class Connection(HttpToolsProtocol):
         """As uvicorn calls it: no request after the one that runs."""
         super().shutdown()
         if self.transport.is_closing():
-            self.loop.call_later(self._limits.reader_s, self.transport.abort)
+            self.loop.call_later(self._limits.reader_s, self._cut)
 
     def send_400_response(self, msg: str) -> None:
         """As uvicorn calls it, for what is no HTTP."""
@@ -130,9 +142,15 @@ class Connection(HttpToolsProtocol):
     def _leave(self) -> None:
         """Close; who has not read what was written had his time for it."""
         if self.transport.get_write_buffer_size():
-            self.transport.abort()
+            self._cut()
         else:
             self.transport.close()
+
+    def _cut(self) -> None:
+        """End it at once, also what the kernel has of it: otherwise that would wait for its reader for minutes."""
+        with contextlib.suppress(OSError):  # it is gone already
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGERING)
+        self.transport.abort()
 
     def _refuse(self, status: int, message: str, headers: str = "") -> None:
         if status == 431:

@@ -29,6 +29,7 @@ from common.errors import (
     Unavailable,
     UnknownModel,
 )
+from pagewire.failures import Lost
 
 LAST_EVENT_ID: Final = "Last-Event-ID"
 
@@ -138,6 +139,8 @@ def told(error: PagewireError, names: Mapping[str, str] | None = None) -> Told:
         message = f"{param}: {error.problem}"
         if any(words in error.problem for words in _TOO_LONG):
             code = "context_length_exceeded"
+    elif isinstance(error, Lost):
+        message = "no scheduler is there"  # its address is no caller's business
     elif isinstance(error, NotServed):
         param = error.field
     elif isinstance(error, Unauthenticated):

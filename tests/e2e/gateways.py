@@ -20,6 +20,7 @@ class Gateway:
     def __init__(self, scheduler: str, log: Path, *flags: str) -> None:
         self.process = Process(["gateway", "--address", scheduler, "--http=127.0.0.1:0", *flags], log)
         self.http: str = json.loads(self.process.wait_ready())["http"]
+        self._replies: list[Reply] = []  # a socket that nobody closes is a warning
 
     def client(self, **settings: Any) -> OpenAI:
         """OpenAI's own client, which asks once."""
@@ -30,17 +31,23 @@ class Gateway:
         connection = http.client.HTTPConnection(self.http, timeout=60)
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         connection.request("POST", path, data, {"content-type": "application/json", **(headers or {})})
-        return Reply(connection, connection.getresponse())
+        return self._reply(connection)
 
     def get(self, path: str) -> Reply:
         """Ask for what is there."""
         connection = http.client.HTTPConnection(self.http, timeout=60)
         connection.request("GET", path)
-        return Reply(connection, connection.getresponse())
+        return self._reply(connection)
 
     def close(self) -> None:
         """Kill it if it still runs."""
+        for reply in self._replies:
+            reply.close()
         self.process.close()
+
+    def _reply(self, connection: http.client.HTTPConnection) -> Reply:
+        self._replies.append(Reply(connection, connection.getresponse()))
+        return self._replies[-1]
 
     def __enter__(self) -> Self:
         return self
