@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 else:
     errors = borrow("common.errors")
 
+NO_CONNECTION: Final = "no connection to"
+"""How an Unavailable begins that no server said."""
+
 _DOMAIN: Final = "pagewire"
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 # How a connection that broke is told where the server had no time to say anything. CANCELLED is not our own cancelling:
@@ -32,10 +35,6 @@ _LOST: Final = frozenset({
 Trailers = Iterable[tuple[str, str | bytes]]
 
 
-class Lost(errors.Unavailable):
-    """No server said no: none was there, or what it said broke off."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """How a call ended that did not end well."""
@@ -48,7 +47,7 @@ class Failure:
 
 def lost(what: str) -> Failure:
     """A stream that ended without an end."""
-    return Failure(error=Lost(what), may_pass=True)
+    return Failure(error=errors.Unavailable(what), may_pass=True)
 
 
 def judge(code: grpc.StatusCode, message: str, trailers: Trailers, address: str) -> Failure:
@@ -69,7 +68,7 @@ def judge(code: grpc.StatusCode, message: str, trailers: Trailers, address: str)
     if code in _LOST:
         # gRPC tells the whole story in one line, from general to particular; the last part is what a person can use
         reason = message.rsplit(": ", 1)[-1].rstrip("]") or code.name
-        return lost(f"no connection to {address}: {reason}")
+        return lost(f"{NO_CONNECTION} {address}: {reason}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Failure(error=errors.DeadlineExceeded("the answer took longer than timeout_s"), may_pass=False)
     if code is grpc.StatusCode.UNIMPLEMENTED:

@@ -119,7 +119,7 @@ class Answers:
 
     def characters(self, choice: int) -> int:
         """How much of a choice's text was told, before this call too."""
-        return self._told[choice // self.n][choice % self.n].characters
+        return self._told[choice // self.n][choice % self.n].characters_told
 
     def has_ended(self, choice: int) -> bool:
         """Whether the end of a choice was told, before this call too."""
@@ -231,6 +231,11 @@ class _Told:
         self._heard = heard
         self._again = again and heard.tokens > 0
         self._digest = Digest()
+
+    @property
+    def characters_told(self) -> int:
+        """Characters that the caller has."""
+        return max(self.characters, self._heard.characters)
 
     def bring(self, tokens: Sequence[int], path: str) -> None:
         """The caller says what he was told. Raises InvalidRequest, TicketRefused."""

@@ -55,6 +55,8 @@ class Asked:
         request_id = first.request_id or (position.request_id if position else secrets.token_hex(12))
         if len(request_id) > _MAX_REQUEST_ID:
             raise InvalidRequest("request_id", f"at most {_MAX_REQUEST_ID} characters, got {len(request_id)}")
+        if not all("!" <= character <= "~" for character in request_id):
+            raise InvalidRequest("request_id", "must be printable ASCII without spaces")
         seed = secrets.randbits(62) if given is None else given
         if position is not None:
             if request_id != position.request_id or (given is not None and given != position.seed):

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope
 
 from common.errors import InvalidRequest, Overloaded
 from common.json_value import is_object
-from services.gateway.errors import BodyTooLarge, BodyTooSlow
+from services.gateway.errors import BodyTooLarge, BodyTooSlow, NotJson
 from services.gateway.fields import Fields, cut
 
 _MOST_DIGITS: Final = 400  # no number that anybody means has more; Python itself refuses from 4300 on
@@ -32,10 +32,13 @@ class Bodies:
     async def read(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body.
 
-        Raises BodyTooLarge, also where that is only announced, BodyTooSlow, Overloaded where too much is being read at
-        once, and ClientDisconnect.
+        Raises NotJson, BodyTooLarge (also where that is only announced), BodyTooSlow, Overloaded where too much is
+        being read at once, and ClientDisconnect.
         """
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        headers = dict(scope["headers"])
+        if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
+            raise NotJson
+        announced = headers.get(b"content-length", b"0")
         if not announced.isdigit() or int(announced[:20]) > self._max_bytes:
             raise BodyTooLarge(self._max_bytes)
         chunks: list[bytes] = []

@@ -29,7 +29,7 @@ from common.errors import (
     Unavailable,
     UnknownModel,
 )
-from pagewire.failures import Lost
+from pagewire.failures import NO_CONNECTION
 
 LAST_EVENT_ID: Final = "Last-Event-ID"
 
@@ -42,6 +42,13 @@ class BodyTooLarge(PagewireError):
 
     def __init__(self, most: int) -> None:
         super().__init__(f"the body of a request has at most {most} bytes")
+
+
+class NotJson(PagewireError):
+    """A body that does not say that it is JSON. A page of any site can have a browser send others, but no such one."""
+
+    def __init__(self) -> None:
+        super().__init__("send the body as JSON: Content-Type: application/json")
 
 
 class BodyTooSlow(PagewireError):
@@ -92,7 +99,7 @@ class Told:
         headers = {**self.headers, **self.extra_headers}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        if self.status in (408, 413):  # the rest of the body is not waited for
+        if self.status in (408, 413, 415):  # the rest of the body is not waited for
             headers["connection"] = "close"
         return Response(self.body, self.status, headers, "application/json")
 
@@ -103,6 +110,7 @@ _TABLE: Final[Mapping[type[PagewireError], tuple[int, str, str | None]]] = {
     NotServed: (400, _INVALID, "unsupported"),
     BodyTooLarge: (413, _INVALID, "request_too_large"),
     BodyTooSlow: (408, _INVALID, "request_timeout"),
+    NotJson: (415, _INVALID, "unsupported_media_type"),
     Unauthenticated: (401, _INVALID, "invalid_api_key"),
     UnknownModel: (404, _INVALID, "model_not_found"),
     AlreadyRunning: (409, _INVALID, "already_running"),
@@ -123,6 +131,7 @@ _PARAMS: Final[Mapping[type[PagewireError], str]] = {
     TicketStale: LAST_EVENT_ID,
     BodyTooLarge: "body",
     BodyTooSlow: "body",
+    NotJson: "Content-Type",
 }
 
 # How the scheduler says that prompt and answer do not fit, which OpenAI has a code of its own for.
@@ -139,7 +148,7 @@ def told(error: PagewireError, names: Mapping[str, str] | None = None) -> Told:
         message = f"{param}: {error.problem}"
         if any(words in error.problem for words in _TOO_LONG):
             code = "context_length_exceeded"
-    elif isinstance(error, Lost):
+    elif isinstance(error, Unavailable) and message.startswith(NO_CONNECTION):
         message = "no scheduler is there"  # its address is no caller's business
     elif isinstance(error, NotServed):
         param = error.field

@@ -13,9 +13,11 @@ from common.errors import InvalidRequest
 from protos import inference_pb2 as pb
 from services.gateway.fields import MAX_U32, Fields, integer, number, shown
 
+_MAX_BIASES: Final = 4096  # far above the scheduler's limit: a message of more would be too large for it
 _NUMBERS: Final = (
     "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
+_MAX_CHOICES: Final = 128  # OpenAI's; the scheduler has a limit of its own, and room is made here before it is asked
 _PRIORITIES: Final = {
     "high": pb.PRIORITY_HIGH,
     "normal": pb.PRIORITY_NORMAL,
@@ -135,7 +137,7 @@ def _read_sampling(fields: Fields, sampling: pb.SamplingParams) -> None:
         sampling.top_k = max(0, top_k)  # elsewhere -1 is none
     if (seed := fields.integer("seed", -(1 << 63), (1 << 64) - 1)) is not None:
         sampling.seed = seed % (1 << 64)  # OpenAI's are signed
-    if (n := fields.integer("n")) is not None:
+    if (n := fields.integer("n", 1, _MAX_CHOICES)) is not None:
         sampling.n = n
     if (scores := fields.integer("prompt_logprobs")) is not None:
         sampling.prompt_logprobs = scores
@@ -143,6 +145,8 @@ def _read_sampling(fields: Fields, sampling: pb.SamplingParams) -> None:
         getattr(sampling, name).extend(fields.integers(name))
     sampling.bad_words.extend(fields.strings("bad_words"))
     if (biases := fields.fields("logit_bias")) is not None:
+        if len(biases.names()) > _MAX_BIASES:
+            raise InvalidRequest("logit_bias", f"at most {_MAX_BIASES} tokens, got {len(biases.names())}")
         for token in biases.names():
             path = f"logit_bias[{shown(token)}]"
             id = (

@@ -89,6 +89,7 @@ async def run(
         address = await server.listen(http)
         following = asyncio.create_task(follow())
         try:
+            lifecycle.spare_the_collector()
             lifecycle.announce(ready_fd, json.dumps({"http": address}))
             log.info("listening on %s for OpenAI's clients; schedulers: %s", address, ", ".join(addresses))
             await stop.wait()

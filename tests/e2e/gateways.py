@@ -13,6 +13,9 @@ from openai import OpenAI
 
 from tests.e2e.cluster import Process
 
+ASK = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+"""How a request begins that a test writes byte by byte."""
+
 
 class Gateway:
     """`pagewire gateway`, ready."""

@@ -18,9 +18,10 @@ import pytest
 from pagewire import Client
 from tests.certificates import Authority
 from tests.e2e.cluster import Cluster, cluster
-from tests.e2e.gateways import Gateway
+from tests.e2e.gateways import ASK, Gateway
 from tests.e2e.programs import PAGEWIRE, run
 
+JSON = {"content-type": "application/json"}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 LIMITS = (
     "--http-max-connections=3",
@@ -83,11 +84,11 @@ def test_the_second_request_of_a_connection_has_no_more_time_than_the_first(narr
         (b"GET / HTTP/1.1\r\nx: " + b"y" * 3000 + b"\r\n\r\n", 431, "the head of a request has at most 2000 bytes"),
         (b"GET /" + b"y" * 3000 + b" HTTP/1.1\r\n\r\n", 431, "the head of a request has at most 2000 bytes"),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, "this is no HTTP request"),
-        (b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 6000\r\n\r\n", 413,
+        (ASK + b"content-length: 6000\r\n\r\n", 413,
          "the body of a request has at most 5000 bytes"),
-        (b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 20\r\n\r\n{", 408,
+        (ASK + b"content-length: 20\r\n\r\n{", 408,
          "the body did not come within 0.3 s"),
-        (b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        (ASK + b"transfer-encoding: chunked\r\n\r\n"
           b"1000\r\n" + b" " * 4096 + b"\r\n1000\r\n" + b" " * 4096 + b"\r\n0\r\n\r\n", 413,
          "the body of a request has at most 5000 bytes"),
     ],
@@ -108,7 +109,7 @@ def test_an_idle_connection_makes_room_and_a_busy_one_does_not(narrow: Gateway) 
         assert heard(first) == b"", "the longest idle one"
         fourth.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
         assert heard(fourth).startswith(b"HTTP/1.1 200")
-        busy = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+        busy = ASK + b"content-length: %d\r\n\r\n" % len(body)
         for raw in (second, third):
             raw.sendall(busy)
         with dial(narrow) as fifth:
@@ -139,7 +140,7 @@ def test_a_stream_that_waits_says_that_it_is_alive_and_one_that_nobody_reads_end
         with socket.socket() as raw:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             raw.connect(("127.0.0.1", int(gateway.http.rpartition(":")[2])))
-            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            raw.sendall(ASK.replace(b"chat/", b"") + b"content-length: %d\r\n\r\n" % len(body) + body)
             cut = select.poll()
             cut.register(raw, 0)  # nothing but its end, whatever there is to read
             assert cut.poll(30_000)
@@ -222,7 +223,7 @@ def test_an_address_that_others_can_reach_needs_tls_and_a_scheduler_that_asks_fo
         port = int(gateway.http.rpartition(":")[2])
         trust = ssl.create_default_context(cafile=str(authority.ca))
         raw = http.client.HTTPSConnection("localhost", port, context=trust, timeout=30)
-        raw.request("POST", "/v1/chat/completions", json.dumps(CHAT), {"authorization": f"Bearer {keyed[1]}"})
+        raw.request("POST", "/v1/chat/completions", json.dumps(CHAT), {**JSON, "authorization": f"Bearer {keyed[1]}"})
         with raw.getresponse() as answer:
             assert answer.status == 200
             assert json.loads(answer.read())["choices"]

@@ -15,7 +15,7 @@ import pytest
 
 from protos import monitoring_pb2, monitoring_pb2_grpc
 from tests.e2e.cluster import Cluster
-from tests.e2e.gateways import Event, Gateway
+from tests.e2e.gateways import ASK, Event, Gateway
 
 SLOW = ("--fake-step-s=0.01", "--fake-tokens=hash")
 CHAT: dict[str, Any] = {
@@ -126,6 +126,8 @@ def test_who_comes_back_with_the_last_id_hears_the_rest(
     whole = list(gateway.post(path, {**asked, "seed": 5}).events())
     assert told(heard) == told(whole)
     assert len({event.data["id"] for event in heard if event.data != "[DONE]"}) == 1
+    roles = [c["delta"].get("role") for e in heard if e.data != "[DONE]" for c in e.data["choices"] if "delta" in c]
+    assert roles.count("assistant") == (1 if kind == "chat" else 0), "it is told who speaks, once"
     assert [e.data["usage"] for e in heard[-2:-1] if e.data.get("usage")] == [
         e.data["usage"] for e in whole[-2:-1] if e.data.get("usage")
     ]
@@ -230,9 +232,7 @@ def test_a_caller_who_leaves_is_not_answered_to_the_end(gateway: Gateway, runnin
     else:
         with socket.create_connection(("127.0.0.1", int(gateway.http.rpartition(":")[2]))) as raw:
             data = json.dumps(body).encode()
-            raw.sendall(
-                b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(data) + data
-            )
+            raw.sendall(ASK + b"content-length: %d\r\n\r\n" % len(data) + data)
             while not status(running).num_running:
                 pass
 
