@@ -8,6 +8,11 @@ from __future__ import annotations
 from typing import Final
 
 SEEN_BY: Final[dict[str, int]] = {
+    "a choice that failed is among the best": 38,
+    "a key does not name the salt": 21,
+    "a pin that is over keeps its blocks": 24,
+    "the best are those with the greatest sum": 0,
+    "who wants nothing of the cache leaves something there": 137,
     "nobody is ever given up": 1,
     "a request is given up at its second death": 11,
     "a moved sequence loses its last token": 27,
