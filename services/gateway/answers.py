@@ -11,7 +11,7 @@ from common.errors import InvalidRequest, RequestFailed, TicketRefused, Unavaila
 from pagewire.aio import AsyncStream
 from pagewire.answers import Delta, Finish, FinishReason, TokenLogprobs, Usage
 from protos import inference_pb2 as pb
-from services.gateway.positions import MAX_CHOICES, Digest, Heard, Position, Writer
+from services.gateway.positions import MAX_CHOICES, Digest, Heard, Position, Writer, pack_heard, pack_prompt
 from services.gateway.upstream import Upstream
 
 _AHEAD: Final = 64  # pieces of several prompts that may wait for their reader
@@ -110,12 +110,13 @@ class Answers:
         """The id of the event with this number, which tells what came last; empty where there are too many choices."""
         if self._writer is None:
             return ""
-        most = [stream.continuation.max_tokens for stream in self.streams]
-        heard = [
-            [told.heard(stream.continuation.ticket(n)) for n, told in enumerate(of_prompt)]
-            for stream, of_prompt in zip(self.streams, self._told, strict=True)
-        ]
-        return self._writer.id(number, most, heard, done=done)
+        parts: list[bytes] = []
+        for stream, of_prompt in zip(self.streams, self._told, strict=True):
+            heard = stream.continuation
+            parts.append(pack_prompt(heard.max_tokens))
+            for n, told in enumerate(of_prompt):
+                parts.append(told.packed(heard.ticket(n)))
+        return self._writer.id(number, b"".join(parts), done=done)
 
     def characters(self, choice: int) -> int:
         """How much of a choice's text was told, before this call too."""
@@ -275,6 +276,12 @@ class _Told:
             raise _not_the_same()
         known, self.ended = self.ended, True
         return not known
+
+    def packed(self, ticket: bytes) -> bytes:
+        """The same, as it stands in an id."""
+        if self._heard.ended or self.tokens < self._heard.tokens:
+            return self._heard.packed()
+        return pack_heard(self.tokens, self.characters, self.ended, self._digest.value(), ticket)
 
     def heard(self, ticket: bytes) -> Heard:
         """For the id of an event that tells all up to here."""

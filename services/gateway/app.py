@@ -242,7 +242,7 @@ def _json(value: Mapping[str, Any], status: int = 200) -> Response:
 
 
 def _error_event(failed: Told) -> bytes:
-    return event(failed.body)
+    return event(failed.body.decode())
 
 
 def _told(error: Exception, scope: Scope) -> Told:

@@ -39,13 +39,10 @@ class Patience:
     reader_s: float  # that a reader may take nothing
 
 
-def event(data: str | bytes, id: str = "", name: str = "") -> bytes:
+def event(data: str, id: str = "", name: str = "") -> bytes:
     """One event. `data` has no line breaks."""
-    body = data if isinstance(data, bytes) else data.encode()
-    head = f"event: {name}\n" if name else ""
-    if id:
-        head += f"id: {id}\n"
-    return b"%bdata: %b\n\n" % (head.encode(), body)
+    named = f"event: {name}\n" if name else ""
+    return f"{named}id: {id}\ndata: {data}\n\n".encode() if id else f"{named}data: {data}\n\n".encode()
 
 
 class EventStream:

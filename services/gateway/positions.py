@@ -11,10 +11,10 @@ So there are two ways to go on:
 
 from __future__ import annotations
 
-import base64
 import binascii
 import hashlib
 import struct
+from base64 import b64decode, urlsafe_b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -44,6 +44,10 @@ class Heard:
     ended: bool = False
     digest: bytes = b""  # of the tokens; see `Digest`
     ticket: bytes = b""
+
+    def packed(self) -> bytes:
+        """As it stands in an id."""
+        return pack_heard(self.tokens, self.characters, self.ended, self.digest, self.ticket)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,21 +87,25 @@ class Writer:
         name = request_id.encode()
         self._head = _HEAD.pack(_VERSION, prompts, choices, len(name), seed, created) + name
 
-    def id(self, event: int, max_tokens: Sequence[int], choices: Sequence[Sequence[Heard]], *, done: bool) -> str:
-        """The id of an event."""
-        parts = [self._head, _STATE.pack(event, done)]
-        for most, heard in zip(max_tokens, choices, strict=True):
-            parts.append(_PROMPT.pack(most))
-            for h in heard:
-                parts.append(_CHOICE.pack(h.tokens, h.characters, h.ended, len(h.ticket), h.digest))
-                parts.append(h.ticket)
-        return base64.urlsafe_b64encode(b"".join(parts)).decode()
+    def id(self, event: int, prompts: bytes, *, done: bool = False) -> str:
+        """The id of an event. `prompts`: for each, `pack_prompt`, and `Heard.packed` of its choices."""
+        return urlsafe_b64encode(self._head + _STATE.pack(event, done) + prompts).decode()
+
+
+def pack_heard(tokens: int, characters: int, ended: bool, digest: bytes, ticket: bytes) -> bytes:
+    """What an id says of a choice, without making a Heard of it: that is done for every event."""
+    return _CHOICE.pack(tokens, characters, ended, len(ticket), digest) + ticket
+
+
+def pack_prompt(max_tokens: int) -> bytes:
+    """What an id says of a prompt, before what it says of its choices."""
+    return _PROMPT.pack(max_tokens)
 
 
 def read(id: str) -> Position:
     """The position in an id. Raises TicketRefused for one that was not written here."""
     try:
-        data = base64.b64decode(id, altchars=b"-_", validate=True)
+        data = b64decode(id, altchars=b"-_", validate=True)
         version, prompts, choices, length, seed, created = _HEAD.unpack_from(data)
         if version != _VERSION or not prompts * choices:
             raise _NOT_OURS

@@ -10,12 +10,12 @@ import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import openai
 import pytest
 
-from pagewire import Client
+from services.api_keys import line_of, new_key
 from tests.certificates import Authority
 from tests.e2e.cluster import Cluster, cluster
 from tests.e2e.gateways import ASK, Gateway
@@ -122,49 +122,21 @@ def test_what_is_not_known_can_be_ignored(narrow: Gateway) -> None:
     assert narrow.post("/v1/chat/completions", {**CHAT, "temprature": 1}).status == 200
 
 
-def test_a_stream_that_waits_says_that_it_is_alive_and_one_that_nobody_reads_ends(
-    fake_folder: Path, tmp_path: Path
-) -> None:
-    with (
-        cluster(fake_folder, tmp_path, executors=0) as running,
-        Gateway(running.address, tmp_path / "log", *LIMITS, "--http-max-body-bytes=100000") as gateway,
-    ):
-        reply = gateway.post("/v1/chat/completions", {**CHAT, "stream": True})  # nobody could answer it yet
-        assert reply.status == 200
-        running.start_executor("--fake-step-s=0.002")
-        assert "".join(e.data["choices"][0]["delta"].get("content", "") for e in list(reply.events())[:-1])
-
-        many = {**CHAT, "prompt": [[1, 2]] * 8, "n": 8, "max_tokens": 490, "logprobs": 5, "ignore_eos": True}
-        del many["messages"]
-        body = json.dumps({**many, "stream": True}).encode()
-        with socket.socket() as raw:
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            raw.connect(("127.0.0.1", int(gateway.http.rpartition(":")[2])))
-            raw.sendall(ASK.replace(b"chat/", b"") + b"content-length: %d\r\n\r\n" % len(body) + body)
-            cut = select.poll()
-            cut.register(raw, 0)  # nothing but its end, whatever there is to read
-            assert cut.poll(30_000)
-            raw.settimeout(30)
-            assert not heard(raw).endswith(b"0\r\n\r\n")
+def test_a_stream_that_nobody_reads_is_cut(narrow: Gateway) -> None:
+    asked = {"prompt": [[1, 2]] * 8, "n": 8, "max_tokens": 490, "logprobs": 5, "ignore_eos": True, "stream": True}
+    body = json.dumps(asked).encode()
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(("127.0.0.1", int(narrow.http.rpartition(":")[2])))
+        raw.sendall(ASK.replace(b"chat/", b"") + b"content-length: %d\r\n\r\n" % len(body) + body)
+        cut = select.poll()
+        cut.register(raw, 0)  # nothing but its end, whatever there is to read
+        assert cut.poll(30_000)
+        raw.settimeout(30)
+        assert not heard(raw).endswith(b"0\r\n\r\n")
 
 
 # ---- no room, nobody there
-
-
-def test_who_asks_for_too_much_hears_when_to_come_back(fake_folder: Path, tmp_path: Path) -> None:
-    flags = ["--tenant-tokens-per-s=1", "--tenant-burst-tokens=30"]
-    with (
-        cluster(fake_folder, tmp_path, executors=0, flags=flags) as running,
-        Gateway(running.address, tmp_path / "log") as gateway,
-        gateway.client() as client,
-    ):
-        running.start_executor()
-        client.completions.create(model="", prompt=[1] * 20, max_tokens=4)
-        with pytest.raises(openai.RateLimitError) as refused:
-            client.completions.create(model="", prompt=[1] * 20, max_tokens=4)
-    assert refused.value.code == "rate_limit_exceeded"
-    assert int(refused.value.response.headers["retry-after"]) >= 1
-    assert float(refused.value.response.headers["retry-after-ms"]) > 0
 
 
 def test_without_a_scheduler_requests_end_soon_and_health_says_so(tmp_path: Path) -> None:
@@ -181,19 +153,39 @@ def test_without_a_scheduler_requests_end_soon_and_health_says_so(tmp_path: Path
 # ---- keys and TLS
 
 
+class Keyed(NamedTuple):
+    """A cluster that asks for keys; one of them, and that of a tenant who may ask for little."""
+
+    cluster: Cluster
+    key: str
+    poor: str
+
+
 @pytest.fixture(scope="module")
-def keyed(fake_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, str]]:
-    """A cluster that asks for keys, and one of them."""
-    folder = tmp_path_factory.mktemp("keyed")
-    made = run(*PAGEWIRE, "api-key", "acme")
-    (folder / "keys").write_text(made.out)
-    (key,) = [word for word in made.err.split() if word.startswith("pw-")]
+def keyed(fake_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
+    folder, (key, poor) = tmp_path_factory.mktemp("keyed"), (new_key(), new_key())
+    little = line_of("poor", poor) + " tokens_per_s=1 burst_tokens=30"
+    (folder / "keys").write_text(f"{line_of('acme', key)}\n{little}\n")
     with cluster(fake_folder, folder, flags=[f"--api-keys={folder / 'keys'}"]) as running:
-        yield running, key
+        yield Keyed(running, key, poor)
 
 
-def test_the_key_of_a_caller_is_the_key_that_the_scheduler_sees(keyed: tuple[Cluster, str], tmp_path: Path) -> None:
-    running, key = keyed
+def test_who_asks_for_too_much_hears_when_to_come_back(keyed: Keyed, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"model": "", "prompt": [1] * 20, "max_tokens": 4}
+    with (
+        Gateway(keyed.cluster.address, tmp_path / "log") as gateway,
+        gateway.client(api_key=keyed.poor) as client,
+    ):
+        client.completions.create(**asked)
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(**asked)
+    assert refused.value.code == "rate_limit_exceeded"
+    assert int(refused.value.response.headers["retry-after"]) >= 1
+    assert float(refused.value.response.headers["retry-after-ms"]) > 0
+
+
+def test_the_key_of_a_caller_is_the_key_that_the_scheduler_sees(keyed: Keyed, tmp_path: Path) -> None:
+    running, key = keyed.cluster, keyed.key
     with Gateway(running.address, tmp_path / "log") as gateway:
         with gateway.client(api_key=key) as client:
             assert client.chat.completions.create(model="", **CHAT).choices[0].message.content
@@ -209,7 +201,7 @@ def test_the_key_of_a_caller_is_the_key_that_the_scheduler_sees(keyed: tuple[Clu
 
 
 def test_an_address_that_others_can_reach_needs_tls_and_a_scheduler_that_asks_for_keys(
-    shared: Cluster, keyed: tuple[Cluster, str], authority: Authority, tmp_path: Path
+    shared: Cluster, keyed: Keyed, authority: Authority, tmp_path: Path
 ) -> None:
     pair = authority.issue("gateway")
     tls = (f"--http-tls-cert={pair.cert}", f"--http-tls-key={pair.key}")
@@ -219,11 +211,11 @@ def test_an_address_that_others_can_reach_needs_tls_and_a_scheduler_that_asks_fo
 
     assert bare.code == 1 and "--http-tls-cert --http-tls-key" in bare.err
     assert open_to_all.code == 1 and "asks nobody for an API key" in open_to_all.err
-    with Gateway(keyed[0].address, tmp_path / "log", "--http=0.0.0.0:0", *tls) as gateway:
+    with Gateway(keyed.cluster.address, tmp_path / "log", "--http=0.0.0.0:0", *tls) as gateway:
         port = int(gateway.http.rpartition(":")[2])
         trust = ssl.create_default_context(cafile=str(authority.ca))
         raw = http.client.HTTPSConnection("localhost", port, context=trust, timeout=30)
-        raw.request("POST", "/v1/chat/completions", json.dumps(CHAT), {**JSON, "authorization": f"Bearer {keyed[1]}"})
+        raw.request("POST", "/v1/chat/completions", json.dumps(CHAT), {**JSON, "authorization": f"Bearer {keyed.key}"})
         with raw.getresponse() as answer:
             assert answer.status == 200
             assert json.loads(answer.read())["choices"]
@@ -236,14 +228,3 @@ def test_keys_are_not_passed_on_in_the_clear(tmp_path: Path) -> None:
     ended = run(*PAGEWIRE, "gateway", "--address", "192.0.2.1:50051", "--http=127.0.0.1:0")
 
     assert ended.code == 1 and "without TLS: give --tls-ca" in ended.err
-
-
-def test_a_gateway_answers_as_grpc_does_over_a_socket_of_this_machine(fake_folder: Path, tmp_path: Path) -> None:
-    local = f"unix:{tmp_path}/clients"
-    with (
-        cluster(fake_folder, tmp_path, flags=[f"--local-listen={local}"]) as running,
-        Gateway(local, tmp_path / "log") as gateway,
-    ):
-        told = gateway.post("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 5}).json()
-        with Client(running.address) as client:
-            assert told["choices"][0]["text"] == client.generate(token_ids=[1, 2, 3], max_tokens=5).text

@@ -17,7 +17,7 @@ from protos import monitoring_pb2, monitoring_pb2_grpc
 from tests.e2e.cluster import Cluster
 from tests.e2e.gateways import ASK, Event, Gateway
 
-SLOW = ("--fake-step-s=0.01", "--fake-tokens=hash")
+SLOW = ("--fake-step-s=0.005", "--fake-tokens=hash")
 CHAT: dict[str, Any] = {
     "messages": [{"role": "user", "content": "hi"}],
     "max_tokens": 60,
@@ -93,9 +93,10 @@ def status(running: Cluster) -> monitoring_pb2.SchedulerStatus:
 def test_a_scheduler_is_killed_and_comes_back_and_its_stream_goes_on(
     fake_folder: Path, running: Cluster, gateway: Gateway, tmp_path: Path
 ) -> None:
-    whole = list(gateway.post("/v1/chat/completions", CHAT).events())
+    asked = {**CHAT, "max_tokens": 200}
+    whole = list(gateway.post("/v1/chat/completions", asked).events())
 
-    reply = gateway.post("/v1/chat/completions", CHAT)
+    reply = gateway.post("/v1/chat/completions", asked)
     events = reply.events()
     heard = list(islice(events, 10))
     running.scheduler.signal(signal.SIGKILL)
@@ -256,14 +257,15 @@ def test_a_gateway_that_is_told_to_stop_ends_its_streams_first(start: Callable[.
 def test_a_gateway_that_may_not_wait_leaves_its_streams_to_the_next(
     start: Callable[..., Gateway], gateway: Gateway
 ) -> None:
-    whole = told(list(gateway.post("/v1/chat/completions", CHAT).events()))
+    asked = {**CHAT, "max_tokens": 200}
+    whole = told(list(gateway.post("/v1/chat/completions", asked).events()))
     stopping = start("--http-drain-s=0")
-    events = stopping.post("/v1/chat/completions", CHAT).events()
+    events = stopping.post("/v1/chat/completions", asked).events()
     heard = list(islice(events, 3))
     stopping.process.signal(signal.SIGTERM)
     heard += events
     assert heard[-1].data != "[DONE]"
     assert stopping.process.wait() == 0
 
-    heard += gateway.post("/v1/chat/completions", CHAT, {"last-event-id": heard[-1].id}).events()
+    heard += gateway.post("/v1/chat/completions", asked, {"last-event-id": heard[-1].id}).events()
     assert told(heard) == whole

@@ -16,7 +16,7 @@ from pagewire.continuation import Continuation
 from protos import inference_pb2 as pb
 from services.gateway.app import Gateway
 from services.gateway.bodies import Bodies
-from services.gateway.events import Patience
+from services.gateway.events import ABORT, Patience
 from services.gateway.metrics import Metrics
 from services.gateway.upstream import Upstream
 
@@ -75,11 +75,11 @@ class Scheduler:
         return self.streams[-1]
 
 
-def gateway(scheduler: object, **settings: Any) -> Gateway:
+def gateway(scheduler: object, *, comment_s: float = 30, reader_s: float = 30, **settings: Any) -> Gateway:
     return Gateway(
         cast("Upstream", scheduler),
         Bodies(max_bytes=10_000, limit_s=30, max_total_bytes=10_000),
-        Patience(comment_s=30, reader_s=30),
+        Patience(comment_s=comment_s, reader_s=reader_s),
         Metrics(),
         **{"max_requests": 4, "max_prompts": 4, **settings},
     )
@@ -251,3 +251,35 @@ def test_what_any_page_can_have_a_browser_send_is_refused(kind: bytes) -> None:
     call = ask(gateway(Scheduler()), HI, headers=[(b"content-type", kind)])
 
     assert (call.status, call.json["error"]["param"]) == (415, "Content-Type")
+
+
+def test_a_stream_that_waits_says_that_it_is_alive() -> None:
+    async def run() -> Call:
+        call = Call({**HI, "stream": True})
+        answering = asyncio.create_task(gateway(Scheduler(), comment_s=0.01)(call.scope, call.receive, call.send))
+        while len(call.parts) < 2:
+            await asyncio.sleep(0)
+        call.left.set()
+        await answering
+        return call
+
+    call = asyncio.run(run())
+    assert call.status == 200
+    assert all(line.startswith((b":", b"retry:")) for line in b"".join(call.parts).splitlines())
+
+
+def test_a_reader_who_takes_nothing_is_cut_and_his_request_ended() -> None:
+    cut: list[bool] = []
+    scheduler = Scheduler(delta(0, 5, "a"))
+
+    async def run() -> None:
+        call = Call({**HI, "stream": True})
+        call.scope["extensions"] = {ABORT: {"now": lambda: cut.append(True)}}
+
+        async def send(message: Any) -> None:
+            await asyncio.Event().wait()
+
+        await gateway(scheduler, reader_s=0.01)(call.scope, call.receive, send)
+
+    asyncio.run(run())
+    assert cut == [True] and scheduler.streams[0].closed == [False]

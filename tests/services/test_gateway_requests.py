@@ -269,7 +269,11 @@ def test_an_id_tells_where_its_stream_was(heard: list[list[Heard]], seed: int, d
     writer = positions.Writer("a-name", seed, 1_800_000_000, prompts=len(heard), choices=len(heard[0]))
     most = list(range(len(heard)))
 
-    id = writer.id(41, most, heard, done=done)
+    packed = [
+        positions.pack_prompt(number) + b"".join(each.packed() for each in of_prompt)
+        for number, of_prompt in zip(most, heard, strict=True)
+    ]
+    id = writer.id(41, b"".join(packed), done=done)
 
     assert positions.read(id) == Position(
         request_id="a-name",
