@@ -4,8 +4,8 @@ Run it with `python -m tests.benchmarks.bench_gateway [--streams 32] [--step-ms 
 
 A scheduler, an executor and a gateway run as processes of their own; the executor's model is the fake one, which takes
 `--step-ms` for a step, so tokens come at the pace of a real model and what is measured is what lies before it. This
-process is the client: every stream asks for an answer of 64 tokens, reads it to its end and asks for the next, over
-gRPC without any client of ours in one turn, and over HTTP in the next. Tokens are counted by the scheduler, the same
+process is the client: every stream asks for an answer of 32 to 96 tokens, reads it and asks for the next: over
+gRPC without any client of ours in one turn, over HTTP in the next. Tokens are counted by the scheduler, the same
 for both. With all of it on one small machine the client's own work counts too, and it is not the same for both.
 """
 
@@ -40,7 +40,7 @@ from tests.e2e.cluster import cluster
 from tests.e2e.gateways import Gateway
 
 PROMPT: Final = 32
-TOKENS: Final = 64
+TOKENS: Final = (32, 96)  # of an answer, as chance has it: so that streams do not all begin anew at once
 WARM_UP_S: Final = 1.5
 
 Ask = Callable[[list[int], Callable[[], None]], Awaitable[None]]
@@ -72,7 +72,7 @@ def over_grpc(channel: aio.Channel) -> Ask:
         request = pb.GenerateStreamRequest(
             token_ids=pb.TokenIds(ids=prompt),
             sampling=pb.SamplingParams(temperature=0.0),
-            stopping=pb.StopConditions(max_tokens=TOKENS, ignore_eos=True),
+            stopping=pb.StopConditions(max_tokens=random.randint(*TOKENS), ignore_eos=True),
         )
         begun = False
         async for message in stream(request):
@@ -90,7 +90,13 @@ def over_http(address: str) -> Ask:
 
     async def ask(prompt: list[int], first: Callable[[], None]) -> None:
         reader, writer = connections.pop() if connections else await asyncio.open_connection(host, int(port))
-        asked = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
+        asked = {
+            "prompt": prompt,
+            "max_tokens": random.randint(*TOKENS),
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
         body = json.dumps(asked).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\n"
