@@ -163,9 +163,9 @@ def test_salts_opt_outs_and_pins_change_what_is_computed_and_never_what_is_said(
     assert cached(no_cache=True) == 0
     assert cached(cache_salt="a") == 0
     assert cached(cache_salt="a") == 39
+    answer = ask(server, token_ids=prompt, pin_seconds=60, pin_tokens=32)
+    assert answer.pinned is not None and answer.pinned.tokens == 32
     with Client(server.address) as client:
-        answer = client.generate(**{**DEFAULTS, "token_ids": prompt, "pin_seconds": 60, "pin_tokens": 32})
-        assert answer.pinned is not None and answer.pinned.tokens == 32
         assert client.unpin(answer.pinned.pin_id) == 32
         assert client.unpin() == 0
     assert len(said) == 1
