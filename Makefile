@@ -58,8 +58,8 @@ check: setup ## format, lint, types, imports, protos
 	$(call stubs,$(STUBS))
 	@cd $(STUBS) && for stub in protos/*; do diff -u $(CURDIR)/$$stub $$stub || { echo "$$stub is stale: make protos"; exit 1; }; done
 
-test: setup ## run every test
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## run every test; ARGS="-k preemption" some
+	$(BIN)/python -m tests.run_all $(ARGS)
 
 test-kernels: setup ## of these, the GPU's: kernels in Triton's interpreter and what drives them
 	$(BIN)/python -m pytest tests/gpu --ignore tests/gpu/test_compile.py $(ARGS)
