@@ -114,9 +114,7 @@ def test_what_is_not_asked_for_is_left_to_the_scheduler() -> None:
     request = chat.read(body_of({"messages": HI, "temperature": None})).requests[0]
 
     assert request == pb.GenerateStreamRequest(
-        chat=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="hi")]),
-        sampling=pb.SamplingParams(),
-        stopping=pb.StopConditions(),
+        chat=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="hi")])
     )
 
 
