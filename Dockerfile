@@ -1,5 +1,5 @@
 # Three images from one file: `docker build --target scheduler | executor | executor-gpu .`
-# The scheduler's has no torch: it stays small, and an import that should not be there fails.
+# The scheduler's, which is the gateway's too, has no torch: it stays small, and an import that should not be there fails.
 
 FROM python:3.11-slim-bookworm AS base
 ENV PYTHONUNBUFFERED=1 \
@@ -30,7 +30,7 @@ FROM base AS scheduler-dependencies
 WORKDIR /src
 RUN python -m venv /opt/pagewire
 COPY pyproject.toml constraints.txt ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['gateway'], sep='\n')" \
        > scheduler.txt \
     && pip install -c constraints.txt -r scheduler.txt
 

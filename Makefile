@@ -13,7 +13,7 @@ STUBS := .venv/stubs
 stubs = $(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/*.proto
 
-.PHONY: help setup protos check test test-kernels test-compile soak kill-run demo serve up bench bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming gpu-check
+.PHONY: help setup protos check test test-kernels test-compile soak kill-run demo serve up bench bench-gateway bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming gpu-check
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -87,6 +87,9 @@ bench-scheduler: setup ## steps a second the scheduler can sustain, and what a p
 
 bench: setup ## serve fixed workloads and measure; beside others with ARGS="--peers llama-bf16,vllm-bf16"
 	$(BIN)/python -m tests.benchmarks.bench_serving $(ARGS)
+
+bench-gateway: setup ## what HTTP costs beside gRPC: the same streams over both, in turns
+	$(BIN)/python -m tests.benchmarks.bench_gateway $(ARGS)
 
 bench-kernels: setup ## every kernel's time against the machine's memory and matrix rates
 	$(BIN)/python -m tests.benchmarks.bench_kernels $(ARGS)

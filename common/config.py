@@ -43,6 +43,9 @@ class SchedulerConfig:
 
     model: str = option(DEFAULT_MODEL, "model: smollm2, a folder, a .gguf file or a Hugging Face repository id")
     listen: str = option("127.0.0.1:50051", "HOST:PORT for clients; port 0 takes a free one")
+    local_listen: str = option(
+        "", "unix:PATH where gateways of this machine are served, without TLS; empty: nowhere but on --listen"
+    )
     link_listen: str = option("127.0.0.1:50052", "HOST:PORT or unix:PATH for executors")
     admin_listen: str = option(
         "", "unix:PATH for `pagewire status`; empty: in the user's runtime folder; none: nowhere"
@@ -176,6 +179,41 @@ class ExecutorConfig:
         "position", "tokens of the fake model: how many there are before, or a hash of all that is before"
     )
     fake_step_s: float = option(0.0, "seconds that a step of the fake model takes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """The gateway: OpenAI's API over HTTP."""
+
+    http: str = option(
+        "", "HOST:PORT for OpenAI's clients; empty: `serve` starts no gateway, `gateway` takes 127.0.0.1:8000"
+    )
+    http_tls_cert: str = option("", "certificate that they are shown, PEM; empty: no TLS")
+    http_tls_key: str = option("", "its private key, PEM")
+    http_tls_client_ca: str = option("", "authorities, PEM: they must show a certificate from one of them")
+    http_admin: str = option(
+        "",
+        "unix:PATH of the scheduler's --admin-listen, for /metrics; empty: where it is by default; none: not asked",
+    )
+    http_unknown_fields: Literal["refuse", "ignore"] = option(
+        "refuse", "what becomes of a request with a field that is not known here"
+    )
+    http_max_connections: int = option(1024, "connections that may be open at once", least=1)
+    http_max_requests: int = option(1024, "requests that may be open at once", least=1)
+    http_max_prompts: int = option(128, "prompts of one request for completions", least=1)
+    http_max_head_bytes: int = option(65_536, "largest head of a request", least=1024)
+    http_max_body_bytes: int = option(4_000_000, "largest body of a request; the scheduler takes 4 MiB", least=1024)
+    http_max_bodies_bytes: int = option(64 << 20, "bytes of all bodies that are being read", least=1024)
+    http_head_s: float = option(10.0, "seconds that a connection may take to send the head of a request", least=0.1)
+    http_body_s: float = option(30.0, "seconds that the body of a request may take", least=0.1)
+    http_idle_s: float = option(75.0, "seconds between two requests of a connection", least=1)
+    http_comment_s: float = option(15.0, "seconds of silence after which a stream says that it is alive", least=0.1)
+    http_reader_timeout_s: float = option(60.0, "seconds that a reader of a stream may take nothing", least=0.1)
+    http_patience_s: float = option(
+        30.0, "seconds that a stream which has begun waits for a scheduler to go on with it"
+    )
+    http_begin_patience_s: float = option(2.0, "seconds that a scheduler is looked for before a request is refused")
+    http_drain_s: float = option(30.0, "seconds that open requests get after SIGTERM")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,17 @@ if TYPE_CHECKING:
         UnknownModel,
     )
     from pagewire.aio import AsyncClient, AsyncStream
-    from pagewire.answers import Answer, Choice, Delta, Finish, FinishReason, TokenLogprob, TokenLogprobs, Usage
+    from pagewire.answers import (
+        Answer,
+        Choice,
+        Delta,
+        Finish,
+        FinishReason,
+        PinnedPrefix,
+        TokenLogprob,
+        TokenLogprobs,
+        Usage,
+    )
     from pagewire.client import Client, Stream
     from pagewire.tools import ToolCall, ToolCallDelta
 

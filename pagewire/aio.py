@@ -28,7 +28,7 @@ from pagewire.calls import (
     unpin_request,
     unpinned_tokens,
 )
-from pagewire.continuation import OutOfStep
+from pagewire.continuation import Continuation, OutOfStep
 from pagewire.failures import Trailers, judge
 from pagewire.retrying import RetryBudget
 
@@ -50,7 +50,7 @@ class _Connections:
         """Begin the next call of a request."""
         call = asked.next_call()
         method: aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel(call.address).unary_stream(call.method)
-        return method(call.request, timeout=call.timeout_s, metadata=tuple(self._manner.access.metadata))
+        return method(call.request, timeout=call.timeout_s, metadata=asked.metadata)
 
     async def cancel(self, asked: Asked) -> None:
         """End a request on its server. Where that fails it ends a little later by itself."""
@@ -59,7 +59,7 @@ class _Connections:
             return
         method: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(CANCEL)
         with contextlib.suppress(aio.AioRpcError, aio.UsageError):  # no connection | the client was closed
-            await method(asked.cancellation(), timeout=CANCEL_TIMEOUT_S, metadata=tuple(self._manner.access.metadata))
+            await method(asked.cancellation(), timeout=CANCEL_TIMEOUT_S, metadata=asked.metadata)
 
     async def unpin(self, pin_id: str | None) -> int:
         """End a pin, or all, on the server that answered last."""
@@ -141,12 +141,29 @@ class AsyncClient:
         """The answer as it is made. Leave it with `async with`, or `close` it, and the server stops at once."""
         return self.send(request_of(prompt, settings), timeout_s=timeout_s)
 
-    def send(self, request: pb.GenerateStreamRequest, *, timeout_s: float | None = None) -> AsyncStream:
-        """Stream the answer to a request in the words of the API itself."""
-        return AsyncStream(
-            self._connections,
-            Asked(request, self._manner, self._budget, first=self._connections.first, timeout_s=timeout_s),
+    def send(
+        self,
+        request: pb.GenerateStreamRequest,
+        *,
+        timeout_s: float | None = None,
+        begin_patience_s: float | None = None,
+        metadata: Metadata = (),
+    ) -> AsyncStream:
+        """Stream the answer to a request in the words of the API itself.
+
+        `metadata` is this request's own. With `begin_patience_s` it is tried again only once a server has begun with
+        it: before that each server is asked once, and those that are not there are looked for that long.
+        """
+        asked = Asked(
+            request,
+            self._manner,
+            self._budget,
+            first=self._connections.first,
+            timeout_s=timeout_s,
+            begin_patience_s=begin_patience_s,
+            metadata=metadata,
         )
+        return AsyncStream(self._connections, asked)
 
     async def unpin(self, pin_id: str | None = None) -> int:
         """As Client's."""
@@ -180,6 +197,11 @@ class AsyncStream:
         return self._asked.continuation.request_id
 
     @property
+    def continuation(self) -> Continuation:
+        """What was heard of the answer so far."""
+        return self._asked.continuation
+
+    @property
     def finishes(self) -> dict[int, Finish]:
         """The ends that are known, by choice."""
         return dict(self._asked.continuation.finishes)
@@ -199,18 +221,25 @@ class AsyncStream:
 
     async def __anext__(self) -> Delta:
         """The next delta of any choice. Raises PagewireErrors."""
+        while (new := await self.next()) is not None:
+            if isinstance(new, Delta):
+                return new
+        raise StopAsyncIteration
+
+    async def next(self) -> Delta | Finish | None:
+        """The next delta or end of any choice; None when all have ended. Raises PagewireErrors."""
         while not self._is_closed and not self._asked.is_done:
             if (new := await self._read()) is not None:
                 return new
         self._is_closed = True
-        raise StopAsyncIteration
+        return None
 
-    async def close(self) -> None:
-        """Read no more. What still runs on the server is stopped."""
+    async def close(self, *, linger: bool = False) -> None:
+        """Read no more. What still runs on the server is stopped; with `linger` it waits a while for a Resume."""
         call, self._call = self._call, None
         if call is not None:
             call.cancel()
-        if call is not None and not self._is_closed and not self._asked.is_done:
+        if call is not None and not linger and not self._is_closed and self._asked.is_ours:
             await self._connections.cancel(self._asked)
         self._is_closed = True
 
@@ -222,7 +251,7 @@ class AsyncStream:
     ) -> None:
         await self.close()
 
-    async def _read(self) -> Delta | None:
+    async def _read(self) -> Delta | Finish | None:
         """One message, or one way in which a call ends and another begins."""
         try:
             if self._call is None:
@@ -231,7 +260,7 @@ class AsyncStream:
             if isinstance(data, bytes):
                 new = self._asked.hear(data)
                 self._connections.first = self._asked.address
-                return new if isinstance(new, Delta) else None
+                return new
             after_s = self._asked.broke()
         except OutOfStep as why:
             after_s = self._asked.broke(why)

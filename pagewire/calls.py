@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import grpc
 
-from pagewire.access import Access
+from pagewire.access import Access, Metadata
 from pagewire.answers import Delta, Finish
 from pagewire.borrowed import borrow
 from pagewire.continuation import Continuation, OutOfStep
@@ -18,9 +18,11 @@ from pagewire.failures import Failure, Trailers, judge, lost
 from pagewire.retrying import Attempts, RetryBudget
 
 if TYPE_CHECKING:
+    from common import errors
     from protos import inference_pb2 as pb
     from services import grpc_options
 else:
+    errors = borrow("common.errors")
     grpc_options = borrow("services.grpc_options")
     pb = borrow("protos.inference_pb2")
 
@@ -90,9 +92,14 @@ class Asked:
         *,
         first: str,
         timeout_s: float | None,
+        begin_patience_s: float | None = None,
+        metadata: Metadata = (),
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`metadata` goes with each call, beside the client's own."""
         self.continuation = Continuation(request)
+        self.metadata = (*manner.access.metadata, *metadata)
+        self.is_lost = False  # another reader has taken it over
         now_s = clock_s()
         self._clock_s = clock_s
         self._attempts = Attempts(
@@ -103,6 +110,7 @@ class Asked:
             deadline_s=now_s + (manner.timeout_s if timeout_s is None else timeout_s),
             patience_s=manner.patience_s,
             jitter=lambda: random.uniform(0.5, 1.5),
+            begin_patience_s=begin_patience_s,
         )
 
     @property
@@ -114,6 +122,11 @@ class Asked:
     def is_done(self) -> bool:
         """The answer is complete."""
         return self.continuation.is_done
+
+    @property
+    def is_ours(self) -> bool:
+        """It may run still, for nobody else."""
+        return not self.is_done and not self.is_lost
 
     def next_call(self) -> Call:
         """What to send now, and where to."""
@@ -132,7 +145,9 @@ class Asked:
 
     def failed(self, code: grpc.StatusCode, message: str | None, trailers: Trailers | None) -> float:
         """The call ended with a status: seconds to wait before the next. Raises a PagewireError when there is none."""
-        return self._after(judge(code, message or "", trailers or (), self.address))
+        failure = judge(code, message or "", trailers or (), self.address)
+        self.is_lost = isinstance(failure.error, errors.Superseded)
+        return self._after(failure)
 
     def broke(self, why: OutOfStep | None = None) -> float:
         """The call ended without a status, and without the end of the answer."""

@@ -232,7 +232,7 @@ class Stream:
         call, self._call = self._call, None
         if call is not None:
             call.cancel()
-        if call is not None and not self._is_closed and not self._asked.is_done:
+        if call is not None and not self._is_closed and self._asked.is_ours:
             self._connections.cancel(self._asked)
         self._is_closed = True
 

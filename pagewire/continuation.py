@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pagewire.answers import (
@@ -54,11 +54,39 @@ class Continuation:
         self.finishes: dict[int, Finish] = {}
         self.model = ""
         self._pinned: PinnedPrefix | None = None
+        self.determinism = ""  # the class of the executors that were there when a call last began
+        self.num_prompt = 0
 
     @property
     def request_id(self) -> str:
         """What the server knows it by."""
         return self._request.request_id
+
+    @property
+    def seed(self) -> int:
+        """The one that is used."""
+        return self._request.sampling.seed
+
+    @property
+    def max_tokens(self) -> int:
+        """The one that is used; 0 where the server chooses it and has said nothing yet."""
+        return self._request.stopping.max_tokens
+
+    @property
+    def prompt_logprobs(self) -> Sequence[TokenLogprobs]:
+        """Those of the prompt, where they were asked for: whole with the first delta of choice 0."""
+        return self._prompt_logprobs
+
+    def ticket(self, choice: int) -> bytes:
+        """The newest one of a choice; empty before its first."""
+        return self._tickets[choice]
+
+    def go_on(self, points: Mapping[int, tuple[bytes, Sequence[int]]], ended: Iterable[Finish]) -> None:
+        """Begin behind what another client heard: of each choice its newest ticket and its tokens, or its end."""
+        for choice, (ticket, tokens) in points.items():
+            self._choice(choice)[:] = tokens
+            self._tickets[choice] = ticket
+        self.finishes.update({finish.choice: finish for finish in ended})
 
     @property
     def is_done(self) -> bool:
@@ -124,6 +152,8 @@ class Continuation:
         if prompt.HasField("pinned"):
             told = prompt.pinned
             self._pinned = PinnedPrefix(pin_id=told.pin_id, tokens=told.tokens, expires_s=told.expires_s)
+        self.determinism = prompt.determinism
+        self.num_prompt = prompt.prompt_tokens
         if not self._request.stopping.HasField("max_tokens") and prompt.max_tokens:
             self._request.stopping.max_tokens = prompt.max_tokens
         if prompt.ticket:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 else:
     errors = borrow("common.errors")
 
+NO_CONNECTION: Final = "no connection to"
+"""How an Unavailable begins that no server said."""
+
 _DOMAIN: Final = "pagewire"
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 # How a connection that broke is told where the server had no time to say anything. CANCELLED is not our own cancelling:
@@ -65,7 +68,7 @@ def judge(code: grpc.StatusCode, message: str, trailers: Trailers, address: str)
     if code in _LOST:
         # gRPC tells the whole story in one line, from general to particular; the last part is what a person can use
         reason = message.rsplit(": ", 1)[-1].rstrip("]") or code.name
-        return lost(f"no connection to {address}: {reason}")
+        return lost(f"{NO_CONNECTION} {address}: {reason}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Failure(error=errors.DeadlineExceeded("the answer took longer than timeout_s"), may_pass=False)
     if code is grpc.StatusCode.UNIMPLEMENTED:

@@ -57,12 +57,18 @@ class Attempts:
         deadline_s: float,
         patience_s: float,
         jitter: Callable[[], float],
+        begin_patience_s: float | None = None,
     ) -> None:
-        """`jitter` gives a factor around 1; `patience_s` is how long calls may fail without telling anything new."""
+        """`jitter` gives a factor around 1; `patience_s` is how long calls may fail without telling anything new.
+
+        With `begin_patience_s`, a request that no server has begun with ends when each was asked once and refused it,
+        or when none was there for so long: whoever passes it on for somebody else tells him, and he asks again.
+        """
         self._not_before = dict.fromkeys((first, *addresses), began_s)  # in the order they are tried
         self._budget = budget
         self._deadline_s = deadline_s
         self._patience_s = patience_s
+        self._begin_patience_s = begin_patience_s  # None: it has begun, or is as patient before
         self._jitter = jitter
         self._failing_since_s: float | None = None  # None: the last call told something new
         self._was_taken = False  # the call that runs now was taken: its failure is no refusal
@@ -77,6 +83,7 @@ class Attempts:
     def taken(self) -> None:
         """The server has begun with the call. When it ends it, to send the request elsewhere, that is no refusal."""
         self._was_taken = True
+        self._begin_patience_s = None
 
     def heard(self) -> None:
         """Something new came: what was before is forgotten."""
@@ -104,6 +111,12 @@ class Attempts:
             wait_s = max(wait_s, self._budget.retry(now_s))
         if now_s + wait_s >= self._deadline_s:
             raise errors.DeadlineExceeded(f"no time is left to try again: {failure.error}") from failure.error
-        if now_s + wait_s > self._failing_since_s + self._patience_s:
+        if self._begin_patience_s is None:
+            is_over = now_s + wait_s > self._failing_since_s + self._patience_s
+        elif failure.answered:
+            is_over = wait_s > 0  # nobody is left who was not asked
+        else:
+            is_over = now_s + wait_s > self._failing_since_s + self._begin_patience_s
+        if is_over:
             raise failure.error
         return wait_s

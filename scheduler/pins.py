@@ -96,14 +96,14 @@ class Pins:
         `room`: tokens that the smallest executor holds; None while there is none. Raises InvalidRequest where they are
         more than may ever be pinned, Overloaded where they are too many beside those that are pinned already.
         """
+        if self._id(root, tokens) in self._pins:
+            return  # it goes on
         limits, num_tokens = self._limits, len(tokens)
         most, share = limits.max_tokens_per_tenant, None if room is None else int(limits.max_share * room)
         if num_tokens > most:
             raise InvalidRequest("pin_tokens", f"at most {most} tokens of a tenant may be pinned, got {num_tokens}")
         if share is not None and num_tokens > share:
             raise InvalidRequest("pin_tokens", f"at most {share}, a share of the KV cache, got {num_tokens}")
-        if self._id(root, tokens) in self._pins:
-            return  # it goes on
         own = [pin for pin in self._pins.values() if pin.tenant == tenant]
         held = self._tokens_of[tenant]
         if held + num_tokens > most:
@@ -152,11 +152,12 @@ class Pins:
             counter[pin.tenant] -= count
             if not counter[pin.tenant]:
                 del counter[pin.tenant]
-        for key in self.keys_of(pin):
-            holders = self._holders[key]
-            del holders[pin]
-            if not holders:
-                del self._holders[key]
+        for keys in pin.keys.values():
+            for key in keys:
+                holders = self._holders[key]
+                del holders[pin]
+                if not holders:
+                    del self._holders[key]
 
     # ---- blocks
 
@@ -166,12 +167,6 @@ class Pins:
             self._block_sizes.add(block_size)
             for pin in self._pins.values():
                 self._hold(pin, block_size)
-
-    @staticmethod
-    def keys_of(pin: Pin) -> Iterator[BlockKey]:
-        """Of all its blocks, of any size."""
-        for keys in pin.keys.values():
-            yield from keys
 
     def _hold(self, pin: Pin, block_size: int) -> None:
         keys = pin.keys[block_size] = self._chain.keys(pin.root, pin.tokens, block_size)

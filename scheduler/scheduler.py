@@ -126,7 +126,7 @@ class Scheduler:
 
     @property
     def pins(self) -> Pins:
-        """Prefixes that are to stay in the cache. Whose time is over is found when an executor is planned for."""
+        """Prefixes that are to stay in the cache, and those that `end_pins` will find to be over."""
         return self._pins
 
     @property
@@ -288,7 +288,7 @@ class Scheduler:
         """Raise what `pin` must not be asked for: InvalidRequest, or Overloaded where too much is pinned already."""
         if not self._limits.prefix_caching:
             raise InvalidRequest("pin_seconds", "there is no prefix cache here: it is switched off")
-        self._end_pins(now_ns)
+        self.end_pins(now_ns)
         sizes = [s.facts.num_blocks * s.block_size for s in self._sessions.values() if not s.leaving]
         self._pins.check(tenant, self._root(tenant, salt), tokens, now_ns, room=min(sizes, default=None))
 
@@ -296,7 +296,7 @@ class Scheduler:
         """Keep the blocks of this prefix until then, wherever there are any or will be. Nothing is computed for it."""
         pin = self._pins.add(tenant, self._root(tenant, salt), tokens, until_ns)
         for session in self._sessions.values():
-            session.keep(self._pins.keys_of(pin))
+            session.keep(pin)
         return pin
 
     def unpin(self, tenant: str, id: str | None = None) -> int:
@@ -306,14 +306,15 @@ class Scheduler:
             self._end_pin(pin)
         return sum(len(pin.tokens) for pin in pins)
 
-    def _end_pins(self, now_ns: int) -> None:
+    def end_pins(self, now_ns: int) -> None:
+        """Let go of those whose time is over. Planning does so before anything else."""
         for pin in self._pins.expired(now_ns):
             self._end_pin(pin)
 
     def _end_pin(self, pin: Pin) -> None:
         self._pins.remove(pin)
         for session in self._sessions.values():
-            session.keep(self._pins.keys_of(pin))
+            session.keep(pin)
 
     def _root(self, tenant: str, salt: str) -> BlockKey:
         return self._keys.root(self._model, tenant, salt)
@@ -414,7 +415,7 @@ class Scheduler:
         if session.silent or not session.has_credit:
             return None
         if self._pins:
-            self._end_pins(now_ns)
+            self.end_pins(now_ns)
         return self._planner.plan(session, now_ns)
 
     def update(self, session_id: int, result: StepResult, now_ns: int) -> list[TokenOutput]:

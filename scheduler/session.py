@@ -21,7 +21,7 @@ from scheduler.beams import BeamGroup
 from scheduler.block_pool import BlockPool
 from scheduler.occupancy import Occupancy
 from scheduler.pace import Pace
-from scheduler.pins import Pins
+from scheduler.pins import Pin, Pins
 from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
 from scheduler.reputation import Reputation
 from scheduler.sequence import Request, Sequence
@@ -284,9 +284,12 @@ class Session:
             parent = keys[i]
         sequence.num_remembered = num_full
 
-    def keep(self, keys: Iterable[BlockKey]) -> None:
-        """Blocks with these keys are pinned from now on, or are not any more."""
-        for key in keys:
+    def keep(self, pin: Pin) -> None:
+        """The pin's blocks are kept from now on, or are not any more.
+
+        Only by the keys of this executor's own size of blocks: one of another size may be that of a tail here.
+        """
+        for key in pin.keys[self.block_size]:
             self._keep(key)
 
     def _keep(self, key: BlockKey) -> None:
@@ -296,7 +299,9 @@ class Session:
 
     def check_kept(self) -> None:
         """Assert that the blocks that are kept are those of pins that are cached here; for checks."""
-        pinned = {self.cache.find(key) for pin in self._pins for key in self._pins.keys_of(pin)} - {None}
+        if not self._pins and not self.pool.num_kept:
+            return
+        pinned = {self.cache.find(key) for pin in self._pins for key in pin.keys[self.block_size]} - {None}
         assert set(self.pool.kept()) == pinned, "what is kept is not what is pinned and cached"
 
     def _remember_tail(self, sequence: Sequence) -> None:

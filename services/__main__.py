@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from common import log
-from common.config import DEFAULT_MODEL, ClientConfig, ExecutorConfig, LogConfig, SchedulerConfig
+from common.config import (
+    DEFAULT_MODEL,
+    ClientConfig,
+    ExecutorConfig,
+    GatewayConfig,
+    LogConfig,
+    SchedulerConfig,
+)
 from common.errors import ExecutorRejected, ModelFolderError, PagewireError
 from services import failpoints
 from services.children import ChildFailed
@@ -62,6 +69,7 @@ def _serve(parsed: argparse.Namespace) -> int:
     logs = _configure_log("serve", parsed)
     scheduler = from_flags(SchedulerConfig, parsed)
     executor = _executor_config(parsed)
+    gateway = from_flags(GatewayConfig, parsed)
     model = resolve(scheduler.model)
 
     async def run() -> None:
@@ -71,8 +79,9 @@ def _serve(parsed: argparse.Namespace) -> int:
             num_executors=parsed.executors,
             model=model,
             logs=logs,
+            gateway=gateway if gateway.http else None,
             stop=lifecycle.stop_event(),
-            on_ready=lambda address: print(_invitation(address, scheduler), flush=True),
+            on_ready=lambda running: print(_invitation(running, scheduler, gateway), flush=True),
         )
 
     _run(run())
@@ -99,6 +108,19 @@ def _executor(parsed: argparse.Namespace) -> int:
     config = _executor_config(parsed)
     draft_model = resolve(config.draft_model) if config.speculate == "draft" and config.draft_model else None
     _run(executor_process.run(config, resolve(config.model), parsed.ready_fd, draft_model=draft_model))
+    return 0
+
+
+def _gateway(parsed: argparse.Namespace) -> int:
+    from services.gateway import process
+    from services.tls import channel_files
+
+    _configure_log("gateway", parsed)
+    _follow_parent(parsed)
+    files = channel_files(parsed.client_cert, parsed.client_key, parsed.tls_ca, flags="--client", ca_flag="--tls-ca")
+    addresses = [part.strip() for part in parsed.address.split(",")]
+    config = from_flags(GatewayConfig, parsed)
+    _run(process.run(config, addresses, files, insecure=parsed.insecure, ready_fd=parsed.ready_fd))
     return 0
 
 
@@ -225,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--executors", type=_at_least_one, default=1, help="local executors (default: 1)")
     add_flags(serve, SchedulerConfig)
     _add_executor_flags(serve, but=("model", "scheduler", "name", "drain_s", *_LINK_TLS))
+    add_flags(serve, GatewayConfig)
     add_flags(serve, LogConfig)
 
     scheduler = _add(commands, "scheduler", _scheduler, "start a scheduler; executors dial in")
@@ -236,6 +259,18 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(executor, ExecutorConfig)
     add_flags(executor, LogConfig)
     _add_child_flags(executor)
+
+    gateway = _add(commands, "gateway", _gateway, "start a gateway for OpenAI's clients; it asks the schedulers")
+    gateway.add_argument("--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT,…", help="the schedulers")
+    gateway.add_argument("--tls-ca", default="", help="authorities, PEM, for their certificates, or `system`")
+    gateway.add_argument("--client-cert", default="", help="certificate that they are shown, PEM")
+    gateway.add_argument("--client-key", default="", help="its private key, PEM")
+    gateway.add_argument(
+        "--insecure", action="store_true", help="no TLS and no keys, also where other machines are in between"
+    )
+    add_flags(gateway, GatewayConfig)
+    add_flags(gateway, LogConfig)
+    _add_child_flags(gateway)
 
     generate = _add(commands, "generate", _generate, "stream one answer")
     generate.add_argument("prompt", help="what to answer")
@@ -554,11 +589,15 @@ def _run(work: Coroutine[Any, Any, Any]) -> Any:
     return uvloop.run(work, loop_factory=EventLoop)
 
 
-def _invitation(address: str, config: SchedulerConfig) -> str:
+def _invitation(running: Any, config: SchedulerConfig, gateway: GatewayConfig) -> str:
+    address = running.address
     body = '{"chat": {"messages": [{"role": "user", "content": "Hello!"}]}, "stopping": {"max_tokens": 64}}'
     trust = " --tls-ca AUTHORITIES" if config.tls_cert else ""
     key = " --api-key-file FILE" if config.api_keys else ""
     first = f"Serving on {address}. Try:\n  {_as_typed('pagewire')} generate --address {address}{trust}{key} 'Hello!'"
+    if running.http:
+        scheme = "https" if gateway.http_tls_cert else "http"
+        first += f"\nFor OpenAI's clients: base_url={scheme}://{running.http}/v1"
     if trust or key:
         return first
     return (

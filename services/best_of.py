@@ -12,8 +12,9 @@ who has a part of the old one is told so.
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -45,62 +46,61 @@ class BestOfAnswer(Answer):
         self._told = told
         self._begun = begun
         self._ended = [choice.finish for choice in told.values() if choice.has_ended]
-        self._is_ranked = self._stream is None
+        self._logprobs = dict.fromkeys(self._choices, 0.0)  # of all tokens so far, by the number of what is made
+        self._telling: Iterator[list[PromptLogprobs | Delta | Finish]] | None = None
 
     @property
     def is_open(self) -> bool:
         """Some choice that is to be told has not had its Finish."""
-        return bool(self._ended) or not self._is_ranked
+        return bool(self._ended) or not all(choice.has_ended for choice in self._told.values())
 
     async def next(self) -> list[PromptLogprobs | Delta | Finish]:
-        """Wait for what comes next; nothing of any choice comes before all have ended."""
+        """Wait for what comes next, which may be nothing to tell: none of a choice is told before all have ended."""
         if self._ended:
             return await super().next()
-        out: list[PromptLogprobs | Delta | Finish] = []
         if super().is_open:
-            out += [event for event in await super().next() if isinstance(event, PromptLogprobs)]
-        if not super().is_open:
-            self._is_ranked = True
-            out += self._best()
-        return out
+            events = await super().next()
+            for event in events:
+                if isinstance(event, Delta):
+                    self._logprobs[event.choice] += sum(told.token if told else -math.inf for told in event.logprobs)
+            return [event for event in events if isinstance(event, PromptLogprobs)]
+        if self._telling is None:
+            self._telling = self._tell_best()
+        await asyncio.sleep(0)  # a long answer is a few milliseconds of work: others have their turn
+        return next(self._telling)
 
-    def _best(self) -> list[PromptLogprobs | Delta | Finish]:
+    def _tell_best(self) -> Iterator[list[PromptLogprobs | Delta | Finish]]:
         assert self._stream is not None
         sequences = self._stream.sequences
-        ranked = sorted(sequences, key=lambda number: self._worth(number, sequences[number]), reverse=True)
-        out: list[PromptLogprobs | Delta | Finish] = []
+        ranked = sorted(sequences, key=self._worth, reverse=True)
+        discarded = sum(self._choices[number].num_tokens for number in ranked[self.spec.n :])
         for place, number in enumerate(ranked[: self.spec.n]):
             choice = self._told.get(place)
             if choice is not None and not choice.has_ended:
-                out += self._tell(place, choice, sequences[number])
-        discarded = sum(self._choices[number].num_tokens for number in ranked[self.spec.n :])
-        for i, event in enumerate(out):
-            if isinstance(event, Finish) and event.choice == 0:
-                out[i] = replace(event, usage=replace(event.usage, discarded_tokens=discarded))
-        return out
+                yield from self._tell(place, choice, sequences[number], 0 if place else discarded)
 
-    def _worth(self, number: int, sequence: CoreSequence) -> tuple[bool, float, int]:
+    def _worth(self, number: int) -> tuple[bool, float, int]:
         """The greater, the better."""
         choice = self._choices[number]
-        num_tokens = choice.num_tokens
-        total = sum(told.token if told else -math.inf for told in sequence.logprobs_of(0, num_tokens))
-        mean = total / num_tokens if num_tokens and not math.isnan(total) else -math.inf
-        return choice.finish.reason not in _NOT_COMPLETE, mean, -number
+        mean = self._logprobs[number] / choice.num_tokens if choice.num_tokens else -math.inf
+        is_good = choice.finish.reason not in _NOT_COMPLETE
+        return is_good, -math.inf if math.isnan(mean) else mean, -number
 
-    def _tell(self, place: int, choice: Choice, sequence: CoreSequence) -> list[Delta | Finish]:
-        """All of it that the reader does not have."""
+    def _tell(
+        self, place: int, choice: Choice, sequence: CoreSequence, discarded: int
+    ) -> Iterator[list[PromptLogprobs | Delta | Finish]]:
+        """All of it that the reader does not have, in parts."""
         first, tokens = choice.num_tokens, sequence.tokens[sequence.num_prompt :].tolist()
         if tokens[:first] != list(self._begun.get(place, ())):
             raise TicketStale("the answer did not come out as before, so that it cannot go on; ask anew")
-        out: list[Delta | Finish] = []
-        expiry_s = self._expiry_s()
-        for start in range(first, max(len(tokens), first + 1), _PART):
-            part = tokens[start : start + _PART]
-            is_last = start + _PART >= len(tokens)
-            logprobs = () if self.spec.sampling.logprobs is None else sequence.logprobs_of(start, len(part))
-            event = ChoiceEvent(place, part, sequence.reason if is_last else FinishReason.NONE, logprobs)
-            delta, finish = choice.take(event, sequence, expiry_s)
-            out += [each for each in (delta, finish) if each is not None]
+        start = first
+        while not choice.has_ended:
+            stop = start + _PART
+            logprobs = () if self.spec.sampling.logprobs is None else sequence.logprobs_of(start, _PART)
+            reason = sequence.reason if stop >= len(tokens) else FinishReason.NONE
+            event = ChoiceEvent(place, tokens[start:stop], reason, logprobs)
+            delta, finish = choice.take(event, sequence, self._expiry_s())
             if finish is not None:
-                break
-        return out
+                finish = replace(finish, usage=replace(finish.usage, discarded_tokens=discarded))
+            yield [each for each in (delta, finish) if each is not None]
+            start = stop

@@ -265,6 +265,8 @@ def best_of_from_pb(sampling: pb.SamplingParams, n: int, limits: RequestLimits) 
     """How many choices are made to tell the best n of them; 0 where there is nothing to choose or to put in order."""
     if not sampling.HasField("best_of"):
         return 0
+    if sampling.HasField("beams"):
+        raise InvalidRequest("best_of", "must not be set with beams, whose answers are the best that were found")
     if not n <= sampling.best_of <= limits.max_choices:
         raise InvalidRequest("best_of", f"must be in [{n}, {limits.max_choices}], from n on, got {sampling.best_of}")
     return sampling.best_of if sampling.best_of > 1 else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import resource
@@ -33,6 +34,8 @@ def check_binds(config: SchedulerConfig) -> None:
     """Raise StartupError for an address that others could reach without TLS and keys; --insecure allows it."""
     needed = {"--tls-cert": config.tls_cert, "--tls-key": config.tls_key, "--api-keys": config.api_keys}
     check_bind(config.listen, insecure=config.insecure, missing=[flag for flag, value in needed.items() if not value])
+    if config.local_listen and not config.local_listen.startswith("unix:"):
+        raise StartupError(f"--local-listen {config.local_listen}: give unix:PATH, which only this machine can reach")
     needed = {f"--link-tls-{name}": getattr(config, f"link_tls_{name}") for name in ("cert", "key", "ca")}
     check_bind(
         config.link_listen, insecure=config.insecure, missing=[flag for flag, value in needed.items() if not value]
@@ -84,6 +87,13 @@ def take_descriptors() -> None:
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):  # refused: fewer connections, and no less of a server
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def spare_the_collector() -> None:
+    """What is loaded by now stays for ever: a full collection would walk it for tens of milliseconds, in a step."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def tell_no_texts(loop: asyncio.AbstractEventLoop) -> None:

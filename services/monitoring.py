@@ -26,6 +26,7 @@ class Monitoring:
         cpu_ns = time.process_time_ns() - self._cpu_began_ns
         sessions = self._scheduler.sessions
         now_ns = time.monotonic_ns()  # the engine's clock, too
+        self._scheduler.end_pins(now_ns)
         return pb.GetStatusResponse(
             scheduler=pb.SchedulerStatus(
                 uptime_ns=time.monotonic_ns() - self._began_ns,

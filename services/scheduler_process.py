@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
 import json
 import logging
 import os
@@ -172,13 +171,15 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
     )
 
     listen = _bind(clients, config.listen, client_tls)
+    if config.local_listen:
+        _bind(clients, config.local_listen, None)
     link = _bind(executors, config.link_listen, link_tls)
     if admin := admin_address(config.admin_listen, listen):
         bind_admin(admins, admin)
         await admins.start()
     await clients.start()
     await executors.start()
-    _spare_the_collector()
+    lifecycle.spare_the_collector()
     loop_task = asyncio.create_task(engine.run(), name="engine")
     others = [
         asyncio.create_task(_tell_health(engine, health_service), name="health"),
@@ -219,13 +220,6 @@ def _ticket_keys(path: str) -> list[TicketKey]:
     except StartupError as error:
         log.warning("no stream of this process can be resumed by another: %s", error)
         return [ticket_keys.new_key()]
-
-
-def _spare_the_collector() -> None:
-    """What is loaded by now stays for ever: a full collection would walk it for tens of milliseconds, in a step."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
 
 
 def _die_of(bug: BaseException | None) -> NoReturn:

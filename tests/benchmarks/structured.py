@@ -71,7 +71,11 @@ def outcome(client: Client, name: str, schema: Schema, look: Problem, max_tokens
         return "refused", 0
     if answer.finish.reason is not FinishReason.EOS:
         return f"cut short ({answer.finish.reason.value})", answer.usage.completion_tokens
-    wrong = look(json.loads(answer.text))
+    try:
+        wrong = look(json.loads(answer.text))
+    except Exception as error:  # noqa: BLE001  a schema of strangers: its patterns may be none to Python, and so on
+        print(f"{name}: whole, and cannot be looked at: {type(error).__name__}: {str(error)[:100]}")
+        return "whole, not looked at", answer.usage.completion_tokens
     if wrong:
         print(f"{name}: {wrong}\n  {json.dumps(schema)[:_SHOWN]}\n  {answer.text}")
     return "invalid" if wrong else "valid", answer.usage.completion_tokens

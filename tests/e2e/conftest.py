@@ -50,7 +50,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A scheduler and one executor that computes with it; none of the tests that share them may harm them."""
     running = Cluster(tiny, tmp_path_factory.mktemp("server"))

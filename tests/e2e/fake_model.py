@@ -18,8 +18,7 @@ CHAT_TEMPLATE = """{% for t in tools or [] %}<|{{ t.function.name }}|>{% endfor 
 {% for m in messages %}<|{{ m.role }}|>{{ m.content }}\
 {% for c in m.tool_calls or [] %}<tool_call>
 {"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
-</tool_call>{% endfor %}
-{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+</tool_call>{% endfor %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
 
 
 def write(folder: Path) -> Path:

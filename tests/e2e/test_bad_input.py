@@ -18,11 +18,12 @@ Change = Callable[[pb.GenerateRequest], object]
 
 
 def fields(**values: object) -> Change:
-    """Set sampling or stopping fields by name."""
+    """Set sampling, stopping or cache fields by name."""
 
     def change(request: pb.GenerateRequest) -> None:
         for name, value in values.items():
-            part = request.sampling if name in pb.SamplingParams.DESCRIPTOR.fields_by_name else request.stopping
+            parts = (request.sampling, request.stopping, request.cache)
+            part = next(part for part in parts if name in part.DESCRIPTOR.fields_by_name)
             if isinstance(value, dict):
                 getattr(part, name).update(value)
             elif isinstance(value, list):
@@ -88,6 +89,16 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "bad word of spaces": (fields(bad_words=["x", "  "]), "bad_words", "1"),
     "more min_tokens than max_tokens": (fields(min_tokens=6, max_tokens=5), "min_tokens", "5"),
     "more min_tokens than room": (fields(min_tokens=508), "min_tokens", "507"),
+    "long salt": (fields(cache_salt="é" * 129), "cache_salt", "256"),
+    "pinned for no time": (fields(pin_seconds=0), "pin_seconds", "1"),
+    "pinned for too long": (fields(pin_seconds=3601), "pin_seconds", "3600"),
+    "no token pinned": (fields(pin_seconds=1, pin_tokens=0), "pin_tokens", "1"),
+    "more pinned than the prompt": (fields(pin_seconds=1, pin_tokens=6), "pin_tokens", "5"),
+    "pinned without an end": (fields(pin_tokens=5), "pin_tokens", "pin_seconds"),
+    "pinned without the cache": (fields(pin_seconds=1, no_cache=True), "pin_seconds", "no_cache"),
+    "best of fewer than n": (fields(n=3, best_of=2), "best_of", "[3, 8]"),
+    "best of none": (fields(best_of=0), "best_of", "[1, 8]"),
+    "best of too many": (fields(best_of=9), "best_of", "[1, 8]"),
     "too many stop ids": (fields(stop_token_ids=[1] * 65), "stop_token_ids", "64"),
 }
 

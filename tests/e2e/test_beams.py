@@ -20,7 +20,7 @@ SEARCH: dict[str, Any] = {
     "token_ids": [70, 71, 72, 5, 9],
     "beams": {"width": 4, "length_penalty": 0.5, "early_stopping": "never"},
     "n": 3,
-    "max_tokens": 300,
+    "max_tokens": 200,
     "ignore_eos": True,
     "repetition_penalty": 1.2,
     "seed": 1,

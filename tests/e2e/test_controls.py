@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pagewire import Answer, Client, FinishReason
+from pagewire import Answer, Choice, Client, FinishReason
 from protos import inference_pb2 as pb
 from tests.e2e import fake_model
 from tests.e2e.cluster import Cluster
@@ -133,6 +133,44 @@ def test_typical_sampling_takes_the_token_of_expected_surprise(server: Cluster) 
     assert typical != {tokens(server)}
 
 
+def test_the_best_of_several_are_the_likeliest_that_n_makes(server: Cluster) -> None:
+    def mean(choice: Choice) -> float:
+        return sum(each.token.logprob or 0.0 for each in choice.logprobs) / len(choice.logprobs)
+
+    sampled: dict[str, Any] = {"temperature": 1.0, "ignore_eos": False, "logit_bias": {fake_model.EOS: 5.0}}
+    made = ask(server, **sampled, n=8, logprobs=0).choices
+    best = ask(server, **sampled, n=3, best_of=8).choices
+    ranked = sorted(made, key=mean, reverse=True)
+
+    assert len({len(choice.token_ids) for choice in made}) > 2
+    assert [choice.token_ids for choice in best] == [choice.token_ids for choice in ranked[:3]]
+    discarded = sum(len(choice.token_ids) for choice in ranked[3:])
+    assert [choice.finish.usage.discarded_tokens for choice in best] == [discarded, 0, 0]
+    assert not any(choice.logprobs for choice in best)
+
+
+def test_salts_opt_outs_and_pins_change_what_is_computed_and_never_what_is_said(server: Cluster) -> None:
+    prompt = [(3 * i) % 60 + 1 for i in range(40)]
+
+    def cached(**settings: Any) -> int:
+        answer = ask(server, token_ids=prompt, max_tokens=4, **settings)
+        said.add(answer.token_ids)
+        return answer.usage.cached_prompt_tokens
+
+    said: set[tuple[int, ...]] = set()
+    assert cached(no_cache=True) == cached() == 0
+    assert cached() == 39
+    assert cached(no_cache=True) == 0
+    assert cached(cache_salt="a") == 0
+    assert cached(cache_salt="a") == 39
+    answer = ask(server, token_ids=prompt, pin_seconds=60, pin_tokens=32)
+    assert answer.pinned is not None and answer.pinned.tokens == 32
+    with Client(server.address) as client:
+        assert client.unpin(answer.pinned.pin_id) == 32
+        assert client.unpin() == 0
+    assert len(said) == 1
+
+
 def test_a_batch_of_mixed_controls_gives_each_what_it_gets_alone(server: Cluster) -> None:
     alone = {name: tokens(server, **settings) for name, settings in MIXED.items()}
 
@@ -209,6 +247,10 @@ def test_the_command_line_has_every_control(server: Cluster) -> None:
     ended = run(*PAGEWIRE, *asked, *controls, "--bad-words=aa", "--stop=ba", "--include-stop", "--min-tokens=2", "hi")
 
     assert (ended.code, ended.out.strip()) == (0, "aba"), ended.err
+    cache = ["--cache-salt=x", "--pin-seconds=60", "--pin-tokens=1", "--best-of=2"]
+    assert run(*PAGEWIRE, *asked, *controls, *cache, "hi").code == 0
+    with Client(server.address) as client:
+        assert client.unpin() == 1
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from openai import OpenAI
 
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
@@ -24,9 +26,9 @@ from tests.e2e.sockets import listening
 class Served:
     """A `serve` with two fake executors that prints its address."""
 
-    def __init__(self, model: Path, log: Path) -> None:
+    def __init__(self, model: Path, log: Path, *more: str) -> None:
         self._log = log.open("wb")
-        flags = [f"--model={model}", "--listen=127.0.0.1:0", "--executors=2", "--fake", "--fake-step-s=0.01"]
+        flags = [f"--model={model}", "--listen=127.0.0.1:0", "--executors=2", "--fake", "--fake-step-s=0.01", *more]
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "services", "serve", *flags],
             cwd=ROOT,
@@ -63,7 +65,7 @@ class Served:
             with contextlib.suppress(OSError):
                 if f"\nPPid:\t{self.popen.pid}\n" in (entry / "status").read_text():
                     words = (entry / "cmdline").read_bytes().decode().split("\0")
-                    name = next((w.removeprefix("--name=") for w in words if w.startswith("--name=")), "scheduler")
+                    name = next((w.removeprefix("--name=") for w in words if w.startswith("--name=")), words[3])
                     found[name] = int(entry.name)
         return found
 
@@ -176,3 +178,22 @@ def test_a_signal_before_everything_is_up_ends_it_all_the_same(fake_folder: Path
         starting.terminate()
         starting.communicate(timeout=30)
         assert starting.returncode == 0
+
+
+def test_a_gateway_stands_beside_the_rest_and_is_started_again_where_it_was(fake_folder: Path, tmp_path: Path) -> None:
+    served = Served(fake_folder, tmp_path / "serve.log", "--http=127.0.0.1:0")
+    try:
+        assert served.popen.stdout is not None
+        line = ""
+        while not line.startswith("For OpenAI's clients: "):
+            line = served.popen.stdout.readline().decode()
+        with OpenAI(base_url=line.rpartition("base_url=")[2].strip(), api_key="any", max_retries=8) as client:
+            asked: dict[str, Any] = {"model": "", "prompt": [1] * 40, "max_tokens": 4, "temperature": 0}
+            told = client.completions.create(**asked)
+            served.kill("gateway")
+            again = client.completions.create(**asked)
+        assert told.choices[0].text == again.choices[0].text == "IJKL"
+        assert set(served.children()) == {"scheduler", "gateway", "executor-0", "executor-1"}
+    finally:
+        served.close()
+    assert served.popen.returncode == 0

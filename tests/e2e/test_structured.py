@@ -8,15 +8,17 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from pydantic import BaseModel
 
 from common.errors import InvalidRequest
 from pagewire import Answer, Client, FinishReason
 from protos import inference_pb2 as pb
 from tests.e2e import fake_model
 from tests.e2e.cluster import Cluster
+from tests.e2e.gateways import Gateway
 from tests.e2e.programs import PAGEWIRE, run
 from tests.e2e.survivors import answers_through_a_kill
 from tests.executor.schemas import problem
@@ -245,3 +247,26 @@ def test_the_default_model_fills_in_a_schema_also_when_its_executor_is_killed(
     assert is_person(undisturbed.text), undisturbed.text
     assert problem(told.parsed["person"], PERSON) is None, "told of tools in words, and held to them"
     assert moved.text == moved_again.text == undisturbed.text
+
+
+class Verdict(BaseModel):
+    """An answer as OpenAI's client describes it."""
+
+    agrees: bool
+    stars: Literal[1, 2, 3]
+
+
+def test_openai_s_client_gets_what_its_schema_says(server: Cluster, tmp_path: Path) -> None:
+    hi: list[Any] = [{"role": "user", "content": "hi"}]
+    with Gateway(server.address, tmp_path / "log") as gateway, gateway.client() as client:
+        chat = client.chat.completions.parse(model="", messages=hi, response_format=Verdict, seed=11)
+        response = client.responses.parse(model="", input="hi", text_format=Verdict, extra_body={"seed": 11})
+        schema: Any = {"type": "json_schema", "json_schema": {"name": "people", "schema": PEOPLE, "strict": True}}
+        people = client.chat.completions.create(model="", messages=hi, response_format=schema, max_tokens=200, seed=11)
+        serial = client.completions.create(model="", prompt=PROMPT, max_tokens=40, extra_body={"regex": SERIAL})
+
+    assert isinstance(chat.choices[0].message.parsed, Verdict)
+    assert response.output_parsed == chat.choices[0].message.parsed and response.status == "completed"
+    assert people.choices[0].message.content is not None and is_person(people.choices[0].message.content)
+    assert people.choices[0].finish_reason == "stop"
+    assert re.fullmatch(SERIAL, serial.choices[0].text)

@@ -276,6 +276,7 @@ class TicketCaller(_Resumes):
         self.cluster.world.after(draw.choice([0.01, 0.3, 3.0]), self._live_again)
 
     def _live_again(self) -> None:
+        self._twins += 1  # the last call of its former life may still be on its way, and arrive behind the next one
         self.process = self._born()
         self.process.spawn(self._live(0.0))
 

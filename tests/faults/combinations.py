@@ -98,6 +98,19 @@ def _structured(draw: Draw, asked: Asked) -> None:
     asked.sampling.structured.CopyFrom(pb.StructuredOutput(**draw(st.sampled_from(kinds))))
 
 
+def _beams(draw: Draw, asked: Asked) -> None:
+    asked.sampling.beams.width = 3
+    asked.sampling.beams.length_penalty = draw(st.sampled_from([-1.0, 0.0, 1.0]))
+
+
+def _cache(draw: Draw, asked: Asked) -> None:
+    """Pins are drawn by the stories: that one is refused depends on what the others have."""
+    if draw(st.booleans()):
+        asked.cache.no_cache = True
+    else:
+        asked.cache.cache_salt = draw(st.sampled_from(["", "salt"]))
+
+
 def _stop_tokens(draw: Draw, asked: Asked) -> None:
     asked.stopping.stop_token_ids.extend(draw(_TOKEN_LISTS))
 
@@ -121,6 +134,9 @@ CONTROLS: Final[dict[str, Control]] = {
     "min_p": _number("min_p", st.sampled_from([0.01, 0.2])),
     "typical_p": _number("typical_p", st.sampled_from([0.3, 0.9])),
     "n": _number("n", st.integers(2, 3)),
+    "best_of": _number("best_of", st.integers(3, 4)),
+    "beams": _beams,
+    "cache": _cache,
     "repetition_penalty": _number("repetition_penalty", st.sampled_from([0.8, 1.3])),
     "presence_penalty": _number("presence_penalty", st.sampled_from([-1.0, 0.5])),
     "frequency_penalty": _number("frequency_penalty", st.sampled_from([-0.5, 1.0])),
@@ -154,7 +170,10 @@ NOT_DRAWN: Final = {
 }
 """What is no control, or no choice; and why."""
 
-CONTRADICTIONS: Final = [{"structured", "ignore_eos"}]
+CONTRADICTIONS: Final = [
+    {"structured", "ignore_eos"},
+    *({"beams", drawn} for drawn in ("temperature", "top_k", "top_p", "min_p", "typical_p", "best_of")),
+]
 """Controls that no request may have together."""
 
 

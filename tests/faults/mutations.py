@@ -31,6 +31,7 @@ from scheduler.sequence import Status
 from scheduler.session import Session
 from services import codec_link, codec_public, handlers
 from services.answer import Answer, Choice, Delta, Finish, Usage
+from services.best_of import BestOfAnswer
 from services.choice_text import ChoiceText
 from services.engine import Engine, RequestStream
 from services.executor_service import ExecutorService
@@ -375,6 +376,21 @@ def what_an_executor_says_wrongly_ends_the_engine(patch: Patch) -> None:
     patch(Engine, "_fold", fold)
 
 
+def the_best_are_those_with_the_greatest_sum(patch: Patch) -> None:
+    worth = BestOfAnswer._worth
+
+    def by_sum(self: BestOfAnswer, number: int) -> tuple[bool, float, int]:
+        is_good, mean, place = worth(self, number)
+        return is_good, mean * self._choices[number].num_tokens, place
+
+    patch(BestOfAnswer, "_worth", by_sum)
+
+
+def a_choice_that_failed_is_among_the_best(patch: Patch) -> None:
+    worth = BestOfAnswer._worth
+    patch(BestOfAnswer, "_worth", lambda self, number: (True, *worth(self, number)[1:]))
+
+
 MUTATIONS: list[Mutation] = [
     *mutations_in(globals()),
     *mutations_in(vars(stream_mutations)),
@@ -382,6 +398,9 @@ MUTATIONS: list[Mutation] = [
     *map(
         core,
         [
+            of_the_core.a_key_does_not_name_the_salt,
+            of_the_core.who_wants_nothing_of_the_cache_leaves_something_there,
+            of_the_core.a_pin_that_is_over_keeps_its_blocks,
             of_the_core.a_fork_shares_its_last_block_without_a_copy,
             of_the_core.a_shared_block_is_written_in_place,
             of_the_core.a_tail_is_shared_without_a_copy,

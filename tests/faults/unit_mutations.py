@@ -14,6 +14,9 @@ from pagewire.continuation import Continuation
 from pagewire.retrying import Attempts, RetryBudget
 from protos import inference_pb2 as pb
 from scheduler import line
+from scheduler.block_pool import BlockPool, Rank
+from scheduler.pins import Pins
+from scheduler.prefix_cache import BlockKey
 from services import gate, handlers
 from services.caller import ANONYMOUS
 from services.choice_text import ChoiceText
@@ -127,12 +130,43 @@ def the_client_has_no_budget_for_retries(patch: Patch) -> None:
     patch(RetryBudget, "retry", lambda self, now_s: 0.0)
 
 
+def a_block_that_is_pinned_is_not_free(patch: Patch) -> None:
+    patch(BlockPool, "num_free", property(lambda self: len(self._free)))
+
+
+def the_youngest_pin_makes_way_first(patch: Patch) -> None:
+    rank = Pins.rank
+
+    def turned(self: Pins, key: BlockKey) -> Rank | None:
+        found = rank(self, key)
+        return None if found is None else Rank(-found.order, found.place)
+
+    patch(Pins, "rank", turned)
+
+
+def a_pin_is_ended_by_another_tenant(patch: Patch) -> None:
+    patch(Pins, "find", lambda self, tenant, id: [pin for pin in self if id in (None, pin.id)])
+
+
 _SERVICES: Final = "tests/services/"
 _TOLD_AGAIN: Final = (
     "tests/executor/test_controls.py"
     "::test_a_sequence_that_is_told_again_behind_any_token_goes_on_as_if_it_had_never_moved"
 )
 MUTATIONS: Final[list[Mutation]] = [
+    Mutation(
+        a_block_that_is_pinned_is_not_free,
+        "tests/scheduler/test_pins.py::test_a_pin_keeps_nobody_waiting_and_has_nobody_preempted",
+    ),
+    Mutation(
+        the_youngest_pin_makes_way_first,
+        "tests/scheduler/test_pins.py"
+        "::test_as_memory_runs_out_the_oldest_pin_goes_first_and_its_end_before_its_beginning",
+    ),
+    Mutation(
+        a_pin_is_ended_by_another_tenant,
+        "tests/scheduler/test_pins.py::test_pins_end_by_name_or_all_at_once_and_nobody_ends_those_of_another_tenant",
+    ),
     Mutation(
         the_text_of_an_exception_is_shown_to_the_client,
         _SERVICES + "test_handlers.py::test_an_exceptions_text_reaches_neither_the_client_nor_the_log",

@@ -23,10 +23,13 @@ def services(name: str = "docker-compose.yml") -> dict[str, Any]:
     return found
 
 
-def test_only_the_client_port_is_published_and_only_to_this_machine() -> None:
+def test_only_the_clients_ports_are_published_and_only_to_this_machine() -> None:
     ports = {name: service["ports"] for name, service in services().items() if "ports" in service}
 
-    assert ports == {"scheduler": ["127.0.0.1:${PAGEWIRE_PORT-50051}:50051"]}
+    assert ports == {
+        "scheduler": ["127.0.0.1:${PAGEWIRE_PORT-50051}:50051"],
+        "gateway": ["127.0.0.1:${PAGEWIRE_HTTP_PORT-8000}:8000"],
+    }
 
 
 def test_every_container_gives_up_its_privileges() -> None:

@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from common.config import ClientConfig, ExecutorConfig, SchedulerConfig
+from common.config import ClientConfig, ExecutorConfig, GatewayConfig, SchedulerConfig
 from common.sampling import RequestLimits, SamplingParams
 from common.step import MAX_DRAFTS
 from protos import inference_pb2 as pb
@@ -115,13 +115,15 @@ def test_every_field_of_tools_stands_in_its_table_with_its_limit() -> None:
 
 
 def test_every_flag_and_target_that_is_named_exists() -> None:
-    settings = {field.name for config in (SchedulerConfig, ExecutorConfig, ClientConfig) for field in fields(config)}
+    configs = (SchedulerConfig, ExecutorConfig, ClientConfig, GatewayConfig)
+    settings = {field.name for config in configs for field in fields(config)}
     flags = {
         flag.replace("-", "_")
         for part in (
             "Limits",
             "What a request may ask for",
             "Tools",
+            "OpenAI's clients",
             "Keys, TLS and tenants",
             "Restarts that nobody notices",
             "Not there yet",
@@ -140,3 +142,21 @@ def test_every_link_leads_to_a_file() -> None:
 
     assert len(links) >= 5
     assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_the_limits_of_the_gateway_are_the_defaults() -> None:
+    gateway = GatewayConfig()
+    limit = {row[0]: row[1] for row in cells("OpenAI's clients") if len(row) == 4}
+
+    assert limit["body of a request"] == f"{gateway.http_max_body_bytes} bytes, within {gateway.http_body_s:g} s"
+    assert limit["bodies that are being read"] == f"{gateway.http_max_bodies_bytes} bytes"
+    assert limit["head of a request"] == f"{gateway.http_max_head_bytes} bytes, within {gateway.http_head_s:g} s"
+    assert limit["connections"] == f"{gateway.http_max_connections}"
+    assert limit["time between two requests of a connection"] == f"{gateway.http_idle_s:g} s"
+    assert limit["requests that are open"] == f"{gateway.http_max_requests}"
+    assert limit["prompts of one request"] == f"{gateway.http_max_prompts}"
+    assert limit["reader of a stream who takes nothing"] == f"{gateway.http_reader_timeout_s:g} s"
+    assert limit["until a scheduler is there"] == f"{gateway.http_begin_patience_s:g} s"
+    assert limit["the same, in the middle of a stream"] == f"{gateway.http_patience_s:g} s"
+    assert limit["requests that run after SIGTERM"] == f"{gateway.http_drain_s:g} s"
+    assert f"silent for {gateway.http_comment_s:g} s" in section("OpenAI's clients")

@@ -122,7 +122,15 @@ def _ask(world: Witness, draw: random.Random, prompt: list[int], tenant: str) ->
     if sum(prompt) % 3 == 0:  # not drawn, as above
         sampling = dataclasses.replace(sampling, grammar=Grammar("regex", "a+"))
     n, priority = draw.choice([1, 1, 1, 2, 4]), draw.choice([*Priority, Priority.NORMAL])
-    world.request(prompt, n=n, stop=stop, sampling=sampling, tenant=tenant, priority=priority)
+    # drawn apart, so that the stories are otherwise what they were
+    apart = random.Random(f"cache {len(world.names)} {prompt}")
+    salt, caches = "salt" if apart.random() < 0.1 else "", apart.random() >= 0.1
+    world.request(prompt, n=n, stop=stop, sampling=sampling, tenant=tenant, priority=priority, salt=salt, caches=caches)
+    if apart.random() < 0.25:
+        pinned = prompt[: apart.randint(1, len(prompt))]
+        world.pin(pinned, tenant=tenant, salt=salt, seconds=apart.choice([1, 3, 20]))
+    if apart.random() < 0.03:
+        world.unpin(tenant)
 
 
 def _abort(world: Witness, draw: random.Random) -> None:

@@ -47,6 +47,8 @@ class Machine(RuleBasedStateMachine):
         sampling=SAMPLING,
         tenant=st.sampled_from("ab"),
         priority=st.sampled_from(Priority),
+        salt=st.sampled_from(["", "", "salt"]),
+        caches=st.sampled_from([True, True, False]),
     )
     def request(
         self,
@@ -56,8 +58,20 @@ class Machine(RuleBasedStateMachine):
         sampling: SamplingParams,
         tenant: str,
         priority: Priority,
+        salt: str,
+        caches: bool,
     ) -> None:
-        self.world.request(prompt, n=n, stop=stop, sampling=sampling, tenant=tenant, priority=priority)
+        self.world.request(
+            prompt, n=n, stop=stop, sampling=sampling, tenant=tenant, priority=priority, salt=salt, caches=caches
+        )
+
+    @rule(prompt=PROMPTS, tenant=st.sampled_from("ab"), salt=st.sampled_from(["", "salt"]), seconds=st.integers(1, 20))
+    def pin(self, prompt: list[int], tenant: str, salt: str, seconds: int) -> None:
+        self.world.pin(prompt, tenant=tenant, salt=salt, seconds=seconds)
+
+    @rule(tenant=st.sampled_from("ab"))
+    def unpin(self, tenant: str) -> None:
+        self.world.unpin(tenant)
 
     @precondition(lambda self: self.world.prompts)
     @rule(draw=st.data(), own=st.lists(TOKENS, min_size=1, max_size=3))
@@ -186,6 +200,7 @@ def test_a_crowd_on_tiny_executors_ends_with_the_tokens_each_would_have_had_alon
     assert sum(w.scheduler.counters.preemptions for w in worlds) > 300, "memory was never short"
     assert sum(w.scheduler.counters.moved for w in worlds) > 150, "no executor was ever lost"
     assert sum(w.scheduler.counters.cached_prompt_tokens for w in worlds) > 5000, "no prefix was ever found"
+    assert sum(w.scheduler.pins.num_made for w in worlds) > 500, "nothing was ever pinned"
     assert sum(w.scheduler.counters.trials for w in worlds) > 10, "no request ever had to run alone"
     assert sum(w.scheduler.counters.given_up for w in worlds) > 1, "no request was ever given up"
     assert sum(w.scheduler.counters.quarantines for w in worlds) > 20, "no executor was ever quarantined"

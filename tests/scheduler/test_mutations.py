@@ -20,6 +20,7 @@ from scheduler import session as session_module
 from scheduler import suspicion
 from scheduler.block_pool import BlockPool
 from scheduler.moves import Moves
+from scheduler.pins import PinLimits, Pins
 from scheduler.planning import Planner
 from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
 from scheduler.results import ProtocolError
@@ -250,7 +251,48 @@ def a_row_is_topped_up_from_the_wrong_place(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Session, "extend_row", from_its_start)
 
 
+def a_key_does_not_name_the_salt(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = KeyChain.root
+    monkeypatch.setattr(KeyChain, "root", lambda self, model, tenant, salt: root(self, model, tenant))
+
+
+def who_wants_nothing_of_the_cache_leaves_something_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    remember = Session.remember
+
+    def always(self: Session, sequence: Running, num_written: int, step: int) -> None:
+        caches, sequence.caches = sequence.caches, True
+        remember(self, sequence, num_written, step)
+        sequence.caches = caches
+
+    monkeypatch.setattr(Session, "remember", always)
+
+
+def a_pin_that_is_over_keeps_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheduler, "_end_pin", lambda self, pin: self._pins.remove(pin))
+
+
+def a_pin_keeps_only_what_is_cached_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    remember = Session.remember
+
+    def unpinned(self: Session, sequence: Running, num_written: int, step: int) -> None:
+        pins, self._pins = self._pins, Pins(self._chain, PinLimits())
+        remember(self, sequence, num_written, step)
+        self._pins = pins
+
+    monkeypatch.setattr(Session, "remember", unpinned)
+
+
+def a_block_that_is_not_to_be_trusted_stays_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = BlockPool.keep
+    monkeypatch.setattr(BlockPool, "keep", lambda self, block, rank: keep(self, block, rank) if rank else None)
+
+
 MUTATIONS: list[Plant] = [
+    a_key_does_not_name_the_salt,
+    who_wants_nothing_of_the_cache_leaves_something_there,
+    a_pin_that_is_over_keeps_its_blocks,
+    a_pin_keeps_only_what_is_cached_when_it_is_made,
+    a_block_that_is_not_to_be_trusted_stays_pinned,
     a_block_is_freed_although_a_step_in_flight_writes_it,
     a_fork_shares_its_last_block_without_a_copy,
     a_shared_block_is_written_in_place,

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from common.blocks import blocks_for
-from common.errors import InvalidRequest
+from common.errors import InvalidRequest, Overloaded
 from common.sampling import SamplingParams, StopConditions
 from common.step import StepPlan, StepResult
 from common.types import BlockId, FinishReason, Priority, SequenceId, SlotRef, slot_of
 from executor.fake_runner import NextToken, Prefix, digests_of, prefix_hash_token
 from executor.runner import execute
+from scheduler.pins import PinLimits
 from scheduler.results import ProtocolError
 from scheduler.scheduler import Losses
 from scheduler.session import Session
@@ -83,7 +84,7 @@ class Seat:
     """What the plans have told of one resident sequence."""
 
     name: str
-    tenant: str
+    scope: str
     table: list[BlockId]
     position: int  # tokens that the plans so far compute
 
@@ -94,7 +95,7 @@ class Book:
 
     seats: dict[SlotRef, Seat]
     writes: deque[dict[BlockId, SlotRef]]  # for each unanswered step, who writes which block
-    tenants: dict[BlockId, str]  # whose content the block holds
+    scopes: dict[BlockId, str]  # whose content the block holds
     rows: deque[dict[str, Witnessed]]  # for each unanswered step, by name
 
 
@@ -161,6 +162,7 @@ class Witness(World):
         self.books: dict[int, Book] = {}
         self.oracles: dict[str, Alone] = {}
         self.tenants: dict[SequenceId, str] = {}
+        self.scopes: dict[SequenceId, str] = {}  # within which blocks may be shared: tenant and salt, or one request
         self.prompts: dict[str, list[int]] = {}
         self.aborted: set[str] = set()
         self.last_result: dict[int, StepResult] = {}
@@ -176,6 +178,7 @@ class Witness(World):
             vocab_size=VOCAB_SIZE,
             eos=EOS,
             next_token=next_token,
+            pins=PinLimits(max_tokens_per_tenant=60, max_share=1),
         )
 
     # ---- events
@@ -229,11 +232,23 @@ class Witness(World):
         sampling: SamplingParams = GREEDY,
         tenant: str = "",
         priority: Priority = Priority.NORMAL,
+        salt: str = "",
+        caches: bool = True,
     ) -> None:
         """A request by the name of its number, with what each choice must generate."""
         name = f"{len(self.names)}:"
         try:
-            made = self.scheduler.add(prompt, sampling, stop, self.now_ns, choices=n, tenant=tenant, priority=priority)
+            made = self.scheduler.add(
+                prompt,
+                sampling,
+                stop,
+                self.now_ns,
+                choices=n,
+                tenant=tenant,
+                salt=salt,
+                caches=caches,
+                priority=priority,
+            )
         except InvalidRequest:
             return
         for choice, sequence in enumerate(made):
@@ -241,8 +256,23 @@ class Witness(World):
             self.names[sequence.id] = label
             self.tokens[label] = []
             self.tenants[sequence.id] = tenant
+            self.scopes[sequence.id] = f"{tenant} and {salt}" if caches else f"{name} alone"
             self.prompts[label] = prompt
             self.oracles[label] = alone(prompt, sampling, choice, stop)
+        self.check()
+
+    def pin(self, tokens: list[int], *, tenant: str, salt: str, seconds: int) -> None:
+        """Somebody wants these to stay. That changes no token, and holds no block."""
+        try:
+            self.scheduler.check_pin(tokens, self.now_ns, tenant=tenant, salt=salt)
+        except (InvalidRequest, Overloaded):
+            return
+        self.scheduler.pin(tokens, self.now_ns + seconds * 1_000_000_000, tenant=tenant, salt=salt)
+        self.check()
+
+    def unpin(self, tenant: str) -> None:
+        """And no more."""
+        self.scheduler.unpin(tenant)
         self.check()
 
     def abort(self, name: str) -> None:
@@ -378,15 +408,13 @@ class Witness(World):
         self._enter_suspects(book, plan)
         for source, destination in plan.copies:
             assert destination in writers, f"block {destination} is copied to for nobody"
-            assert book.tenants.get(source) == book.seats[writers[destination]].tenant, (
-                "another tenant's block is copied"
-            )
-            book.tenants[destination] = book.tenants[source]
+            assert book.scopes.get(source) == book.seats[writers[destination]].scope, "a block of another is copied"
+            book.scopes[destination] = book.scopes[source]
         for block, ref in writers.items():
-            book.tenants[block] = book.seats[ref].tenant
+            book.scopes[block] = book.seats[ref].scope
         for new in plan.new:
             for block in new.block_table[: blocks_for(new.num_computed, session.block_size)]:
-                assert book.tenants.get(block) == book.seats[new.ref].tenant, f"block {block} is another tenant's"
+                assert book.scopes.get(block) == book.seats[new.ref].scope, f"block {block} is another's"
         for earlier in book.writes:
             for block, ref in writers.items():
                 assert earlier.get(block, ref) == ref, f"block {block} is reused while an unanswered step may write it"
@@ -404,7 +432,7 @@ class Witness(World):
             taken.add(slot_of(new.ref))
             id = ids[new.ref]
             self.docket.placement[self.names[id]] += 1
-            book.seats[new.ref] = Seat(self.names[id], self.tenants[id], list(new.block_table), new.num_computed)
+            book.seats[new.ref] = Seat(self.names[id], self.scopes[id], list(new.block_table), new.num_computed)
         for ref, block in zip(plan.append_refs, plan.append_blocks, strict=True):
             book.seats[ref].table.append(block)
         for ref, index, block in zip(plan.replace_refs, plan.replace_indices, plan.replace_blocks, strict=True):

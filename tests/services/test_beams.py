@@ -193,6 +193,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "must be one of .*, got 9",
     ),
     ({"n": 5}, "n", "must be at most beams.width, 4, got 5"),
+    ({"best_of": 4}, "best_of", "must not be set with beams"),
     ({"temperature": 0.7}, "temperature", "must be 0, or not set, with beams, which draw nothing; got 0.7"),
     ({"top_k": 3}, "top_k", "with beams"),
     ({"top_p": 0.5}, "top_p", "with beams"),

@@ -698,3 +698,69 @@ def test_metadata_goes_with_every_call() -> None:
     with played(look, look) as (_, run):
         run(lambda address: generate(address, "async", metadata=[("authorization", "Bearer k")]))
     assert seen == ["Bearer k", "Bearer k"]
+
+
+# ---- on behalf of somebody else
+
+
+def test_whoever_asks_for_somebody_else_hears_a_refusal_once_each_server_has_refused() -> None:
+    full = Failure(error=Overloaded("full", 2.0), may_pass=True, answered=True, retry_after_s=2.0)
+    three = attempts("a", "b", "c", begin_patience_s=5.0)
+    assert [three.failed(full, 0.1 * n) for n in range(2)] == [0.0, 0.0]
+    with pytest.raises(Overloaded):
+        three.failed(full, 0.2)
+
+
+def test_whoever_asks_for_somebody_else_looks_for_a_server_for_a_while() -> None:
+    one = attempts(begin_patience_s=1.0)
+    one.failed(lost("x"), 0.0)
+    one.failed(lost("x"), 0.5)
+    with pytest.raises(Unavailable):
+        one.failed(lost("x"), 1.0)
+
+
+def test_a_request_that_was_begun_with_is_as_patient_as_any_other() -> None:
+    one = attempts(begin_patience_s=0.0, patience_s=30.0)
+    one.taken()
+    one.failed(lost("x"), 0.0)
+    one.failed(UNAVAILABLE, 20.0)
+
+
+def test_a_stream_that_another_reader_took_over_is_not_ended_for_him() -> None:
+    async def read(address: str) -> None:
+        async with AsyncClient(address) as client, client.stream("hi") as stream:
+            with pytest.raises(Superseded):
+                async for _ in stream:
+                    pass
+
+    with played(saying(first(), delta(0, 65), then=Superseded("another one reads on"))) as (server, run):
+        run(read)
+    assert server.cancelled == []
+
+
+def test_a_stream_may_be_left_for_another_one_to_go_on_with() -> None:
+    async def leave(address: str) -> Continuation:
+        async with AsyncClient(address) as client:
+            stream = client.stream("hi")
+            await anext(stream)
+            await stream.close(linger=True)
+            return stream.continuation
+
+    async def go_on(address: str, heard: Continuation) -> str:
+        request = pb.GenerateStreamRequest(text="hi", request_id=heard.request_id)
+        async with AsyncClient(address) as client, client.send(request) as stream:
+            stream.continuation.go_on({0: (heard.ticket(0), [65])}, ())
+            return "".join([d.text async for d in stream])
+
+    async def more(request: Any, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        yield first()
+        yield delta(0, 65)
+        await asyncio.Event().wait()
+
+    async def both_ways(address: str) -> str:
+        return await go_on(address, await leave(address))
+
+    with played(more, saying(first(resumed=True), delta(1, 66), finish())) as (server, run):
+        assert run(both_ways) == "B"
+    assert server.cancelled == []
+    assert [list(point.token_ids) for point in server.asked[1].choices] == [[65]]

@@ -1,0 +1,287 @@
+"""The paths of OpenAI's API, and the edge at which every ending becomes a status and a body that its clients know."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from common.errors import InvalidRequest, Overloaded, PagewireError, Unauthenticated, Unavailable
+from common.log import without_texts
+from services.gateway import chat, completions, positions, responses
+from services.gateway.answers import Answers
+from services.gateway.asked import Asked
+from services.gateway.bodies import Bodies, parse
+from services.gateway.errors import LAST_EVENT_ID, NotServed, Told, told, told_of_bug, told_of_http
+from services.gateway.events import EventStream, Patience, event, while_connected
+from services.gateway.fields import Fields
+from services.gateway.metrics import Metrics
+from services.gateway.upstream import Upstream
+
+_log = logging.getLogger(__name__)
+
+_MAX_KEY: Final = 128  # characters; the scheduler takes no longer ones either
+_MAX_REQUEST_ID: Final = 128
+_NAMES: Final = "pagewire.names"
+"""Where a request's scope holds what its caller calls the scheduler's fields."""
+
+_ALREADY_TOLD: Final = b"data: [DONE]\n\n"
+
+UnknownFields = Literal["refuse", "ignore"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telling:
+    """How the answers to one request are told: whole, in events, and as the last event of a stream that fails."""
+
+    whole: Callable[[Answers], Awaitable[dict[str, Any]]]
+    stream: Callable[[Answers], AsyncGenerator[bytes, None]]
+    error: Callable[[Told], bytes]
+
+
+class Gateway:
+    """An ASGI application; it holds nothing of a request when that has ended."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        bodies: Bodies,
+        patience: Patience,
+        metrics: Metrics,
+        *,
+        max_requests: int,
+        max_prompts: int,
+        unknown_fields: UnknownFields = "refuse",
+    ) -> None:
+        self.draining = False
+        self._upstream = upstream
+        self._bodies = bodies
+        self._patience = patience
+        self._metrics = metrics
+        self._max_requests = max_requests
+        self._max_prompts = max_prompts
+        self._unknown_fields = unknown_fields
+        self._began = int(time.time())
+        self._router = Router(
+            [
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/completions", self._completions, methods=["POST"]),
+                Route("/v1/responses", self._responses, methods=["POST"]),
+                Route("/v1/embeddings", self._embeddings, methods=["POST"]),
+                Route("/v1/models", self._models, methods=["GET"]),
+                Route("/v1/models/{model:path}", self._model, methods=["GET"]),
+                Route("/health", self._health, methods=["GET"]),
+                Route("/metrics", self._tell_metrics, methods=["GET"]),
+            ],
+            redirect_slashes=False,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. Raises nothing but what ends the task."""
+        if scope["type"] != "http":
+            return
+        scope["app"] = self  # so Starlette raises what it would answer otherwise
+        request_id = _id_of(scope)
+        status = 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        counts = scope["method"] == "POST"
+        with self._metrics.request(scope["path"] if counts else "") as ended:
+            try:
+                if counts and self._metrics.num_open > self._max_requests:
+                    raise Overloaded(f"{self._max_requests} requests are open, which is all there may be")
+                await self._router(scope, receive, sending)
+            except ClientDisconnect:
+                status = status or 499  # as nginx counts them
+            except Exception as error:  # noqa: BLE001  the edge: whatever it is, the caller gets a status and no more
+                failed = _told(error, scope)
+                if not status:
+                    await failed.response()(scope, receive, sending)
+            ended(status)
+
+    # ---- answers
+
+    async def _chat(self, request: Request) -> ASGIApp:
+        body = await self._body(request)
+        asked = chat.read(body)
+        telling = Telling(
+            whole=lambda answers: chat.whole(answers, asked),
+            stream=lambda answers: chat.stream(answers, asked),
+            error=_error_event,
+        )
+        return await self._answer(request, body, asked, telling)
+
+    async def _completions(self, request: Request) -> ASGIApp:
+        body = await self._body(request)
+        asked = completions.read(body, max_prompts=self._max_prompts)
+        self._refuse_unknown(body)
+        request.scope[_NAMES] = asked.names
+        prompts = await completions.echoes(self._upstream, asked, _key(request))
+        telling = Telling(
+            whole=lambda answers: completions.whole(answers, asked, prompts),
+            stream=lambda answers: completions.stream(answers, asked, prompts),
+            error=_error_event,
+        )
+        return await self._answer(request, body, asked, telling)
+
+    async def _responses(self, request: Request) -> ASGIApp:
+        body = await self._body(request)
+        asked = responses.read(body)
+        telling = Telling(
+            whole=lambda answers: responses.whole(answers, asked),
+            stream=lambda answers: responses.stream(answers, asked),
+            error=lambda failed: responses.error_event(failed.message, failed.code, failed.param),
+        )
+        return await self._answer(request, body, asked, telling)
+
+    async def _body(self, request: Request) -> Fields:
+        if self.draining:
+            raise Unavailable("the gateway stops; another one may answer")
+        return parse(await self._bodies.read(request.scope, request.receive))
+
+    def _refuse_unknown(self, body: Fields) -> None:
+        if self._unknown_fields == "refuse":
+            body.refuse_unknown()
+        elif unknown := body.unknown():
+            _log.warning("%d members of a request are not known here, and ignored", len(unknown))
+
+    async def _answer(self, request: Request, body: Fields, asked: Asked, telling: Telling) -> ASGIApp:
+        self._refuse_unknown(body)
+        request.scope[_NAMES] = asked.names
+        key = _key(request)
+        position = None
+        if (last := request.headers.get(LAST_EVENT_ID)) and asked.manner.stream:
+            position = positions.read(last)
+        elif asked.manner.resume_token_ids:
+            raise InvalidRequest("resume_token_ids", f"are for a stream that goes on: send {LAST_EVENT_ID}, too")
+        asked.begin(position)
+        if position is not None and position.done:
+            return Response(_ALREADY_TOLD, media_type="text/event-stream")
+        answers = Answers(
+            self._upstream,
+            asked.requests,
+            key,
+            created=position.created if position else int(time.time()),
+            position=position,
+            tokens=asked.manner.resume_token_ids,
+            on_first=self._metrics.first_token(),
+        )
+        if not asked.manner.stream:
+            return Response(
+                json.dumps(await while_connected(request.receive, _whole(answers, telling))).encode(),
+                media_type="application/json",
+            )
+        answers.linger = bool(asked.manner.resumable)
+
+        def on_cut() -> None:  # the process ends before the answer: its reader may go on with another one
+            answers.linger = asked.manner.resumable is not False
+
+        return EventStream(
+            telling.stream(answers),
+            self._patience,
+            close=answers.close,
+            tell=lambda error: telling.error(_told(error, request.scope)),
+            on_cut=on_cut,
+        )
+
+    # ---- the rest
+
+    async def _embeddings(self, request: Request) -> Response:
+        name = (await self._body(request)).string("model") or ""
+        served = await self._upstream.model(name, _key(request))
+        raise NotServed("model", f"model: {served.model} makes text, and no embeddings")
+
+    async def _models(self, request: Request) -> Response:
+        served = await self._upstream.model("", _key(request))
+        return _json({"object": "list", "data": [self._told_model(served.model, served.max_model_len)]})
+
+    async def _model(self, request: Request) -> Response:
+        served = await self._upstream.model(request.path_params["model"], _key(request))
+        return _json(self._told_model(served.model, served.max_model_len))
+
+    def _told_model(self, name: str, max_model_len: int) -> Mapping[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._began,
+            "owned_by": "pagewire",
+            "max_model_len": max_model_len,
+        }
+
+    async def _health(self, _: Request) -> Response:
+        serving = not self.draining and await self._upstream.is_serving()
+        return _json({"status": "serving" if serving else "not_serving"}, 200 if serving else 503)
+
+    async def _tell_metrics(self, _: Request) -> Response:
+        return Response(await self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _whole(answers: Answers, telling: Telling) -> dict[str, Any]:
+    async with answers:
+        return await telling.whole(answers)
+
+
+def _json(value: Mapping[str, Any], status: int = 200) -> Response:
+    return Response(json.dumps(value).encode(), status, media_type="application/json")
+
+
+def _error_event(failed: Told) -> bytes:
+    return event(failed.body.decode())
+
+
+def _told(error: Exception, scope: Scope) -> Told:
+    """What the caller is told. Of a bug the log is told, too, without its text, which may be a prompt's."""
+    if isinstance(error, PagewireError):
+        return told(error, scope.get(_NAMES))
+    if isinstance(error, HTTPException):
+        return told_of_http(error)
+    error_id = secrets.token_hex(8)
+    _log.error(
+        "a request failed with internal error %s\n%s",
+        error_id,
+        "".join(without_texts(error)),
+        extra={"fields": {"error_id": error_id}},
+    )
+    return told_of_bug(error_id)
+
+
+def _key(request: Request) -> str:
+    """The API key that the caller shows; empty where he shows none. Raises Unauthenticated for what can be none."""
+    shown = request.headers.get("authorization", "")
+    scheme, _, key = shown.partition(" ")
+    key = key.strip()
+    if not shown:
+        return ""
+    if scheme.lower() != "bearer" or not key or len(key) > _MAX_KEY or not (key.isascii() and key.isprintable()):
+        raise Unauthenticated("an API key is needed: Authorization: Bearer KEY")
+    if " " in key:
+        raise Unauthenticated("an API key is needed: Authorization: Bearer KEY")
+    return key
+
+
+def _id_of(scope: Scope) -> str:
+    """What this request is called in its answer: as its caller called it, or anew."""
+    for name, value in scope["headers"]:
+        if (
+            name == b"x-request-id"
+            and 0 < len(value) <= _MAX_REQUEST_ID
+            and all(0x21 <= byte <= 0x7E for byte in value)
+        ):
+            return str(value, "ascii")
+    return secrets.token_hex(12)

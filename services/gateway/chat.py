@@ -1,0 +1,251 @@
+"""/v1/chat/completions: messages in, messages out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Final
+
+from common.errors import InvalidRequest
+from pagewire.answers import Finish, FinishReason, TokenLogprobs, Usage
+from protos import inference_pb2 as pb
+from services.gateway import scores
+from services.gateway.answers import Answers, Piece
+from services.gateway.asked import Asked, read_manner
+from services.gateway.errors import NotServed
+from services.gateway.events import event
+from services.gateway.fields import Fields, array, fields, shown, text
+from services.gateway.options import read_options, read_structured
+from services.gateway.tools import read_tool_message, read_tools
+
+DONE: Final = b"data: [DONE]\n\n"
+
+_MAX_TOKENS: Final = ("max_completion_tokens", "max_tokens")
+# What assistants' messages bring along when they are sent back as they came.
+_OF_ANSWERS: Final = ("name", "refusal", "audio", "annotations", "reasoning_content", "reasoning")
+
+
+def read(body: Fields) -> Asked:
+    """What a chat request asks for. Raises InvalidRequest, NotServed. Whoever calls refuses what is left over."""
+    request = pb.GenerateStreamRequest()
+    names = {"chat.messages": "messages", "chat": "messages"}
+    names |= read_options(body, request, max_tokens=_MAX_TOKENS)
+    names |= read_structured(body, request.sampling, "response_format")
+    names |= _read_logprobs(body, request.sampling)
+    read_tools(body)
+    messages = body.list_of_fields("messages")
+    if not messages:
+        raise InvalidRequest("messages", "is empty")
+    request.chat.SetInParent()
+    for message in messages:
+        add_message(request.chat, message)
+    for name, only in (("modalities", ["text"]), ("audio", None)):
+        if body.take(name) not in (None, only):
+            raise NotServed(name, f"{name}: answers are text")
+    return Asked(requests=[request], manner=read_manner(body), names=names)
+
+
+def add_message(chat: pb.ChatMessages, message: Fields) -> None:
+    """Add a message. Raises InvalidRequest, NotServed."""
+    role = message.string("role")
+    if role is None:
+        raise InvalidRequest(message.path("role"), "must be a string, and is not there")
+    read_tool_message(message)
+    path = message.path("content")
+    content = content_text(message.take("content"), path)
+    message.ignore(*_OF_ANSWERS)
+    message.refuse_unknown()
+    chat.messages.add(role="system" if role == "developer" else role, content=content)
+
+
+def content_text(content: object, path: str) -> str:
+    """The text of a message, which may come in parts. Raises InvalidRequest, NotServed."""
+    if isinstance(content, str):
+        return text(content, path)
+    if content is None:
+        raise InvalidRequest(path, "must be a string or a list of parts, and is not there")
+    if not isinstance(content, list):
+        raise InvalidRequest(path, f"must be a string or a list of parts, got {shown(content)}")
+    return "".join(_part(fields(part, f"{path}[{i}]")) for i, part in enumerate(array(content, path)))
+
+
+def _part(part: Fields) -> str:
+    kind = part.string("type")
+    name = "refusal" if kind == "refusal" else "text"
+    if kind not in ("text", "input_text", "output_text", "refusal"):
+        raise NotServed(part.path("type"), f"{part.path('type')}: this model reads text, got {shown(kind)}")
+    words = part.string(name)
+    if words is None:
+        raise InvalidRequest(part.path(name), "must be a string, and is not there")
+    part.ignore("annotations", "logprobs", "cache_control", "prompt_cache_breakpoint")
+    part.refuse_unknown()
+    return words
+
+
+def _read_logprobs(body: Fields, sampling: pb.SamplingParams) -> dict[str, str]:
+    """OpenAI's pair: whether, and how many beside each. As in our own API a number alone says both."""
+    wanted = body.take("logprobs")
+    top = body.integer("top_logprobs")
+    if isinstance(wanted, bool) or wanted is None:
+        if top is not None and not wanted:
+            raise InvalidRequest("top_logprobs", "is for logprobs: say logprobs, too")
+        if wanted:
+            sampling.logprobs = top or 0
+        return {"logprobs": "top_logprobs"}
+    raise InvalidRequest("logprobs", f"must be true or false, got {shown(wanted)}")
+
+
+# ---- telling
+
+
+async def whole(answers: Answers, asked: Asked) -> dict[str, Any]:
+    """The answer, when all of it is there. Raises PagewireErrors."""
+    while await answers.next() is not None:
+        pass
+    answer = answers.streams[0].answer
+    choices: list[dict[str, Any]] = []
+    for choice in answer.choices:
+        told: dict[str, Any] = {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": _logprobs(choice.logprobs) if wants_logprobs(asked) else None,
+            "finish_reason": finish_reason(choice.finish),
+            "stop_reason": stop_reason(choice.finish),
+        }
+        if asked.manner.return_token_ids:
+            told["token_ids"] = list(choice.token_ids)
+        choices.append(told)
+    whole: dict[str, Any] = {
+        **envelope(answers, asked, "chatcmpl", "chat.completion"),
+        "choices": choices,
+        "usage": usage_json(answers.usage()),
+    }
+    if answer.prompt_logprobs:
+        whole["prompt_logprobs"] = scores.of_prompt(answer.prompt_logprobs)
+    return whole
+
+
+async def stream(answers: Answers, asked: Asked) -> AsyncGenerator[bytes, None]:
+    """The answer in events, as it is made. Raises PagewireErrors."""
+    chunks = Chunks(answers, asked, "chatcmpl", "chat.completion.chunk")
+    scored, ids = wants_logprobs(asked), asked.manner.return_token_ids
+    has_role = [answers.characters(choice) > 0 or answers.has_ended(choice) for choice in range(answers.n)]
+    is_first = answers.begins_at == 0
+    while (piece := await answers.next()) is not None:
+        if not (piece.text or piece.finish or scored or ids):
+            continue  # half of a character
+        more: dict[str, Any] = {}
+        if is_first and answers.streams[0].continuation.prompt_logprobs:
+            more["prompt_logprobs"] = scores.of_prompt(answers.streams[0].continuation.prompt_logprobs)
+        is_first = False
+        if has_role[piece.choice] and not (piece.finish or scored or ids or more):  # most of the time
+            yield chunks.plain(piece)
+            continue
+        delta: dict[str, Any] = {} if has_role[piece.choice] else {"role": "assistant", "content": ""}
+        has_role[piece.choice] = True
+        if not piece.finish:
+            delta["content"] = piece.text
+        choice: dict[str, Any] = {
+            "index": piece.choice,
+            "delta": delta,
+            "logprobs": _logprobs(piece.logprobs) if scored and not piece.finish else None,
+            "finish_reason": finish_reason(piece.finish) if piece.finish else None,
+        }
+        if piece.finish:
+            choice["stop_reason"] = stop_reason(piece.finish)
+        if ids:
+            choice["token_ids"] = list(piece.token_ids)
+        yield chunks.chunk([choice], more)
+    if asked.manner.include_usage:
+        yield chunks.usage()
+    yield DONE
+
+
+class Chunks:
+    """Events of a stream, alike but for what is new. The commonest is put together from text, not made of objects."""
+
+    def __init__(
+        self, answers: Answers, asked: Asked, prefix: str, kind: str, *, new: str = '"delta":{"content":'
+    ) -> None:
+        """`new` is what stands before the new text in a choice."""
+        self._answers = answers
+        self._asked = asked
+        self._prefix = prefix
+        self._kind = kind
+        self._has_ids = asked.manner.resumable is not False
+        self._next = answers.begins_at
+        self._new = new
+        self._ends = "}" if new.count("{") else ""
+        self._head = ""
+        self._tail = ""
+
+    def plain(self, piece: Piece) -> bytes:
+        """An event that has a choice's new text and nothing else."""
+        if not self._head:
+            frame = json.dumps({**self._envelope(), "choices": []})
+            head, tail = frame.rsplit('"choices": []', 1)
+            self._head = f'{head}"choices": [{{"index": '
+            usage = ', "usage": null' if self._asked.manner.include_usage else ""
+            self._tail = f'{self._ends}, "logprobs": null, "finish_reason": null}}]{usage}{tail}'
+        return event(f"{self._head}{piece.choice}, {self._new}{json.dumps(piece.text)}{self._tail}", self._id())
+
+    def chunk(self, choices: Sequence[dict[str, Any]], more: dict[str, Any]) -> bytes:
+        """An event of any kind."""
+        usage: dict[str, Any] = {"usage": None} if self._asked.manner.include_usage else {}
+        return event(json.dumps({**self._envelope(), "choices": choices, **usage, **more}), self._id())
+
+    def usage(self) -> bytes:
+        """The event that tells what all of it cost, behind all others."""
+        told = {**self._envelope(), "choices": [], "usage": usage_json(self._answers.usage())}
+        return event(json.dumps(told), self._id(done=True))
+
+    def _envelope(self) -> dict[str, Any]:
+        return envelope(self._answers, self._asked, self._prefix, self._kind)
+
+    def _id(self, *, done: bool = False) -> str:
+        number = self._next
+        self._next += 1
+        return self._answers.id(number, done=done) if self._has_ids else ""
+
+
+def envelope(answers: Answers, asked: Asked, prefix: str, kind: str) -> dict[str, Any]:
+    """What every answer begins with. The fingerprint is the executors' class: in one, a seed gives the same answer."""
+    determinism = answers.streams[0].continuation.determinism
+    return {
+        "id": f"{prefix}-{asked.request_id}",
+        "object": kind,
+        "created": answers.created,
+        "model": answers.model,
+        "system_fingerprint": f"fp_{determinism}" if determinism else None,
+    }
+
+
+def wants_logprobs(asked: Asked) -> bool:
+    """Whether each token of the answer is scored."""
+    return asked.requests[0].sampling.HasField("logprobs")
+
+
+def finish_reason(finish: Finish) -> str:
+    """OpenAI's word for it."""
+    return "length" if finish.reason is FinishReason.LENGTH else "stop"
+
+
+def stop_reason(finish: Finish) -> str | int | None:
+    """Which stop string or token ended it, where the request named it."""
+    if finish.matched_stop is not None:
+        return finish.matched_stop
+    return finish.matched_token_id if finish.reason is FinishReason.STOP_TOKEN else None
+
+
+def usage_json(usage: Usage) -> dict[str, Any]:
+    """What an answer cost."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_prompt_tokens},
+    }
+
+
+def _logprobs(told: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    return {"content": scores.of_chat(told), "refusal": None}

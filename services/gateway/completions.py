@@ -1,0 +1,178 @@
+"""/v1/completions: texts or tokens in, what follows out. The endpoint that evaluations use: `echo` scores a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from common.errors import InvalidRequest
+from pagewire.answers import TokenLogprobs
+from protos import inference_pb2 as pb
+from services.gateway import scores
+from services.gateway.answers import Answers
+from services.gateway.asked import Asked, read_manner
+from services.gateway.chat import DONE, Chunks, envelope, finish_reason, stop_reason, usage_json, wants_logprobs
+from services.gateway.fields import MAX_U32, Fields, array, integers, shown, text
+from services.gateway.options import read_options, read_structured
+from services.gateway.upstream import Upstream
+
+_DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedCompletion(Asked):
+    """With what is told of the prompts."""
+
+    echo: bool = False  # the prompt is told before its answer
+    drop: bool = False  # nothing but the prompt is told: max_tokens was 0
+
+
+def read(body: Fields, *, max_prompts: int) -> AskedCompletion:
+    """What a completion request asks for. Raises InvalidRequest. Whoever calls refuses what is left over."""
+    like = pb.GenerateStreamRequest()
+    names = {"text": "prompt", "token_ids": "prompt"}
+    echo = body.boolean("echo") or False
+    drop = echo and body.take_if("max_tokens", 0)
+    names |= read_options(body, like, max_tokens=("max_tokens", "max_completion_tokens"))
+    if drop:
+        like.stopping.max_tokens = 1  # the least that can be made
+    elif not like.stopping.HasField("max_tokens"):
+        like.stopping.max_tokens = _DEFAULT_MAX_TOKENS
+    names |= read_structured(body, like.sampling, "response_format")
+    if (top := body.integer("logprobs", 0, MAX_U32)) is not None:
+        like.sampling.logprobs = top
+        if echo:
+            like.sampling.prompt_logprobs = top
+            names["prompt_logprobs"] = "logprobs"
+    if (best_of := body.integer("best_of")) not in (None, 1, like.sampling.n or 1):
+        raise InvalidRequest("best_of", f"must be n: of choices none is thrown away, got {best_of}")
+    if body.string("suffix"):
+        raise InvalidRequest("suffix", "is not served: text is made behind a prompt, not before something")
+    prompts = read_prompts(body.take("prompt"), max_prompts)
+    requests: list[pb.GenerateStreamRequest] = []
+    for prompt in prompts:
+        request = pb.GenerateStreamRequest()
+        request.CopyFrom(like)
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids.extend(prompt)
+            request.token_ids.SetInParent()
+        requests.append(request)
+    return AskedCompletion(requests=requests, manner=read_manner(body), names=names, echo=echo, drop=drop)
+
+
+def read_prompts(value: object, most: int) -> list[str | list[int]]:
+    """One text, several, the tokens of one, or of several. Raises InvalidRequest."""
+    if isinstance(value, str):
+        return [_not_empty(text(value, "prompt"), "prompt")]
+    found = array(value, "prompt")
+    if not found:
+        raise InvalidRequest("prompt", "must be a string, a list of token ids, or a list of these, and is empty")
+    if not isinstance(found[0], str | list):
+        return [integers(found, "prompt")]
+    if len(found) > most:
+        raise InvalidRequest("prompt", f"at most {most} prompts at once, got {len(found)}")
+    prompts: list[str | list[int]] = []
+    for i, each in enumerate(found):
+        path = f"prompt[{i}]"
+        if isinstance(each, str):
+            prompts.append(_not_empty(text(each, path), path))
+        elif isinstance(each, list):
+            prompts.append(_not_empty(integers(each, path), path))
+        else:
+            raise InvalidRequest(path, f"must be a string or a list of token ids, got {shown(each)}")
+    return prompts
+
+
+def _not_empty(prompt: Any, path: str) -> Any:
+    if not prompt:
+        raise InvalidRequest(path, "is empty")
+    return prompt
+
+
+async def echoes(upstream: Upstream, asked: AskedCompletion, key: str) -> list[str]:
+    """The texts of the prompts, to be told before their answers; empty ones where that was not asked for."""
+    if not asked.echo:
+        return [""] * len(asked.requests)
+    return [
+        request.text if request.HasField("text") else await upstream.text(request.token_ids.ids, key)
+        for request in asked.requests
+    ]
+
+
+# ---- telling
+
+
+async def whole(answers: Answers, asked: AskedCompletion, prompts: Sequence[str]) -> dict[str, Any]:
+    """The answers, when all of them are there. Raises PagewireErrors."""
+    while await answers.next() is not None:
+        pass
+    choices: list[dict[str, Any]] = []
+    for prompt, stream in zip(prompts, answers.streams, strict=True):
+        answer = stream.answer
+        for choice in answer.choices:
+            words = "" if asked.drop else choice.text
+            scored = (*answer.prompt_logprobs, *(() if asked.drop else choice.logprobs))
+            told: dict[str, Any] = {
+                "index": len(choices),
+                "text": prompt + words,
+                "logprobs": scores.of_completion(scored, 0) if wants_logprobs(asked) else None,
+                "finish_reason": "length" if asked.drop else finish_reason(choice.finish),
+                "stop_reason": None if asked.drop else stop_reason(choice.finish),
+            }
+            if asked.manner.return_token_ids:
+                told["token_ids"] = [] if asked.drop else list(choice.token_ids)
+            if answer.prompt_logprobs and not asked.echo:
+                told["prompt_logprobs"] = scores.of_prompt(answer.prompt_logprobs)
+            choices.append(told)
+    usage = usage_json(answers.usage())
+    if asked.drop:
+        usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+    return {**envelope(answers, asked, "cmpl", "text_completion"), "choices": choices, "usage": usage}
+
+
+async def stream(answers: Answers, asked: AskedCompletion, prompts: Sequence[str]) -> AsyncGenerator[bytes, None]:
+    """The answers in events, as they are made. Raises PagewireErrors."""
+    chunks = Chunks(answers, asked, "cmpl", "text_completion", new='"text": ')
+    scored, ids = wants_logprobs(asked), asked.manner.return_token_ids
+    total = len(prompts) * answers.n
+    # where the prompt is still to be told; who comes back after an event of a choice has it
+    echoed = [not asked.echo or answers.characters(i) > 0 or answers.has_ended(i) for i in range(total)]
+    offsets = [len(prompts[i // answers.n]) + answers.characters(i) for i in range(total)]
+    while (piece := await answers.next()) is not None:
+        is_echoed, echoed[piece.choice] = echoed[piece.choice], True
+        if not (piece.text or piece.finish or scored or ids or not is_echoed):
+            continue
+        if asked.drop and is_echoed and not piece.finish:
+            continue
+        if is_echoed and not (piece.finish or scored or ids):  # most of the time
+            yield chunks.plain(piece)
+            continue
+        prompt = "" if is_echoed else prompts[piece.choice // answers.n]
+        words = "" if asked.drop else piece.text
+        before: Sequence[TokenLogprobs] = ()
+        if not is_echoed:
+            before = answers.streams[piece.choice // answers.n].continuation.prompt_logprobs
+        new = () if asked.drop else piece.logprobs
+        offset = 0 if not is_echoed else offsets[piece.choice]
+        offsets[piece.choice] += len(words)
+        choice: dict[str, Any] = {
+            "index": piece.choice,
+            "text": prompt + words,
+            "logprobs": scores.of_completion((*before, *new), offset) if scored and (before or new) else None,
+            "finish_reason": _finish_reason(piece.finish, asked) if piece.finish else None,
+        }
+        if piece.finish:
+            choice["stop_reason"] = None if asked.drop else stop_reason(piece.finish)
+        if ids:
+            choice["token_ids"] = [] if asked.drop else list(piece.token_ids)
+        yield chunks.chunk([choice], {})
+    if asked.manner.include_usage:
+        yield chunks.usage()
+    yield DONE
+
+
+def _finish_reason(finish: Any, asked: AskedCompletion) -> str:
+    return "length" if asked.drop else finish_reason(finish)

@@ -1,0 +1,202 @@
+"""A JSON object whose members are taken one by one, each by its name and type. What is left over was not understood.
+
+Every problem is an InvalidRequest that names the member by its whole path: `messages[2].content`. null is as good as
+not there, as in OpenAI's own API.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final, cast
+
+from common.errors import InvalidRequest
+from common.json_value import is_array, is_object
+
+MAX_U32: Final = (1 << 32) - 1
+MAX_FLOAT: Final = 3.4028234663852886e38
+"""The largest number that a float32 holds."""
+
+_EXACT: Final = 1 << 53  # from here on a float may stand for a neighbour
+
+
+class Fields:
+    """The members of one object."""
+
+    def __init__(self, members: dict[str, object], path: str = "") -> None:
+        """Takes `members` over: what is taken is gone from it."""
+        self._members = members
+        self._path = path
+
+    def path(self, name: str) -> str:
+        """What a member is called in a complaint."""
+        return f"{self._path}.{name}" if self._path else name
+
+    def take(self, name: str) -> object:
+        """Whatever it is; None where it is not there."""
+        return self._members.pop(name, None)
+
+    def names(self) -> list[str]:
+        """Of the members that nobody took."""
+        return list(self._members)
+
+    def peek(self, name: str) -> object:
+        """Whatever it is; it stays."""
+        return self._members.get(name)
+
+    def copy(self) -> dict[str, object]:
+        """The members that nobody took."""
+        return dict(self._members)
+
+    def take_if(self, name: str, value: int) -> bool:
+        """Whether it is this whole number; then it is taken."""
+        found = self._members.get(name)
+        if isinstance(found, bool) or found != value:
+            return False
+        del self._members[name]
+        return True
+
+    def has(self, name: str) -> bool:
+        """Whether it is there, not taken yet, and not null."""
+        return self._members.get(name) is not None
+
+    def string(self, name: str) -> str | None:
+        """A text."""
+        value = self.take(name)
+        return None if value is None else text(value, self.path(name))
+
+    def word(self, name: str, known: Sequence[str]) -> str | None:
+        """One of the words that are known."""
+        value = self.string(name)
+        if value is not None and value not in known:
+            raise InvalidRequest(self.path(name), f"must be one of {', '.join(known)}, got {shown(value)}")
+        return value
+
+    def boolean(self, name: str) -> bool | None:
+        """True or false."""
+        value = self.take(name)
+        if value is not None and not isinstance(value, bool):
+            raise InvalidRequest(self.path(name), f"must be true or false, got {shown(value)}")
+        return value
+
+    def integer(self, name: str, least: int = 0, most: int = MAX_U32) -> int | None:
+        """A whole number in [least, most]; 3.0 is one, as in JSON itself."""
+        value = self.take(name)
+        return None if value is None else integer(value, self.path(name), least, most)
+
+    def number(self, name: str) -> float | None:
+        """A number that a float32 can hold."""
+        value = self.take(name)
+        return None if value is None else number(value, self.path(name))
+
+    def strings(self, name: str) -> list[str]:
+        """Texts; one alone needs no list."""
+        value = self.take(name)
+        if isinstance(value, str):
+            return [text(value, self.path(name))]
+        return [text(each, f"{self.path(name)}[{i}]") for i, each in enumerate(array(value, self.path(name)))]
+
+    def integers(self, name: str) -> list[int]:
+        """Token ids."""
+        return integers(self.take(name), self.path(name))
+
+    def fields(self, name: str) -> Fields | None:
+        """An object."""
+        value = self.take(name)
+        return None if value is None else fields(value, self.path(name))
+
+    def list_of_fields(self, name: str) -> list[Fields]:
+        """Objects; none where it is not there."""
+        path = self.path(name)
+        return [fields(each, f"{path}[{i}]") for i, each in enumerate(array(self.take(name), path))]
+
+    def ignore(self, *names: str) -> None:
+        """Take what has no effect here."""
+        for name in names:
+            self._members.pop(name, None)
+
+    def unknown(self) -> list[str]:
+        """Paths of the members that nobody took, but for null."""
+        return [self.path(name) for name, value in self._members.items() if value is not None]
+
+    def refuse_unknown(self) -> None:
+        """Raise InvalidRequest for the first member that nobody took."""
+        for path in self.unknown():
+            raise InvalidRequest(cut(path), "is not known here")
+
+
+def text(value: object, path: str) -> str:
+    """A text that can be encoded: JSON can name half of a character, and no tokenizer can do anything with that."""
+    if not isinstance(value, str):
+        raise InvalidRequest(path, f"must be a string, got {shown(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(path, "has half of a surrogate pair, which is no text") from None
+    return value
+
+
+def integer(value: object, path: str, least: int = 0, most: int = MAX_U32) -> int:
+    """A whole number in [least, most]."""
+    whole = int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT else value
+    if not isinstance(whole, int) or isinstance(whole, bool):
+        raise InvalidRequest(path, f"must be a whole number, got {shown(value)}")
+    if not least <= whole <= most:
+        raise InvalidRequest(path, f"must be in [{least}, {most}], got {shown(value)}")
+    return whole
+
+
+def integers(value: object, path: str) -> list[int]:
+    """Whole numbers that could be token ids."""
+    found = array(value, path)
+    # all at once where they are what they should be: a prompt may have a hundred thousand
+    if set(map(type, found)) == {int}:
+        numbers = cast("list[int]", found)
+        if min(numbers) >= 0 and max(numbers) <= MAX_U32:
+            return numbers
+    return [integer(each, f"{path}[{i}]") for i, each in enumerate(found)]
+
+
+def number(value: object, path: str) -> float:
+    """A finite number within the range of a float32."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InvalidRequest(path, f"must be a number, got {shown(value)}")
+    if not abs(value) <= MAX_FLOAT:  # neither is NaN
+        raise InvalidRequest(path, f"must be a finite number, got {shown(value)}")
+    return float(value)
+
+
+def array(value: object, path: str) -> list[object]:
+    """A list; an empty one where there is none."""
+    if value is None:
+        return []
+    if not is_array(value):
+        raise InvalidRequest(path, f"must be a list, got {shown(value)}")
+    return value
+
+
+def fields(value: object, path: str) -> Fields:
+    """An object."""
+    if not is_object(value):
+        raise InvalidRequest(path, f"must be an object, got {shown(value)}")
+    return Fields(value, path)
+
+
+def shown(value: object) -> str:
+    """A value in a complaint: a number as it is, of anything else what it is, for it may be a prompt."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int):
+        return str(value) if abs(value) < 10**20 else "a number of more than 20 digits"
+    if isinstance(value, float):
+        return str(value) if math.isfinite(value) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+    if isinstance(value, str):
+        return repr(value) if len(value) <= 32 and value.isascii() else "a string"
+    return "a list" if isinstance(value, list) else "an object"
+
+
+def cut(path: str) -> str:
+    """A path that travels in an error; members may be called anything."""
+    printable = path.encode("utf-8", "replace").decode("utf-8", "replace")
+    return printable if len(printable) <= 128 else f"{printable[:127]}…"

@@ -1,0 +1,168 @@
+"""The gateway's process: an HTTP server in front of the schedulers at some addresses. It holds nothing that matters."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import ssl
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final
+
+from common.config import GatewayConfig
+from common.errors import PagewireError, Unavailable
+from services import client, lifecycle, tls
+from services.admin import NONE, find_admin
+from services.gateway.app import Gateway
+from services.gateway.bodies import Bodies
+from services.gateway.connection import ConnectionLimits
+from services.gateway.events import Patience
+from services.gateway.metrics import AskStatus, Metrics
+from services.gateway.server import HttpServer
+from services.gateway.upstream import Upstream, connect
+from services.lifecycle import StartupError
+from services.watched_files import WatchedFiles
+
+log = logging.getLogger(__name__)
+
+DEFAULT_HTTP: Final = "127.0.0.1:8000"
+
+_LOOK_S: Final = 1.0
+
+Follow = Callable[[], Coroutine[Any, Any, None]]
+
+
+async def run(
+    config: GatewayConfig,
+    addresses: Sequence[str],
+    files: tls.PemFiles | None,
+    *,
+    insecure: bool,
+    ready_fd: int | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then let requests finish within the grace.
+
+    `files` are for the schedulers' TLS. Announces `{"http": "HOST:PORT"}`. Raises StartupError before it listens.
+    """
+    http = config.http or DEFAULT_HTTP
+    served = tls.server_files(config.http_tls_cert, config.http_tls_key, config.http_tls_client_ca, flags="--http-tls")
+    missing = [] if served else ["--http-tls-cert", "--http-tls-key"]
+    lifecycle.check_bind(http, insecure=insecure, missing=missing)
+    lifecycle.keep_secrets()
+    lifecycle.take_descriptors()
+    stop = lifecycle.stop_event()
+    async with connect(
+        addresses,
+        files,
+        insecure=insecure,
+        patience_s=config.http_patience_s,
+        begin_patience_s=config.http_begin_patience_s,
+    ) as upstream:
+        if not insecure and not lifecycle.is_local(http):
+            await _check_keys(upstream, http, stop)
+        metrics = Metrics(_status_of(config.http_admin, addresses[0]))
+        gateway = Gateway(
+            upstream,
+            Bodies(
+                max_bytes=config.http_max_body_bytes,
+                limit_s=config.http_body_s,
+                max_total_bytes=config.http_max_bodies_bytes,
+            ),
+            Patience(comment_s=config.http_comment_s, reader_s=config.http_reader_timeout_s),
+            metrics,
+            max_requests=config.http_max_requests,
+            max_prompts=config.http_max_prompts,
+            unknown_fields=config.http_unknown_fields,
+        )
+        limits = ConnectionLimits(
+            most=config.http_max_connections,
+            head_s=config.http_head_s,
+            head_bytes=config.http_max_head_bytes,
+            idle_s=config.http_idle_s,
+            reader_s=config.http_reader_timeout_s,
+        )
+        context, follow = _tls(served)
+        server = HttpServer(gateway, limits, context)
+        metrics.num_connections = lambda: server.num_connections
+        if stop.is_set():
+            return
+        address = await server.listen(http)
+        following = asyncio.create_task(follow())
+        try:
+            lifecycle.spare_the_collector()
+            lifecycle.announce(ready_fd, json.dumps({"http": address}))
+            log.info("listening on %s for OpenAI's clients; schedulers: %s", address, ", ".join(addresses))
+            await stop.wait()
+            gateway.draining = True
+            log.info("draining %d requests, at most %g s", metrics.num_open, config.http_drain_s)
+            await server.drain(config.http_drain_s)
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+    log.info("stopped")
+
+
+async def _check_keys(upstream: Upstream, http: str, stop: asyncio.Event) -> None:
+    """Wait for a scheduler, and see that it asks for keys: who can reach this address can ask it anything.
+
+    Raises StartupError where it asks nobody.
+    """
+    told = False
+    while not stop.is_set():
+        try:
+            if await upstream.asks_for_keys():
+                return
+        except Unavailable:
+            if not told:
+                log.info("waiting for a scheduler, which must ask for API keys before %s is opened", http)
+                told = True
+            await asyncio.sleep(_LOOK_S)
+        else:
+            raise StartupError(
+                f"{http} can be reached from other machines, and the scheduler asks nobody for an API key. Start it "
+                f"with --api-keys, bind 127.0.0.1, or type --insecure if the network itself is trusted."
+            )
+
+
+def _status_of(admin: str, address: str) -> AskStatus | None:
+    """How to ask for what /metrics tells of the scheduler; None where its operator's socket is not here."""
+    if admin == NONE:
+        return None
+    if not admin:
+        try:
+            admin = find_admin(address)
+        except PagewireError:  # on another machine, or it is not there yet
+            return None
+    return lambda: client.status(admin)
+
+
+def _tls(files: tls.PemFiles | None) -> tuple[ssl.SSLContext | None, Follow]:
+    """A context for the server, and what keeps it up to date with the files. Raises CertificateError."""
+    if files is None:
+        return None, _nothing
+    watched = WatchedFiles([path for path in (files.cert, files.key, files.ca) if path], lambda: tls.read(files))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    assert files.cert is not None, "a server without a certificate"
+    cert, key = files.cert, files.key
+    context.load_cert_chain(cert, key)
+    if files.ca is not None:
+        context.load_verify_locations(files.ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+
+    async def follow() -> None:
+        known = watched.current()
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if (found := watched.current()) is not known:
+                known = found
+                try:
+                    context.load_cert_chain(cert, key)  # for handshakes from now on
+                except (OSError, ssl.SSLError):
+                    log.error("%s changed while it was read; what was read before stays in force", cert)
+
+    return context, follow
+
+
+async def _nothing() -> None:
+    pass

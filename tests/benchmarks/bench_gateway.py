@@ -1,0 +1,265 @@
+"""What the gateway costs: the same streams over gRPC and over HTTP, by turns, on the same servers.
+
+Run it with `python -m tests.benchmarks.bench_gateway [--streams 32] [--step-ms 20] [--rounds 5] [--seconds 6]`.
+
+A scheduler, an executor and a gateway run as processes of their own; the executor's model is the fake one, which takes
+`--step-ms` for a step, so tokens come at the pace of a real model and what is measured is what lies before it. This
+process is the client: every stream asks for an answer of 32 to 96 tokens, reads it and asks for the next: over
+gRPC without any client of ours in one turn, over HTTP in the next. Tokens are counted by the scheduler, the same
+for both. With all of it on one small machine the client's own work counts too, and it is not the same for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import uvloop
+from grpc import aio
+
+from pagewire.answers import Delta
+from pagewire.continuation import Continuation
+from protos import inference_pb2 as pb
+from services.client import status
+from services.event_loop import EventLoop
+from services.gateway.answers import Answers, Piece
+from services.gateway.asked import Asked, Manner
+from services.gateway.chat import Chunks
+from tests.benchmarks.bench_streaming import METHOD, cpu_s
+from tests.e2e import fake_model
+from tests.e2e.cluster import cluster
+from tests.e2e.gateways import Gateway
+
+PROMPT: Final = 32
+TOKENS: Final = (32, 96)  # of an answer, as chance has it: so that streams do not all begin anew at once
+WARM_UP_S: Final = 1.5
+
+Ask = Callable[[list[int], Callable[[], None]], Awaitable[None]]
+"""One answer to a prompt; calls what it is given when the first token is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One way of asking, for a while."""
+
+    way: str
+    tokens_per_s: float
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    gateway_us: float  # CPU time of the gateway's process, a token
+    scheduler_us: float  # of the scheduler's
+    client_us: float  # of this one's
+
+
+def over_grpc(channel: aio.Channel) -> Ask:
+    """The API itself, without a client of ours."""
+    stream = channel.unary_stream(
+        METHOD,
+        request_serializer=pb.GenerateStreamRequest.SerializeToString,
+        response_deserializer=pb.GenerateStreamResponse.FromString,
+    )
+
+    async def ask(prompt: list[int], first: Callable[[], None]) -> None:
+        request = pb.GenerateStreamRequest(
+            token_ids=pb.TokenIds(ids=prompt),
+            sampling=pb.SamplingParams(temperature=0.0),
+            stopping=pb.StopConditions(max_tokens=random.randint(*TOKENS), ignore_eos=True),
+        )
+        begun = False
+        async for message in stream(request):
+            if not begun and message.WhichOneof("event") == "delta":
+                begun = True
+                first()
+
+    return ask
+
+
+def over_http(address: str) -> Ask:
+    """OpenAI's API, by hand: a connection for each stream, kept for its next answers."""
+    host, _, port = address.rpartition(":")
+    connections: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(prompt: list[int], first: Callable[[], None]) -> None:
+        reader, writer = connections.pop() if connections else await asyncio.open_connection(host, int(port))
+        asked = {
+            "prompt": prompt,
+            "max_tokens": random.randint(*TOKENS),
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        body = json.dumps(asked).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        begun = False
+        while (line := await reader.readline()) != b"data: [DONE]\n":
+            assert line, "the gateway ended the connection"
+            if not begun and line.startswith(b"data: "):
+                begun = True
+                first()
+        await reader.readuntil(b"0\r\n\r\n")
+        connections.append((reader, writer))
+
+    return ask
+
+
+async def take_turn(way: str, ask: Ask, *, streams: int, seconds: float, admin: str, pids: tuple[int, int]) -> Turn:
+    """Ask in this way for a while."""
+    ttft_s: list[float] = []
+    measuring = False
+
+    async def ask_for_ever() -> None:
+        while True:
+            began = time.perf_counter()
+            counts = measuring
+
+            def first(began: float = began, counts: bool = counts) -> None:
+                if counts:
+                    ttft_s.append(time.perf_counter() - began)
+
+            await ask(random.choices(range(256), k=PROMPT), first)
+
+    asking = [asyncio.create_task(ask_for_ever()) for _ in range(streams)]
+    try:
+        await _while_well(asking, WARM_UP_S)
+        measuring = True
+        began, tokens = time.monotonic(), (await status(admin)).scheduler.output_tokens
+        cpu = [sum(cpu_s(pid)) for pid in pids] + [time.process_time()]
+        await _while_well(asking, seconds)
+        tokens, wall_s = (await status(admin)).scheduler.output_tokens - tokens, time.monotonic() - began
+        cpu = [
+            after - before
+            for after, before in zip([*(sum(cpu_s(pid)) for pid in pids), time.process_time()], cpu, strict=True)
+        ]
+    finally:
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+    ordered = sorted(ttft_s)
+    return Turn(
+        way=way,
+        tokens_per_s=tokens / wall_s,
+        ttft_p50_ms=1e3 * statistics.median(ordered),
+        ttft_p99_ms=1e3 * ordered[round(0.99 * (len(ordered) - 1))],
+        gateway_us=1e6 * cpu[0] / tokens,
+        scheduler_us=1e6 * cpu[1] / tokens,
+        client_us=1e6 * cpu[2] / tokens,
+    )
+
+
+async def _while_well(tasks: list[asyncio.Task[None]], seconds: float) -> None:
+    done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+    for task in done:
+        task.result()
+
+
+def serialising_us(count: int = 20_000) -> dict[str, float]:
+    """Microseconds that an event of a stream takes: put together from text, as most are, and by way of objects."""
+    request = pb.GenerateStreamRequest(request_id="0123456789abcdef01234567")
+    request.sampling.seed = 7
+
+    class Nowhere:
+        def ask(self, request: pb.GenerateStreamRequest, key: str) -> object:
+            class Stream:
+                continuation = Continuation(request)
+
+            return Stream()
+
+    answers = Answers(Nowhere(), [request], "", created=1_800_000_000)  # type: ignore[arg-type]
+    told = answers._told[0][0]
+    found: dict[str, float] = {}
+    for name, resumable in (("from text, with an id", None), ("from text, without", False)):
+        chunks = Chunks(answers, Asked(requests=[request], manner=Manner(resumable=resumable)), "chatcmpl", "chunk")
+        piece = Piece(0, " word", (42,), (), None)
+        began = time.process_time()
+        for number in range(count):
+            told.add(Delta(choice=0, index=number, token_ids=(42,), text=" word"), 0)
+            chunks.plain(piece)
+        found[name] = 1e6 * (time.process_time() - began) / count
+        choice = {"index": 0, "delta": {"content": " word"}, "logprobs": None, "finish_reason": None}
+        began = time.process_time()
+        for _ in range(count):
+            chunks.chunk([choice], {})
+        found[name.replace("text", "objects")] = 1e6 * (time.process_time() - began) / count
+    return found
+
+
+async def compare(
+    model: Path, folder: Path, *, streams: int, step_ms: float, rounds: int, seconds: float
+) -> list[Turn]:
+    """Turns of both ways, one after the other."""
+    turns: list[Turn] = []
+    with cluster(model, folder, executors=0) as running:
+        running.start_executor(f"--fake-step-s={step_ms / 1000}", "--num-blocks=16384")
+        with Gateway(running.address, folder / "gateway.log") as gateway:
+            pids = gateway.process.popen.pid, running.scheduler.popen.pid
+            async with aio.insecure_channel(running.address) as channel:
+                for _ in range(rounds):
+                    for way, ask in (("gRPC", over_grpc(channel)), ("HTTP", over_http(gateway.http))):
+                        turns.append(
+                            await take_turn(way, ask, streams=streams, seconds=seconds, admin=running.admin, pids=pids)
+                        )
+                        print(_line(turns[-1]), flush=True)
+    return turns
+
+
+def _line(turn: Turn) -> str:
+    return (
+        f"{turn.way}: {turn.tokens_per_s:8.1f} tokens/s, first token {turn.ttft_p50_ms:6.2f} ms (p50), "
+        f"{turn.ttft_p99_ms:6.2f} ms (p99); µs of CPU a token: gateway {turn.gateway_us:5.1f}, "
+        f"scheduler {turn.scheduler_us:5.1f}, client {turn.client_us:5.1f}"
+    )
+
+
+def _summary(turns: list[Turn]) -> str:
+    def median(way: str, field: str) -> float:
+        return float(statistics.median(getattr(turn, field) for turn in turns if turn.way == way))
+
+    share = median("HTTP", "tokens_per_s") / median("gRPC", "tokens_per_s")
+    later = median("HTTP", "ttft_p50_ms") - median("gRPC", "ttft_p50_ms")
+    return f"HTTP has {share:.1%} of the tokens a second, and its first token comes {later:+.2f} ms later (medians)"
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--step-ms", type=float, default=20.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--json", type=Path, default=None)
+    asked = parser.parse_args()
+    for name, us in serialising_us().items():
+        print(f"an event {name}: {us:.1f} µs")
+    with tempfile.TemporaryDirectory() as folder:
+        model = fake_model.write(Path(folder, "fake"))
+        turns = uvloop.run(
+            compare(
+                model,
+                Path(folder),
+                streams=asked.streams,
+                step_ms=asked.step_ms,
+                rounds=asked.rounds,
+                seconds=asked.seconds,
+            ),
+            loop_factory=EventLoop,
+        )
+    print(_summary(turns))
+    if asked.json:
+        asked.json.write_text(json.dumps([asdict(turn) for turn in turns], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""OpenAI's own client against a live gateway, and what becomes of its streams when things break."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from pagewire import Answer, Client
+from tests.e2e.cluster import ROOT, Cluster
+from tests.e2e.gateways import Gateway, Reply
+
+HI: list[Any] = [{"role": "user", "content": "hi"}]
+LONG = {"messages": HI, "max_tokens": 60, "ignore_eos": True, "seed": 7}
+MODEL = "fake"
+
+
+@pytest.fixture(scope="module")
+def gateway(shared: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with Gateway(shared.address, tmp_path_factory.mktemp("gateway") / "log", f"--http-admin={shared.admin}") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(gateway: Gateway) -> Iterator[OpenAI]:
+    with gateway.client() as made:
+        yield made
+
+
+def direct(running: Cluster, **settings: Any) -> Answer:
+    """The answer over gRPC."""
+    with Client(running.address) as made:
+        return made.generate(**settings)
+
+
+# ---- chat
+
+
+def test_a_chat_is_answered_as_over_grpc(client: OpenAI, shared: Cluster) -> None:
+    told = client.chat.completions.create(model=MODEL, messages=HI, max_completion_tokens=12, temperature=0, seed=3)
+    expected = direct(shared, messages=HI, max_tokens=12, temperature=0, seed=3)
+
+    assert told.object == "chat.completion" and told.model == MODEL
+    (choice,) = told.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", expected.text)
+    assert choice.finish_reason == "length"
+    assert told.usage is not None
+    assert told.usage.prompt_tokens == expected.usage.prompt_tokens
+    assert (told.usage.completion_tokens, told.usage.total_tokens) == (12, 12 + expected.usage.prompt_tokens)
+
+
+def test_a_chat_is_streamed_in_chunks_that_make_the_same(client: OpenAI, shared: Cluster) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model=MODEL, messages=HI, max_tokens=40, n=2, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    expected = direct(shared, messages=HI, max_tokens=40)
+
+    assert len({(chunk.id, chunk.model, chunk.created) for chunk in chunks}) == 1
+    for index in (0, 1):
+        told = [c for chunk in chunks for c in chunk.choices if c.index == index]
+        assert told[0].delta.role == "assistant" and all(c.delta.role is None for c in told[1:])
+        assert "".join(c.delta.content or "" for c in told) == expected.text
+        assert [c.finish_reason for c in told if c.finish_reason] == ["length"]
+    assert [chunk.usage is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert chunks[-1].choices == [] and chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 80
+
+
+def test_a_stop_string_ends_the_answer_and_is_named(client: OpenAI, shared: Cluster) -> None:
+    whole = direct(shared, messages=HI, max_tokens=20).text
+
+    told = client.chat.completions.create(model=MODEL, messages=HI, max_tokens=20, stop=[whole[5:7], "never"])
+
+    assert told.choices[0].message.content == whole[:5]
+    assert told.choices[0].finish_reason == "stop"
+    assert told.choices[0].model_dump()["stop_reason"] == whole[5:7]
+
+
+def test_parts_of_a_message_are_one_text_and_a_developer_is_the_system(client: OpenAI, shared: Cluster) -> None:
+    told = client.chat.completions.create(
+        model=MODEL,
+        messages=[
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
+        ],
+        max_tokens=8,
+    )
+
+    expected = direct(shared, messages=[{"role": "system", "content": "Be brief."}, *HI], max_tokens=8)
+    assert told.choices[0].message.content == expected.text
+    assert told.usage is not None and told.usage.prompt_tokens == expected.usage.prompt_tokens
+
+
+def test_log_probabilities_are_those_of_grpc(client: OpenAI, shared: Cluster) -> None:
+    expected = direct(shared, messages=HI, max_tokens=5, logprobs=2).logprobs
+
+    told = client.chat.completions.create(model=MODEL, messages=HI, max_tokens=5, logprobs=True, top_logprobs=2)
+    streamed = client.chat.completions.create(
+        model=MODEL, messages=HI, max_tokens=5, logprobs=True, top_logprobs=2, stream=True
+    )
+
+    whole = told.choices[0].logprobs
+    assert whole is not None and whole.content is not None
+    parts = [p for chunk in streamed for c in chunk.choices if c.logprobs for p in c.logprobs.content or ()]
+    for found in (whole.content, parts):
+        assert [each.logprob for each in found] == [each.token.logprob for each in expected]
+        assert [bytes(each.bytes or []) for each in found] == [each.token.text for each in expected]
+        assert [[top.logprob for top in each.top_logprobs] for each in found] == [
+            [top.logprob for top in each.top] for each in expected
+        ]
+
+
+# ---- completions
+
+
+def test_prompts_are_texts_or_tokens_one_or_several(client: OpenAI, shared: Cluster) -> None:
+    one = client.completions.create(model=MODEL, prompt=[7, 8, 9], max_tokens=4, extra_body={"return_token_ids": True})
+    many = client.completions.create(
+        model=MODEL, prompt=[[7, 8, 9], [1] * 5], max_tokens=4, n=2, extra_body={"return_token_ids": True}
+    )
+    words = client.completions.create(model=MODEL, prompt=["The sea", "is"], max_tokens=4)
+
+    def ids(choice: Any) -> list[int]:
+        return list(choice.model_dump()["token_ids"])
+
+    assert ids(one.choices[0]) == [3, 4, 5, 6]
+    assert [(c.index, ids(c)) for c in many.choices] == [
+        (0, [3, 4, 5, 6]),
+        (1, [3, 4, 5, 6]),
+        (2, [5, 6, 7, 8]),
+        (3, [5, 6, 7, 8]),
+    ]
+    assert many.usage is not None and (many.usage.prompt_tokens, many.usage.completion_tokens) == (8, 16)
+    assert [c.text for c in words.choices] == [direct(shared, prompt=p, max_tokens=4).text for p in ("The sea", "is")]
+
+
+def test_several_prompts_are_streamed_side_by_side(client: OpenAI) -> None:
+    whole = client.completions.create(model=MODEL, prompt=["The sea", "is"], max_tokens=30, n=2)
+    chunks = client.completions.create(model=MODEL, prompt=["The sea", "is"], max_tokens=30, n=2, stream=True)
+
+    texts = [""] * 4
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in whole.choices]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_tells_the_prompt_and_scores_it(client: OpenAI, shared: Cluster, max_tokens: int, stream: bool) -> None:
+    prompt = [70, 71, 72, 5, 9]
+    expected = direct(shared, token_ids=prompt, max_tokens=1, prompt_logprobs=1, logprobs=1)
+
+    asked: dict[str, Any] = {"model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "echo": True, "logprobs": 1}
+    if stream:
+        choices = [c for chunk in client.completions.create(**asked, stream=True) for c in chunk.choices]
+    else:
+        choices = client.completions.create(**asked).choices
+
+    scored = (*expected.prompt_logprobs, *(expected.logprobs if max_tokens else ()))
+    told = [c.logprobs for c in choices if c.logprobs]
+    assert [p for logprobs in told for p in logprobs.token_logprobs or ()] == [s.token.logprob for s in scored]
+    tops = [top for logprobs in told for top in logprobs.top_logprobs or ()]
+    assert tops[0] is None and all(0.0 in top.values() for top in tops[1:])  # the fake model's likeliest
+    assert "".join(c.text for c in choices).startswith("ghi")
+    assert choices[-1].finish_reason == "length"
+
+
+# ---- responses
+
+
+def test_a_response_is_told_whole_and_in_named_events(client: OpenAI, shared: Cluster) -> None:
+    expected = direct(shared, messages=[{"role": "system", "content": "Be brief."}, *HI], max_tokens=9)
+    asked: dict[str, Any] = {
+        "model": MODEL, "input": "hi", "instructions": "Be brief.", "max_output_tokens": 9, "metadata": {"a": "b"},
+    }  # fmt: skip
+
+    whole = client.responses.create(**asked)
+    events = list(client.responses.create(**asked, stream=True))
+
+    assert whole.output_text == expected.text
+    assert (whole.status, whole.metadata) == ("incomplete", {"a": "b"})
+    assert whole.incomplete_details is not None and whole.incomplete_details.reason == "max_output_tokens"
+    assert whole.usage is not None and whole.usage.output_tokens == 9
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == expected.text
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+def test_a_response_goes_on_from_a_list_of_messages(client: OpenAI, shared: Cluster) -> None:
+    first = client.responses.create(model=MODEL, input="hi", max_output_tokens=4)
+    talk: list[Any] = [{"role": "user", "content": "hi"}, *(item.model_dump() for item in first.output)]
+
+    second = client.responses.create(model=MODEL, input=[*talk, {"role": "user", "content": "go on"}])
+
+    messages = [*HI, {"role": "assistant", "content": first.output_text}, {"role": "user", "content": "go on"}]
+    assert second.output_text == direct(shared, messages=messages).text
+
+
+# ---- what is there
+
+
+def test_the_model_is_listed_and_found_by_its_name(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.models.retrieve("gpt-4o")
+    assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+
+
+def test_health_and_paths_that_are_not_there(gateway: Gateway) -> None:
+    assert gateway.get("/health").json() == {"status": "serving"}
+    assert gateway.get("/v1/nothing").error()["type"] == "invalid_request_error"
+    refused = gateway.get("/v1/chat/completions")
+    assert refused.status == 405 and refused.headers["allow"] == "POST"
+    refused.close()
+
+
+def test_embeddings_are_refused_in_words(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="no embeddings") as refused:
+        client.embeddings.create(model=MODEL, input="hi")
+    assert (refused.value.param, refused.value.code) == ("model", "unsupported")
+
+
+def test_metrics_are_told_for_prometheus_and_under_the_names_of_vllm(gateway: Gateway, client: OpenAI) -> None:
+    client.chat.completions.create(model=MODEL, messages=HI, max_tokens=1)
+
+    lines = gateway.get("/metrics").text().splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(values['pagewire_gateway_requests_total{path="/v1/chat/completions",status="200"}']) >= 1
+    assert float(values["pagewire_gateway_time_to_first_token_seconds_count"]) >= 1
+    assert float(values["pagewire_output_tokens_total"]) >= 1
+    assert float(values['pagewire_executor_blocks{executor="executor-0"}']) == 4096
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert float(values[f"vllm:{name}"]) >= 0
+    assert {name.partition("{")[0] for name in values} >= {"vllm:cache_config_info", "vllm:lora_requests_info"}
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "code"),
+    [
+        ({"temperature": 101}, "temperature", None),
+        ({"temperature": "hot"}, "temperature", None),
+        ({"max_completion_tokens": 0, "max_tokens": None}, "max_completion_tokens", None),
+        ({"max_completion_tokens": 9}, "max_tokens", None),
+        ({"max_tokens": 5000}, "max_tokens", "context_length_exceeded"),
+        ({"model": "gpt-4o"}, "model", "model_not_found"),
+        ({"messages": []}, "messages", None),
+        ({"messages": [{"role": "", "content": "x"}]}, "messages[0].role", None),
+        ({"messages": [{"role": "user", "content": "x" * 4000}]}, "messages", "context_length_exceeded"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", None),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type",
+         "unsupported"),
+        ({"top_logprobs": 3}, "top_logprobs", None),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", None),
+        ({"tools": [{"type": "function"}]}, "tools", "unsupported"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.schema", None),
+        ({"response_format": {"type": "json_object"}, "regex": "a+"}, "response_format", None),
+        ({"logit_bias": {"x": 1}}, "logit_bias['x']", None),
+        ({"logit_bias": {"5": 101}}, "logit_bias", None),
+        ({"temprature": 1}, "temprature", None),
+        ({"stream_options": {"include_usage": True}}, "stream_options", None),
+    ],
+)  # fmt: skip
+def test_what_is_refused_names_its_parameter(
+    gateway: Gateway, asked: dict[str, Any], param: str, code: str | None
+) -> None:
+    reply = gateway.post("/v1/chat/completions", {"messages": HI, "max_tokens": 4, **asked})
+
+    error = reply.error()
+    assert reply.status == (404 if code == "model_not_found" else 400)
+    assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+    assert error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}', "temperature"),
+        (b'{"messages": [{"role": "user", "content": "hi"}], "temperature": 1e999}', "temperature"),
+        (b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": ' + b"9" * 5000 + b"}", "max_tokens"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "messages[0].content"),
+        (b'{"messages": [{"role": "user", "content": "hi"}], "seed": 1.5}', "seed"),
+        (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "messages"),
+        (b'{"messages": "hi"', "body"),
+        (b"[]", "body"),
+        (b"\xff{}", "body"),
+        (b"", "body"),
+    ],
+    ids=["NaN", "infinite", "digits", "surrogate", "fraction", "deep", "cut short", "a list", "bytes", "nothing"],
+)
+def test_a_body_that_is_no_request_is_refused_by_name(gateway: Gateway, body: bytes, param: str) -> None:
+    reply = gateway.post("/v1/chat/completions", body)
+
+    assert reply.status == 400
+    assert reply.error()["param"] == param
+
+
+# ---- what the README says
+
+
+def test_the_example_of_the_readme_runs(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+    section = (ROOT / "README.md").read_text().split("\n## OpenAI's clients\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+
+    exec(compile(code.replace("127.0.0.1:8000", gateway.http), "README.md", "exec"), names := dict[str, Any]())
+    names["client"].close()
+
+    first, _, rest = capsys.readouterr().out.partition("\n")
+    assert first.endswith(" 32") and rest == first.removesuffix(" 32")
+
+
+def test_a_schema_shapes_the_answer_and_one_that_cannot_be_kept_is_refused(shared: Cluster, gateway: Gateway) -> None:
+    def ask(schema: Any) -> Reply:
+        format_ = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        asked = {"messages": HI, "max_tokens": 40, "response_format": format_}
+        reply = gateway.post("/v1/chat/completions", asked)
+        for _ in range(5):
+            if reply.status == 503:  # the worker that compiles it was too busy with its own start
+                reply = gateway.post("/v1/chat/completions", asked)
+        return reply
+
+    refused = ask({"not": {}})
+    assert refused.status == 400 and refused.error()["param"] == "response_format.json_schema.schema"

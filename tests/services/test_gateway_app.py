@@ -1,0 +1,285 @@
+"""The gateway as an ASGI application, before a scheduler that says what a test wants."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+
+from common.errors import Overloaded, PagewireError, RequestFailed, Superseded, Unavailable
+from pagewire.answers import Answer, Delta, Finish
+from pagewire.continuation import Continuation
+from protos import inference_pb2 as pb
+from services.gateway.app import Gateway
+from services.gateway.bodies import Bodies
+from services.gateway.events import ABORT, Patience
+from services.gateway.metrics import Metrics
+from services.gateway.upstream import Upstream
+
+HI = {"messages": [{"role": "user", "content": "hi"}]}
+CHAT = "/v1/chat/completions"
+
+
+def delta(index: int, token: int, text: str, choice: int = 0) -> pb.GenerateStreamResponse:
+    return pb.GenerateStreamResponse(
+        delta=pb.Delta(choice=choice, index=index, token_ids=[token], text=text, ticket=b"t")
+    )
+
+
+def finish(reason: pb.FinishReason.ValueType = pb.FINISH_REASON_EOS) -> pb.GenerateStreamResponse:
+    return pb.GenerateStreamResponse(finish=pb.Finish(reason=reason, usage=pb.Usage(prompt_tokens=3)))
+
+
+class Stream:
+    """What a scheduler says to one request; in the end it fails, if it is to."""
+
+    def __init__(
+        self, request: pb.GenerateStreamRequest, messages: Sequence[pb.GenerateStreamResponse], then: Exception | None
+    ) -> None:
+        self.continuation = Continuation(request)
+        self._messages = list(messages)
+        self._then = then
+        self.closed: list[bool] = []
+
+    async def next(self) -> Delta | Finish | None:
+        if self._messages:
+            return self.continuation.hear(self._messages.pop(0)) or await self.next()
+        if self._then is not None:
+            raise self._then
+        if not self.continuation.is_done:
+            await asyncio.Event().wait()
+        return None
+
+    @property
+    def answer(self) -> Answer:
+        return self.continuation.answer()
+
+    async def close(self, *, linger: bool = False) -> None:
+        self.closed.append(linger)
+
+
+class Scheduler:
+    """In place of an Upstream."""
+
+    def __init__(self, *messages: pb.GenerateStreamResponse, then: Exception | None = None) -> None:
+        self._messages = messages
+        self._then = then
+        self.streams: list[Stream] = []
+
+    def ask(self, request: pb.GenerateStreamRequest, key: str) -> Stream:
+        self.streams.append(Stream(request, self._messages, self._then))
+        return self.streams[-1]
+
+
+def gateway(scheduler: object, *, comment_s: float = 30, reader_s: float = 30, **settings: Any) -> Gateway:
+    return Gateway(
+        cast("Upstream", scheduler),
+        Bodies(max_bytes=10_000, limit_s=30, max_total_bytes=10_000),
+        Patience(comment_s=comment_s, reader_s=reader_s),
+        Metrics(),
+        **{"max_requests": 4, "max_prompts": 4, **settings},
+    )
+
+
+class Call:
+    """One call of the application."""
+
+    def __init__(self, body: object, path: str = CHAT, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        self.scope: dict[str, Any] = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json"), *headers],
+        }
+        self._body = json.dumps(body).encode()
+        self._asked = False
+        self.left = asyncio.Event()
+        self.parts: list[bytes] = []
+        self.status = 0
+        self.headers: dict[str, str] = {}
+
+    async def receive(self) -> Any:
+        if not self._asked:
+            self._asked = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+        else:
+            self.parts.append(message.get("body", b""))
+
+    @property
+    def json(self) -> Any:
+        return json.loads(b"".join(self.parts))
+
+    @property
+    def events(self) -> list[Any]:
+        lines = b"".join(self.parts).decode().splitlines()
+        data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+        return [each if each == "[DONE]" else json.loads(each) for each in data]
+
+
+def ask(app: Gateway, body: object, **settings: Any) -> Call:
+    async def run() -> Call:
+        call = Call(body, **settings)
+        await app(call.scope, call.receive, call.send)
+        return call
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (Overloaded("full", 2.5), 429, "rate_limit_exceeded"),
+        (Unavailable("no executor", 1.0), 503, "unavailable"),
+        (RequestFailed("it kills", "id"), 500, "request_failed"),
+        (PagewireError("odd"), 500, None),
+    ],
+)
+def test_an_error_before_the_first_token_has_a_status_of_its_own(
+    stream: bool, error: Exception, status: int, code: str | None
+) -> None:
+    call = ask(gateway(Scheduler(then=error)), {**HI, "stream": stream})
+
+    assert (call.status, call.json["error"]["code"]) == (status, code)
+    if isinstance(error, Overloaded):
+        assert (call.headers["retry-after"], call.headers["retry-after-ms"]) == ("3", "2500")
+
+
+def test_an_error_behind_the_first_token_is_the_last_event() -> None:
+    call = ask(gateway(Scheduler(delta(0, 5, "a"), then=Superseded("another one reads on"))), {**HI, "stream": True})
+
+    assert call.status == 200
+    assert call.events[0]["choices"][0]["delta"]["content"] == "a"
+    assert call.events[-1]["error"]["code"] == "superseded"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_bug_is_told_by_an_id_and_its_words_by_nobody(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR):
+        call = ask(gateway(Scheduler(then=RuntimeError("a secret"))), {**HI, "stream": stream})
+
+    assert call.status == 500
+    told = call.json["error"]
+    assert told["code"] == "internal_error" and "a secret" not in told["message"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert told["message"].split()[2].rstrip(";") in line and "RuntimeError" in line and "a secret" not in line
+
+
+@pytest.mark.parametrize(("resumable", "lingers"), [(None, False), (True, True)])
+def test_a_reader_who_leaves_ends_his_request_unless_it_waits_for_him(resumable: bool | None, lingers: bool) -> None:
+    scheduler = Scheduler(delta(0, 5, "a"))
+
+    async def run() -> None:
+        call = Call({**HI, "stream": True, "resumable": resumable})
+        answering = asyncio.create_task(gateway(scheduler)(call.scope, call.receive, call.send))
+        while not call.parts:
+            await asyncio.sleep(0)
+        call.left.set()
+        await answering
+
+    asyncio.run(run())
+    assert scheduler.streams[0].closed == [lingers]
+
+
+def test_a_reader_who_leaves_before_the_whole_answer_is_there_ends_it() -> None:
+    scheduler = Scheduler(delta(0, 5, "a"))
+
+    async def run() -> int:
+        call = Call(HI)
+        answering = asyncio.create_task(gateway(scheduler)(call.scope, call.receive, call.send))
+        while not scheduler.streams:
+            await asyncio.sleep(0)
+        call.left.set()
+        await answering
+        return call.status
+
+    assert asyncio.run(run()) == 0
+    assert scheduler.streams[0].closed == [False]
+
+
+def test_events_have_ids_unless_the_caller_wants_none() -> None:
+    for resumable, count in ((None, 2), (True, 2), (False, 0)):
+        call = ask(gateway(Scheduler(delta(0, 5, "a"), finish())), {**HI, "stream": True, "resumable": resumable})
+        assert b"".join(call.parts).count(b"id: ") == count
+
+
+def test_half_a_character_is_told_with_the_rest_of_it() -> None:
+    call = ask(gateway(Scheduler(delta(0, 5, ""), delta(1, 6, "é"), finish())), {**HI, "stream": True})
+
+    assert [event["choices"][0]["delta"] for event in call.events[:-1]] == [{"role": "assistant", "content": "é"}, {}]
+
+
+def test_requests_are_bounded() -> None:
+    async def run() -> Call:
+        app = gateway(Scheduler(delta(0, 5, "a")), max_requests=1)
+        first, second = Call({**HI, "stream": True}), Call(HI)
+        answering = asyncio.create_task(app(first.scope, first.receive, first.send))
+        while not first.parts:
+            await asyncio.sleep(0)
+        await app(second.scope, second.receive, second.send)
+        first.left.set()
+        await answering
+        return second
+
+    second = asyncio.run(run())
+    assert second.status == 429 and "1 requests are open" in second.json["error"]["message"]
+
+
+def test_a_caller_s_own_name_for_a_request_is_told_back_and_a_strange_one_is_not() -> None:
+    app = gateway(Scheduler(delta(0, 5, "a"), finish()))
+
+    assert ask(app, HI, headers=[(b"x-request-id", b"mine")]).headers["x-request-id"] == "mine"
+    assert ask(app, HI, headers=[(b"x-request-id", b"two words")]).headers["x-request-id"] != "two words"
+
+
+@pytest.mark.parametrize("kind", [b"text/plain", b"", b"application/x-www-form-urlencoded"])
+def test_what_any_page_can_have_a_browser_send_is_refused(kind: bytes) -> None:
+    call = ask(gateway(Scheduler()), HI, headers=[(b"content-type", kind)])
+
+    assert (call.status, call.json["error"]["param"]) == (415, "Content-Type")
+
+
+def test_a_stream_that_waits_says_that_it_is_alive() -> None:
+    async def run() -> Call:
+        call = Call({**HI, "stream": True})
+        answering = asyncio.create_task(gateway(Scheduler(), comment_s=0.01)(call.scope, call.receive, call.send))
+        while len(call.parts) < 2:
+            await asyncio.sleep(0)
+        call.left.set()
+        await answering
+        return call
+
+    call = asyncio.run(run())
+    assert call.status == 200
+    assert all(line.startswith((b":", b"retry:")) for line in b"".join(call.parts).splitlines())
+
+
+def test_a_reader_who_takes_nothing_is_cut_and_his_request_ended() -> None:
+    cut: list[bool] = []
+    scheduler = Scheduler(delta(0, 5, "a"))
+
+    async def run() -> None:
+        call = Call({**HI, "stream": True})
+        call.scope["extensions"] = {ABORT: {"now": lambda: cut.append(True)}}
+
+        async def send(message: Any) -> None:
+            await asyncio.Event().wait()
+
+        await gateway(scheduler, reader_s=0.01)(call.scope, call.receive, send)
+
+    asyncio.run(run())
+    assert cut == [True] and scheduler.streams[0].closed == [False]

@@ -1,0 +1,294 @@
+"""What HTTP requests come to: every field of our own API can be asked for, and no body does harm."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from google.protobuf.message import Message
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import InvalidRequest, PagewireError, TicketRefused
+from protos import inference_pb2 as pb
+from services.gateway import chat, completions, positions, responses
+from services.gateway.asked import Asked
+from services.gateway.bodies import parse
+from services.gateway.errors import NotServed, told
+from services.gateway.fields import Fields
+from services.gateway.positions import Heard, Position
+
+HI: list[Any] = [{"role": "user", "content": "hi"}]
+
+# What each field of the API is asked for as, and what it is then. A field that is new there must be here.
+OF_SAMPLING: dict[str, tuple[Any, Any]] = {
+    "temperature": (0.5, 0.5),
+    "top_k": (5, 5),
+    "top_p": (0.5, 0.5),
+    "min_p": (0.25, 0.25),
+    "seed": (7, 7),
+    "n": (2, 2),
+    "typical_p": (0.5, 0.5),
+    "repetition_penalty": (1.5, 1.5),
+    "presence_penalty": (-0.5, -0.5),
+    "frequency_penalty": (0.5, 0.5),
+    "logit_bias": ({"5": 1.5, "9": -2}, {5: 1.5, 9: -2.0}),
+    "allowed_token_ids": ([1, 2], [1, 2]),
+    "banned_token_ids": ([3], [3]),
+    "bad_words": ("no", ["no"]),
+    "logprobs": (2, 2),
+    "prompt_logprobs": (3, 3),
+}
+OF_STRUCTURED: dict[str, tuple[Any, Any]] = {
+    "json_schema": ({"type": "string"}, '{"type": "string"}'),
+    "regex": ("a+", "a+"),
+    "grammar": ('start: "a"', 'start: "a"'),
+    "json_object": (True, True),
+}
+OF_STOPPING: dict[str, tuple[Any, Any]] = {
+    "max_tokens": (9, 9),
+    "stop": (["x", "y"], ["x", "y"]),
+    "stop_token_ids": ([4], [4]),
+    "ignore_eos": (True, True),
+    "min_tokens": (2, 2),
+    "include_stop": (True, True),
+}
+OF_REQUEST: dict[str, tuple[Any, Any]] = {
+    "request_id": ("mine", "mine"),
+    "model": ("m", "m"),
+    "skip_special_tokens": (False, False),
+    "priority": ("low", pb.PRIORITY_LOW),
+}
+
+
+def body_of(members: dict[str, Any]) -> Fields:
+    return parse(json.dumps(members).encode())
+
+
+def completion(**members: Any) -> Asked:
+    return completions.read(body_of({"prompt": "hi", **members}), max_prompts=8)
+
+
+def plain(value: Any) -> Any:
+    """A field of a message as something that can be compared."""
+    if isinstance(value, str | int | float):
+        return value
+    return dict(value) if hasattr(value, "items") else list(value)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "given", "expected"),
+    [
+        (part, name, *each)
+        for part, table in (
+            ("sampling", OF_SAMPLING),
+            ("sampling.structured", OF_STRUCTURED),
+            ("stopping", OF_STOPPING),
+            ("", OF_REQUEST),
+        )
+        for name, each in table.items()
+    ],
+)
+def test_every_field_of_our_own_api_is_asked_for_by_its_name(part: str, name: str, given: Any, expected: Any) -> None:
+    message: Message = completion(**{name: given}).requests[0]
+    for step in filter(None, part.split(".")):
+        message = getattr(message, step)
+
+    assert plain(getattr(message, name)) == expected
+
+
+def test_those_are_all_fields_there_are() -> None:
+    told_apart = {"sampling", "stopping", "structured", "text", "token_ids", "chat", "resumable", "choices"}
+    messages = (pb.GenerateStreamRequest, pb.SamplingParams, pb.StopConditions, pb.StructuredOutput)
+    fields = {name for message in messages for name in message.DESCRIPTOR.fields_by_name}
+
+    assert fields - told_apart == {*OF_SAMPLING, *OF_STRUCTURED, *OF_STOPPING, *OF_REQUEST}
+    assert list(completion(choices=["a", "b"]).requests[0].sampling.structured.choices.values) == ["a", "b"]
+    assert completion(resumable=True).manner.resumable
+
+
+def test_what_is_not_asked_for_is_left_to_the_scheduler() -> None:
+    request = chat.read(body_of({"messages": HI, "temperature": None})).requests[0]
+
+    assert request == pb.GenerateStreamRequest(
+        chat=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="hi")])
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"type": "json_object"}, pb.StructuredOutput(json_object=True)),
+        ({"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"type": "null"}}},
+         pb.StructuredOutput(json_schema='{"type": "null"}')),
+        ({"type": "text"}, pb.StructuredOutput()),
+    ],
+)  # fmt: skip
+def test_a_response_format_is_our_structured_output(asked: Any, expected: pb.StructuredOutput) -> None:
+    request = chat.read(body_of({"messages": HI, "response_format": asked})).requests[0]
+    assert request.sampling.structured == expected
+
+
+def test_a_text_format_is_our_structured_output() -> None:
+    asked = {"type": "json_schema", "name": "x", "strict": True, "schema": {"type": "null"}}
+    request = responses.read(body_of({"input": "hi", "text": {"format": asked}})).requests[0]
+    assert request.sampling.structured.json_schema == '{"type": "null"}'
+
+
+def test_seeds_may_be_negative_as_openais_are() -> None:
+    assert completion(seed=-1).requests[0].sampling.seed == (1 << 64) - 1
+
+
+def test_prompts_have_the_same_seed_where_it_is_given_and_their_own_where_it_is_not() -> None:
+    same, own = completion(prompt=["a", "a"], seed=5), completion(prompt=["a", "a"])
+    for asked in (same, own):
+        asked.begin(None)
+
+    assert [request.sampling.seed for request in same.requests] == [5, 5]
+    first, second = (request.sampling.seed for request in own.requests)
+    assert second == first + 1
+    assert len({request.request_id for request in same.requests}) == 2
+
+
+def test_a_completion_has_openais_sixteen_tokens_unless_told() -> None:
+    assert completion().requests[0].stopping.max_tokens == 16
+    assert completion(max_tokens=0, echo=True).requests[0].stopping.max_tokens == 1
+
+
+def test_both_names_of_a_limit_may_say_the_same_and_no_two_things() -> None:
+    both = {"messages": HI, "max_tokens": 5}
+    assert chat.read(body_of({**both, "max_completion_tokens": 5})).requests[0].stopping.max_tokens == 5
+    with pytest.raises(InvalidRequest, match="give one of them"):
+        chat.read(body_of({**both, "max_completion_tokens": 6}))
+
+
+def test_a_scheduler_s_field_is_told_by_the_name_that_its_caller_knows() -> None:
+    names = chat.read(body_of({"messages": HI, "max_completion_tokens": 5})).names
+
+    assert told(InvalidRequest("max_tokens", "x"), names).param == "max_completion_tokens"
+    assert told(InvalidRequest("chat.messages[3].role", "is empty"), names).param == "messages[3].role"
+    assert told(InvalidRequest("top_k", "x"), names).param == "top_k"
+
+
+# ---- bodies that nobody would send
+
+NAMES = [
+    *OF_SAMPLING, *OF_STRUCTURED, *OF_STOPPING, *OF_REQUEST, "choices", "resumable", "messages", "prompt", "input",
+    "stream", "stream_options", "response_format", "text", "tools", "tool_choice", "logprobs", "top_logprobs", "echo",
+    "best_of", "suffix", "max_completion_tokens", "max_output_tokens", "instructions", "include", "reasoning", "user",
+    "metadata", "return_token_ids", "resume_token_ids", "modalities", "audio", "truncation", "background",
+    "previous_response_id", "nonsense",
+]  # fmt: skip
+INNER = ["role", "content", "type", "text", "format", "schema", "json_schema", "name", "strict", "5", "-1", "x"]
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats()
+    | st.sampled_from(["", "hi", "user", "text", "json_schema", "json_object", "message", "\ud800", "\x00"])
+    | st.text(max_size=3)
+)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(INNER), inner, max_size=3)
+)
+VALID: dict[str, Any] = {"messages": HI, "prompt": "hi", "input": "hi"}
+BODIES = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=4).map(lambda asked: {**VALID, **asked})
+
+READERS: dict[str, Callable[[Fields], Asked]] = {
+    "chat": chat.read,
+    "completions": lambda body: completions.read(body, max_prompts=4),
+    "responses": responses.read,
+}
+
+
+@pytest.mark.parametrize("endpoint", list(READERS))
+@settings(max_examples=25, deadline=None)
+@given(body=BODIES)
+def test_any_body_is_understood_or_refused_by_the_name_of_a_member(endpoint: str, body: dict[str, Any]) -> None:
+    try:
+        fields = parse(json.dumps(body).encode())
+        asked = READERS[endpoint](fields)
+        fields.refuse_unknown()
+        asked.begin(None)
+    except (InvalidRequest, NotServed) as error:
+        failed = told(error)
+        assert failed.status == 400 and failed.param
+        assert json.loads(failed.body)["error"]["message"]
+    else:
+        for request in asked.requests:
+            assert pb.GenerateStreamRequest.FromString(request.SerializeToString()) == request
+            assert math.isfinite(request.sampling.temperature)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    body=st.binary(max_size=60)
+    | st.text(alphabet='{}[]":,\\ue0d8a12tfnN.-+ "messages"', max_size=60).map(lambda text: text.encode())
+)
+def test_any_bytes_are_an_object_or_refused(body: bytes) -> None:
+    try:
+        found = parse(body).names()
+    except InvalidRequest as error:
+        found = [error.field, error.problem]
+    assert all(found) or b'""' in body
+
+
+def test_the_member_that_is_nested_too_deep_is_named() -> None:
+    deep = '{"a": {"x": [1, "[[["]}, "b": ' + "[" * 100_000 + "]" * 100_000 + ', "c": 1}'
+    with pytest.raises(InvalidRequest) as refused:
+        parse(deep.encode())
+    assert refused.value.field == "b"
+
+
+# ---- ids of events
+
+HEARD = st.builds(
+    Heard,
+    tokens=st.integers(0, 2**32 - 1),
+    characters=st.integers(0, 2**32 - 1),
+    ended=st.booleans(),
+    digest=st.binary(min_size=8, max_size=8),
+    ticket=st.binary(max_size=80),
+)
+
+
+@given(
+    heard=st.integers(1, 4).flatmap(
+        lambda n: st.lists(st.lists(HEARD, min_size=n, max_size=n), min_size=1, max_size=3)
+    ),
+    seed=st.integers(0, 2**64 - 1),
+    done=st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_an_id_tells_where_its_stream_was(heard: list[list[Heard]], seed: int, done: bool) -> None:
+    writer = positions.Writer("a-name", seed, 1_800_000_000, prompts=len(heard), choices=len(heard[0]))
+    most = list(range(len(heard)))
+
+    packed = [
+        positions.pack_prompt(number) + b"".join(each.packed() for each in of_prompt)
+        for number, of_prompt in zip(most, heard, strict=True)
+    ]
+    id = writer.id(41, b"".join(packed), done=done)
+
+    assert positions.read(id) == Position(
+        request_id="a-name",
+        seed=seed,
+        created=1_800_000_000,
+        event=41,
+        done=done,
+        max_tokens=tuple(most),
+        choices=tuple(map(tuple, heard)),
+    )
+    for broken in (id[:-4], id + "AAAA", "é", ""):
+        with pytest.raises(TicketRefused):
+            positions.read(broken)
+
+
+@given(id=st.text(max_size=80) | st.binary(max_size=80).map(lambda data: data.hex()))
+@settings(max_examples=40, deadline=None)
+def test_what_is_no_id_is_refused(id: str) -> None:
+    with pytest.raises(PagewireError):
+        positions.read(id)
