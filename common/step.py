@@ -146,4 +146,5 @@ class ExecutorFacts:
     capabilities: tuple[str, ...] = field(default=())
     max_drafts: int = 0  # drafts that a row may carry; 0: it does not speculate
     step_overhead_tokens: int = 0  # tokens whose computing takes as long as what a step takes in any case
+    draft_cost: float = 1.0  # tokens whose computing takes as long as a draft, with what it takes to guess it
     determinism: str = ""  # class of those that compute the same tokens bit for bit; empty: no promise

@@ -164,9 +164,11 @@ class ModelRunner:
             grammars=grammars,
         )
         self._pool = TokenPool(self._resident.token_ids, self._device)
+        share_of_work = 0.0  # that a guess takes, of a step's
         if self._speculate == "ngram":
             self._proposer = NgramProposer(self._resident)
         elif beside is not None:
+            share_of_work = _weight_bytes(beside.folder) / _weight_bytes(folder)
             cache = self._slab(beside, num_blocks)
             self._proposer = DraftModel(
                 self._resident,
@@ -189,6 +191,7 @@ class ModelRunner:
             credit=self._credit,
             max_drafts=self._max_drafts if self._proposer is not None else 0,
             step_overhead_tokens=self._step_overhead_tokens,
+            draft_cost=1 + (1 + self._step_overhead_tokens) * share_of_work,
             dtype=str(loaded.model.dtype).removeprefix("torch."),
             device=self._device.type,
             determinism=class_of(
@@ -328,3 +331,7 @@ class ModelRunner:
         if self._device.type == "cpu":
             return min(int(free_bytes(self._device) * _CPU_SHARE), _CPU_MOST_BYTES)
         return int(free_bytes(self._device) * _GPU_SHARE)
+
+
+def _weight_bytes(folder: ModelFolder) -> int:
+    return sum(file.stat().st_size for file in folder.weight_files)

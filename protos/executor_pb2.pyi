@@ -138,6 +138,7 @@ class Hello(_message.Message):
     LAST_EPOCH_AGE_MS_FIELD_NUMBER: _builtins.int
     MAX_DRAFTS_FIELD_NUMBER: _builtins.int
     STEP_OVERHEAD_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAFT_COST_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """the version of this contract: 1"""
     name: _builtins.str
@@ -166,6 +167,8 @@ class Hello(_message.Message):
     """drafts that a row may carry; 0: it does not speculate"""
     step_overhead_tokens: _builtins.int
     """tokens whose computing takes as long as what a step takes in any case"""
+    draft_cost: _builtins.float
+    """tokens whose computing takes as long as a draft, with what it takes to guess it; 0 is 1"""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -191,10 +194,11 @@ class Hello(_message.Message):
         last_epoch_age_ms: _builtins.int = ...,
         max_drafts: _builtins.int = ...,
         step_overhead_tokens: _builtins.int = ...,
+        draft_cost: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "capabilities", b"capabilities", "credit", b"credit", "determinism", b"determinism", "device", b"device", "dtype", b"dtype", "incarnation", b"incarnation", "last_epoch", b"last_epoch", "last_epoch_age_ms", b"last_epoch_age_ms", "max_drafts", b"max_drafts", "max_model_len", b"max_model_len", "max_sequences", b"max_sequences", "max_step_tokens", b"max_step_tokens", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_blocks", b"num_blocks", "protocol", b"protocol", "step_overhead_tokens", b"step_overhead_tokens", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "capabilities", b"capabilities", "credit", b"credit", "determinism", b"determinism", "device", b"device", "draft_cost", b"draft_cost", "dtype", b"dtype", "incarnation", b"incarnation", "last_epoch", b"last_epoch", "last_epoch_age_ms", b"last_epoch_age_ms", "max_drafts", b"max_drafts", "max_model_len", b"max_model_len", "max_sequences", b"max_sequences", "max_step_tokens", b"max_step_tokens", "model", b"model", "model_digest", b"model_digest", "name", b"name", "num_blocks", b"num_blocks", "protocol", b"protocol", "step_overhead_tokens", b"step_overhead_tokens", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -200,6 +200,7 @@ class Planner:
             num_tokens=sum(draft.num_scheduled),
             overhead=facts.step_overhead_tokens,
             room=draft.budget,
+            draft_cost=facts.draft_cost,
         )
         num_spare = session.num_spare_blocks
         for row, most in zip(rows, drafts, strict=True):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 WORTH: Final = 0.3
-"""What it takes to guess a draft, and to wait for a row that has any, is not in that: it is kept as often at least."""
+"""What it costs to wait for a row that has drafts is not in that: one is kept as often at least."""
 
 TRY_EVERY: Final = 8
 """Steps: in each of these, sequences whose drafts were not kept try one again, all at once."""
@@ -59,23 +59,26 @@ class Candidate(NamedTuple):
     most: int  # drafts that it may carry
 
 
-def share(candidates: Sequence[Candidate], *, num_tokens: int, overhead: int, room: int) -> list[int]:
+def share(
+    candidates: Sequence[Candidate], *, num_tokens: int, overhead: int, room: int, draft_cost: float = 1.0
+) -> list[int]:
     """Drafts for each candidate, `room` at most in all, beside the `num_tokens` of the step without them.
 
-    `overhead`: tokens whose computing takes as long as what a step takes in any case. Of equals the first goes first.
+    `overhead`: tokens whose computing takes as long as what a step takes in any case. `draft_cost`: as
+    many for one draft, with what it takes to guess it. Of equals the first goes first.
     """
     drafts = [0] * len(candidates)
-    kept, computed = float(num_tokens), overhead + num_tokens
+    kept, computed = float(num_tokens), float(overhead + num_tokens)
     best = [(-each.chance, i) for i, each in enumerate(candidates) if each.most > 0]
     heapq.heapify(best)
     while best and room > 0:
         chance, i = -best[0][0], best[0][1]
-        if chance < WORTH or chance * computed <= kept:
+        if chance < WORTH or chance * computed <= kept * draft_cost:
             break
         drafts[i] += 1
         room -= 1
         kept += chance
-        computed += 1
+        computed += draft_cost
         if drafts[i] < candidates[i].most:
             heapq.heapreplace(best, (-chance * candidates[i].chance, i))
         else:

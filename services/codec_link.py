@@ -205,6 +205,7 @@ def hello_to_pb(
         determinism=facts.determinism,
         max_drafts=facts.max_drafts,
         step_overhead_tokens=facts.step_overhead_tokens,
+        draft_cost=facts.draft_cost,
         last_epoch=last_epoch,
         last_epoch_age_ms=int(1000 * last_epoch_age_s),
     )
@@ -227,6 +228,8 @@ def facts_from_pb(hello: pb.Hello) -> ExecutorFacts:
             raise WireError(name, f"must be at most {_MAX_WORD} printable characters")
     if hello.max_drafts > MAX_DRAFTS:
         raise WireError("max_drafts", f"must be at most {MAX_DRAFTS}, got {hello.max_drafts}")
+    if not 1 <= (hello.draft_cost or 1) <= _U32:  # nor NaN
+        raise WireError("draft_cost", f"must be at least 1, got {hello.draft_cost}")
     if not is_determinism_class(hello.determinism):
         raise WireError("determinism", "must be 16 hex digits, or empty")
     return ExecutorFacts(
@@ -245,6 +248,7 @@ def facts_from_pb(hello: pb.Hello) -> ExecutorFacts:
         capabilities=tuple(hello.capabilities),
         max_drafts=hello.max_drafts,
         step_overhead_tokens=hello.step_overhead_tokens,
+        draft_cost=hello.draft_cost or 1.0,
         determinism=hello.determinism,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 
 from common.errors import ModelFolderError
 from common.sampling import SamplingParams
+from common.step import ExecutorFacts
 from executor import model_runner
 from executor.model_runner import ModelRunner
 from executor.proposers.draft_model import DraftModel
+from executor.runner import Report
 from tests.executor.tiny_models import VOCAB_SIZE, save_tiny
 from tests.scheduler.world import GREEDY, World
 
@@ -37,18 +40,26 @@ class Checked(DraftModel):
         return found
 
 
+class Eager(ModelRunner):
+    """It says that its guesses cost nothing, although its models are as large as each other."""
+
+    def load(self, report: Report) -> ExecutorFacts:
+        return replace(super().load(report), draft_cost=1.0)
+
+
 class ModelWorld(World):
     """A scheduler and executors that compute."""
 
     target: Path
     draft: Path | None
+    runner_of: type[ModelRunner] = Eager
 
     def __init__(self, target: Path, draft: Path | None, **shape: Any) -> None:
         self.target, self.draft = target, draft
         super().__init__(vocab_size=VOCAB_SIZE, max_model_len=64, credit=2, block_size=16, **shape)
 
     def runner_class(self, *, name: str, vocab_size: int, next_token: Any, **shape: Any) -> Any:  # type: ignore[override]
-        return ModelRunner(
+        return self.runner_of(
             name=name,
             model_folder=self.target,
             dtype="float32",
@@ -59,6 +70,12 @@ class ModelWorld(World):
             max_step_tokens=64,
             **shape,
         )
+
+
+class HonestWorld(ModelWorld):
+    """The same, told what guesses cost."""
+
+    runner_of = ModelRunner
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +168,11 @@ def test_a_model_of_another_vocabulary_is_refused(target: Path, tmp_path: Path) 
 
     with pytest.raises(ModelFolderError, match="Type: --draft-model PATH"):
         load(None)
+
+
+def test_a_guess_costs_what_the_models_weights_say(target: Path, smaller: Path) -> None:
+    def cost(draft: Path) -> float:
+        return HonestWorld(target, draft, num_blocks=8).scheduler.sessions[0].facts.draft_cost
+
+    assert cost(target) == 1 + 65  # a step's overhead is 64 tokens there
+    assert 1 < cost(smaller) < 1 + 65

@@ -345,3 +345,11 @@ def test_who_died_with_guesses_is_trusted_when_it_is_past_them() -> None:
     assert world.scheduler.num_suspects == 0
     world.run()
     assert world.tokens["a"] == list(range(5, 14))
+
+
+def test_who_takes_long_to_guess_guesses_less() -> None:
+    sure = Candidate(0.8, 8)
+
+    assert share([sure], num_tokens=1, overhead=12, room=100, draft_cost=1.0) == [5]
+    assert share([sure], num_tokens=1, overhead=12, room=100, draft_cost=5.0) == [2]
+    assert share([sure] * 8, num_tokens=8, overhead=12, room=100, draft_cost=5.0) == [0] * 8

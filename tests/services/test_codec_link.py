@@ -159,6 +159,7 @@ FACTS = st.builds(
     device=WORD,
     capabilities=st.lists(st.text(), max_size=3).map(tuple),
     max_drafts=st.integers(0, MAX_DRAFTS),
+    draft_cost=st.floats(1, 1e6, width=32),
     step_overhead_tokens=U32,
 )
 
@@ -454,11 +455,13 @@ def test_an_executor_of_another_protocol_is_told_both_versions() -> None:
         ("block_size", (1 << 32) - 1),
         ("credit", (1 << 32) - 1),
         ("max_drafts", MAX_DRAFTS + 1),
+        ("draft_cost", 0.5),
+        ("draft_cost", math.nan),
         ("name", "x" * 257),
         ("name", "two\nlines"),
     ],
 )
-def test_an_impossible_fact_is_refused_by_name(name: str, value: int | bytes | str) -> None:
+def test_an_impossible_fact_is_refused_by_name(name: str, value: float | bytes | str) -> None:
     hello = a_hello()
     setattr(hello, name, value)
 
