@@ -780,7 +780,7 @@ class GenerateRequest(_message.Message):
     priority: Global___Priority.ValueType
     max_drafts: _builtins.int
     """Speculative decoding: tokens that may be guessed ahead in one step, where the executors guess any. It changes how
-    soon tokens come, never which. Default: as many as pay; 0: none.
+    soon tokens come, never which. Default: as many as pay; 0: none, as with beams.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...

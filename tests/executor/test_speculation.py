@@ -220,13 +220,16 @@ def test_what_was_wrong_is_written_over(world: World) -> None:
         ({"max_drafts": [1, 1]}, "1 rows, 2 numbers of drafts"),
         ({"max_drafts": [10], "blocks": 1}, "may carry 10 drafts behind position 7"),
         ({"max_drafts": [2], "count": 6}, "may carry 2 drafts behind position 6"),
+        ({"max_drafts": [2], "num_candidates": 4}, "may carry 2 drafts behind position 7"),
         ({"max_drafts": [300]}, "in a step of at most 256"),
     ],
 )
 def test_a_plan_whose_drafts_do_not_fit_is_refused(world: World, plan: dict[str, Any], says: str) -> None:
     world.runner.begin_session()
     new = sequence()
-    new = replace(new, block_table=new.block_table[: plan.get("blocks", 3)])
+    new = replace(
+        new, block_table=new.block_table[: plan.get("blocks", 3)], num_candidates=plan.get("num_candidates", 0)
+    )
     with pytest.raises(PlanError, match=says):
         world.step((A, plan.get("count", 7)), new=[new], max_drafts=plan["max_drafts"])
 

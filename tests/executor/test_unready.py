@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from common.sampling import Grammar, SamplingParams
 from common.step import NewSequence, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_ref
-from executor import controls, guide
+from executor import choosing, controls, guide
 from executor.grammar import compile_grammar
 from executor.guide import Grammars
 from executor.model_runner import ModelRunner
+from executor.resident import Resident, Rows
 from executor.runner import execute
 from tests.executor.guides import held_up, save_letters, until_compiled
 from tests.executor.tiny_models import save_tiny
@@ -47,13 +51,36 @@ class World:
         assert found is not None
         return found
 
-    def step(self, *rows: tuple[SlotRef, int], new: tuple[NewSequence, ...] = ()) -> StepResult:
-        plan = StepPlan(step=self.next_step, refs=[r for r, _ in rows], num_scheduled=[n for _, n in rows], new=new)
+    def step(self, *rows: tuple[SlotRef, int], new: tuple[NewSequence, ...] = (), max_drafts: int = 0) -> StepResult:
+        """`max_drafts`: that each row may carry."""
+        plan = StepPlan(
+            step=self.next_step,
+            refs=[r for r, _ in rows],
+            num_scheduled=[n for _, n in rows],
+            new=new,
+            max_drafts=[max_drafts] * len(rows) if max_drafts else (),
+        )
         self.next_step += 1
         return execute(self.runner, plan)
 
     def until_compiled(self) -> None:
         until_compiled(self.runner._resident)
+
+
+class Knowing:
+    """A proposer that knows the answer to PROMPT."""
+
+    def __init__(self, held: Resident, answer: list[int]) -> None:
+        self._held = held
+        self._answer = answer
+
+    def begin_session(self) -> None: ...
+
+    def begin_step(self, rows: Rows, copies: Sequence[tuple[BlockId, BlockId]]) -> None: ...
+
+    def propose(self, slots: NDArray[np.int64], most: NDArray[np.int64]) -> list[list[int]]:
+        starts = (self._held.num_tokens[slots] - len(PROMPT)).tolist()
+        return [self._answer[start : start + count] for start, count in zip(starts, most.tolist(), strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +203,40 @@ def test_rows_take_turns_where_a_step_has_no_time_for_all_their_grammars(
     assert of(found, slot_ref(3, 0))[0], "the free one goes on"
     for ref in asked:
         assert of(found, ref) == of(alone[ref], ref)
+
+
+def test_a_row_that_is_put_off_brings_nothing_of_its_drafts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = of(undisturbed(world, A, GUIDED, 5), A)
+    monkeypatch.setattr(world.runner, "_proposer", Knowing(world.runner._resident, alone[0]))
+
+    with held_up(world.grammars):
+        found = [world.step((A, 7), new=(told(A, GUIDED),), max_drafts=2)]
+        found.append(world.step((A, 1), max_drafts=2))
+    assert [(result.refs, result.unready) for result in found] == [([], [A])] * 2
+    assert all(each.position < len(PROMPT) for result in found for each in result.scored)
+    world.until_compiled()
+    found += [world.step((A, 1), max_drafts=2), world.step((A, 1), max_drafts=1)]
+
+    assert [len(result.refs) for result in found] == [0, 0, 3, 2]
+    assert of(found, A) == alone
+
+
+def test_a_run_ends_where_a_step_has_no_time_for_its_masks(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = of(undisturbed(world, A, GUIDED, 5), A)
+    free = of(undisturbed(world, B, FREE, 5), B)
+    monkeypatch.setattr(world.runner, "_proposer", Knowing(world.runner._resident, alone[0]))
+    monkeypatch.setattr(choosing, "MASKS_S", -1.0)
+
+    found = [world.step((A, 3), new=(told(A, GUIDED),))]
+    world.until_compiled()
+    found.append(world.step((A, 4), max_drafts=4))
+    found += [world.step((A, 1), max_drafts=4) for _ in range(4)]
+
+    assert [len(result.refs) for result in found] == [0, 1, 1, 1, 1, 1]
+    assert of(found, A) == alone
+    world.runner.begin_session()
+    monkeypatch.setattr(world.runner, "_proposer", Knowing(world.runner._resident, free[0]))
+    assert len(world.step((B, 7), new=(told(B, FREE),), max_drafts=4).refs) == 5, "who has no grammar needs no mask"
 
 
 def test_a_grammar_that_is_not_compiled_for_very_long_fails_its_row(

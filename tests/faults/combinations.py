@@ -152,6 +152,7 @@ CONTROLS: Final[dict[str, Control]] = {
     "min_tokens": _min_tokens,
     "ignore_eos": _ignore_eos,
     "include_stop": _include_stop,
+    "max_drafts": lambda draw, asked: setattr(asked, "max_drafts", draw(st.integers(0, 2))),
     "skip_special_tokens": lambda draw, asked: setattr(asked, "skip_special_tokens", False),
     "resumable": lambda draw, asked: setattr(asked, "resumable", True),
 }  # fmt: skip
@@ -196,10 +197,13 @@ class DrawnExecutor:
     max_step_tokens: int
     credit: int
     compile_looks: int  # so often a grammar is looked for before it is there
+    max_drafts: int  # tokens that it may guess ahead in a row: what followed the newest ones before
     dies_s: float | None = None
 
 
-CALM: Final = DrawnExecutor(num_blocks=_SLAB_BLOCKS, max_sequences=8, max_step_tokens=64, credit=1, compile_looks=0)
+CALM: Final = DrawnExecutor(
+    num_blocks=_SLAB_BLOCKS, max_sequences=8, max_step_tokens=64, credit=1, compile_looks=0, max_drafts=0
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +245,7 @@ executors = st.builds(
     max_step_tokens=st.sampled_from([6, 16, 64]),
     credit=st.integers(1, 3),
     compile_looks=st.integers(0, 4),
+    max_drafts=st.sampled_from([0, 4]),
     dies_s=st.none() | st.floats(0.01, 0.3),
 )
 
@@ -337,6 +342,7 @@ class _Computer:
             max_sequences=CALM.max_sequences,
             max_step_tokens=CALM.max_step_tokens,
             num_threads=1,
+            speculate="ngram",
         )
         self.facts: ExecutorFacts = self.runner.load(lambda stage, done, total: None)
         grammars = self.runner._resident._grammars
@@ -372,6 +378,8 @@ class _Executor:
             max_sequences=drawn.max_sequences,
             max_step_tokens=drawn.max_step_tokens,
             credit=drawn.credit,
+            max_drafts=drawn.max_drafts,
+            step_overhead_tokens=64,  # a guess is nearly always worth it
         )
 
     def send(self, plan: StepPlan) -> None:
@@ -443,7 +451,7 @@ class _Cluster:
             self.core.check()
         finally:
             self.world.close()
-        for name in ("preemptions", "moved", "rows_unready", "cached_prompt_tokens"):
+        for name in ("preemptions", "moved", "rows_unready", "cached_prompt_tokens", "accepted_tokens"):
             self.happened[name] += getattr(self.core.counters, name)
         return Played(told=[each for each in self.found if each is not None], happened=self.happened)
 

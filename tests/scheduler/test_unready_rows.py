@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from common.sampling import Grammar
+from common.sampling import BeamParams, Grammar
 from common.step import StepResult
+from executor.fake_runner import position_token
 from scheduler.results import ProtocolError
 from scheduler.suspicion import End
 from tests.scheduler.world import GREEDY, World
@@ -62,6 +63,37 @@ def test_a_row_may_be_put_off_in_the_middle_of_its_answer(credit: int) -> None:
 
     assert world.tokens == {"guided": list(range(6, 15)), "free": list(range(5, 14))}
     assert world.scheduler.counters.rows_unready == 3
+
+
+@pytest.mark.parametrize("credit", [1, 2, 3])
+def test_a_row_that_is_put_off_brings_nothing_of_its_drafts_and_they_say_nothing_of_the_next(credit: int) -> None:
+    world = World(executors=0, credit=credit)
+    world.join(compile_rows=2, left_out_every=5, guess=position_token, max_drafts=3)
+    world.add("guided", prompt=6, max_tokens=20, sampling=replace(GUIDED, logprobs=0))
+    world.add("free", prompt=5, max_tokens=9)
+    (guided,) = (world.scheduler._sequences[id] for id, name in world.names.items() if name == "guided")
+
+    assert world.step() == {"guided": 6, "free": 5}
+    assert world.tokens == {"guided": [], "free": [5, 6, 7]}
+    assert guided.acceptance.drafted == 0
+    world.run()
+
+    assert world.tokens == {"guided": list(range(6, 26)), "free": list(range(5, 14))}
+    assert len(guided.logprobs) == 20
+    assert guided.acceptance.drafted == guided.acceptance.accepted > 5
+    assert world.scheduler.counters.rows_unready > 2
+
+
+def test_a_beam_carries_no_drafts() -> None:
+    world = World(executors=0)
+    world.join(guess=position_token, max_drafts=3)
+    world.add("search", prompt=6, max_tokens=5, sampling=replace(GREEDY, beams=BeamParams(2)), max_drafts=3)
+    plan = world.send()
+    world.answer()
+    later = world.send()
+
+    assert plan is not None and not plan.max_drafts
+    assert later is not None and not later.max_drafts
 
 
 def test_an_answer_of_one_token_may_wait() -> None:
