@@ -7,22 +7,19 @@ scheduler to say; what no message can hold is refused here.
 from __future__ import annotations
 
 import json
-from typing import Final
+import re
+from typing import Any, Final
+
+from google.protobuf.message import Message
 
 from common.errors import InvalidRequest
 from protos import inference_pb2 as pb
 from services.gateway.fields import MAX_U32, Fields, integer, number, shown
 
 _MAX_BIASES: Final = 4096  # far above the scheduler's limit: a message of more would be too large for it
-_NUMBERS: Final = (
-    "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-)  # fmt: skip
 _MAX_CHOICES: Final = 128  # OpenAI's; the scheduler has a limit of its own, and room is made here before it is asked
-_PRIORITIES: Final = {
-    "high": pb.PRIORITY_HIGH,
-    "normal": pb.PRIORITY_NORMAL,
-    "low": pb.PRIORITY_LOW,
-}
+# Fields that are not taken as they are: another name, form or range, or an endpoint's own business.
+_OTHERWISE: Final = frozenset({"text", "top_k", "seed", "n", "logprobs", "max_tokens", "resumable"})
 
 # What OpenAI's own servers use for accounting, routing or storing, and what changes no answer here.
 _WITHOUT_EFFECT: Final = (
@@ -36,17 +33,45 @@ def read_options(fields: Fields, request: pb.GenerateStreamRequest, *, max_token
     Returns what the caller calls the scheduler's fields, where that is something else. Raises InvalidRequest.
     """
     names: dict[str, str] = {}
-    request.model = fields.string("model") or ""
     _read_sampling(fields, request.sampling)
     names |= _read_stopping(fields, request.stopping, max_tokens)
-    if (request_id := fields.string("request_id")) is not None:
-        request.request_id = request_id
-    if (skip := fields.boolean("skip_special_tokens")) is not None:
-        request.skip_special_tokens = skip
-    if (priority := fields.word("priority", tuple(_PRIORITIES))) is not None:
-        request.priority = _PRIORITIES[priority]
+    read_plain(fields, request)
     fields.ignore(*_WITHOUT_EFFECT)
     return names
+
+
+def read_plain(fields: Fields, message: Message) -> None:
+    """Fill in each field that is a number, a word, a truth, a text or a list of these, by its own name.
+
+    So a control that is new in the API can be asked for without a word here. Raises InvalidRequest.
+    """
+    for field in message.DESCRIPTOR.fields:
+        name = field.name
+        if name in _OTHERWISE or field.message_type is not None or not fields.has(name):
+            continue
+        if field.is_repeated:
+            found = fields.strings(name) if field.cpp_type == field.CPPTYPE_STRING else fields.integers(name)
+            getattr(message, name).extend(found)
+        else:
+            setattr(message, name, _plain(fields, field))
+
+
+def _plain(fields: Fields, field: Any) -> Any:
+    match field.cpp_type:
+        case field.CPPTYPE_FLOAT | field.CPPTYPE_DOUBLE:
+            return fields.number(field.name)
+        case field.CPPTYPE_BOOL:
+            return fields.boolean(field.name)
+        case field.CPPTYPE_STRING:
+            return fields.string(field.name)
+        case field.CPPTYPE_UINT64:
+            return fields.integer(field.name, 0, (1 << 64) - 1)
+        case field.CPPTYPE_ENUM:  # PRIORITY_LOW is "low"
+            prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", field.enum_type.name).lower() + "_"
+            words = {value.name.lower().removeprefix(prefix): value.number for value in field.enum_type.values[1:]}
+            return words[fields.word(field.name, tuple(words)) or ""]
+        case _:
+            return fields.integer(field.name)
 
 
 def read_structured(fields: Fields, sampling: pb.SamplingParams, response_format: str) -> dict[str, str]:
@@ -130,20 +155,13 @@ def schema_text(schema: object, path: str) -> str:
 
 
 def _read_sampling(fields: Fields, sampling: pb.SamplingParams) -> None:
-    for name in _NUMBERS:
-        if (value := fields.number(name)) is not None:
-            setattr(sampling, name, value)
+    read_plain(fields, sampling)
     if (top_k := fields.integer("top_k", -1)) is not None:
         sampling.top_k = max(0, top_k)  # elsewhere -1 is none
     if (seed := fields.integer("seed", -(1 << 63), (1 << 64) - 1)) is not None:
         sampling.seed = seed % (1 << 64)  # OpenAI's are signed
     if (n := fields.integer("n", 1, _MAX_CHOICES)) is not None:
         sampling.n = n
-    if (scores := fields.integer("prompt_logprobs")) is not None:
-        sampling.prompt_logprobs = scores
-    for name in ("allowed_token_ids", "banned_token_ids"):
-        getattr(sampling, name).extend(fields.integers(name))
-    sampling.bad_words.extend(fields.strings("bad_words"))
     if (biases := fields.fields("logit_bias")) is not None:
         if len(biases.names()) > _MAX_BIASES:
             raise InvalidRequest("logit_bias", f"at most {_MAX_BIASES} tokens, got {len(biases.names())}")
@@ -164,11 +182,5 @@ def _read_stopping(fields: Fields, stopping: pb.StopConditions, max_tokens: tupl
             if given and most != stopping.max_tokens:
                 raise InvalidRequest(name, f"{given} says otherwise: give one of them")
             stopping.max_tokens, given = most, name
-    stopping.stop.extend(fields.strings("stop"))
-    stopping.stop_token_ids.extend(fields.integers("stop_token_ids"))
-    for name in ("ignore_eos", "include_stop"):
-        if (value := fields.boolean(name)) is not None:
-            setattr(stopping, name, value)
-    if (least := fields.integer("min_tokens")) is not None:
-        stopping.min_tokens = least
+    read_plain(fields, stopping)
     return {"max_tokens": given} if given not in ("", "max_tokens") else {}
