@@ -81,11 +81,20 @@ class Continuation:
         """The newest one of a choice; empty before its first."""
         return self._tickets[choice]
 
-    def go_on(self, points: Mapping[int, tuple[bytes, Sequence[int]]], ended: Iterable[Finish]) -> None:
-        """Begin behind what another client heard: of each choice its newest ticket and its tokens, or its end."""
+    def go_on(
+        self,
+        points: Mapping[int, tuple[bytes, Sequence[int]]],
+        ended: Iterable[Finish],
+        calls: Mapping[int, int] | None = None,
+    ) -> None:
+        """Begin behind what another client heard: of each choice its newest ticket and its tokens, or its end.
+
+        `calls`: how many calls of tools have begun in it.
+        """
         for choice, (ticket, tokens) in points.items():
             self._choice(choice)[:] = tokens
             self._tickets[choice] = ticket
+            self._tool_calls[choice] = [ToolCall(id="", name="", arguments="")] * (calls or {}).get(choice, 0)
         self.finishes.update({finish.choice: finish for finish in ended})
 
     @property

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple, Self
 from common.errors import InvalidRequest, RequestFailed, TicketRefused, Unavailable
 from pagewire.aio import AsyncStream
 from pagewire.answers import Delta, Finish, FinishReason, TokenLogprobs, Usage
+from pagewire.tools import ToolCallDelta
 from protos import inference_pb2 as pb
 from services.gateway.positions import MAX_CHOICES, Digest, Heard, Position, Writer, pack_heard, pack_prompt
 from services.gateway.upstream import Upstream
@@ -25,6 +26,7 @@ class Piece(NamedTuple):
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     finish: Finish | None
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 class _Read(NamedTuple):
@@ -122,6 +124,11 @@ class Answers:
         """How much of a choice's text was told, before this call too."""
         return self._told[choice // self.n][choice % self.n].characters_told
 
+    def was_told(self, choice: int) -> bool:
+        """Whether any text, call or end of a choice was told, before this call too."""
+        told = self._told[choice // self.n][choice % self.n]
+        return told.characters_told > 0 or told.calls > 0 or told.ended
+
     def has_ended(self, choice: int) -> bool:
         """Whether the end of a choice was told, before this call too."""
         return self._told[choice // self.n][choice % self.n].ended
@@ -132,7 +139,9 @@ class Answers:
         return Usage(
             prompt_tokens=sum(max(end.prompt_tokens for end in of_prompt) for of_prompt in ends),
             cached_prompt_tokens=sum(max(end.cached_prompt_tokens for end in of_prompt) for of_prompt in ends),
-            completion_tokens=sum(end.completion_tokens for of_prompt in ends for end in of_prompt),
+            completion_tokens=sum(
+                end.completion_tokens + end.discarded_tokens for of_prompt in ends for end in of_prompt
+            ),
             queue_s=0.0,
             prefill_s=0.0,
             decode_s=0.0,
@@ -209,6 +218,7 @@ class Answers:
             raise InvalidRequest("resume_token_ids", f"must have a list for each of {total} choices, got {len(tokens)}")
         for i, (stream, of_prompt) in enumerate(zip(self.streams, self._told, strict=True)):
             points: dict[int, tuple[bytes, Sequence[int]]] = {}
+            calls: dict[int, int] = {}
             ended: list[Finish] = []
             for n, told in enumerate(of_prompt):
                 told.bring(tokens[i * self.n + n], f"resume_token_ids[{i * self.n + n}]")
@@ -216,18 +226,21 @@ class Answers:
                     ended.append(_ended(n, told.tokens))
                 else:
                     points[n] = (told.ticket, tokens[i * self.n + n])
-            stream.continuation.go_on(points, ended)
+                    calls[n] = told.calls
+            stream.continuation.go_on(points, ended, calls)
 
 
 class _Told:
     """What the caller was told of one choice, and what of that comes again."""
 
-    __slots__ = ("_again", "_digest", "_heard", "characters", "ended", "tokens")
+    __slots__ = ("_again", "_arguments", "_digest", "_heard", "calls", "characters", "ended", "tokens")
 
     def __init__(self, heard: Heard, *, again: bool) -> None:
         """With `again` all of it comes from the beginning, and what was heard is left out."""
         self.tokens = 0 if again else heard.tokens
         self.characters = 0 if again else heard.characters
+        self.calls = heard.calls  # that have begun; a part of one of these that comes again is not its first
+        self._arguments = 0 if again else heard.arguments
         self.ended = heard.ended
         self._heard = heard
         self._again = again and heard.tokens > 0
@@ -254,6 +267,7 @@ class _Told:
     def add(self, delta: Delta, choice: int) -> Piece | None:
         """What is new in a delta; None where that is nothing. Raises TicketRefused where it is not as it was told."""
         tokens, text, logprobs = delta.token_ids, delta.text, delta.logprobs
+        calls = self._new_calls(delta.tool_calls) if delta.tool_calls else ()
         if self._again:
             known = max(0, min(len(tokens), self._heard.tokens - self.tokens))
             self._digest.add(tokens[:known])
@@ -266,9 +280,9 @@ class _Told:
         self._digest.add(tokens)
         self.tokens += len(tokens)
         self.characters += len(text)
-        if self.ended or not (tokens or text):
+        if self.ended or not (tokens or text or calls):
             return None
-        return Piece(choice, text, tokens, logprobs, None)
+        return Piece(choice, text, tokens, logprobs, None, calls)
 
     def end(self) -> bool:
         """It has ended; False where its caller knows. Raises TicketRefused where more was told than there is."""
@@ -281,7 +295,10 @@ class _Told:
         """The same, as it stands in an id."""
         if self._heard.ended or self.tokens < self._heard.tokens:
             return self._heard.packed()
-        return pack_heard(self.tokens, self.characters, self.ended, self._digest.value(), ticket)
+        digest = self._digest.value()
+        return pack_heard(
+            self.tokens, self.characters, self.ended, digest, ticket, calls=self.calls, arguments=self._arguments
+        )
 
     def heard(self, ticket: bytes) -> Heard:
         """For the id of an event that tells all up to here."""
@@ -290,10 +307,26 @@ class _Told:
         return Heard(
             tokens=self.tokens,
             characters=self.characters,
+            calls=self.calls,
+            arguments=self._arguments,
             ended=self.ended,
             digest=self._digest.value(),
             ticket=ticket,
         )
+
+    def _new_calls(self, parts: Sequence[ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
+        """Parts of calls without what was told of them: they come one call after the other, so a count tells."""
+        new: list[ToolCallDelta] = []
+        for part in parts:
+            begins = part.index >= self.calls
+            self.calls = max(self.calls, part.index + 1)
+            known = max(0, min(len(part.arguments), self._heard.arguments - self._arguments))
+            self._arguments += len(part.arguments)
+            if begins:
+                new.append(part)
+            elif known < len(part.arguments):
+                new.append(ToolCallDelta(index=part.index, id="", name="", arguments=part.arguments[known:]))
+        return tuple(new)
 
 
 def _ended(choice: int, tokens: int) -> Finish:

@@ -16,7 +16,7 @@ from services.gateway.errors import NotServed
 from services.gateway.events import event
 from services.gateway.fields import Fields, array, fields, shown, text
 from services.gateway.options import read_options, read_structured
-from services.gateway.tools import read_tool_message, read_tools
+from services.gateway.tools import read_tool_message, read_tools, told_calls, told_deltas
 
 DONE: Final = b"data: [DONE]\n\n"
 
@@ -28,34 +28,41 @@ _OF_ANSWERS: Final = ("name", "refusal", "audio", "annotations", "reasoning_cont
 def read(body: Fields) -> Asked:
     """What a chat request asks for. Raises InvalidRequest, NotServed. Whoever calls refuses what is left over."""
     request = pb.GenerateStreamRequest()
-    names = {"chat.messages": "messages", "chat": "messages"}
+    names = read_tools(body, request.chat)
     names |= read_options(body, request, max_tokens=_MAX_TOKENS)
     names |= read_structured(body, request.sampling, "response_format")
     names |= _read_logprobs(body, request.sampling)
-    read_tools(body)
     messages = body.list_of_fields("messages")
     if not messages:
         raise InvalidRequest("messages", "is empty")
     request.chat.SetInParent()
+    called: dict[str, str] = {}
     for message in messages:
-        add_message(request.chat, message)
+        names |= add_message(request.chat, message, called)
+    names |= {"chat.messages": "messages", "chat": "messages"}
     for name, only in (("modalities", ["text"]), ("audio", None)):
         if body.take(name) not in (None, only):
             raise NotServed(name, f"{name}: answers are text")
     return Asked(requests=[request], manner=read_manner(body), names=names)
 
 
-def add_message(chat: pb.ChatMessages, message: Fields) -> None:
-    """Add a message. Raises InvalidRequest, NotServed."""
+def add_message(chat: pb.ChatMessages, message: Fields, called: dict[str, str]) -> dict[str, str]:
+    """Add a message; `called` are functions by the ids of the calls before it, and gets its own.
+
+    Returns what its caller calls some of its fields. Raises InvalidRequest, NotServed.
+    """
     role = message.string("role")
     if role is None:
         raise InvalidRequest(message.path("role"), "must be a string, and is not there")
-    read_tool_message(message)
-    path = message.path("content")
-    content = content_text(message.take("content"), path)
+    added = pb.ChatMessage(role="system" if role == "developer" else role)
+    names = read_tool_message(message, added, called)
+    content = message.take("content")
+    if content is not None or not added.tool_calls:  # calls need no words
+        added.content = content_text(content, message.path("content"))
     message.ignore(*_OF_ANSWERS)
     message.refuse_unknown()
-    chat.messages.add(role="system" if role == "developer" else role, content=content)
+    chat.messages.append(added)
+    return names
 
 
 def content_text(content: object, path: str) -> str:
@@ -112,6 +119,8 @@ async def whole(answers: Answers, asked: Asked) -> dict[str, Any]:
             "finish_reason": finish_reason(choice.finish),
             "stop_reason": stop_reason(choice.finish),
         }
+        if choice.tool_calls:
+            told["message"] |= {"content": choice.text or None, "tool_calls": told_calls(choice.tool_calls)}
         if asked.manner.return_token_ids:
             told["token_ids"] = list(choice.token_ids)
         choices.append(told)
@@ -129,21 +138,25 @@ async def stream(answers: Answers, asked: Asked) -> AsyncGenerator[bytes, None]:
     """The answer in events, as it is made. Raises PagewireErrors."""
     chunks = Chunks(answers, asked, "chatcmpl", "chat.completion.chunk")
     scored, ids = wants_logprobs(asked), asked.manner.return_token_ids
-    has_role = [answers.characters(choice) > 0 or answers.has_ended(choice) for choice in range(answers.n)]
+    has_role = [answers.was_told(choice) for choice in range(answers.n)]
     is_first = answers.begins_at == 0
     while (piece := await answers.next()) is not None:
-        if not (piece.text or piece.finish or scored or ids):
+        if not (piece.text or piece.tool_calls or piece.finish or scored or ids):
             continue  # half of a character
         more: dict[str, Any] = {}
         if is_first and answers.streams[0].continuation.prompt_logprobs:
             more["prompt_logprobs"] = scores.of_prompt(answers.streams[0].continuation.prompt_logprobs)
         is_first = False
-        if has_role[piece.choice] and not (piece.finish or scored or ids or more):  # most of the time
+        if has_role[piece.choice] and not (
+            piece.tool_calls or piece.finish or scored or ids or more
+        ):  # most of the time
             yield chunks.plain(piece)
             continue
         delta: dict[str, Any] = {} if has_role[piece.choice] else {"role": "assistant", "content": ""}
         has_role[piece.choice] = True
-        if not piece.finish:
+        if piece.tool_calls:
+            delta |= {"content": piece.text or None, "tool_calls": told_deltas(piece.tool_calls)}
+        elif not piece.finish:
             delta["content"] = piece.text
         choice: dict[str, Any] = {
             "index": piece.choice,
@@ -227,7 +240,7 @@ def wants_logprobs(asked: Asked) -> bool:
 
 def finish_reason(finish: Finish) -> str:
     """OpenAI's word for it."""
-    return "length" if finish.reason is FinishReason.LENGTH else "stop"
+    return finish.reason.value if finish.reason in (FinishReason.LENGTH, FinishReason.TOOL_CALLS) else "stop"
 
 
 def stop_reason(finish: Finish) -> str | int | None:

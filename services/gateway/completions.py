@@ -45,8 +45,6 @@ def read(body: Fields, *, max_prompts: int) -> AskedCompletion:
         if echo:
             like.sampling.prompt_logprobs = top
             names["prompt_logprobs"] = "logprobs"
-    if (best_of := body.integer("best_of")) not in (None, 1, like.sampling.n or 1):
-        raise InvalidRequest("best_of", f"must be n: of choices none is thrown away, got {best_of}")
     if body.string("suffix"):
         raise InvalidRequest("suffix", "is not served: text is made behind a prompt, not before something")
     prompts = read_prompts(body.take("prompt"), max_prompts)

@@ -145,7 +145,7 @@ def told(error: PagewireError, names: Mapping[str, str] | None = None) -> Told:
     message, param = str(error), next((_PARAMS[k] for k in type(error).__mro__ if k in _PARAMS), None)
     if isinstance(error, InvalidRequest):
         param = renamed(error.field, names or {})
-        message = f"{param}: {error.problem}"
+        message = f"{param}: {error.problem.replace('chat.tools', 'tools')}"
         if any(words in error.problem for words in _TOO_LONG):
             code = "context_length_exceeded"
     elif isinstance(error, Unavailable) and message.startswith(NO_CONNECTION):

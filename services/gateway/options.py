@@ -36,6 +36,8 @@ def read_options(fields: Fields, request: pb.GenerateStreamRequest, *, max_token
     _read_sampling(fields, request.sampling)
     names |= _read_stopping(fields, request.stopping, max_tokens)
     read_plain(fields, request)
+    read_plain(fields, request.cache)
+    _read_beams(fields, request.sampling)
     fields.ignore(*_WITHOUT_EFFECT)
     return names
 
@@ -173,6 +175,21 @@ def _read_sampling(fields: Fields, sampling: pb.SamplingParams) -> None:
             if id < 0:
                 raise InvalidRequest(path, "must be called by a token's id")
             sampling.logit_bias[id] = number(biases.take(token), path)
+
+
+def _read_beams(fields: Fields, sampling: pb.SamplingParams) -> None:
+    """A width, or an object with what BeamSearch has; when it stops, also as Transformers has it: false or true."""
+    if not isinstance(fields.peek("beams"), dict):
+        if (width := fields.integer("beams")) is not None:
+            sampling.beams.width = width
+        return
+    if (asked := fields.fields("beams")) is not None:
+        sampling.beams.SetInParent()
+        if isinstance(early := asked.peek("early_stopping"), bool):
+            asked.take("early_stopping")
+            sampling.beams.early_stopping = pb.EARLY_STOPPING_FULL if early else pb.EARLY_STOPPING_LIKELY
+        read_plain(asked, sampling.beams)
+        asked.refuse_unknown()
 
 
 def _read_stopping(fields: Fields, stopping: pb.StopConditions, max_tokens: tuple[str, ...]) -> dict[str, str]:

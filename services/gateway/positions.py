@@ -30,7 +30,10 @@ _VERSION: Final = 1
 _HEAD: Final = struct.Struct("<BBBBQQ")  # version, prompts, choices of each, length of the request id, seed, created
 _STATE: Final = struct.Struct("<I?")  # number of the event, whether it was the last one
 _PROMPT: Final = struct.Struct("<I")  # max_tokens
-_CHOICE: Final = struct.Struct("<II?B8s")  # tokens, characters, ended, length of the ticket, digest
+_CHOICE: Final = struct.Struct("<IIBB8s")  # tokens, characters, flags, length of the ticket, digest
+_ENDED: Final = 1
+_CALLED: Final = 2  # _CALLS comes behind the ticket
+_CALLS: Final = struct.Struct("<II")  # calls of tools that have begun, characters of the arguments of all
 
 _NOT_OURS: Final = TicketRefused("the id is not one of this server's events")
 
@@ -41,13 +44,23 @@ class Heard:
 
     tokens: int = 0
     characters: int = 0
+    calls: int = 0  # of tools, that have begun
+    arguments: int = 0  # characters of the arguments of all of them
     ended: bool = False
     digest: bytes = b""  # of the tokens; see `Digest`
     ticket: bytes = b""
 
     def packed(self) -> bytes:
         """As it stands in an id."""
-        return pack_heard(self.tokens, self.characters, self.ended, self.digest, self.ticket)
+        return pack_heard(
+            self.tokens,
+            self.characters,
+            self.ended,
+            self.digest,
+            self.ticket,
+            calls=self.calls,
+            arguments=self.arguments,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,9 +105,14 @@ class Writer:
         return urlsafe_b64encode(self._head + _STATE.pack(event, done) + prompts).decode()
 
 
-def pack_heard(tokens: int, characters: int, ended: bool, digest: bytes, ticket: bytes) -> bytes:
+def pack_heard(
+    tokens: int, characters: int, ended: bool, digest: bytes, ticket: bytes, *, calls: int = 0, arguments: int = 0
+) -> bytes:
     """What an id says of a choice, without making a Heard of it: that is done for every event."""
-    return _CHOICE.pack(tokens, characters, ended, len(ticket), digest) + ticket
+    if not calls:
+        return _CHOICE.pack(tokens, characters, ended, len(ticket), digest) + ticket
+    head = _CHOICE.pack(tokens, characters, ended | _CALLED, len(ticket), digest)
+    return head + ticket + _CALLS.pack(calls, arguments)
 
 
 def pack_prompt(max_tokens: int) -> bytes:
@@ -120,11 +138,25 @@ def read(id: str) -> Position:
             at += _PROMPT.size
             of_prompt: list[Heard] = []
             for _ in range(choices):
-                tokens, characters, ended, length, digest = _CHOICE.unpack_from(data, at)
+                tokens, characters, flags, length, digest = _CHOICE.unpack_from(data, at)
                 at += _CHOICE.size
                 ticket = data[at : at + length]
                 at += length
-                of_prompt.append(Heard(tokens=tokens, characters=characters, ended=ended, digest=digest, ticket=ticket))
+                calls = arguments = 0
+                if flags & _CALLED:
+                    calls, arguments = _CALLS.unpack_from(data, at)
+                    at += _CALLS.size
+                of_prompt.append(
+                    Heard(
+                        tokens=tokens,
+                        characters=characters,
+                        calls=calls,
+                        arguments=arguments,
+                        ended=bool(flags & _ENDED),
+                        digest=digest,
+                        ticket=ticket,
+                    )
+                )
             heard.append(tuple(of_prompt))
     except (binascii.Error, ValueError, struct.error):
         raise _NOT_OURS from None

@@ -18,7 +18,7 @@ from services.gateway.errors import NotServed
 from services.gateway.events import event
 from services.gateway.fields import Fields, array, fields, shown, text
 from services.gateway.options import read_format, read_options, read_structured
-from services.gateway.tools import read_tools
+from services.gateway.tools import refuse_tools
 
 _LOGPROBS: Final = "message.output_text.logprobs"
 _PREAMBLE: Final = 4  # events before the first text
@@ -45,7 +45,7 @@ def read(body: Fields) -> AskedResponse:
         raise NotServed("n", "n: a response has one output")
     told_format = _read_text(body, request.sampling, names)
     names |= read_structured(body, request.sampling, "response_format")
-    read_tools(body)
+    refuse_tools(body)
     _read_include(body, request.sampling)
     instructions = _read_input(body, request)
     if body.take("previous_response_id") is not None:
@@ -114,7 +114,7 @@ def _read_input(body: Fields, request: pb.GenerateStreamRequest) -> str | None:
         if kind != "message":
             raise NotServed(item.path("type"), f"{item.path('type')}: {shown(kind)} is not served here; message is")
         item.ignore(*_OF_ITEMS)
-        add_message(request.chat, item)
+        add_message(request.chat, item, {})
     return instructions
 
 

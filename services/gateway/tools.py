@@ -1,33 +1,150 @@
-"""Tools: what a caller offers a model to call, and what the model called. Nothing of it is served yet.
+"""Tools as OpenAI's chat API has them: what a caller offers to call, what was called, and what came of it.
 
-The one place for it: `read_tools` is given the members of a chat request, `read_tool_message` those of a message,
-before what is left over is refused.
+What a tool, a choice or a call may be is for the scheduler to say; here they get its words, and their names back.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
+from common.errors import InvalidRequest
+from pagewire.tools import ToolCall, ToolCallDelta
+from protos import inference_pb2 as pb
 from services.gateway.errors import NotServed
-from services.gateway.fields import Fields
+from services.gateway.fields import Fields, fields, shown, text
+from services.gateway.options import schema_text
 
-_OF_A_REQUEST: Final = ("tools", "functions")
-_OF_A_MESSAGE: Final = ("tool_calls", "function_call", "tool_call_id")
+_MODES: Final = {
+    "auto": pb.TOOL_CHOICE_MODE_AUTO,
+    "none": pb.TOOL_CHOICE_MODE_NONE,
+    "required": pb.TOOL_CHOICE_MODE_REQUIRED,
+}
+_KINDS: Final = ", ".join(_MODES)
 
 
-def read_tools(fields: Fields) -> None:
+def read_tools(body: Fields, chat: pb.ChatMessages) -> dict[str, str]:
+    """What the answer may call, and how it is chosen.
+
+    Returns what the caller calls the scheduler's fields. Raises InvalidRequest, NotServed.
+    """
+    _refuse_functions(body)
+    names: dict[str, str] = {}
+    for i, tool in enumerate(body.list_of_fields("tools")):
+        inner = _function(tool, "is what can be offered")
+        added = chat.tools.add(name=_given(inner, "name"), description=inner.string("description") or "")
+        if (schema := inner.take("parameters")) is not None:
+            added.parameters = schema_text(schema, inner.path("parameters"))
+        if (strict := inner.boolean("strict")) is not None:
+            added.strict = strict
+        inner.refuse_unknown()
+        names[f"chat.tools[{i}]"] = tool.path("function")
+    if (choice := body.take("tool_choice")) is not None:
+        _read_choice(choice, chat.tool_choice)
+    if (parallel := body.boolean("parallel_tool_calls")) is not None:
+        chat.parallel_tool_calls = parallel
+    return {
+        **names,
+        "chat.tools": "tools",
+        "chat.tool_choice.function": "tool_choice.function.name",
+        "chat.tool_choice": "tool_choice",
+        "chat.parallel_tool_calls": "parallel_tool_calls",
+    }
+
+
+def refuse_tools(body: Fields) -> None:
     """Raise NotServed where tools are offered. A choice among none is no choice."""
-    for name in _OF_A_REQUEST:
-        if fields.take(name):
-            raise NotServed(name, f"{name}: not served here yet")
-    if fields.take("tool_choice") not in (None, "none", "auto"):
+    _refuse_functions(body)
+    if body.take("tools"):
+        raise NotServed("tools", "tools: not served here; /v1/chat/completions takes them")
+    if body.take("tool_choice") not in (None, "none", "auto"):
         raise NotServed("tool_choice", "tool_choice: there are no tools to choose from")
-    fields.take("function_call")
-    fields.boolean("parallel_tool_calls")
+    body.boolean("parallel_tool_calls")
 
 
-def read_tool_message(fields: Fields) -> None:
-    """Raise NotServed where a message is a tool's, or calls one."""
-    for name in _OF_A_MESSAGE:
-        if fields.take(name):
-            raise NotServed(fields.path(name), f"{fields.path(name)}: tools are not served here yet")
+def read_tool_message(message: Fields, added: pb.ChatMessage, called: dict[str, str]) -> dict[str, str]:
+    """The calls of an assistant's message, or whose result a tool's is.
+
+    A result of OpenAI's does not say which function was called, which templates may ask for. So `called` has the
+    functions of the calls so far, by their ids. Returns names as `read_tools` does. Raises InvalidRequest, NotServed.
+    """
+    if message.take("function_call"):
+        path = message.path("function_call")
+        raise NotServed(path, f"{path}: functions are called tools here: send tool_calls")
+    names: dict[str, str] = {}
+    path = message.path("tool_calls")
+    for j, call in enumerate(message.list_of_fields("tool_calls")):
+        added_call = added.tool_calls.add(id=call.string("id") or "")
+        call.ignore("index")  # of the deltas of a stream, put together
+        inner = _function(call, "is what can be called")
+        added_call.name = _given(inner, "name")
+        added_call.arguments = inner.string("arguments") or ""
+        called[added_call.id] = added_call.name
+        inner.refuse_unknown()
+        for name in ("name", "arguments"):
+            names[f"chat.{path}[{j}].{name}"] = f"{path}[{j}].function.{name}"
+    if (id := message.string("tool_call_id")) is not None:
+        added.tool_call_id = id
+    if added.role == "tool":
+        added.name = message.string("name") or called.get(added.tool_call_id, "")
+    return names
+
+
+def told_calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    """The calls of a whole answer."""
+    return [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in calls
+    ]
+
+
+def told_deltas(deltas: Sequence[ToolCallDelta]) -> list[dict[str, Any]]:
+    """Parts of calls: the first one of each says which it is."""
+    return [
+        {
+            "index": part.index,
+            "id": part.id,
+            "type": "function",
+            "function": {"name": part.name, "arguments": part.arguments},
+        }
+        if part.name
+        else {"index": part.index, "function": {"arguments": part.arguments}}
+        for part in deltas
+    ]
+
+
+def _read_choice(value: object, choice: pb.ToolChoice) -> None:
+    if isinstance(value, str):
+        if value not in _MODES:
+            raise InvalidRequest("tool_choice", f"must be one of {_KINDS}, or a function, got {shown(value)}")
+        choice.mode = _MODES[value]
+        return
+    inner = _function(fields(value, "tool_choice"), "is what can be chosen")
+    choice.function = _given(inner, "name")
+    inner.refuse_unknown()
+
+
+def _function(outer: Fields, what: str) -> Fields:
+    """The function in a tool, a call or a choice, which has nothing else. `what` is said where it is no function."""
+    kind, path = outer.string("type"), outer.path("type")
+    if kind not in (None, "function"):
+        raise NotServed(path, f"{path}: function {what}, got {shown(kind)}")
+    inner = outer.fields("function")
+    if inner is None:
+        raise InvalidRequest(outer.path("function"), "must be an object, and is not there")
+    outer.refuse_unknown()
+    return inner
+
+
+def _given(inner: Fields, name: str) -> str:
+    value = inner.take(name)
+    if value is None:
+        raise InvalidRequest(inner.path(name), "must be a string, and is not there")
+    return text(value, inner.path(name))
+
+
+def _refuse_functions(body: Fields) -> None:
+    """What OpenAI had before it had tools."""
+    if body.take("functions"):
+        raise NotServed("functions", "functions: are called tools here: send tools")
+    body.take("function_call")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pagewire import Client, FinishReason, ToolCall
 from protos import inference_pb2 as pb
 from tests.e2e import fake_model
 from tests.e2e.cluster import ROOT, Cluster
+from tests.e2e.gateways import Event, Gateway
 from tests.e2e.programs import PAGEWIRE, run
 from tests.executor.schemas import problem
 
@@ -188,3 +189,87 @@ def test_what_cannot_be_asked_for_is_refused_by_its_field(
 
     assert refused.value.field == field
     assert problem in refused.value.problem
+
+
+# ---- OpenAI's API
+
+TOOLS: list[Any] = [{"type": "function", "function": WEATHER}, CLOCK]
+OVER_HTTP: dict[str, Any] = {
+    "messages": ASKED["messages"], "tools": TOOLS, "tool_choice": "required", "seed": 4, "max_tokens": 250,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def gateway(server: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with Client(server.address) as client:  # tries again until the worker that compiles grammars has started
+        client.generate(**ASKED, tool_choice="clock")
+    with Gateway(server.address, tmp_path_factory.mktemp("gateway") / "log") as running:
+        yield running
+
+
+def test_openais_client_is_told_what_is_called_and_tells_what_came_of_it(server: Cluster, gateway: Gateway) -> None:
+    asked: dict[str, Any] = {**OVER_HTTP, "model": "", "parallel_tool_calls": False}
+    with gateway.client() as openai, Client(server.address) as client:
+        [choice] = openai.chat.completions.create(**asked, extra_body={"request_id": "same"}).choices
+        chunks = list(openai.chat.completions.create(**asked, stream=True, extra_body={"request_id": "same"}))
+        result = {"role": "tool", "tool_call_id": "", "content": "rain"}
+        [called] = choice.message.tool_calls or []
+        assert called.type == "function"
+        messages: list[Any] = [*ASKED["messages"], choice.message, {**result, "tool_call_id": called.id}]
+        said = openai.chat.completions.create(model="", messages=messages, tools=TOOLS, tool_choice="none",
+                                              max_tokens=8, temperature=0)  # fmt: skip
+        own = ToolCall(id=called.id, name=called.function.name, arguments=called.function.arguments)
+        message = {"role": "assistant", "content": "", "tool_calls": [own]}
+        again = [*ASKED["messages"], message, own.result("rain")]
+        expected = client.generate(messages=again, max_tokens=8, temperature=0.0)
+
+    check([own])
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    parts = [part for chunk in chunks for part in chunk.choices[0].delta.tool_calls or ()]
+    heads = [(part.index, part.id, part.type, part.function.name) for part in parts if part.id and part.function]
+    assert heads == [(0, own.id, "function", own.name)]
+    assert "".join(part.function.arguments or "" for part in parts if part.function) == own.arguments
+    assert [chunk.choices[0].delta.role for chunk in chunks if chunk.choices[0].delta.role] == ["assistant"]
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    assert said.choices[0].message.content == expected.text
+    assert said.usage is not None and said.usage.prompt_tokens == expected.usage.prompt_tokens
+
+
+def told_over_http(events: Sequence[Event]) -> tuple[list[int], str, list[str], list[str]]:
+    """Tokens, text, each call with its parts put together, and ends."""
+    tokens: list[int] = []
+    text, calls, ends = "", list[str](), list[str]()
+    for event in events[:-1]:
+        [choice] = event.data["choices"]
+        tokens += choice["token_ids"]
+        text += choice["delta"].get("content") or ""
+        for part in choice["delta"].get("tool_calls", ()):
+            if "id" in part:
+                calls.append(part["id"] + part["function"]["name"])
+            calls[part["index"]] += part["function"]["arguments"]
+        ends += [choice["finish_reason"]] if choice["finish_reason"] else []
+    return tokens, text, calls, ends
+
+
+def test_a_stream_over_http_goes_on_in_the_middle_of_a_call(gateway: Gateway) -> None:
+    path = "/v1/chat/completions"
+    without_end = {"logit_bias": {str(fake_model.EOS): -50}, "max_tokens": 200}  # so one call comes after the other
+    asked = {**OVER_HTTP, **without_end, "stream": True, "return_token_ids": True, "request_id": "calls"}
+    whole = list(gateway.post(path, asked).events())
+    _, _, calls, ends = told_over_http(whole)
+    assert len(calls) > 1 and ends == ["length"]
+
+    for cut in range(3, len(whole) - 1, len(whole) // 3):
+        heard = whole[:cut]
+        tokens = {"resume_token_ids": [told_over_http([*heard, heard[-1]])[0]]}
+        for more in ({}, tokens):
+            rest = list(gateway.post(path, {**asked, **more}, {"last-event-id": heard[-1].id}).events())
+            assert told_over_http([*heard, *rest]) == told_over_http(whole)
+
+
+def test_a_format_beside_tools_is_refused_by_its_name(gateway: Gateway) -> None:
+    reply = gateway.post("/v1/chat/completions", {**OVER_HTTP, "response_format": {"type": "json_object"}})
+
+    assert reply.status == 400
+    error = reply.error()
+    assert error["param"] == "response_format" and "does not go together with tools" in error["message"]

@@ -41,6 +41,13 @@ OF_SAMPLING: dict[str, tuple[Any, Any]] = {
     "bad_words": ("no", ["no"]),
     "logprobs": (2, 2),
     "prompt_logprobs": (3, 3),
+    "best_of": (3, 3),
+}
+OF_CACHE: dict[str, tuple[Any, Any]] = {
+    "cache_salt": ("mine", "mine"),
+    "no_cache": (True, True),
+    "pin_seconds": (60, 60),
+    "pin_tokens": (16, 16),
 }
 OF_STRUCTURED: dict[str, tuple[Any, Any]] = {
     "json_schema": ({"type": "string"}, '{"type": "string"}'),
@@ -87,6 +94,7 @@ def plain(value: Any) -> Any:
             ("sampling", OF_SAMPLING),
             ("sampling.structured", OF_STRUCTURED),
             ("stopping", OF_STOPPING),
+            ("cache", OF_CACHE),
             ("", OF_REQUEST),
         )
         for name, each in table.items()
@@ -102,12 +110,77 @@ def test_every_field_of_our_own_api_is_asked_for_by_its_name(part: str, name: st
 
 def test_those_are_all_fields_there_are() -> None:
     told_apart = {"sampling", "stopping", "structured", "text", "token_ids", "chat", "resumable", "choices"}
-    messages = (pb.GenerateStreamRequest, pb.SamplingParams, pb.StopConditions, pb.StructuredOutput)
+    told_apart |= {"beams", "cache"}
+    messages = (
+        pb.GenerateStreamRequest, pb.SamplingParams, pb.StopConditions, pb.StructuredOutput, pb.CacheControl,
+    )  # fmt: skip
     fields = {name for message in messages for name in message.DESCRIPTOR.fields_by_name}
 
-    assert fields - told_apart == {*OF_SAMPLING, *OF_STRUCTURED, *OF_STOPPING, *OF_REQUEST}
+    assert fields - told_apart == {*OF_SAMPLING, *OF_STRUCTURED, *OF_STOPPING, *OF_REQUEST, *OF_CACHE}
     assert list(completion(choices=["a", "b"]).requests[0].sampling.structured.choices.values) == ["a", "b"]
     assert completion(resumable=True).manner.resumable
+
+
+def test_a_beam_search_is_its_width_or_all_that_can_be_said_of_one() -> None:
+    full = pb.BeamSearch(width=4, length_penalty=0.5, early_stopping=pb.EARLY_STOPPING_NEVER)
+    asked = {"width": 4, "length_penalty": 0.5, "early_stopping": "never"}
+
+    assert completion(beams=4).requests[0].sampling.beams == pb.BeamSearch(width=4)
+    assert completion(beams=asked).requests[0].sampling.beams == full
+    for wrong, field in (({**asked, "early_stopping": 1}, "beams.early_stopping"), ({"size": 4}, "beams.size")):
+        with pytest.raises(InvalidRequest) as refused:
+            completion(beams=wrong)
+        assert refused.value.field == field
+
+
+def test_a_tool_a_choice_and_a_call_are_ours_without_what_is_around_them() -> None:
+    called = {"id": "a", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    request = chat.read(
+        body_of({
+            "messages": [
+                *HI,
+                {"role": "assistant", "content": None, "tool_calls": [called]},
+                {"role": "tool", "tool_call_id": "a", "content": "noon"},
+            ],
+            "tools": [{"type": "function", "function": {"name": "clock", "parameters": {}, "strict": True}}],
+            "tool_choice": {"type": "function", "function": {"name": "clock"}},
+            "parallel_tool_calls": False,
+        })
+    ).requests[0]  # fmt: skip
+
+    assert request.chat == pb.ChatMessages(
+        messages=[
+            pb.ChatMessage(role="user", content="hi"),
+            pb.ChatMessage(role="assistant", tool_calls=[pb.ToolCall(id="a", name="clock", arguments="{}")]),
+            pb.ChatMessage(role="tool", content="noon", tool_call_id="a", name="clock"),
+        ],
+        tools=[pb.Tool(name="clock", parameters="{}", strict=True)],
+        tool_choice=pb.ToolChoice(function="clock"),
+        parallel_tool_calls=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ("chat.tools[1].parameters", "tools[1].function.parameters"),
+        ("chat.tools", "tools"),
+        ("chat.tool_choice.function", "tool_choice.function.name"),
+        ("chat.messages[0].tool_calls[0].arguments", "messages[0].tool_calls[0].function.arguments"),
+        ("chat.messages[0].tool_call_id", "messages[0].tool_call_id"),
+    ],
+)
+def test_what_the_scheduler_says_of_tools_is_told_by_openais_names(field: str, expected: str) -> None:
+    function = {"function": {"name": "clock"}}
+    message = {"role": "assistant", "tool_calls": [function]}
+    names = chat.read(body_of({"messages": [message], "tools": [function, function]})).names
+
+    assert told(InvalidRequest(field, "is wrong"), names).param == expected
+
+
+def test_a_response_takes_no_tools() -> None:
+    with pytest.raises(NotServed, match="/v1/chat/completions takes them"):
+        responses.read(body_of({"input": "hi", "tools": [{"type": "function", "name": "clock"}]}))
 
 
 def test_what_is_not_asked_for_is_left_to_the_scheduler() -> None:
@@ -178,11 +251,13 @@ def test_a_scheduler_s_field_is_told_by_the_name_that_its_caller_knows() -> None
 NAMES = [
     *OF_SAMPLING, *OF_STRUCTURED, *OF_STOPPING, *OF_REQUEST, "choices", "resumable", "messages", "prompt", "input",
     "stream", "stream_options", "response_format", "text", "tools", "tool_choice", "logprobs", "top_logprobs", "echo",
-    "best_of", "suffix", "max_completion_tokens", "max_output_tokens", "instructions", "include", "reasoning", "user",
+    *OF_CACHE, "beams", "parallel_tool_calls", "functions", "suffix", "max_completion_tokens", "max_output_tokens",
+    "instructions", "include", "reasoning", "user",
     "metadata", "return_token_ids", "resume_token_ids", "modalities", "audio", "truncation", "background",
     "previous_response_id", "nonsense",
 ]  # fmt: skip
 INNER = ["role", "content", "type", "text", "format", "schema", "json_schema", "name", "strict", "5", "-1", "x"]
+INNER += ["function", "parameters", "tool_calls"]
 LEAVES = (
     st.none()
     | st.booleans()
@@ -245,10 +320,13 @@ def test_the_member_that_is_nested_too_deep_is_named() -> None:
 
 # ---- ids of events
 
+NUMBERS = st.integers(0, 2**32 - 1)
+CALLS = st.just((0, 0)) | st.tuples(st.integers(1, 2**32 - 1), NUMBERS)  # arguments are those of calls
 HEARD = st.builds(
-    Heard,
-    tokens=st.integers(0, 2**32 - 1),
-    characters=st.integers(0, 2**32 - 1),
+    lambda calls, **others: Heard(calls=calls[0], arguments=calls[1], **others),
+    calls=CALLS,
+    tokens=NUMBERS,
+    characters=NUMBERS,
     ended=st.booleans(),
     digest=st.binary(min_size=8, max_size=8),
     ticket=st.binary(max_size=80),
