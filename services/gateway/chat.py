@@ -36,8 +36,9 @@ def read(body: Fields) -> Asked:
     if not messages:
         raise InvalidRequest("messages", "is empty")
     request.chat.SetInParent()
+    called: dict[str, str] = {}
     for message in messages:
-        names |= add_message(request.chat, message)
+        names |= add_message(request.chat, message, called)
     names |= {"chat.messages": "messages", "chat": "messages"}
     for name, only in (("modalities", ["text"]), ("audio", None)):
         if body.take(name) not in (None, only):
@@ -45,13 +46,16 @@ def read(body: Fields) -> Asked:
     return Asked(requests=[request], manner=read_manner(body), names=names)
 
 
-def add_message(chat: pb.ChatMessages, message: Fields) -> dict[str, str]:
-    """Add a message. Returns what its caller calls some of its fields. Raises InvalidRequest, NotServed."""
+def add_message(chat: pb.ChatMessages, message: Fields, called: dict[str, str]) -> dict[str, str]:
+    """Add a message; `called` are functions by the ids of the calls before it, and gets its own.
+
+    Returns what its caller calls some of its fields. Raises InvalidRequest, NotServed.
+    """
     role = message.string("role")
     if role is None:
         raise InvalidRequest(message.path("role"), "must be a string, and is not there")
     added = pb.ChatMessage(role="system" if role == "developer" else role)
-    names = read_tool_message(message, added, chat.messages)
+    names = read_tool_message(message, added, called)
     content = message.take("content")
     if content is not None or not added.tool_calls:  # calls need no words
         added.content = content_text(content, message.path("content"))

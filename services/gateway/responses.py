@@ -114,7 +114,7 @@ def _read_input(body: Fields, request: pb.GenerateStreamRequest) -> str | None:
         if kind != "message":
             raise NotServed(item.path("type"), f"{item.path('type')}: {shown(kind)} is not served here; message is")
         item.ignore(*_OF_ITEMS)
-        add_message(request.chat, item)
+        add_message(request.chat, item, {})
     return instructions
 
 

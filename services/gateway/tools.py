@@ -5,7 +5,7 @@ What a tool, a choice or a call may be is for the scheduler to say; here they ge
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from common.errors import InvalidRequest
@@ -62,11 +62,11 @@ def refuse_tools(body: Fields) -> None:
     body.boolean("parallel_tool_calls")
 
 
-def read_tool_message(message: Fields, added: pb.ChatMessage, earlier: Iterable[pb.ChatMessage]) -> dict[str, str]:
+def read_tool_message(message: Fields, added: pb.ChatMessage, called: dict[str, str]) -> dict[str, str]:
     """The calls of an assistant's message, or whose result a tool's is.
 
-    A result of OpenAI's does not say which function was called, which templates may ask for: a call of the `earlier`
-    messages does. Returns names as `read_tools` does. Raises InvalidRequest, NotServed.
+    A result of OpenAI's does not say which function was called, which templates may ask for. So `called` has the
+    functions of the calls so far, by their ids. Returns names as `read_tools` does. Raises InvalidRequest, NotServed.
     """
     if message.take("function_call"):
         path = message.path("function_call")
@@ -79,14 +79,14 @@ def read_tool_message(message: Fields, added: pb.ChatMessage, earlier: Iterable[
         inner = _function(call, "is what can be called")
         added_call.name = _given(inner, "name")
         added_call.arguments = inner.string("arguments") or ""
+        called[added_call.id] = added_call.name
         inner.refuse_unknown()
         for name in ("name", "arguments"):
             names[f"chat.{path}[{j}].{name}"] = f"{path}[{j}].function.{name}"
     if (id := message.string("tool_call_id")) is not None:
         added.tool_call_id = id
     if added.role == "tool":
-        called = (call.name for each in earlier for call in each.tool_calls if id and call.id == id)
-        added.name = message.string("name") or next(called, "")
+        added.name = message.string("name") or called.get(added.tool_call_id, "")
     return names
 
 
