@@ -562,7 +562,7 @@ class Scheduler:
             sequence = flight.rows[ref].sequence
             if sequence.ref == ref and sequence.session is session:
                 sequence.num_computed -= 1
-        session.fall_behind(unready)
+        session.fall_behind(unready, flight)
 
     def _sequences_of(self, request: Request) -> list[Sequence]:
         """Its choices that have not ended."""

@@ -620,9 +620,9 @@ class Session:
         self.pace.add(flight.num_tokens, result.compute_ns)
         self.occupancy.add(compute_ns=result.compute_ns, idle_ns=result.idle_ns if flight.had_work else 0)
 
-    def fall_behind(self, refs: Iterable[SlotRef]) -> None:
-        """What is in flight for these computes one position less far than it was planned to."""
-        for flight in self.outstanding:
+    def fall_behind(self, refs: Iterable[SlotRef], answered: Outstanding) -> None:
+        """What was answered for these, and is in flight, computes one position less far than it was planned to."""
+        for flight in (answered, *self.outstanding):
             for ref in refs:
                 row = flight.rows.get(ref)
                 if row is not None:
