@@ -249,6 +249,17 @@ executors = st.builds(
     dies_s=st.none() | st.floats(0.01, 0.3),
 )
 
+
+def _with_room(drawn: DrawnStory) -> DrawnStory:
+    """The story where every executor can hold the beams that are asked for: else they are refused, and rightly."""
+    width = max(ask.message.sampling.beams.width for ask in drawn.asks)
+    roomier = tuple(
+        replace(each, num_blocks=max(each.num_blocks, 3 + 3 * width), max_sequences=max(each.max_sequences, width + 1))
+        for each in drawn.executors
+    )
+    return replace(drawn, executors=roomier) if width else drawn
+
+
 stories = st.builds(
     DrawnStory,
     asks=st.lists(asks(), min_size=3, max_size=5).map(tuple),
@@ -256,7 +267,7 @@ stories = st.builds(
     token_budget=st.sampled_from([4, 24, 64]),
     prefix_caching=st.booleans(),
     preemptions_s=st.lists(st.floats(0.01, 0.3), max_size=3).map(tuple),
-)
+).map(_with_room)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +287,7 @@ def told(heard: Heard, error: PagewireError | None) -> Told:
     ends: dict[int, bytes] = {}
     for choice, whole in sorted(heard.ends.items()):
         end = pb.Finish.FromString(whole.SerializeToString())
+        end.ClearField("score")  # of a beam search: who has all tokens and comes back for the end is not told it again
         usage = whole.usage
         end.usage.CopyFrom(
             pb.Usage(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
