@@ -69,7 +69,7 @@ class BeamGroup:
         """Tokens that all beams begin with. The last one of each is not among them: it makes its logits."""
         low, high = (end(beam.tokens for beam in self.beams) for end in (min, max))  # of all, these differ first
         known = len(low) - 1
-        return next((n for n, (a, b) in enumerate(zip(low, high, strict=True)) if a != b and n < known), known)
+        return next((n for n in range(self.leader.num_prompt, known) if low[n] != high[n]), known)
 
     def blocks_beside(self, block_size: int) -> int:
         """Blocks of the known tokens of all beams but the first, where what is common is shared."""

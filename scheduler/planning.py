@@ -185,7 +185,7 @@ class Planner:
         candidates: list[speculation.Candidate] = []
         for row in draft.rows.values():
             sequence = row.sequence
-            if not row.samples or sequence.max_drafts == 0:
+            if not row.samples or sequence.max_drafts == 0 or sequence.put_off_at == len(sequence.tokens):
                 continue
             most = facts.max_drafts if sequence.max_drafts is None else min(sequence.max_drafts, facts.max_drafts)
             rows.append(row)

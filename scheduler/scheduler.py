@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from common.errors import InvalidRequest
 from common.sampling import BeamParams, SamplingParams, StopConditions
@@ -43,6 +43,9 @@ class TokenOutput(NamedTuple):
     id: SequenceId
     token: int | None
     reason: FinishReason
+
+
+_DOMAIN_BYTES: Final = 16  # of the key of a tenant's prefixes without a salt, which it shares with nobody
 
 
 class Losses(NamedTuple):
@@ -200,6 +203,7 @@ class Scheduler:
                 problem = f"at most {room} after a prompt of {len(prompt)} tokens, got {stop.max_tokens}"
                 raise InvalidRequest("max_tokens", problem)
         root = self._root(tenant, salt)
+        domain = self._root(tenant, "")[:_DOMAIN_BYTES] if sampling.grammar is not None else b""
         resumed = any(before.tokens for before in begun.values()) if begun is not None else False
         num_choices = choices if begun is None else len(begun)
         request = Request(id=SequenceId(self._next_id), num_choices=num_choices, resumed=resumed)
@@ -222,6 +226,7 @@ class Scheduler:
                 num_prompt=len(prompt),
                 num_begun=len(before.tokens),
                 root=root,
+                domain=domain,
                 sampling=sampling,
                 stop=stop,
                 choice=choice,
@@ -562,6 +567,7 @@ class Scheduler:
             sequence = flight.rows[ref].sequence
             if sequence.ref == ref and sequence.session is session:
                 sequence.num_computed -= 1
+                sequence.put_off_at = len(sequence.tokens)
         session.fall_behind(unready, flight)
 
     def _sequences_of(self, request: Request) -> list[Sequence]:

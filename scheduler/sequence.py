@@ -68,6 +68,8 @@ class Sequence:
     num_prompt: int
     num_begun: int = 0  # tokens after that which another scheduler made
     root: BlockKey  # parent of its first block's key
+    domain: bytes = b""  # with a grammar: what executors keep of it is kept for its tenant, who shares this with nobody
+    put_off_at: int = -1  # tokens that it had when its grammar last said nothing yet
     sampling: SamplingParams
     stop: StopConditions
     choice: int

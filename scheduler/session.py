@@ -10,7 +10,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from common import failpoints
 from common.blocks import blocks_for
@@ -25,8 +25,6 @@ from scheduler.pins import Pin, Pins
 from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
 from scheduler.reputation import Reputation
 from scheduler.sequence import Request, Sequence
-
-_DOMAIN_BYTES: Final = 16  # of the key of all its prefixes, which a tenant shares with nobody
 
 
 class Row(NamedTuple):
@@ -574,7 +572,7 @@ class Session:
             max_tokens=sequence.stop.max_tokens,
             stop_token_ids=new.stop_token_ids,
             min_tokens=sequence.stop.min_tokens,
-            domain=sequence.root[:_DOMAIN_BYTES] if sequence.sampling.grammar is not None else b"",
+            domain=sequence.domain,
             num_candidates=sequence.beams.search.num_kept if sequence.beams is not None else 0,
         )
 

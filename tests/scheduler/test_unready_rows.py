@@ -84,6 +84,21 @@ def test_a_row_that_is_put_off_brings_nothing_of_its_drafts_and_they_say_nothing
     assert world.scheduler.counters.rows_unready > 2
 
 
+def test_a_row_that_was_put_off_gets_no_drafts_before_it_has_a_token() -> None:
+    world = World(executors=0)
+    world.join(compile_rows=2, guess=position_token, max_drafts=3)
+    world.add("guided", prompt=6, max_tokens=20, sampling=GUIDED)
+    allowed: list[int] = []
+    for _ in range(4):
+        plan = world.send()
+        assert plan is not None
+        allowed.append(sum(plan.max_drafts))
+        world.answer()
+
+    assert allowed[1:3] == [0, 0]
+    assert allowed[0] > 0 < allowed[3]
+
+
 def test_a_beam_carries_no_drafts() -> None:
     world = World(executors=0)
     world.join(guess=position_token, max_drafts=3)
@@ -198,12 +213,12 @@ def test_what_is_kept_of_a_grammar_is_kept_for_a_tenant() -> None:
     for name, tenant, sampling in (
         ("a", "north", GUIDED), ("b", "north", GUIDED), ("c", "south", GUIDED), ("d", "south", GREEDY),
     ):  # fmt: skip
-        world.add(name, prompt=4, tenant=tenant, sampling=sampling)
+        world.add(name, prompt=4, tenant=tenant, sampling=sampling, salt="one of a user" if name == "b" else "")
     plan = world.send()
     assert plan is not None
     domains = {world.name_at(0, new.ref): new.domain for new in plan.new}
     a, b, c, d = (domains[name] for name in "abcd")
 
-    assert a == b != c
+    assert a == b != c, "a salt parts prefixes, and no grammars"
     assert len(a) == len(c) == 16
     assert d == b"", "who has no grammar needs none"
