@@ -14,6 +14,7 @@ from common.errors import Overloaded, PagewireError, RequestFailed, Superseded, 
 from pagewire.answers import Answer, Delta, Finish
 from pagewire.continuation import Continuation
 from protos import inference_pb2 as pb
+from services.gateway import positions
 from services.gateway.app import Gateway
 from services.gateway.bodies import Bodies
 from services.gateway.events import ABORT, Patience
@@ -283,3 +284,56 @@ def test_a_reader_who_takes_nothing_is_cut_and_his_request_ended() -> None:
 
     asyncio.run(run())
     assert cut == [True] and scheduler.streams[0].closed == [False]
+
+
+def test_a_reader_who_takes_no_comment_is_cut() -> None:
+    cut: list[bool] = []
+    scheduler = Scheduler(delta(0, 5, "a"))
+
+    async def run() -> None:
+        call = Call({**HI, "stream": True})
+        call.scope["extensions"] = {ABORT: {"now": lambda: cut.append(True)}}
+
+        async def send(message: Any) -> None:
+            if message.get("body", b"").startswith(b":"):
+                await asyncio.Event().wait()
+
+        app = gateway(scheduler, comment_s=0.001, reader_s=0.01)
+        await asyncio.wait_for(app(call.scope, call.receive, send), 20)
+
+    asyncio.run(run())
+    assert cut == [True] and scheduler.streams[0].closed == [False]
+
+
+def test_the_tickets_of_an_id_are_of_what_was_told_and_not_of_what_was_read_ahead() -> None:
+    first = pb.GenerateStreamResponse(prompt=pb.PromptInfo(model="m", ticket=b"0"))
+    tokens = [delta(i, 65 + i, "a") for i in range(4)]
+    for i, each in enumerate(tokens):
+        each.delta.ticket = b"%d" % (i + 1)
+    body = {"prompt": [[1], [2]], "stream": True}
+
+    call = ask(gateway(Scheduler(first, *tokens, finish())), body, path="/v1/completions")
+
+    ids = [line.removeprefix(b"id: ").decode() for line in b"".join(call.parts).splitlines() if line[:4] == b"id: "]
+    told = [choice for id in ids for choices in positions.read(id).choices for choice in choices]
+    assert {heard.tokens for heard in told} == {0, 1, 2, 3, 4}
+    assert [heard.ticket for heard in told] == [b"%d" % heard.tokens for heard in told]
+
+
+@pytest.mark.parametrize("tokens", [None, [[5]]], ids=["again", "resumed"])
+def test_a_prompt_that_was_told_with_half_a_character_is_not_told_again(tokens: list[list[int]] | None) -> None:
+    said = (delta(0, 5, ""), delta(1, 6, "é"), finish())
+    body = {"prompt": "Once", "echo": True, "stream": True, "return_token_ids": tokens is not None}
+    path = "/v1/completions"
+    whole = ask(gateway(Scheduler(*said)), body, path=path)
+    id = next(line for line in b"".join(whole.parts).splitlines() if line.startswith(b"id: ")).removeprefix(b"id: ")
+
+    rest = ask(
+        gateway(Scheduler(*(said if tokens is None else said[1:]))),
+        body if tokens is None else {**body, "resume_token_ids": tokens},
+        path=path,
+        headers=[(b"last-event-id", id)],
+    )
+
+    told = [event["choices"][0]["text"] for event in (*whole.events[:1], *rest.events[:-1])]
+    assert told == ["Once", "é", ""]
