@@ -1,7 +1,8 @@
 """One HTTP connection: uvicorn's, within bounds that uvicorn leaves to a proxy in front of it.
 
 A connection has so long to send the head of a request, of so many bytes; one that is idle makes room for a new one
-where there are too many; and one whose reader takes nothing is cut in the end, whatever is still to be written.
+where there are too many; and one whose reader takes nothing is cut in the end, whatever is still to be written. Behind
+the request that runs one more may wait, and no third: a connection costs no more than its share, however it is used.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import struct
 from dataclasses import dataclass
 from typing import Any, Final
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from services.gateway.events import ABORT
+
+_log = logging.getLogger(__name__)
 
 _NO_LINGERING: Final = struct.pack("ii", 1, 0)
 
@@ -47,13 +52,15 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0
         self._in_head = False  # the first bytes of one have come, and not the last
         self._head_timer: asyncio.TimerHandle | None = None
+        self._reader_timer: asyncio.TimerHandle | None = None  # runs while more is to be written than may wait
+        self._ahead: RequestResponseCycle | None = None  # what runs, or ran, before `cycle`
 
     def connection_made(self, transport: Any) -> None:
         """As asyncio.Protocol's."""
         super().connection_made(transport)
         if len(self.connections) > self._limits.most:
             for oldest in self._idle:
-                oldest.transport.close()
+                oldest._leave()
                 oldest.connection_lost(None)
                 break
             else:
@@ -66,6 +73,10 @@ class Connection(HttpToolsProtocol):
         """As asyncio.Protocol's."""
         self._idle.pop(self, None)
         self._stop_timer()
+        self._stop_reader_timer()
+        if self._ahead is not None and not self._ahead.response_complete:  # uvicorn tells only the last one
+            self._ahead.disconnected = True
+            self._ahead.message_event.set()
         if self in self.connections:
             super().connection_lost(exc)
 
@@ -76,6 +87,16 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
             self._await_head()  # the first bytes of another request
         super().data_received(data)
+
+    def pause_writing(self) -> None:
+        """As asyncio.Protocol's: whoever writes waits from now on."""
+        super().pause_writing()
+        self._await_reader()
+
+    def resume_writing(self) -> None:
+        """As asyncio.Protocol's."""
+        self._stop_reader_timer()
+        super().resume_writing()
 
     def on_message_begin(self) -> None:
         """As httptools calls it."""
@@ -99,6 +120,10 @@ class Connection(HttpToolsProtocol):
         self._stop_timer()
         self._in_head = False
         self._idle.pop(self, None)
+        if self.pipeline:  # one read holds thousands of requests
+            self._cut()
+            raise ValueError("a third request came while the first one runs")  # ends the parsing
+        self._ahead = self.cycle
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
@@ -123,6 +148,8 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """As uvicorn calls it, for what is no HTTP."""
+        if self.transport.is_closing():  # it was cut: nothing may come in the middle of an answer
+            return
         self._refuse(431 if self._head_bytes > self._limits.head_bytes else 400, "this is no HTTP request")
 
     def _count(self, *parts: bytes) -> None:
@@ -136,6 +163,24 @@ class Connection(HttpToolsProtocol):
 
     def _stop_timer(self) -> None:
         timer, self._head_timer = self._head_timer, None
+        if timer is not None:
+            timer.cancel()
+
+    def _await_reader(self) -> None:
+        self._stop_reader_timer()
+        waiting = self.transport.get_write_buffer_size()
+        self._reader_timer = self.loop.call_later(self._limits.reader_s, self._judge_reader, waiting)
+
+    def _judge_reader(self, waiting: int) -> None:
+        """Of `waiting` bytes he must have taken some by now: less than a full buffer is taken for nothing."""
+        if waiting - self.transport.get_write_buffer_size() >= HIGH_WATER_LIMIT:
+            self._await_reader()
+            return
+        _log.warning("a connection was cut: its reader took nothing for %g s", self._limits.reader_s)
+        self._cut()
+
+    def _stop_reader_timer(self) -> None:
+        timer, self._reader_timer = self._reader_timer, None
         if timer is not None:
             timer.cancel()
 

@@ -116,7 +116,11 @@ class EventStream:
                 if loop.time() - self._writing_since_s >= reader_s:
                     return
             elif loop.time() - self._told_s >= comment_s:
-                await self._write(send, _COMMENT)
+                try:
+                    async with asyncio.timeout(reader_s):  # nobody else watches meanwhile
+                        await self._write(send, _COMMENT)
+                except TimeoutError:
+                    return
 
     async def _write(self, send: Send, data: bytes, *, last: bool = False) -> None:
         loop = asyncio.get_running_loop()

@@ -283,3 +283,22 @@ def test_a_reader_who_takes_nothing_is_cut_and_his_request_ended() -> None:
 
     asyncio.run(run())
     assert cut == [True] and scheduler.streams[0].closed == [False]
+
+
+def test_a_reader_who_takes_no_comment_is_cut() -> None:
+    cut: list[bool] = []
+    scheduler = Scheduler(delta(0, 5, "a"))
+
+    async def run() -> None:
+        call = Call({**HI, "stream": True})
+        call.scope["extensions"] = {ABORT: {"now": lambda: cut.append(True)}}
+
+        async def send(message: Any) -> None:
+            if message.get("body", b"").startswith(b":"):
+                await asyncio.Event().wait()
+
+        app = gateway(scheduler, comment_s=0.001, reader_s=0.01)
+        await asyncio.wait_for(app(call.scope, call.receive, send), 20)
+
+    asyncio.run(run())
+    assert cut == [True] and scheduler.streams[0].closed == [False]
