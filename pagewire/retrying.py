@@ -21,13 +21,17 @@ MAX_ABSENCE_DELAY_S = 0.5  # between those that find none: it may be back any mo
 class RetryBudget:
     """Keeps a client's retries to a tenth of its calls, and one a second, when servers refuse: a storm helps nobody.
 
-    A retry that is over the budget is not given up, it is put off. Connections that could not be made cost nothing.
+    A retry that is over the budget is not given up, it is put off, by `max_wait_s` at most: less than the patience of
+    any request, which would end otherwise because others were refused. Connections that could not be made cost nothing.
     """
 
-    def __init__(self, *, ratio: float = 0.1, per_s: float = 1.0, reserve: float = 10.0) -> None:
+    def __init__(
+        self, *, ratio: float = 0.1, per_s: float = 1.0, reserve: float = 10.0, max_wait_s: float = 10.0
+    ) -> None:
         self._ratio = ratio
         self._per_s = per_s
         self._reserve = reserve
+        self._max_debt = max_wait_s * per_s
         self._left = reserve
         self._since_s: float | None = None
 
@@ -36,12 +40,17 @@ class RetryBudget:
         self._left = min(self._reserve, self._left + self._ratio)
 
     def retry(self, now_s: float) -> float:
-        """A retry: how long it must be put off."""
+        """A retry that is made: how long it must be put off."""
+        wait_s = self.wait_s(now_s)
+        self._left = max(-self._max_debt, self._left - 1)
+        return wait_s
+
+    def wait_s(self, now_s: float) -> float:
+        """How long a retry must be put off; it is none yet."""
         if self._since_s is not None:
             self._left = min(self._reserve, self._left + (now_s - self._since_s) * self._per_s)
         self._since_s = now_s
-        self._left -= 1
-        return max(0.0, -self._left / self._per_s)
+        return min(self._max_debt, max(0.0, 1 - self._left)) / self._per_s
 
 
 class Attempts:
@@ -107,8 +116,10 @@ class Attempts:
         self.address = min(self._not_before, key=self._not_before.__getitem__)
         wait_s = max(0.0, self._not_before[self.address] - now_s)
         was_taken, self._was_taken = self._was_taken, False
-        if failure.answered and not was_taken:
-            wait_s = max(wait_s, self._budget.retry(now_s))
+        # At the beginning each server is asked once, whatever the others of this client were told.
+        costs = failure.answered and not was_taken and self._begin_patience_s is None
+        if costs:
+            wait_s = max(wait_s, self._budget.wait_s(now_s))
         if now_s + wait_s >= self._deadline_s:
             raise errors.DeadlineExceeded(f"no time is left to try again: {failure.error}") from failure.error
         if self._begin_patience_s is None:
@@ -119,4 +130,6 @@ class Attempts:
             is_over = now_s + wait_s > self._failing_since_s + self._begin_patience_s
         if is_over:
             raise failure.error
+        if costs:
+            self._budget.retry(now_s)
         return wait_s

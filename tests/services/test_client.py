@@ -486,6 +486,28 @@ def test_connections_that_could_not_be_made_cost_nothing_of_the_budget() -> None
     assert [attempts(budget=budget).failed(UNAVAILABLE, 0.0) for _ in range(4)] == pytest.approx([1.0, 1.0, 1.8, 2.7])
 
 
+def test_refusals_of_many_who_ask_once_keep_nobody_from_the_next_server_nor_from_going_on() -> None:
+    budget = RetryBudget()
+    for _ in range(900):
+        with pytest.raises(Unavailable):
+            attempts("a", budget=budget, begin_patience_s=1.0).failed(UNAVAILABLE, 1.0)
+    beginning = attempts("a", "b", budget=budget, begin_patience_s=1.0)
+    assert (beginning.failed(UNAVAILABLE, 1.0), beginning.address) == (0.0, "b")
+    running = attempts("a", "b", budget=budget, begin_patience_s=1.0)
+    running.taken()
+    running.heard()
+    assert [running.failed(UNAVAILABLE, 1.0) for _ in range(2)] == [0.0, pytest.approx(1.0)]
+
+
+def test_only_a_retry_that_is_made_costs_and_no_debt_outlasts_the_patience_of_a_request() -> None:
+    budget = RetryBudget()
+    for _ in range(900):
+        with pytest.raises(DeadlineExceeded):
+            attempts(deadline_s=1.5, budget=budget).failed(UNAVAILABLE, 1.0)
+    assert budget.wait_s(1.0) == 0.0
+    assert max(attempts(budget=budget).failed(UNAVAILABLE, 1.0) for _ in range(900)) == 10.0
+
+
 # ---- over a socket
 
 Script = Callable[[Any, Context], AsyncGenerator[pb.GenerateStreamResponse, None]]
