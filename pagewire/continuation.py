@@ -53,6 +53,7 @@ class Continuation:
         self._tool_calls: list[list[ToolCall]] = [[] for _ in range(n)]
         self.finishes: dict[int, Finish] = {}
         self.model = ""
+        self.prompt_ticket = b""  # of a choice that has no token yet; empty before it has come
         self._pinned: PinnedPrefix | None = None
         self.determinism = ""  # the class of the executors that were there when a call last began
         self.num_prompt = 0
@@ -166,6 +167,7 @@ class Continuation:
         if not self._request.stopping.HasField("max_tokens") and prompt.max_tokens:
             self._request.stopping.max_tokens = prompt.max_tokens
         if prompt.ticket:
+            self.prompt_ticket = prompt.ticket
             for n, tokens in enumerate(self._tokens):
                 if not tokens:
                     self._tickets[n] = prompt.ticket

@@ -35,6 +35,7 @@ class _Read(NamedTuple):
     prompt: int
     stream: AsyncStream
     new: Delta | Finish | Exception | None
+    ticket: bytes = b""  # of the choice behind it: by the time that it is told, the stream has gone on
 
 
 class Answers:
@@ -89,7 +90,7 @@ class Answers:
     async def next(self) -> Piece | None:
         """What comes next; None when all choices have ended. Raises PagewireErrors."""
         while (read := await self._read()) is not None:
-            prompt, new = read
+            prompt, new, ticket = read
             if self._on_first is not None:
                 self._on_first()
                 self._on_first = None
@@ -104,7 +105,7 @@ class Answers:
                 if not told.end():
                     continue
                 return Piece(choice, "", (), (), new)
-            if (piece := told.add(new, choice)) is not None:
+            if (piece := told.add(new, choice, ticket)) is not None:
                 return piece
         return None
 
@@ -116,8 +117,7 @@ class Answers:
         for stream, of_prompt in zip(self.streams, self._told, strict=True):
             heard = stream.continuation
             parts.append(pack_prompt(heard.max_tokens))
-            for n, told in enumerate(of_prompt):
-                parts.append(told.packed(heard.ticket(n)))
+            parts.extend(told.packed(heard.prompt_ticket) for told in of_prompt)
         return self._writer.id(number, b"".join(parts), done=done)
 
     def characters(self, choice: int) -> int:
@@ -175,17 +175,18 @@ class Answers:
         self._asked_anew.add(prompt)
         ended = self.streams[prompt]
         self._told[prompt] = [
-            _Told(told.heard(ended.continuation.ticket(n)), again=True) for n, told in enumerate(self._told[prompt])
+            _Told(told.heard(ended.continuation.prompt_ticket), again=True) for told in self._told[prompt]
         ]
         self.streams[prompt] = self._ask(prompt)
         if self._readers:
             self._read_ahead(prompt)
         await ended.close(linger=True)
 
-    async def _read(self) -> tuple[int, Delta | Finish] | None:
+    async def _read(self) -> tuple[int, Delta | Finish, bytes] | None:
         if len(self.streams) == 1:
-            new = await self.streams[0].next()
-            return None if new is None else (0, new)
+            stream = self.streams[0]
+            new = await stream.next()
+            return None if new is None else (0, new, stream.continuation.ticket(new.choice))
         if not self._readers:
             for prompt in range(len(self.streams)):
                 self._read_ahead(prompt)
@@ -196,7 +197,7 @@ class Answers:
             if isinstance(read.new, Exception):  # half of a batch is of no use to anybody
                 raise read.new
             if read.new is not None:
-                return read.prompt, read.new
+                return read.prompt, read.new, read.ticket
             self._num_ended += 1
         return None
 
@@ -206,7 +207,7 @@ class Answers:
     async def _pass_on(self, prompt: int, stream: AsyncStream) -> None:
         try:
             while (new := await stream.next()) is not None:
-                await self._queue.put(_Read(prompt, stream, new))
+                await self._queue.put(_Read(prompt, stream, new, stream.continuation.ticket(new.choice)))
             await self._queue.put(_Read(prompt, stream, None))
         except Exception as error:  # noqa: BLE001  raised where it is read
             await self._queue.put(_Read(prompt, stream, error))
@@ -233,7 +234,7 @@ class Answers:
 class _Told:
     """What the caller was told of one choice, and what of that comes again."""
 
-    __slots__ = ("_again", "_arguments", "_digest", "_heard", "calls", "characters", "ended", "tokens")
+    __slots__ = ("_again", "_arguments", "_digest", "_heard", "calls", "characters", "ended", "ticket", "tokens")
 
     def __init__(self, heard: Heard, *, again: bool) -> None:
         """With `again` all of it comes from the beginning, and what was heard is left out."""
@@ -242,6 +243,7 @@ class _Told:
         self.calls = heard.calls  # that have begun; a part of one of these that comes again is not its first
         self._arguments = 0 if again else heard.arguments
         self.ended = heard.ended
+        self.ticket = heard.ticket  # of what was told
         self._heard = heard
         self._again = again and heard.tokens > 0
         self._digest = Digest()
@@ -259,13 +261,12 @@ class _Told:
         if tokens and self._digest.value() != self._heard.digest:
             raise TicketRefused(f"{path}: these are not the tokens that were told")
 
-    @property
-    def ticket(self) -> bytes:
-        """Of what was heard before."""
-        return self._heard.ticket
+    def add(self, delta: Delta, choice: int, ticket: bytes) -> Piece | None:
+        """What is new in a delta; None where that is nothing. Raises TicketRefused where it is not as it was told.
 
-    def add(self, delta: Delta, choice: int) -> Piece | None:
-        """What is new in a delta; None where that is nothing. Raises TicketRefused where it is not as it was told."""
+        `ticket` is the one behind it.
+        """
+        self.ticket = ticket
         tokens, text, logprobs = delta.token_ids, delta.text, delta.logprobs
         calls = self._new_calls(delta.tool_calls) if delta.tool_calls else ()
         if self._again:
@@ -291,16 +292,17 @@ class _Told:
         known, self.ended = self.ended, True
         return not known
 
-    def packed(self, ticket: bytes) -> bytes:
+    def packed(self, prompt_ticket: bytes) -> bytes:
         """The same, as it stands in an id."""
         if self._heard.ended or self.tokens < self._heard.tokens:
             return self._heard.packed()
         digest = self._digest.value()
+        ticket = self._ticket(prompt_ticket)
         return pack_heard(
             self.tokens, self.characters, self.ended, digest, ticket, calls=self.calls, arguments=self._arguments
         )
 
-    def heard(self, ticket: bytes) -> Heard:
+    def heard(self, prompt_ticket: bytes) -> Heard:
         """For the id of an event that tells all up to here."""
         if self._heard.ended or self.tokens < self._heard.tokens:  # of this choice nothing new was told
             return self._heard
@@ -311,8 +313,11 @@ class _Told:
             arguments=self._arguments,
             ended=self.ended,
             digest=self._digest.value(),
-            ticket=ticket,
+            ticket=self._ticket(prompt_ticket),
         )
+
+    def _ticket(self, prompt_ticket: bytes) -> bytes:
+        return self.ticket if self.tokens else prompt_ticket or self.ticket
 
     def _new_calls(self, parts: Sequence[ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
         """Parts of calls without what was told of them: they come one call after the other, so a count tells."""

@@ -14,6 +14,7 @@ from common.errors import Overloaded, PagewireError, RequestFailed, Superseded, 
 from pagewire.answers import Answer, Delta, Finish
 from pagewire.continuation import Continuation
 from protos import inference_pb2 as pb
+from services.gateway import positions
 from services.gateway.app import Gateway
 from services.gateway.bodies import Bodies
 from services.gateway.events import ABORT, Patience
@@ -302,3 +303,18 @@ def test_a_reader_who_takes_no_comment_is_cut() -> None:
 
     asyncio.run(run())
     assert cut == [True] and scheduler.streams[0].closed == [False]
+
+
+def test_the_tickets_of_an_id_are_of_what_was_told_and_not_of_what_was_read_ahead() -> None:
+    first = pb.GenerateStreamResponse(prompt=pb.PromptInfo(model="m", ticket=b"0"))
+    tokens = [delta(i, 65 + i, "a") for i in range(4)]
+    for i, each in enumerate(tokens):
+        each.delta.ticket = b"%d" % (i + 1)
+    body = {"prompt": [[1], [2]], "stream": True}
+
+    call = ask(gateway(Scheduler(first, *tokens, finish())), body, path="/v1/completions")
+
+    ids = [line.removeprefix(b"id: ").decode() for line in b"".join(call.parts).splitlines() if line[:4] == b"id: "]
+    told = [choice for id in ids for choices in positions.read(id).choices for choice in choices]
+    assert {heard.tokens for heard in told} == {0, 1, 2, 3, 4}
+    assert [heard.ticket for heard in told] == [b"%d" % heard.tokens for heard in told]
