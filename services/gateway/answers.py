@@ -124,14 +124,15 @@ class Answers:
         """How much of a choice's text was told, before this call too."""
         return self._told[choice // self.n][choice % self.n].characters_told
 
+    def has_begun(self, choice: int) -> bool:
+        """Whether any token or the end of a choice was told, before this call too: also one that had no text yet."""
+        told = self._told[choice // self.n][choice % self.n]
+        return told.tokens_told > 0 or told.ended
+
     def was_told(self, choice: int) -> bool:
         """Whether any text, call or end of a choice was told, before this call too."""
         told = self._told[choice // self.n][choice % self.n]
         return told.characters_told > 0 or told.calls > 0 or told.ended
-
-    def has_ended(self, choice: int) -> bool:
-        """Whether the end of a choice was told, before this call too."""
-        return self._told[choice // self.n][choice % self.n].ended
 
     def usage(self) -> Usage:
         """What all of it cost. A prompt counts once, however many choices it has. Known when all have ended."""
@@ -247,6 +248,11 @@ class _Told:
         self._heard = heard
         self._again = again and heard.tokens > 0
         self._digest = Digest()
+
+    @property
+    def tokens_told(self) -> int:
+        """Tokens that the caller has."""
+        return max(self.tokens, self._heard.tokens)
 
     @property
     def characters_told(self) -> int:

@@ -137,7 +137,7 @@ async def stream(answers: Answers, asked: AskedCompletion, prompts: Sequence[str
     scored, ids = wants_logprobs(asked), asked.manner.return_token_ids
     total = len(prompts) * answers.n
     # where the prompt is still to be told; who comes back after an event of a choice has it
-    echoed = [not asked.echo or answers.characters(i) > 0 or answers.has_ended(i) for i in range(total)]
+    echoed = [not asked.echo or answers.has_begun(i) for i in range(total)]
     offsets = [len(prompts[i // answers.n]) + answers.characters(i) for i in range(total)]
     while (piece := await answers.next()) is not None:
         is_echoed, echoed[piece.choice] = echoed[piece.choice], True

@@ -318,3 +318,22 @@ def test_the_tickets_of_an_id_are_of_what_was_told_and_not_of_what_was_read_ahea
     told = [choice for id in ids for choices in positions.read(id).choices for choice in choices]
     assert {heard.tokens for heard in told} == {0, 1, 2, 3, 4}
     assert [heard.ticket for heard in told] == [b"%d" % heard.tokens for heard in told]
+
+
+@pytest.mark.parametrize("tokens", [None, [[5]]], ids=["again", "resumed"])
+def test_a_prompt_that_was_told_with_half_a_character_is_not_told_again(tokens: list[list[int]] | None) -> None:
+    said = (delta(0, 5, ""), delta(1, 6, "é"), finish())
+    body = {"prompt": "Once", "echo": True, "stream": True, "return_token_ids": tokens is not None}
+    path = "/v1/completions"
+    whole = ask(gateway(Scheduler(*said)), body, path=path)
+    id = next(line for line in b"".join(whole.parts).splitlines() if line.startswith(b"id: ")).removeprefix(b"id: ")
+
+    rest = ask(
+        gateway(Scheduler(*(said if tokens is None else said[1:]))),
+        body if tokens is None else {**body, "resume_token_ids": tokens},
+        path=path,
+        headers=[(b"last-event-id", id)],
+    )
+
+    told = [event["choices"][0]["text"] for event in (*whole.events[:1], *rest.events[:-1])]
+    assert told == ["Once", "é", ""]
