@@ -155,7 +155,7 @@ def test_the_limits_of_the_gateway_are_the_defaults() -> None:
     assert limit["time between two requests of a connection"] == f"{gateway.http_idle_s:g} s"
     assert limit["requests that are open"] == f"{gateway.http_max_requests}"
     assert limit["prompts of one request"] == f"{gateway.http_max_prompts}"
-    assert limit["reader of a stream who takes nothing"] == f"{gateway.http_reader_timeout_s:g} s"
+    assert limit["reader of an answer who takes nothing"] == f"{gateway.http_reader_timeout_s:g} s"
     assert limit["until a scheduler is there"] == f"{gateway.http_begin_patience_s:g} s"
     assert limit["the same, in the middle of a stream"] == f"{gateway.http_patience_s:g} s"
     assert limit["requests that run after SIGTERM"] == f"{gateway.http_drain_s:g} s"
