@@ -185,7 +185,7 @@ def serialising_us(count: int = 20_000) -> dict[str, float]:
         piece = Piece(0, " word", (42,), (), None)
         began = time.process_time()
         for number in range(count):
-            told.add(Delta(choice=0, index=number, token_ids=(42,), text=" word"), 0)
+            told.add(Delta(choice=0, index=number, token_ids=(42,), text=" word"), 0, b"")
             chunks.plain(piece)
         found[name] = 1e6 * (time.process_time() - began) / count
         choice = {"index": 0, "delta": {"content": " word"}, "logprobs": None, "finish_reason": None}

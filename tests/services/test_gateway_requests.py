@@ -68,6 +68,7 @@ OF_REQUEST: dict[str, tuple[Any, Any]] = {
     "model": ("m", "m"),
     "skip_special_tokens": (False, False),
     "priority": ("low", pb.PRIORITY_LOW),
+    "max_drafts": (0, 0),
 }
 
 
