@@ -318,6 +318,13 @@ def test_the_member_that_is_nested_too_deep_is_named() -> None:
     assert refused.value.field == "b"
 
 
+def test_a_string_without_an_end_behind_it_costs_one_look() -> None:
+    deep = '{"a": ' + "[" * 100_000 + "]" * 100_000 + ', "b": "' + '\\"' * 200_000 + "[" * 100_001
+    with pytest.raises(InvalidRequest) as refused:
+        parse(deep.encode())
+    assert refused.value.field == "a"
+
+
 # ---- ids of events
 
 NUMBERS = st.integers(0, 2**32 - 1)
