@@ -124,6 +124,11 @@ class Answers:
         """How much of a choice's text was told, before this call too."""
         return self._told[choice // self.n][choice % self.n].characters_told
 
+    def has_begun(self, choice: int) -> bool:
+        """Whether any token or the end of a choice was told, before this call too, even if no text came of it yet."""
+        told = self._told[choice // self.n][choice % self.n]
+        return told.has_begun or told.ended
+
     def was_told(self, choice: int) -> bool:
         """Whether any text, call or end of a choice was told, before this call too."""
         told = self._told[choice // self.n][choice % self.n]
@@ -250,6 +255,11 @@ class _Told:
     def characters_told(self) -> int:
         """Characters that the caller has."""
         return max(self.characters, self._heard.characters)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the caller has a token."""
+        return self.tokens > 0 or self._heard.tokens > 0
 
     def bring(self, tokens: Sequence[int], path: str) -> None:
         """The caller says what he was told. Raises InvalidRequest, TicketRefused."""

@@ -136,8 +136,8 @@ async def stream(answers: Answers, asked: AskedCompletion, prompts: Sequence[str
     chunks = Chunks(answers, asked, "cmpl", "text_completion", new='"text": ')
     scored, ids = wants_logprobs(asked), asked.manner.return_token_ids
     total = len(prompts) * answers.n
-    # where the prompt is still to be told; who comes back after an event of a choice has it
-    echoed = [not asked.echo or answers.characters(i) > 0 or answers.has_ended(i) for i in range(total)]
+    # whether the prompt was told; who comes back after an event of a choice has it, be its text half a character
+    echoed = [not asked.echo or answers.has_begun(i) for i in range(total)]
     offsets = [len(prompts[i // answers.n]) + answers.characters(i) for i in range(total)]
     while (piece := await answers.next()) is not None:
         is_echoed, echoed[piece.choice] = echoed[piece.choice], True

@@ -229,6 +229,18 @@ def test_half_a_character_is_told_with_the_rest_of_it() -> None:
     assert [event["choices"][0]["delta"] for event in call.events[:-1]] == [{"role": "assistant", "content": "é"}, {}]
 
 
+def test_an_echoed_prompt_is_told_once_though_its_reader_comes_back_after_half_a_character() -> None:
+    asked = {"prompt": "hi", "echo": True, "stream": True, "request_id": "mine", "seed": 7}
+    half, rest = delta(0, 5, ""), delta(1, 6, "é")
+    broken = ask(gateway(Scheduler(half, then=Superseded("it breaks"))), asked, path="/v1/completions")
+    assert broken.events[0]["choices"][0]["text"] == "hi"
+
+    again = gateway(Scheduler(half, rest, finish()))
+    call = ask(again, asked, path="/v1/completions", headers=[(b"last-event-id", broken.ids[0])])
+
+    assert [event["choices"][0]["text"] for event in call.events[:-1]] == ["é", ""]
+
+
 def test_an_id_with_more_calls_than_tokens_is_refused_before_room_is_made_for_them() -> None:
     forged = Heard(calls=1000, digest=bytes(8))
     id = Writer("mine", 7, 0, prompts=1, choices=1).id(1, pack_prompt(9) + forged.packed())
