@@ -259,10 +259,17 @@ class _Told:
         """Characters that the caller has."""
         return max(self.characters, self._heard.characters)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the caller has a token."""
+        return self.tokens > 0 or self._heard.tokens > 0
+
     def bring(self, tokens: Sequence[int], path: str) -> None:
         """The caller says what he was told. Raises InvalidRequest, TicketRefused."""
         if len(tokens) != self.tokens:
             raise InvalidRequest(path, f"{self.tokens} tokens were told up to that event, got {len(tokens)}")
+        if self.calls > len(tokens):  # each is held from now on, and anybody can write a number into an id
+            raise TicketRefused(f"{path}: {len(tokens)} tokens cannot have begun {self.calls} calls")
         self._digest.add(tokens)
         if tokens and self._digest.value() != self._heard.digest:
             raise TicketRefused(f"{path}: these are not the tokens that were told")

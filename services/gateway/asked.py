@@ -14,6 +14,8 @@ from services.gateway.positions import Position
 
 _MAX_REQUEST_ID: Final = 100  # with the number of its prompt behind it, it is one for the scheduler
 
+_SEEDS: Final = 1 << 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manner:
@@ -64,6 +66,8 @@ class Asked:
             if len(position.choices) != len(self.requests) or len(position.choices[0]) != self.n:
                 raise TicketRefused("the id belongs to a request with another number of choices")
             seed = position.seed
+            if given is None and seed + len(self.requests) > _SEEDS:  # each prompt has the next one
+                raise TicketRefused("the id belongs to a request that chose its seed")
         for i, request in enumerate(self.requests):
             request.request_id = f"{request_id}-{i}" if i else request_id
             # the same prompt twice is asked for two answers, unless the caller says how the dice fall

@@ -17,7 +17,8 @@ from services.gateway.fields import Fields, cut
 
 _MOST_DIGITS: Final = 400  # no number that anybody means has more; Python itself refuses from 4300 on
 
-_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# A string may lack its end, and is never looked at twice: what cannot match would be tried from each of its quotes.
+_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 class Bodies:

@@ -35,6 +35,9 @@ _ENDED: Final = 1
 _CALLED: Final = 2  # _CALLS comes behind the ticket
 _CALLS: Final = struct.Struct("<II")  # calls of tools that have begun, characters of the arguments of all
 
+_MOST: Final = 2**32 - 2**24
+"""No stream counts up to this, and one that goes on below it never meets the end of what an id can hold."""
+
 _NOT_OURS: Final = TicketRefused("the id is not one of this server's events")
 
 
@@ -131,6 +134,8 @@ def read(id: str) -> Position:
         request_id = data[_HEAD.size : at].decode("ascii")
         event, done = _STATE.unpack_from(data, at)
         at += _STATE.size
+        if event >= _MOST:
+            raise _NOT_OURS
         most: list[int] = []
         heard: list[tuple[Heard, ...]] = []
         for _ in range(prompts):
@@ -146,6 +151,8 @@ def read(id: str) -> Position:
                 if flags & _CALLED:
                     calls, arguments = _CALLS.unpack_from(data, at)
                     at += _CALLS.size
+                if max(tokens, characters, calls, arguments) >= _MOST:
+                    raise _NOT_OURS
                 of_prompt.append(
                     Heard(
                         tokens=tokens,

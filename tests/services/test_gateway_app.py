@@ -19,6 +19,7 @@ from services.gateway.app import Gateway
 from services.gateway.bodies import Bodies
 from services.gateway.events import ABORT, Patience
 from services.gateway.metrics import Metrics
+from services.gateway.positions import Heard, Writer, pack_prompt
 from services.gateway.upstream import Upstream
 
 HI = {"messages": [{"role": "user", "content": "hi"}]}
@@ -119,6 +120,11 @@ class Call:
             self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
         else:
             self.parts.append(message.get("body", b""))
+
+    @property
+    def ids(self) -> list[bytes]:
+        lines = b"".join(self.parts).splitlines()
+        return [line.removeprefix(b"id: ") for line in lines if line.startswith(b"id: ")]
 
     @property
     def json(self) -> Any:
@@ -222,6 +228,28 @@ def test_half_a_character_is_told_with_the_rest_of_it() -> None:
     call = ask(gateway(Scheduler(delta(0, 5, ""), delta(1, 6, "é"), finish())), {**HI, "stream": True})
 
     assert [event["choices"][0]["delta"] for event in call.events[:-1]] == [{"role": "assistant", "content": "é"}, {}]
+
+
+def test_an_echoed_prompt_is_told_once_though_its_reader_comes_back_after_half_a_character() -> None:
+    asked = {"prompt": "hi", "echo": True, "stream": True, "request_id": "mine", "seed": 7}
+    half, rest = delta(0, 5, ""), delta(1, 6, "é")
+    broken = ask(gateway(Scheduler(half, then=Superseded("it breaks"))), asked, path="/v1/completions")
+    assert broken.events[0]["choices"][0]["text"] == "hi"
+
+    again = gateway(Scheduler(half, rest, finish()))
+    call = ask(again, asked, path="/v1/completions", headers=[(b"last-event-id", broken.ids[0])])
+
+    assert [event["choices"][0]["text"] for event in call.events[:-1]] == ["é", ""]
+
+
+def test_an_id_with_more_calls_than_tokens_is_refused_before_room_is_made_for_them() -> None:
+    forged = Heard(calls=1000, digest=bytes(8))
+    id = Writer("mine", 7, 0, prompts=1, choices=1).id(1, pack_prompt(9) + forged.packed())
+    asked = {**HI, "stream": True, "resume_token_ids": [[]]}
+
+    call = ask(gateway(Scheduler(delta(0, 5, "a"), finish())), asked, headers=[(b"last-event-id", id.encode())])
+
+    assert (call.status, call.json["error"]["param"]) == (400, "Last-Event-ID")
 
 
 def test_requests_are_bounded() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -319,10 +320,18 @@ def test_the_member_that_is_nested_too_deep_is_named() -> None:
     assert refused.value.field == "b"
 
 
+def test_a_string_without_an_end_behind_it_costs_one_look() -> None:
+    deep = '{"a": ' + "[" * 100_000 + "]" * 100_000 + ', "b": "' + '\\"' * 200_000 + "[" * 100_001
+    with pytest.raises(InvalidRequest) as refused:
+        parse(deep.encode())
+    assert refused.value.field == "a"
+
+
 # ---- ids of events
 
-NUMBERS = st.integers(0, 2**32 - 1)
-CALLS = st.just((0, 0)) | st.tuples(st.integers(1, 2**32 - 1), NUMBERS)  # arguments are those of calls
+MOST = 2**32 - 2**24 - 1
+NUMBERS = st.integers(0, MOST)
+CALLS = st.just((0, 0)) | st.tuples(st.integers(1, MOST), NUMBERS)  # arguments are those of calls
 HEARD = st.builds(
     lambda calls, **others: Heard(calls=calls[0], arguments=calls[1], **others),
     calls=CALLS,
@@ -364,6 +373,37 @@ def test_an_id_tells_where_its_stream_was(heard: list[list[Heard]], seed: int, d
     for broken in (id[:-4], id + "AAAA", "é", ""):
         with pytest.raises(TicketRefused):
             positions.read(broken)
+
+
+def id_of(*choices: Heard, seed: int = 7, prompts: int = 1, event: int = 3) -> str:
+    writer = positions.Writer("a-name", seed, 1_800_000_000, prompts=prompts, choices=len(choices))
+    return writer.id(event, (positions.pack_prompt(16) + b"".join(each.packed() for each in choices)) * prompts)
+
+
+TOO_MANY = 2**32 - 1
+NONE = Heard(digest=bytes(8))
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        id_of(NONE, event=TOO_MANY),
+        id_of(replace(NONE, characters=TOO_MANY)),
+        id_of(replace(NONE, calls=1, arguments=TOO_MANY)),
+    ],
+    ids=["event", "characters", "arguments"],
+)
+def test_an_id_with_a_number_that_no_stream_comes_to_is_refused(forged: str) -> None:
+    with pytest.raises(TicketRefused):
+        positions.read(forged)
+
+
+def test_an_id_with_a_seed_that_has_no_next_one_is_of_one_who_chose_it() -> None:
+    position = positions.read(id_of(NONE, seed=(1 << 64) - 1, prompts=2))
+
+    completion(prompt=["a", "b"], seed=-1).begin(position)
+    with pytest.raises(TicketRefused, match="chose its seed"):
+        completion(prompt=["a", "b"]).begin(position)
 
 
 @given(id=st.text(max_size=80) | st.binary(max_size=80).map(lambda data: data.hex()))
