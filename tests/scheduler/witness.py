@@ -300,7 +300,8 @@ class Witness(World):
         ended = self.ended
         for name, row in book.rows.popleft().items():
             current = row.placement == self.docket.placement[name]
-            if name in ended or (current and row.stop >= self.docket.until.get(name, row.stop + 1)):
+            passed = row.stop - (row.ref in result.unready)  # nothing was chosen at the last place of such a row
+            if name in ended or (current and passed >= self.docket.until.get(name, passed + 1)):
                 self.docket.passed(name)
             if current and row.ref in result.failed:
                 self.docket.placement[name] += 1
