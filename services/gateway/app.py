@@ -62,7 +62,9 @@ class Gateway:
         max_requests: int,
         max_prompts: int,
         unknown_fields: UnknownFields = "refuse",
+        metrics_need_key: bool = False,
     ) -> None:
+        """With `metrics_need_key`, /metrics is for those whose API key the scheduler takes."""
         self.draining = False
         self._upstream = upstream
         self._bodies = bodies
@@ -71,6 +73,8 @@ class Gateway:
         self._max_requests = max_requests
         self._max_prompts = max_prompts
         self._unknown_fields = unknown_fields
+        self._metrics_need_key = metrics_need_key
+        self._num_looking = 0  # requests that only look: GET and the like
         self._began = int(time.time())
         self._router = Router(
             [
@@ -102,9 +106,11 @@ class Gateway:
             await send(message)
 
         counts = scope["method"] == "POST"
+        self._num_looking += not counts
         with self._metrics.request(scope["path"] if counts else "") as ended:
             try:
-                if counts and self._metrics.num_open > self._max_requests:
+                # apart, so that /health answers where all is busy, and who only looks keeps nobody from an answer
+                if (self._metrics.num_open if counts else self._num_looking) > self._max_requests:
                     raise Overloaded(f"{self._max_requests} requests are open, which is all there may be")
                 await self._router(scope, receive, sending)
             except ClientDisconnect:
@@ -113,6 +119,8 @@ class Gateway:
                 failed = _told(error, scope)
                 if not status:
                     await failed.response()(scope, receive, sending)
+            finally:
+                self._num_looking -= not counts
             ended(status)
 
     # ---- answers
@@ -228,7 +236,9 @@ class Gateway:
         serving = not self.draining and await self._upstream.is_serving()
         return _json({"status": "serving" if serving else "not_serving"}, 200 if serving else 503)
 
-    async def _tell_metrics(self, _: Request) -> Response:
+    async def _tell_metrics(self, request: Request) -> Response:
+        if self._metrics_need_key:
+            await self._upstream.model("", _key(request))
         return Response(await self._metrics.text(), media_type="text/plain; version=0.0.4")
 
 

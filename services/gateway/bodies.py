@@ -20,9 +20,15 @@ _MOST_DIGITS: Final = 400  # no number that anybody means has more; Python itsel
 # A string may lack its end, and is never looked at twice: what cannot match would be tried from each of its quotes.
 _TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
+_FREE_BYTES: Final = 1 << 16
+"""The beginning of each body, which the bound of all together leaves out: the number of connections bounds it."""
+
 
 class Bodies:
-    """Reads bodies of at most `max_bytes`, each within `limit_s`; all that are being read have `max_total_bytes`."""
+    """Reads bodies of at most `max_bytes`, each within `limit_s`; all that are being read have `max_total_bytes`.
+
+    A small one is never refused for what strangers send beside it.
+    """
 
     def __init__(self, *, max_bytes: int, limit_s: float, max_total_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -43,7 +49,7 @@ class Bodies:
         if not announced.isdigit() or int(announced[:20]) > self._max_bytes:
             raise BodyTooLarge(self._max_bytes)
         chunks: list[bytes] = []
-        size = 0
+        size = counted = 0
         try:
             async with asyncio.timeout(self._limit_s):
                 while True:
@@ -52,10 +58,12 @@ class Bodies:
                         raise ClientDisconnect
                     chunk: bytes = message.get("body", b"")
                     size += len(chunk)
-                    self._total_bytes += len(chunk)
                     if size > self._max_bytes:
                         raise BodyTooLarge(self._max_bytes)
-                    if self._total_bytes > self._max_total_bytes:
+                    more = max(0, size - _FREE_BYTES) - counted
+                    counted += more
+                    self._total_bytes += more
+                    if more and self._total_bytes > self._max_total_bytes:
                         raise Overloaded("too many large requests arrive at once")
                     chunks.append(chunk)
                     if not message.get("more_body", False):
@@ -63,7 +71,7 @@ class Bodies:
         except TimeoutError:
             raise BodyTooSlow(self._limit_s) from None
         finally:
-            self._total_bytes -= size
+            self._total_bytes -= counted
 
 
 def parse(body: bytes) -> Fields:

@@ -6,6 +6,7 @@ Extension: its endpoint picker routes by them). No label can hold a caller's wor
 
 from __future__ import annotations
 
+import asyncio
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -22,6 +23,8 @@ _REQUEST_S: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12,
 
 _PATHS: Final = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"})
 
+_FRESH_S: Final = 1.0  # what the scheduler said is told again for that long, however many ask
+
 AskStatus = Callable[[], Awaitable[pb.GetStatusResponse]]
 
 
@@ -34,6 +37,8 @@ class Metrics:
         self._requests: Counter[tuple[str, int]] = Counter()  # by path and status
         self._first_token = _Histogram(_FIRST_TOKEN_S)
         self._whole = _Histogram(_REQUEST_S)
+        self._asked: asyncio.Task[pb.GetStatusResponse | None] | None = None
+        self._asked_s = 0.0
         self.num_open = 0
         self.num_connections: Callable[[], int] = lambda: 0
 
@@ -80,9 +85,7 @@ class Metrics:
             *self._whole.lines("pagewire_gateway_request_duration_seconds", "from a request's head to its end"),
         ]
         if self._ask_status is not None:
-            try:
-                status = await self._ask_status()
-            except PagewireError:
+            if (status := await self._status(self._ask_status)) is None:
                 lines += _metric("pagewire_up", "gauge", "whether the scheduler answers", {"": 0})
             else:
                 lines += _metric("pagewire_up", "gauge", "whether the scheduler answers", {"": 1})
@@ -90,6 +93,20 @@ class Metrics:
                 lines += of_executors(status.executors)
                 lines += as_vllm(status)
         return "\n".join(lines) + "\n"
+
+    async def _status(self, ask: AskStatus) -> pb.GetStatusResponse | None:
+        """What the scheduler says of itself, None where it does not: asked once at a time, and once a second."""
+
+        async def told() -> pb.GetStatusResponse | None:
+            try:
+                return await ask()
+            except PagewireError:
+                return None
+
+        now_s = self._clock_s()
+        if self._asked is None or (self._asked.done() and now_s >= self._asked_s + _FRESH_S):
+            self._asked, self._asked_s = asyncio.create_task(told()), now_s
+        return await asyncio.shield(self._asked)  # who leaves takes it from nobody else
 
 
 def of_scheduler(s: pb.SchedulerStatus) -> list[str]:

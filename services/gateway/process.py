@@ -58,7 +58,8 @@ async def run(
         patience_s=config.http_patience_s,
         begin_patience_s=config.http_begin_patience_s,
     ) as upstream:
-        if not insecure and not lifecycle.is_local(http):
+        needs_key = not insecure and not lifecycle.is_local(http)
+        if needs_key:
             await _check_keys(upstream, http, stop)
         metrics = Metrics(_status_of(config.http_admin, addresses[0]))
         gateway = Gateway(
@@ -73,6 +74,7 @@ async def run(
             max_requests=config.http_max_requests,
             max_prompts=config.http_max_prompts,
             unknown_fields=config.http_unknown_fields,
+            metrics_need_key=needs_key,
         )
         limits = ConnectionLimits(
             most=config.http_max_connections,

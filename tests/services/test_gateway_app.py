@@ -10,10 +10,11 @@ from typing import Any, cast
 
 import pytest
 
-from common.errors import Overloaded, PagewireError, RequestFailed, Superseded, Unavailable
+from common.errors import Overloaded, PagewireError, RequestFailed, Superseded, Unauthenticated, Unavailable
 from pagewire.answers import Answer, Delta, Finish
 from pagewire.continuation import Continuation
 from protos import inference_pb2 as pb
+from protos.monitoring_pb2 import GetStatusResponse
 from services.gateway.app import Gateway
 from services.gateway.bodies import Bodies
 from services.gateway.events import ABORT, Patience
@@ -89,10 +90,12 @@ def gateway(scheduler: object, *, comment_s: float = 30, reader_s: float = 30, *
 class Call:
     """One call of the application."""
 
-    def __init__(self, body: object, path: str = CHAT, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    def __init__(
+        self, body: object, path: str = CHAT, headers: Sequence[tuple[bytes, bytes]] = (), method: str = "POST"
+    ) -> None:
         self.scope: dict[str, Any] = {
             "type": "http",
-            "method": "POST",
+            "method": method,
             "path": path,
             "raw_path": path.encode(),
             "root_path": "",
@@ -265,6 +268,100 @@ def test_requests_are_bounded() -> None:
 
     second = asyncio.run(run())
     assert second.status == 429 and "1 requests are open" in second.json["error"]["message"]
+
+
+async def read_beside(others: int, body: bytes) -> bytes:
+    """Read `body` while that many bytes of another one are here, and the rest of it is not."""
+    bodies = Bodies(max_bytes=1_000_000, limit_s=30, max_total_bytes=200_000)
+    scope = {"headers": [(b"content-type", b"application/json")]}
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    parts = iter([{"type": "http.request", "body": bytes(others), "more_body": True}])
+
+    async def receive_a_part() -> Any:
+        return next(parts, None) or await asyncio.Event().wait()
+
+    reading = asyncio.create_task(bodies.read(scope, receive_a_part))
+    await asyncio.sleep(0)
+    try:
+        return await bodies.read(scope, receive)
+    finally:
+        reading.cancel()
+
+
+def test_large_bodies_of_strangers_are_bounded_and_refuse_no_small_one() -> None:
+    assert asyncio.run(read_beside(199_999, b"{}")) == b"{}"
+    with pytest.raises(Overloaded):
+        asyncio.run(read_beside(260_000, bytes(80_000)))
+
+
+def test_who_asks_for_metrics_at_once_or_soon_asks_the_scheduler_once() -> None:
+    now_s, asked = [0.0], 0
+
+    async def ask_status() -> GetStatusResponse:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            raise Unavailable("it is gone")
+        return GetStatusResponse()
+
+    async def run() -> list[bool]:
+        metrics = Metrics(ask_status, lambda: now_s[0])
+        texts = [*await asyncio.gather(metrics.text(), metrics.text()), await metrics.text()]
+        now_s[0] = 1.0
+        texts += [await metrics.text(), await metrics.text()]
+        return ["pagewire_up 1" in text for text in texts]
+
+    assert asyncio.run(run()) == [True, True, True, False, False]
+    assert asked == 2
+
+
+class Keeper:
+    """In place of an Upstream that knows one key, and answers after what a test waits for."""
+
+    def __init__(self) -> None:
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+
+    async def model(self, name: str, key: str) -> pb.GetModelResponse:
+        await self.go_on.wait()
+        if key != "mine":
+            raise Unauthenticated("an API key is needed")
+        return pb.GetModelResponse(model="m")
+
+
+@pytest.mark.parametrize(
+    ("needs_key", "headers", "status"),
+    [(False, (), 200), (True, (), 401), (True, [(b"authorization", b"Bearer mine")], 200)],
+)
+def test_metrics_are_for_those_with_a_key_where_it_is_needed(
+    needs_key: bool, headers: Sequence[tuple[bytes, bytes]], status: int
+) -> None:
+    app = gateway(Keeper(), metrics_need_key=needs_key)
+
+    assert ask(app, {}, path="/metrics", headers=headers, method="GET").status == status
+
+
+def test_requests_that_only_look_are_bounded_too_and_apart() -> None:
+    keeper = Keeper()
+
+    async def run() -> list[int]:
+        app = gateway(keeper, max_requests=1)
+        keeper.go_on.clear()
+        calls = [Call({}, path="/v1/models", method="GET") for _ in range(2)]
+        answering = [asyncio.create_task(app(call.scope, call.receive, call.send)) for call in calls]
+        await answering[1]
+        other = Call([])
+        await app(other.scope, other.receive, other.send)
+        keeper.go_on.set()
+        await answering[0]
+        last = Call({}, path="/metrics", method="GET")
+        await app(last.scope, last.receive, last.send)
+        return [call.status for call in (*calls, other, last)]
+
+    assert asyncio.run(run()) == [401, 429, 400, 200]
 
 
 def test_a_caller_s_own_name_for_a_request_is_told_back_and_a_strange_one_is_not() -> None:
