@@ -18,6 +18,7 @@ from services.gateway.options import read_options, read_structured
 from services.gateway.upstream import Upstream
 
 _DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
+_MAX_COPIED_BYTES: Final = 8_000_000  # of all that several prompts share, once for each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,9 @@ def read(body: Fields, *, max_prompts: int) -> AskedCompletion:
     if body.string("suffix"):
         raise InvalidRequest("suffix", "is not served: text is made behind a prompt, not before something")
     prompts = read_prompts(body.take("prompt"), max_prompts)
+    if len(prompts) * like.ByteSize() > _MAX_COPIED_BYTES:  # each prompt is a request, with all that they share
+        problem = f"{len(prompts)} prompts times {like.ByteSize()} bytes of other fields are over {_MAX_COPIED_BYTES}"
+        raise InvalidRequest("prompt", f"{problem}: ask in several requests")
     requests: list[pb.GenerateStreamRequest] = []
     for prompt in prompts:
         request = pb.GenerateStreamRequest()

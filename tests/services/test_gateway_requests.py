@@ -217,6 +217,15 @@ def test_seeds_may_be_negative_as_openais_are() -> None:
     assert completion(seed=-1).requests[0].sampling.seed == (1 << 64) - 1
 
 
+def test_what_several_prompts_share_is_not_copied_without_bound() -> None:
+    body = {"prompt": ["a"] * 8, "regex": "a" * 2_000_000}
+
+    with pytest.raises(InvalidRequest, match="8 prompts times 2000.* bytes") as refused:
+        completions.read(body_of(body), max_prompts=8)
+    assert refused.value.field == "prompt"
+    assert len(completions.read(body_of({**body, "prompt": ["a"] * 3}), max_prompts=8).requests) == 3
+
+
 def test_prompts_have_the_same_seed_where_it_is_given_and_their_own_where_it_is_not() -> None:
     same, own = completion(prompt=["a", "a"], seed=5), completion(prompt=["a", "a"])
     for asked in (same, own):
