@@ -1,8 +1,8 @@
-"""Every test, in two processes: `python -m tests.run_all`, which is `make test`.
+"""Every test, in three processes: `python -m tests.run_all`, which is `make test`.
 
-Tests of the GPU's kernels compute in Triton's interpreter for minutes and open no socket; the others wait for processes
-much of the time. So the former run beside the latter, with what they leave of the machine. Arguments are pytest's, and
-then one pytest has them all.
+Tests of the GPU's kernels compute in Triton's interpreter for minutes and open no socket; those from end to end wait
+for processes much of the time. So both run beside the others, the former with what these leave of the machine.
+Arguments are pytest's, and then one pytest has them all.
 """
 
 from __future__ import annotations
@@ -12,30 +12,33 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Final
 
 _PYTEST: Final = [sys.executable, "-m", "pytest"]
-_BESIDE: Final = "tests/gpu"
-_NICENESS: Final = 10
+_BESIDE: Final = {"tests/gpu": 10, "tests/e2e": 0}  # folder -> niceness
 
 
 def main(arguments: Sequence[str]) -> int:
     """0 if all passed, else what pytest returned."""
     if arguments:
         return subprocess.call([*_PYTEST, *arguments])
-    with tempfile.TemporaryFile() as said:
-        nice = ["nice", "-n", str(_NICENESS)]
-        beside = subprocess.Popen([*nice, *_PYTEST, _BESIDE], stdout=said, stderr=subprocess.STDOUT)
-        try:
-            status = subprocess.call([*_PYTEST, "--ignore", _BESIDE])
-            print(f"\n---- {_BESIDE}, which ran meanwhile", flush=True)
-            status_beside = beside.wait()
-        finally:
-            beside.kill()
-        said.seek(0)
-        sys.stdout.flush()
-        shutil.copyfileobj(said, sys.stdout.buffer)
-    return status or status_beside
+    with ExitStack() as stack:
+        running: list[tuple[str, subprocess.Popen[bytes]]] = []
+        said = {folder: stack.enter_context(tempfile.TemporaryFile()) for folder in _BESIDE}
+        for folder, niceness in _BESIDE.items():
+            command = ["nice", "-n", str(niceness), *_PYTEST, folder]
+            beside = subprocess.Popen(command, stdout=said[folder], stderr=subprocess.STDOUT)
+            stack.callback(beside.kill)
+            running.append((folder, beside))
+        statuses = [subprocess.call([*_PYTEST, *(f"--ignore={folder}" for folder in _BESIDE)])]
+        for folder, beside in running:
+            print(f"\n---- {folder}, which ran meanwhile", flush=True)
+            statuses.append(beside.wait())
+            said[folder].seek(0)
+            shutil.copyfileobj(said[folder], sys.stdout.buffer)
+            sys.stdout.flush()
+    return max(statuses)
 
 
 if __name__ == "__main__":

@@ -67,10 +67,10 @@ def test_a_good_grammar_passes_and_a_bad_one_is_refused_by_its_field_and_reason(
 @pytest.mark.parametrize("grammar", [SLOW, WIDE], ids=["slow", "wide"])
 def test_one_that_takes_too_long_is_refused_and_the_next_is_served(model: ModelFolder, grammar: Grammar) -> None:
     async def test(checker: GrammarChecker) -> None:
-        assert await problem_with(checker, grammar) == "must take at most 0.05 s and 512 MiB to compile"
+        assert await problem_with(checker, grammar) == "must take at most 0.3 s and 512 MiB to compile"
         await checker.check("regex", GOOD, "")
 
-    with_checker(model, test, cpu_s=0.05)
+    with_checker(model, test, cpu_s=0.3)  # less, and a busy machine would not know
 
 
 def test_one_that_takes_too_much_memory_is_refused_and_the_next_is_served(model: ModelFolder) -> None:
