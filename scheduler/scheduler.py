@@ -31,7 +31,7 @@ from scheduler.prefix_cache import BlockKey, KeyChain
 from scheduler.replays import Replays
 from scheduler.reputation import Patience, Reputations
 from scheduler.results import ProtocolError, read_drafts, read_ranked, read_result, read_scores
-from scheduler.sequence import Begun, Request, Sequence, Status
+from scheduler.sequence import Begun, Request, Sequence, Status, any_begun
 from scheduler.session import Outstanding, Row, Session
 from scheduler.stopping import finish_reason, stop_tokens
 from scheduler.suspicion import End, Suspects, blamed, runs_alone
@@ -177,12 +177,13 @@ class Scheduler:
         deadline_ns: int = 0,
         follow: TextFollower | None = None,
         max_drafts: int | None = None,
+        resumed: bool | None = None,
     ) -> list[Sequence]:
         """Queue one request: `choices` sequences that share the prompt.
 
-        Or with `begun`, by choice, those that go on behind what another scheduler made of them, and only those: if that
-        was a token at least, before what their tenant asks anew. None of them may have ended: what they begin with is
-        not looked at again.
+        Or with `begun`, by choice, those that go on behind what another scheduler made of them, and only those. None of
+        them may have ended: what they begin with is not looked at again. `resumed` requests go before what their tenant
+        asks anew; unless told, those of which a token was made.
 
         `salt`: it shares a prefix with those of the same tenant and salt. Without `caches`, with none, and leaves none.
 
@@ -203,8 +204,8 @@ class Scheduler:
                 problem = f"at most {room} after a prompt of {len(prompt)} tokens, got {stop.max_tokens}"
                 raise InvalidRequest("max_tokens", problem)
         root = self._root(tenant, salt)
+        resumed = any_begun(begun) if resumed is None else resumed
         domain = self._root(tenant, "")[:_DOMAIN_BYTES] if sampling.grammar is not None else b""
-        resumed = any(before.tokens for before in begun.values()) if begun is not None else False
         num_choices = choices if begun is None else len(begun)
         request = Request(id=SequenceId(self._next_id), num_choices=num_choices, resumed=resumed)
         made: list[Sequence] = []
@@ -242,7 +243,8 @@ class Scheduler:
                 scores_prompt=sampling.prompt_logprobs is not None and choice == 0 and not before.tokens,
                 arrived_ns=now_ns,
             )
-            assert sequence.num_output < stop.max_tokens, f"choice {choice} has ended with {sequence.num_output} tokens"
+            is_whole = sequence.num_output >= stop.max_tokens  # an answer of a search may be: it is only read
+            assert sampling.beams or not is_whole, f"choice {choice} has ended with {sequence.num_output} tokens"
             self._next_id += 1
             made.append(sequence)
         waiting = made if sampling.beams is None else self._add_beams(sampling.beams, made, follow)

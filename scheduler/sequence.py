@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from array import array
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -40,6 +41,11 @@ class Begun(NamedTuple):
 
     tokens: Seq[int]  # output, in order
     determinism: str  # the class that computed them; empty when it was none, or several
+
+
+def any_begun(begun: Mapping[int, Begun] | None) -> bool:
+    """Whether a reader has a token of any of these choices."""
+    return begun is not None and any(before.tokens for before in begun.values())
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

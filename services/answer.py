@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from common.errors import TicketStale
 from common.step import Logprobs
 from common.types import FinishReason
 from scheduler.sequence import Sequence as CoreSequence
@@ -92,6 +93,7 @@ class Choice:
         self._writer = writer
         self._calls = calls
         self._finish: Finish | None = None
+        self._complete: Piece | None = None  # the reader has all tokens, and what else its end says is not known yet
         self.num_tokens = 0
 
     @property
@@ -105,16 +107,23 @@ class Choice:
         assert self._finish is not None, f"choice {self._number} has not ended"
         return self._finish
 
-    def begin(self, tokens: list[int], reason: FinishReason, *, exact: bool) -> bool:
-        """Go through what the reader has; `reason` is why that is all, if it is. Returns whether it has ended."""
+    def begin(self, tokens: list[int], reason: FinishReason, *, exact: bool, is_scored: bool = False) -> bool:
+        """Go through what the reader has; `reason` is why that is all, if it is. Returns whether it has ended.
+
+        One that `is_scored`, by a beam search, ends when that search has found it again: its end tells the score.
+        """
         piece, _ = self._push(tokens, reason)
-        if piece.reason:
+        if piece.reason and is_scored:
+            self._complete = piece
+        elif piece.reason:
             usage = Usage(prompt_tokens=self._num_prompt, completion_tokens=self.num_tokens)
             self._finish = self._end(piece, usage, exact=exact)
         return self.has_ended
 
     def take(self, event: ChoiceEvent, sequence: CoreSequence, expiry_s: int) -> tuple[Delta | None, Finish | None]:
-        """What the reader is told of these tokens."""
+        """What the reader is told of these tokens. Raises TicketStale where its answer came out otherwise this time."""
+        if self._complete is not None:
+            return None, self._end_complete(self._complete, event, sequence)
         index = self.num_tokens
         piece, calls = self._push(event.tokens, event.reason)
         delta = None
@@ -133,6 +142,14 @@ class Choice:
             exact = bool(sequence.determinism)
             self._finish = self._end(piece, self._usage(sequence), exact=exact, score=sequence.score)
         return delta, self._finish
+
+    def _end_complete(self, piece: Piece, event: ChoiceEvent, sequence: CoreSequence) -> Finish:
+        if event.tokens or event.reason is FinishReason.ERROR:
+            raise TicketStale("the answer did not come out as before, so that it cannot go on; ask anew")
+        self._finish = self._end(
+            piece, self._usage(sequence), exact=bool(sequence.determinism), score=sequence.score
+        )  # fmt: skip
+        return self._finish
 
     def _push(self, tokens: list[int], reason: FinishReason) -> tuple[Piece, Sequence[CallPiece]]:
         piece = self._text.push(tokens, reason)

@@ -195,7 +195,8 @@ class Answerer:
             n, tokens = point.choice, point.token_ids
             determinism = self._tickets.check(point.ticket, scope, n, tokens, self._clock_s())
             choices[n] = self._choice(spec, prompt, scope, n)
-            if not choices[n].begin(list(tokens), self._natural_end(spec, tokens), exact=bool(determinism)):
+            end, is_scored = self._natural_end(spec, tokens), spec.sampling.beams is not None
+            if not choices[n].begin(list(tokens), end, exact=bool(determinism), is_scored=is_scored):
                 begun[n] = Begun(tokens, determinism)
         resumed = choices
         told = {n: before.tokens for n, before in begun.items()}
@@ -209,7 +210,7 @@ class Answerer:
             self._live.end(live)  # what it made, the caller does not have: two answers must not go on side by side
         stream = None
         if begun:
-            stream = self._submit(spec, prompt, caller, deadline_ns, begun)
+            stream = self._submit(spec, prompt, caller, deadline_ns, begun, resumed=any(map(len, told.values())))
         live = self._live.add(tenant, spec.request_id, scope, stream) if spec.resumable and stream else None
         return self._answer(spec, prompt, choices, stream, live, resumed=resumed, told=told, scope=scope)
 
@@ -232,6 +233,8 @@ class Answerer:
         caller: Caller,
         deadline_ns: int,
         begun: Mapping[int, Begun] | None = None,
+        *,
+        resumed: bool = False,
     ) -> RequestStream:
         sampling = spec.sampling
         if spec.best_of and sampling.logprobs is None:
@@ -249,6 +252,7 @@ class Answerer:
             cache=spec.cache or CacheControl(),
             follow=StopFollower(self._text(spec, prompt)) if spec.sampling.beams and spec.stop_strings else None,
             max_drafts=spec.max_drafts,
+            resumed=resumed,
         )
 
     async def _understand(self, spec: GenerateSpec, tenant: str) -> tuple[GenerateSpec, list[int], Scope]:

@@ -38,7 +38,7 @@ from scheduler.beams import TextFollower
 from scheduler.pins import Pin
 from scheduler.results import ProtocolError
 from scheduler.scheduler import Scheduler, TokenOutput
-from scheduler.sequence import Begun, Request, Status
+from scheduler.sequence import Begun, Request, Status, any_begun
 from scheduler.sequence import Sequence as CoreSequence
 from scheduler.suspicion import GIVEN_UP_AT, End
 from services.admission import Admission, Ask
@@ -278,16 +278,19 @@ class Engine:
         deadline_ns: int = 0,
         cache: CacheControl = CacheControl(),  # noqa: B008 - it is a tuple
         follow: TextFollower | None = None,
+        resumed: bool | None = None,
         max_drafts: int | None = None,
     ) -> RequestStream:
         """Queue a request, or the rest of one: `begun` is what its choices have already.
 
-        `follow` is for a beam search that stop strings end.
+        `follow` is for a beam search that stop strings end. `resumed`: its reader has some of it; unless told, where
+        any choice has begun.
 
         Raises InvalidRequest, Overloaded, Unavailable while draining, DeadlineExceeded. The rest of one is not refused
         because too much is pinned: it then goes on without its pin.
         """
         now = self._clock_ns()
+        resumed = any_begun(begun) if resumed is None else resumed
         ask = Ask(
             tenant=tenant,
             priority=priority,
@@ -295,7 +298,7 @@ class Engine:
             max_tokens=stop.max_tokens,
             choices=sampling.beams.width if sampling.beams else choices if begun is None else len(begun),
             deadline_ns=deadline_ns,
-            resumed=begun is not None and any(before.tokens for before in begun.values()),
+            resumed=resumed,
         )
         self._check_room(ask, now)
         pinned = self._to_pin(prompt, cache, tenant, now, resumes=begun is not None)
@@ -315,6 +318,7 @@ class Engine:
             expected_output=self.admission.expected_output(ask),
             deadline_ns=deadline_ns,
             follow=follow,
+            resumed=resumed,
             max_drafts=max_drafts,
         )
         self.admission.take(ask, now)

@@ -101,7 +101,7 @@ def test_a_stream_goes_on_elsewhere_wherever_it_was_lost(model: ModelFolder) -> 
             assert (heard.tokens, heard.text) == (alone.tokens, alone.text), f"lost after {num_messages} messages"
             for choice, end in heard.ends.items():
                 assert end.reason == alone.ends[choice].reason
-                assert not end.HasField("score") or end.score == alone.ends[choice].score
+                assert end.score == alone.ends[choice].score, f"lost after {num_messages} messages"
 
     run(test())
 

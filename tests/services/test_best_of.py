@@ -11,6 +11,7 @@ from common.errors import TicketStale
 from common.model_folder import ModelFolder, read_model_folder
 from executor.fake_runner import NextToken, Prefix, fake_logprobs, prefix_hash_token
 from protos import inference_pb2 as pb
+from services import best_of
 from tests.e2e import fake_model
 from tests.services.heard import Heard
 from tests.services.test_resuming import heard_of, refused, request, run, serving, told, undisturbed, until
@@ -149,6 +150,33 @@ def test_a_choice_that_fails_is_told_only_where_there_is_no_other(model: ModelFo
             await heard.rest(server.generate(heard.request))
         assert heard.ends[0].reason == pb.FINISH_REASON_LENGTH
         assert heard.ends[1].reason == pb.FINISH_REASON_ERROR
+
+    run(test())
+
+
+def test_a_part_of_the_best_is_gone_on_with_before_what_is_asked_anew(
+    model: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All choices are made again, so none of them has begun; and yet half of the answer is with its reader."""
+    monkeypatch.setattr(best_of, "_PART", 4)
+
+    async def test() -> None:
+        whole, heard = Heard(asking(1, 3)), Heard(asking(1, 3))
+        async with serving(model) as first:
+            first.join()
+            await whole.rest(first.generate(whole.request))
+            call = first.generate(heard.request)
+            await heard.until(call, 4)
+            call.cancel()
+        async with serving(model) as second:
+            link = second.join(steps=1)
+            call = second.resume(heard.to_resume())
+            await until(lambda: second.engine.scheduler.num_sequences == 3)
+            (running,) = second.engine.scheduler.sessions
+            assert all(sequence.request.resumed for sequence in running.running)
+            link.allow(1000)
+            await heard.rest(call)
+        assert heard.tokens == whole.tokens
 
     run(test())
 
