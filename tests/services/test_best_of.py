@@ -171,9 +171,9 @@ def test_a_part_of_the_best_is_gone_on_with_before_what_is_asked_anew(
         async with serving(model) as second:
             link = second.join(steps=1)
             call = second.resume(heard.to_resume())
-            await until(lambda: second.engine.scheduler.num_sequences == 3)
-            (running,) = second.engine.scheduler.sessions
-            assert all(sequence.request.resumed for sequence in running.running)
+            (session,) = second.engine.scheduler.sessions
+            await until(lambda: len(session.running) == 3)
+            assert all(sequence.request.resumed for sequence in session.running)
             link.allow(1000)
             await heard.rest(call)
         assert heard.tokens == whole.tokens
