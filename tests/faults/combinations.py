@@ -227,6 +227,8 @@ def asks(draw: Draw, controls: dict[str, Control] = CONTROLS) -> DrawnAsk:
     asked.stopping.max_tokens = draw(st.integers(1, MAX_TOKENS))
     asked.priority = draw(st.sampled_from([pb.PRIORITY_HIGH, pb.PRIORITY_NORMAL, pb.PRIORITY_LOW]))
     names = draw(st.lists(st.sampled_from(list(controls)), max_size=7, unique=True))
+    if "structured" in controls and "structured" not in names and draw(st.integers(0, 3)) == 0:
+        names.append("structured")  # oftener than others: with it come rows that wait
     for name in names:
         if not any(name in pair and pair & set(names[: names.index(name)]) for pair in CONTRADICTIONS):
             controls[name](draw, asked)
@@ -287,7 +289,6 @@ def told(heard: Heard, error: PagewireError | None) -> Told:
     ends: dict[int, bytes] = {}
     for choice, whole in sorted(heard.ends.items()):
         end = pb.Finish.FromString(whole.SerializeToString())
-        end.ClearField("score")  # of a beam search: who has all tokens and comes back for the end is not told it again
         usage = whole.usage
         end.usage.CopyFrom(
             pb.Usage(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)

@@ -25,6 +25,14 @@ Disaster = Callable[["Cluster"], None]
 _LINK: Final = "/" + executor_pb2.DESCRIPTOR.services_by_name["ExecutorLink"].full_name + "/Link"
 
 
+_OFTEN: Final = [
+    name for name in SCHEDULER if name not in {"before_welcome", "on_preempt", "mid_drain", "on_resume_verify"}
+]
+_STARTING: Final = ["mid_load", "before_ready", "before_hello"]
+_OFTEN_IN_EXECUTORS: Final = [name for name in EXECUTOR if name not in _STARTING]
+_RARELY: Final = {"on_drain", "before_block_copy"}
+
+
 def _any_executor(cluster: Cluster) -> SimulatedExecutor:
     return cluster.world.draw.choice(cluster.executors)
 
@@ -279,13 +287,13 @@ def the_wall_clock_jumps(cluster: Cluster) -> None:
 
 
 def the_scheduler_breaks_at_a_failpoint(cluster: Cluster) -> None:
-    names = cluster.world.draw.sample(SCHEDULER, 1)  # of several it would always be the one that is passed first
-    cluster.arm(cluster.scheduler.process, names, _breaking_scheduler(cluster))
+    """One, as of several it would always be the one that is passed most often. Those that need more are armed below."""
+    cluster.arm(cluster.scheduler.process, [cluster.world.draw.choice(_OFTEN)], _breaking_scheduler(cluster))
 
 
-def _rarest(names: list[str], *rare: str) -> list[str]:
-    """One that is rarely passed alone, else it would never be the first that is."""
-    return next(([name] for name in rare if name in names), names)
+def the_scheduler_breaks_as_an_executor_joins(cluster: Cluster) -> None:
+    cluster.arm(cluster.scheduler.process, ["before_welcome"], _breaking_scheduler(cluster), passage=1)
+    an_executor_is_killed(cluster)
 
 
 def the_scheduler_breaks_as_it_preempts(cluster: Cluster) -> None:
@@ -303,16 +311,15 @@ def the_scheduler_breaks_as_somebody_resumes(cluster: Cluster) -> None:
 
 
 def an_executor_breaks_at_a_failpoint(cluster: Cluster) -> None:
-    executor = _any_executor(cluster)
-    names = _rarest(cluster.world.draw.sample(EXECUTOR, 4), "on_drain", "before_block_copy")
-    passage = 1 if len(names) == 1 else None
-    cluster.arm(executor.process, names, _breaking_executor(cluster, executor), passage=passage)
-    if names == ["on_drain"]:
+    executor, name = _any_executor(cluster), cluster.world.draw.choice(_OFTEN_IN_EXECUTORS)
+    passage = 1 if name in _RARELY else None
+    cluster.arm(executor.process, [name], _breaking_executor(cluster, executor), passage=passage)
+    if name == "on_drain":
         executor.leave(0.1)
 
 
 def an_executor_breaks_as_it_starts(cluster: Cluster) -> None:
-    executor, place = _any_executor(cluster), cluster.world.draw.choice(["mid_load", "before_ready", "before_hello"])
+    executor, place = _any_executor(cluster), cluster.world.draw.choice(_STARTING)
     strike = _breaking_executor(cluster, executor)
     executor.arm_next_life = lambda process: cluster.arm(process, [place], strike, passage=1)
     executor.kill(cluster.world.draw.choice([0.05, 0.5]))
@@ -393,6 +400,7 @@ _SCHEDULER: Final[list[Disaster]] = [
 ]
 _FAILPOINTS: Final[list[Disaster]] = [
     the_scheduler_breaks_at_a_failpoint,
+    the_scheduler_breaks_as_an_executor_joins,
     the_scheduler_breaks_as_it_drains,
     the_scheduler_breaks_as_somebody_resumes,
     an_executor_breaks_at_a_failpoint,
