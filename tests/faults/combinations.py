@@ -464,7 +464,14 @@ class _Cluster:
             self.core.check()
         finally:
             self.world.close()
-        for name in ("preemptions", "moved", "rows_unready", "cached_prompt_tokens", "accepted_tokens"):
+        for name in (
+            "preemptions",
+            "moved",
+            "rows_unready",
+            "cached_prompt_tokens",
+            "drafted_tokens",
+            "accepted_tokens",
+        ):
             self.happened[name] += getattr(self.core.counters, name)
         return Played(told=[each for each in self.found if each is not None], happened=self.happened)
 
