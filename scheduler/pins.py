@@ -16,10 +16,14 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from common.errors import InvalidRequest, Overloaded
 from scheduler.block_pool import Rank
 from scheduler.prefix_cache import BlockKey, KeyChain
+
+_RETRY_NS: Final = 10_000_000_000
+"""When a tenant without pins may ask again: when those of others end is nothing that it may learn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +118,7 @@ class Pins:
             raise _full("pin_seconds", problem, own, now_ns)
         if share is not None and self.num_tokens + num_tokens > share:
             problem = f"{num_tokens} tokens are more than all tenants together may still pin"
-            raise _full("pin_tokens", problem, list(self._pins.values()), now_ns)
+            raise _full("pin_tokens", problem, own, now_ns)  # of others' pins it says nothing, nor when they end
 
     def add(self, tenant: str, root: BlockKey, tokens: Sequence[int], until_ns: int) -> Pin:
         """Make a promise, or renew one: it lasts until then at least, and counts as the youngest. `check` was asked."""
@@ -179,6 +183,6 @@ class Pins:
 
 
 def _full(field: str, problem: str, pins: Sequence[Pin], now_ns: int) -> Overloaded:
-    """There may be room when the first of these is over, or is released."""
-    until_ns = min((pin.until_ns for pin in pins), default=now_ns)
+    """There may be room when the first of these, the tenant's own, is over or is released."""
+    until_ns = min((pin.until_ns for pin in pins), default=now_ns + _RETRY_NS)
     return Overloaded(f"{field}: {problem}; it ends with Unpin, or with time", max(0, until_ns - now_ns) / 1e9)

@@ -329,7 +329,7 @@ class Session:
         """
         if sequence.account is not None or not self._runs_much(sequence.tenant):
             return True
-        slots_left = self.num_free_slots > self._reserve_slots
+        slots_left = self.num_free_slots - sequence.num_slots >= self._reserve_slots
         return slots_left and self._admits(sequence, match, self._watermark + self._reserve_blocks)
 
     def tenants_of_much(self) -> list[str]:

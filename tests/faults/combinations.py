@@ -224,6 +224,8 @@ def asks(draw: Draw, controls: dict[str, Control] = CONTROLS) -> DrawnAsk:
     own = draw(st.lists(_TOKENS, min_size=1, max_size=7))
     asked = Asked(token_ids=pb.TokenIds(ids=[*shared, *own]))
     asked.sampling.seed = draw(st.integers(0, 3))
+    if "temperature" in controls and draw(st.booleans()):
+        asked.sampling.temperature = 0.0  # such an answer repeats itself, and is guessed
     asked.stopping.max_tokens = draw(st.integers(1, MAX_TOKENS))
     asked.priority = draw(st.sampled_from([pb.PRIORITY_HIGH, pb.PRIORITY_NORMAL, pb.PRIORITY_LOW]))
     names = draw(st.lists(st.sampled_from(list(controls)), max_size=7, unique=True))
@@ -247,7 +249,7 @@ executors = st.builds(
     max_step_tokens=st.sampled_from([6, 16, 64]),
     credit=st.integers(1, 3),
     compile_looks=st.integers(0, 4),
-    max_drafts=st.sampled_from([0, 4]),
+    max_drafts=st.sampled_from([0, 4, 8]),
     dies_s=st.none() | st.floats(0.01, 0.3),
 )
 

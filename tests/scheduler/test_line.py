@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.sampling import SamplingParams, StopConditions
+from common.sampling import BeamParams, SamplingParams, StopConditions
 from common.types import FinishReason, Priority, SequenceId
 from scheduler.account import W_IN, W_OUT
 from scheduler.line import AGING_NS, Line
@@ -559,6 +559,18 @@ def test_nobody_else_takes_the_reserve() -> None:
     world.add("c0", prompt=4, tenant="c")
     world.add("c1", prompt=4, tenant="c")
     assert [name for name in world.step() if name[0] == "c"] == ["c0"]
+
+
+def test_a_group_of_beams_takes_nothing_of_the_reserve_either() -> None:
+    world = World(max_sequences=16, num_blocks=1024, token_budget=256)
+    beams = SamplingParams(temperature=0.0, beams=BeamParams(4))
+    for i in range(5):
+        world.add(f"a{i}", prompt=4, tenant="a", sampling=beams)
+    for _ in range(4):
+        world.step()
+
+    (session,) = world.scheduler.sessions
+    assert len(session.groups) == 3, "the fourth would take the last four slots, and one is not for it"
 
 
 def test_blocks_are_kept_too() -> None:

@@ -217,8 +217,9 @@ def test_all_tenants_together_may_pin_a_share_of_the_smallest_executor() -> None
     with pytest.raises(InvalidRequest, match="pin_tokens: at most 32, a share of the KV cache, got 33"):
         pin(world, range(33), tenant="one")
     pin(world, range(20), tenant="one")
-    with pytest.raises(Overloaded, match="13 tokens are more than all tenants together may still pin"):
+    with pytest.raises(Overloaded, match="13 tokens are more than all tenants together may still pin") as full:
         pin(world, range(13), tenant="two")
+    assert full.value.retry_after_s == 10, "when another tenant's pin ends is not told"
     pin(world, range(12), tenant="two")
 
 
