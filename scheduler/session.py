@@ -9,12 +9,10 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from common import failpoints
 from common.blocks import blocks_for
-from common.step import ExecutorFacts, NewSequence, StepPlan, StepResult
+from common.step import ExecutorFacts, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_of, slot_ref
 from scheduler import policy
 from scheduler.beams import BeamGroup
@@ -22,73 +20,10 @@ from scheduler.block_pool import BlockPool
 from scheduler.occupancy import Occupancy
 from scheduler.pace import Pace
 from scheduler.pins import Pin, Pins
-from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
+from scheduler.prefix_cache import BlockKey, KeyChain, Match, PrefixCache
 from scheduler.reputation import Reputation
 from scheduler.sequence import Request, Sequence
-
-
-class Row(NamedTuple):
-    """What one outstanding step computes for one sequence."""
-
-    sequence: Sequence
-    attempt: int
-    num_scheduled: int
-    samples: bool
-    stop: int  # one past the last position that it computes, drafts aside
-    max_drafts: int = 0  # tokens that it may guess behind that, and then brings as many more as were right
-
-    @property
-    def is_current(self) -> bool:
-        """Its sequence goes on, and was not placed anew since: what the row brings is the sequence's next token."""
-        return self.attempt == self.sequence.attempt and not self.sequence.reason
-
-
-class Outstanding(NamedTuple):
-    """A step that was sent and is not answered yet."""
-
-    step: int
-    rows: dict[SlotRef, Row]
-    num_tokens: int  # at most
-    sent_ns: int
-    had_work: bool  # one of its sequences was there when the step before it was answered
-    max_drafts: int = 0  # of all its rows
-
-
-class Admission(NamedTuple):
-    """A sequence that the plan tells whole."""
-
-    sequence: Sequence
-    num_computed: int  # tokens that a prefix hit had
-    stop_token_ids: tuple[int, ...]
-
-
-class Match(NamedTuple):
-    """What of a sequence an executor has cached."""
-
-    blocks: list[BlockId]  # full blocks, shared as they are
-    tail: Tail | None  # the start of one more, shared by copy
-    num_tokens: int
-
-
-@dataclass(slots=True)
-class Draft:
-    """A step plan in the making: the same columns, growing."""
-
-    step: int
-    budget: int
-    replay_budget: int = 0  # of it, what replays may have before the others were served
-    num_drafts: int = 0  # that all its rows may carry
-    rows: dict[SlotRef, Row] = field(default_factory=dict[SlotRef, Row])
-    num_scheduled: list[int] = field(default_factory=list[int])
-    append_refs: list[SlotRef] = field(default_factory=list[SlotRef])
-    append_blocks: list[BlockId] = field(default_factory=list[BlockId])
-    replace_refs: list[SlotRef] = field(default_factory=list[SlotRef])
-    replace_indices: list[int] = field(default_factory=list[int])
-    replace_blocks: list[BlockId] = field(default_factory=list[BlockId])
-    new: list[Admission] = field(default_factory=list[Admission])
-    copies: list[tuple[BlockId, BlockId]] = field(default_factory=list[tuple[BlockId, BlockId]])
-    told_refs: list[SlotRef] = field(default_factory=list[SlotRef])
-    told_tokens: list[int] = field(default_factory=list[int])
+from scheduler.steps import Admission, Draft, Outstanding, Row
 
 
 class Session:
@@ -533,48 +468,10 @@ class Session:
     def send(self, draft: Draft, now_ns: int) -> StepPlan:
         """The plan, which is outstanding from now on."""
         first = next(iter(draft.rows.values())).sequence  # the first of those that go on
-        had_work = first.arrived_ns < self._answered_ns
-        max_drafts = [row.max_drafts for row in draft.rows.values()] if draft.num_drafts else []
-        num_tokens = sum(draft.num_scheduled) + draft.num_drafts
-        self.outstanding.append(Outstanding(draft.step, draft.rows, num_tokens, now_ns, had_work, draft.num_drafts))
+        self.outstanding.append(draft.sent(now_ns, had_work=first.arrived_ns < self._answered_ns))
         self._next_step += 1
         released, self._released = self._released, []
-        return StepPlan(
-            step=draft.step,
-            refs=list(draft.rows),
-            num_scheduled=draft.num_scheduled,
-            append_refs=draft.append_refs,
-            append_blocks=draft.append_blocks,
-            replace_refs=draft.replace_refs,
-            replace_indices=draft.replace_indices,
-            replace_blocks=draft.replace_blocks,
-            new=[self._told_whole(new) for new in draft.new],
-            released=released,
-            copies=draft.copies,
-            told_refs=draft.told_refs,
-            told_tokens=draft.told_tokens,
-            max_drafts=max_drafts,
-        )
-
-    @staticmethod
-    def _told_whole(new: Admission) -> NewSequence:
-        """All that the executor must know of the sequence; its table as it is when the plan is complete."""
-        sequence = new.sequence
-        return NewSequence(
-            ref=sequence.ref,
-            attempt=sequence.attempt,
-            token_ids=sequence.tokens[:],
-            num_prompt=sequence.num_prompt,
-            num_computed=new.num_computed,
-            block_table=list(sequence.block_table),
-            sampling=sequence.told_sampling,
-            choice=sequence.choice,
-            max_tokens=sequence.stop.max_tokens,
-            stop_token_ids=new.stop_token_ids,
-            min_tokens=sequence.stop.min_tokens,
-            domain=sequence.domain,
-            num_candidates=sequence.beams.search.num_kept if sequence.beams is not None else 0,
-        )
+        return draft.plan(released)
 
     # ---- giving back
 
