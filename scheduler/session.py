@@ -72,6 +72,8 @@ class Session:
         self._answered_ns = -1  # when the last result came; -1 before the first
         self._num_slots = min(facts.max_sequences, max_running)
         self._free_slots = list(range(self._num_slots))
+        # sequences that may become resident: groups keep a slot for each beam that they may come to have
+        self.num_free_slots = self._num_slots
         self._reserve_slots = int(reserve * self._num_slots)
         self._generations = [0] * self._num_slots
         self._released: list[SlotRef] = []
@@ -102,11 +104,6 @@ class Session:
     def has_slot(self) -> bool:
         """Another sequence may become resident."""
         return self.num_free_slots > 0
-
-    @property
-    def num_free_slots(self) -> int:
-        """Sequences that may become resident: groups keep a slot for each beam that they may come to have."""
-        return len(self._free_slots) - sum(group.width - group.num_resident for group in self.groups)
 
     def is_quarantined(self, now_ns: int) -> bool:
         """It sent too many rows that could not be used: what it computes is not to be trusted."""
@@ -231,7 +228,9 @@ class Session:
             self.pool.keep(block, self._pins.rank(key))
 
     def check_kept(self) -> None:
-        """Assert that the blocks that are kept are those of pins that are cached here; for checks."""
+        """Assert that what is kept is what is pinned and cached here, and that the free slots add up; for checks."""
+        reserved = sum(group.width - group.num_resident for group in self.groups)
+        assert self.num_free_slots == len(self._free_slots) - reserved, "a slot is lost, or counted twice"
         if not self._pins and not self.pool.num_kept:
             return
         pinned = {self.cache.find(key) for pin in self._pins for key in pin.keys[self.block_size]} - {None}
@@ -331,9 +330,14 @@ class Session:
         sequence.session = self
         self.tenants[sequence.tenant] += 1
         sequence.ref = slot_ref(slot, self._generations[slot])
-        if sequence.beams is not None:
-            sequence.beams.num_resident += 1
-            self.groups[sequence.beams] = None
+        group = sequence.beams
+        if group is None:
+            self.num_free_slots -= 1
+            return
+        if group not in self.groups:  # the slots of all its beams are its own from now on
+            self.groups[group] = None
+            self.num_free_slots -= group.width
+        group.num_resident += 1
 
     def take_in(self, beam: Sequence, parent: Sequence | None = None) -> None:
         """Give a beam a slot, and what it shares with the beam that it was forked from. The executor hears of it later.
@@ -502,10 +506,14 @@ class Session:
         heapq.heappush(self._free_slots, slot_of(sequence.ref))
         sequence.session = None
         sequence.is_pending = False
-        if sequence.beams is not None:
-            sequence.beams.num_resident -= 1
-            if not sequence.beams.num_resident:
-                del self.groups[sequence.beams]
+        group = sequence.beams
+        if group is None:
+            self.num_free_slots += 1
+        else:
+            group.num_resident -= 1
+            if not group.num_resident:
+                del self.groups[group]
+                self.num_free_slots += group.width
         sequence.block_table = []
         sequence.num_computed = sequence.num_remembered = 0
 
