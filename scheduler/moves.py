@@ -14,9 +14,11 @@ from common.types import FinishReason
 from scheduler.beams import BeamGroup
 from scheduler.counters import Counters
 from scheduler.line import Line
+from scheduler.prefix_cache import Match
 from scheduler.replays import Replays
 from scheduler.sequence import Sequence, Status
-from scheduler.session import Draft, Match, Session
+from scheduler.session import Session
+from scheduler.steps import Draft
 from scheduler.stopping import stop_tokens
 from scheduler.suspicion import Suspects
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from common.blocks import blocks_for
 from scheduler import policy
 from scheduler.line import Line
+from scheduler.prefix_cache import Match
 from scheduler.sequence import Sequence, Status
-from scheduler.session import Match, Session
+from scheduler.session import Session
 
 
 class Placement:

@@ -15,9 +15,11 @@ from scheduler.counters import Counters
 from scheduler.line import Line
 from scheduler.moves import Moves, rank
 from scheduler.placement import Placement, fork_match, fork_parent
+from scheduler.prefix_cache import Match
 from scheduler.replays import Replays
 from scheduler.sequence import Request, Sequence
-from scheduler.session import Draft, Match, Row, Session
+from scheduler.session import Session
+from scheduler.steps import Draft, Row
 from scheduler.suspicion import Suspects, is_on_trial, runs_alone, who_waits
 from scheduler.trials import Trials
 

@@ -36,6 +36,14 @@ class Tail(NamedTuple):
     num_tokens: int
 
 
+class Match(NamedTuple):
+    """What of a sequence an executor has cached."""
+
+    blocks: list[BlockId]  # full blocks, shared as they are
+    tail: Tail | None  # the start of one more, shared by copy
+    num_tokens: int
+
+
 class PrefixCache:
     """The remembered blocks of one executor's slab. Holds no references: the pool decides what lives."""
 

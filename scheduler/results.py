@@ -8,7 +8,7 @@ from collections import Counter
 from common.step import Logprobs, Ranked, StepResult
 from common.types import SlotRef
 from scheduler.sequence import Sequence
-from scheduler.session import Outstanding, Row
+from scheduler.steps import Outstanding, Row
 
 
 class ProtocolError(Exception):

@@ -32,7 +32,8 @@ from scheduler.replays import Replays
 from scheduler.reputation import Patience, Reputations
 from scheduler.results import ProtocolError, read_drafts, read_ranked, read_result, read_scores
 from scheduler.sequence import Begun, Request, Sequence, Status, any_begun
-from scheduler.session import Outstanding, Row, Session
+from scheduler.session import Session
+from scheduler.steps import Outstanding, Row
 from scheduler.stopping import finish_reason, stop_tokens
 from scheduler.suspicion import End, Suspects, blamed, runs_alone
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from common import failpoints
 from common.blocks import blocks_for
-from common.step import ExecutorFacts, NewSequence, StepPlan, StepResult
+from common.step import ExecutorFacts, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_of, slot_ref
 from scheduler import policy
 from scheduler.beams import BeamGroup
@@ -22,73 +20,10 @@ from scheduler.block_pool import BlockPool
 from scheduler.occupancy import Occupancy
 from scheduler.pace import Pace
 from scheduler.pins import Pin, Pins
-from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
+from scheduler.prefix_cache import BlockKey, KeyChain, Match, PrefixCache
 from scheduler.reputation import Reputation
 from scheduler.sequence import Request, Sequence
-
-
-class Row(NamedTuple):
-    """What one outstanding step computes for one sequence."""
-
-    sequence: Sequence
-    attempt: int
-    num_scheduled: int
-    samples: bool
-    stop: int  # one past the last position that it computes, drafts aside
-    max_drafts: int = 0  # tokens that it may guess behind that, and then brings as many more as were right
-
-    @property
-    def is_current(self) -> bool:
-        """Its sequence goes on, and was not placed anew since: what the row brings is the sequence's next token."""
-        return self.attempt == self.sequence.attempt and not self.sequence.reason
-
-
-class Outstanding(NamedTuple):
-    """A step that was sent and is not answered yet."""
-
-    step: int
-    rows: dict[SlotRef, Row]
-    num_tokens: int  # at most
-    sent_ns: int
-    had_work: bool  # one of its sequences was there when the step before it was answered
-    max_drafts: int = 0  # of all its rows
-
-
-class Admission(NamedTuple):
-    """A sequence that the plan tells whole."""
-
-    sequence: Sequence
-    num_computed: int  # tokens that a prefix hit had
-    stop_token_ids: tuple[int, ...]
-
-
-class Match(NamedTuple):
-    """What of a sequence an executor has cached."""
-
-    blocks: list[BlockId]  # full blocks, shared as they are
-    tail: Tail | None  # the start of one more, shared by copy
-    num_tokens: int
-
-
-@dataclass(slots=True)
-class Draft:
-    """A step plan in the making: the same columns, growing."""
-
-    step: int
-    budget: int
-    replay_budget: int = 0  # of it, what replays may have before the others were served
-    num_drafts: int = 0  # that all its rows may carry
-    rows: dict[SlotRef, Row] = field(default_factory=dict[SlotRef, Row])
-    num_scheduled: list[int] = field(default_factory=list[int])
-    append_refs: list[SlotRef] = field(default_factory=list[SlotRef])
-    append_blocks: list[BlockId] = field(default_factory=list[BlockId])
-    replace_refs: list[SlotRef] = field(default_factory=list[SlotRef])
-    replace_indices: list[int] = field(default_factory=list[int])
-    replace_blocks: list[BlockId] = field(default_factory=list[BlockId])
-    new: list[Admission] = field(default_factory=list[Admission])
-    copies: list[tuple[BlockId, BlockId]] = field(default_factory=list[tuple[BlockId, BlockId]])
-    told_refs: list[SlotRef] = field(default_factory=list[SlotRef])
-    told_tokens: list[int] = field(default_factory=list[int])
+from scheduler.steps import Admission, Draft, Outstanding, Row
 
 
 class Session:
@@ -137,6 +72,8 @@ class Session:
         self._answered_ns = -1  # when the last result came; -1 before the first
         self._num_slots = min(facts.max_sequences, max_running)
         self._free_slots = list(range(self._num_slots))
+        # sequences that may become resident: groups keep a slot for each beam that they may come to have
+        self.num_free_slots = self._num_slots
         self._reserve_slots = int(reserve * self._num_slots)
         self._generations = [0] * self._num_slots
         self._released: list[SlotRef] = []
@@ -167,11 +104,6 @@ class Session:
     def has_slot(self) -> bool:
         """Another sequence may become resident."""
         return self.num_free_slots > 0
-
-    @property
-    def num_free_slots(self) -> int:
-        """Sequences that may become resident: groups keep a slot for each beam that they may come to have."""
-        return len(self._free_slots) - sum(group.width - group.num_resident for group in self.groups)
 
     def is_quarantined(self, now_ns: int) -> bool:
         """It sent too many rows that could not be used: what it computes is not to be trusted."""
@@ -296,7 +228,9 @@ class Session:
             self.pool.keep(block, self._pins.rank(key))
 
     def check_kept(self) -> None:
-        """Assert that the blocks that are kept are those of pins that are cached here; for checks."""
+        """Assert that what is kept is what is pinned and cached here, and that the free slots add up; for checks."""
+        reserved = sum(group.width - group.num_resident for group in self.groups)
+        assert self.num_free_slots == len(self._free_slots) - reserved, "a slot is lost, or counted twice"
         if not self._pins and not self.pool.num_kept:
             return
         pinned = {self.cache.find(key) for pin in self._pins for key in pin.keys[self.block_size]} - {None}
@@ -396,9 +330,14 @@ class Session:
         sequence.session = self
         self.tenants[sequence.tenant] += 1
         sequence.ref = slot_ref(slot, self._generations[slot])
-        if sequence.beams is not None:
-            sequence.beams.num_resident += 1
-            self.groups[sequence.beams] = None
+        group = sequence.beams
+        if group is None:
+            self.num_free_slots -= 1
+            return
+        if group not in self.groups:  # the slots of all its beams are its own from now on
+            self.groups[group] = None
+            self.num_free_slots -= group.width
+        group.num_resident += 1
 
     def take_in(self, beam: Sequence, parent: Sequence | None = None) -> None:
         """Give a beam a slot, and what it shares with the beam that it was forked from. The executor hears of it later.
@@ -533,48 +472,10 @@ class Session:
     def send(self, draft: Draft, now_ns: int) -> StepPlan:
         """The plan, which is outstanding from now on."""
         first = next(iter(draft.rows.values())).sequence  # the first of those that go on
-        had_work = first.arrived_ns < self._answered_ns
-        max_drafts = [row.max_drafts for row in draft.rows.values()] if draft.num_drafts else []
-        num_tokens = sum(draft.num_scheduled) + draft.num_drafts
-        self.outstanding.append(Outstanding(draft.step, draft.rows, num_tokens, now_ns, had_work, draft.num_drafts))
+        self.outstanding.append(draft.sent(now_ns, had_work=first.arrived_ns < self._answered_ns))
         self._next_step += 1
         released, self._released = self._released, []
-        return StepPlan(
-            step=draft.step,
-            refs=list(draft.rows),
-            num_scheduled=draft.num_scheduled,
-            append_refs=draft.append_refs,
-            append_blocks=draft.append_blocks,
-            replace_refs=draft.replace_refs,
-            replace_indices=draft.replace_indices,
-            replace_blocks=draft.replace_blocks,
-            new=[self._told_whole(new) for new in draft.new],
-            released=released,
-            copies=draft.copies,
-            told_refs=draft.told_refs,
-            told_tokens=draft.told_tokens,
-            max_drafts=max_drafts,
-        )
-
-    @staticmethod
-    def _told_whole(new: Admission) -> NewSequence:
-        """All that the executor must know of the sequence; its table as it is when the plan is complete."""
-        sequence = new.sequence
-        return NewSequence(
-            ref=sequence.ref,
-            attempt=sequence.attempt,
-            token_ids=sequence.tokens[:],
-            num_prompt=sequence.num_prompt,
-            num_computed=new.num_computed,
-            block_table=list(sequence.block_table),
-            sampling=sequence.told_sampling,
-            choice=sequence.choice,
-            max_tokens=sequence.stop.max_tokens,
-            stop_token_ids=new.stop_token_ids,
-            min_tokens=sequence.stop.min_tokens,
-            domain=sequence.domain,
-            num_candidates=sequence.beams.search.num_kept if sequence.beams is not None else 0,
-        )
+        return draft.plan(released)
 
     # ---- giving back
 
@@ -605,10 +506,14 @@ class Session:
         heapq.heappush(self._free_slots, slot_of(sequence.ref))
         sequence.session = None
         sequence.is_pending = False
-        if sequence.beams is not None:
-            sequence.beams.num_resident -= 1
-            if not sequence.beams.num_resident:
-                del self.groups[sequence.beams]
+        group = sequence.beams
+        if group is None:
+            self.num_free_slots += 1
+        else:
+            group.num_resident -= 1
+            if not group.num_resident:
+                del self.groups[group]
+                self.num_free_slots += group.width
         sequence.block_table = []
         sequence.num_computed = sequence.num_remembered = 0
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from scheduler.sequence import Request, Sequence
 
 if TYPE_CHECKING:
-    from scheduler.session import Outstanding
+    from scheduler.steps import Outstanding
 
 ALONE_AT: Final = 2
 """Deaths after which a request runs alone."""

@@ -1,11 +1,13 @@
-"""The command line. Reads the configuration, unpacks it, and starts one thing; nobody else reads flags."""
+"""The command line. Reads the configuration, unpacks it, and starts one thing.
+
+Nobody else reads flags, but for those of a request (services/typed_request.py).
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import io
-import json
 import os
 import shutil
 import sys
@@ -26,7 +28,8 @@ from common.config import (
 from common.errors import ExecutorRejected, ModelFolderError, PagewireError
 from services import failpoints
 from services.children import ChildFailed
-from services.flags import add_flags, from_flags
+from services.flags import add_flags, at_least_one, from_flags
+from services.typed_request import add_request_flags, chat_of, request_of
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEMO_PROMPT = "Explain in three sentences why a server keeps the keys and values of earlier tokens."
@@ -130,7 +133,7 @@ def _gateway(parsed: argparse.Namespace) -> int:
 def _generate(parsed: argparse.Namespace) -> int:
     from services import talk
 
-    _run(talk.generate(_server(parsed), _request(parsed), stats=parsed.stats))
+    _run(talk.generate(_server(parsed), request_of(parsed), stats=parsed.stats))
     return 0
 
 
@@ -139,7 +142,8 @@ def _chat(parsed: argparse.Namespace) -> int:
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing and history for input()
-    talk.chat(_server(parsed), _sampling(parsed), _stopping(parsed), _system(parsed))
+    server, asked = _server(parsed), chat_of(parsed)
+    talk.chat(server, asked.sampling, asked.stopping, asked.chat.messages)
     return 0
 
 
@@ -244,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = _add(commands, "serve", _serve, "start a scheduler and local executors; stays up")
-    serve.add_argument("--executors", type=_at_least_one, default=1, help="local executors (default: 1)")
+    serve.add_argument("--executors", type=at_least_one, default=1, help="local executors (default: 1)")
     add_flags(serve, SchedulerConfig)
     _add_executor_flags(serve, but=("model", "scheduler", "name", "drain_s", *_LINK_TLS))
     add_flags(serve, GatewayConfig)
@@ -304,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = _add(commands, "demo", _demo, "start everything, stream one answer, stop everything")
     demo.add_argument("prompt", nargs="?", default=DEMO_PROMPT)
     demo.add_argument("--model", default=DEFAULT_MODEL)
-    demo.add_argument("--max-tokens", type=_at_least_one, default=96)
+    demo.add_argument("--max-tokens", type=at_least_one, default=96)
 
     api_key = _add(commands, "api-key", _api_key, "make an API key; its line for the scheduler's file goes to stdout")
     api_key.add_argument("tenant", help="whose key it is")
@@ -341,75 +345,13 @@ def _add_child_flags(parser: argparse.ArgumentParser) -> None:
 def _add_client_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="the scheduler")
     _add_access_flags(parser)
-    parser.add_argument("--max-tokens", type=_at_least_one, default=None, help="longest answer")
-    parser.add_argument("--temperature", type=float, default=None, help="0 is greedy (default: 1)")
-    parser.add_argument("--top-k", type=int, default=None)
-    parser.add_argument("--top-p", type=float, default=None)
-    parser.add_argument("--min-p", type=float, default=None)
-    parser.add_argument("--typical-p", type=float, default=None)
-    parser.add_argument("--repetition-penalty", type=float, default=None, help="for tokens of prompt and answer")
-    parser.add_argument("--presence-penalty", type=float, default=None, help="for tokens of the answer")
-    parser.add_argument(
-        "--frequency-penalty", type=float, default=None, help="the same, times how often they are there"
-    )
-    parser.add_argument(
-        "--logit-bias", type=_bias, action="append", default=[], metavar="ID=BIAS", help="add to a logit; repeatable"
-    )
-    parser.add_argument("--allowed-token-ids", type=_ids, default=[], metavar="ID,ID,…", help="choose no other tokens")
-    parser.add_argument("--banned-token-ids", type=_ids, default=[], metavar="ID,ID,…", help="do not choose these")
-    parser.add_argument("--bad-words", action="append", default=[], help="never write this text; repeatable")
-    structured = parser.add_mutually_exclusive_group()
-    structured.add_argument("--json-schema", default=None, metavar="JSON", help="answer in JSON that is valid by this")
-    structured.add_argument("--json-object", action="store_true", default=None, help="answer with a JSON object")
-    structured.add_argument("--regex", default=None, help="the whole answer matches it")
-    structured.add_argument("--grammar", default=None, metavar="LARK", help="the answer is a `start` of it")
-    structured.add_argument("--choices", action="append", default=[], help="answer with this text; repeatable")
-    parser.add_argument("--logprobs", type=int, default=None, metavar="K", help="show each token beside K likely ones")
-    parser.add_argument("--prompt-logprobs", type=int, default=None, metavar="K", help="the same for the prompt")
-    parser.add_argument("--beams", type=int, default=None, metavar="WIDTH", help="search for the best answer")
-    parser.add_argument("--length-penalty", type=float, default=None, help="above 0 it prefers long answers")
-    parser.add_argument(
-        "--early-stopping", choices=("likely", "full", "never"), default=None, help="when the search is over"
-    )
-    parser.add_argument("--best-of", type=int, default=None, help="answer with the likeliest of so many choices")
-    parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--min-tokens", type=int, default=None, help="tokens before which nothing ends the answer")
-    parser.add_argument("--stop", action="append", default=[], help="end the answer before this text; repeatable")
-    parser.add_argument("--include-stop", action="store_true", help="end it behind that text")
-    parser.add_argument("--stop-token-ids", type=_ids, default=[], metavar="ID,ID,…", help="end the answer with these")
-    parser.add_argument("--cache-salt", default=None, help="share the prompt's blocks with requests of this salt alone")
-    parser.add_argument("--no-cache", action="store_true", default=None, help="leave nothing of it in the prefix cache")
-    parser.add_argument("--pin-seconds", type=int, default=None, help="keep the prompt in the prefix cache for so long")
-    parser.add_argument("--pin-tokens", type=int, default=None, help="only so many first tokens of it")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on behind an end-of-sequence token")
-
-
-def _bias(text: str) -> tuple[int, float]:
-    token, _, bias = text.partition("=")
-    try:
-        return int(token), float(bias)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a token id, = and a number, got {text!r}") from None
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(id) for id in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be token ids with commas between them, got {text!r}") from None
+    add_request_flags(parser)
 
 
 def _add_access_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, ClientConfig)
     # typed each time: the variable that its name would make is the scheduler's, and means other addresses
     parser.add_argument("--insecure", action="store_true", help="send the API key to another machine without TLS")
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
 
 
 # ---- unpacking
@@ -435,136 +377,6 @@ def _server(parsed: argparse.Namespace) -> Any:
             raise PagewireError(f"--api-key-file {config.api_key_file}: {why}") from error
     files = channel_files(config.client_cert, config.client_key, config.tls_ca, flags="--client", ca_flag="--tls-ca")
     return Server(address=parsed.address, api_key=key, tls=files, insecure=parsed.insecure)
-
-
-def _request(parsed: argparse.Namespace) -> Any:
-    from protos import inference_pb2 as pb
-
-    request = pb.GenerateStreamRequest(sampling=_sampling(parsed), stopping=_stopping(parsed), cache=_cache(parsed))
-    if parsed.max_drafts is not None:
-        _set(request, "max_drafts", parsed.max_drafts, "--max-drafts")
-    if parsed.raw:
-        _set(request, "text", parsed.prompt, "the prompt")
-    else:
-        _set(request.chat.messages.add(role="user"), "content", parsed.prompt, "the prompt")
-    if parsed.tools or parsed.tool_choice:
-        if parsed.raw:
-            raise PagewireError("--tools and --tool-choice go with the chat template, which --raw leaves out")
-        _set_tools(request.chat, parsed.tools, parsed.tool_choice)
-    return request
-
-
-def _set_tools(chat: Any, file: Path | None, choice: str | None) -> None:
-    from pagewire.asking import set_tools
-
-    if file is not None:
-        try:
-            tools = json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else "not JSON in UTF-8"
-            raise PagewireError(f"--tools {file}: {why}") from error
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise PagewireError(f"--tools {file}: must be a JSON array of objects")
-        set_tools(chat, "tools", tools)
-    if choice is not None:
-        set_tools(chat, "tool_choice", choice)
-
-
-def _system(parsed: argparse.Namespace) -> list[Any]:
-    from protos import inference_pb2 as pb
-
-    if not parsed.system:
-        return []
-    message = pb.ChatMessage(role="system")
-    _set(message, "content", parsed.system, "--system")
-    return [message]
-
-
-def _sampling(parsed: argparse.Namespace) -> Any:
-    from protos import inference_pb2 as pb
-
-    sampling = pb.SamplingParams()
-    for name in (
-        "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
-        "frequency_penalty", "logprobs", "prompt_logprobs", "best_of", "seed",
-    ):  # fmt: skip
-        if (value := getattr(parsed, name)) is not None:
-            _set(sampling, name, value, _typed(name))
-    for name, field in (("beams", "width"), ("length_penalty", "length_penalty")):
-        if (value := getattr(parsed, name)) is not None:
-            _set(sampling.beams, field, value, _typed(name))
-    if parsed.early_stopping is not None:
-        sampling.beams.early_stopping = pb.EarlyStopping.Value(f"EARLY_STOPPING_{parsed.early_stopping.upper()}")
-    _extend(sampling, "allowed_token_ids", parsed.allowed_token_ids)
-    _extend(sampling, "banned_token_ids", parsed.banned_token_ids)
-    for token, bias in parsed.logit_bias:
-        try:
-            sampling.logit_bias[token] = bias
-        except ValueError:
-            raise PagewireError(f"--logit-bias: {token} is out of range") from None
-    for text in parsed.bad_words:
-        sampling.bad_words.append(_text(text, "--bad-words"))
-    for name in ("json_schema", "json_object", "regex", "grammar"):
-        if (value := getattr(parsed, name)) is not None:
-            _set(sampling.structured, name, value, _typed(name))
-    for text in parsed.choices:
-        sampling.structured.choices.values.append(_text(text, "--choices"))
-    return sampling
-
-
-def _stopping(parsed: argparse.Namespace) -> Any:
-    from protos import inference_pb2 as pb
-
-    stopping = pb.StopConditions()
-    for name in ("max_tokens", "min_tokens"):
-        if (value := getattr(parsed, name)) is not None:
-            _set(stopping, name, value, _typed(name))
-    for name in ("include_stop", "ignore_eos"):
-        if getattr(parsed, name):
-            setattr(stopping, name, True)
-    _extend(stopping, "stop_token_ids", parsed.stop_token_ids)
-    for text in parsed.stop:
-        stopping.stop.append(_text(text, "--stop"))
-    return stopping
-
-
-def _cache(parsed: argparse.Namespace) -> Any:
-    from protos import inference_pb2 as pb
-
-    cache = pb.CacheControl()
-    for name in ("cache_salt", "no_cache", "pin_seconds", "pin_tokens"):
-        if (value := getattr(parsed, name)) is not None:
-            _set(cache, name, value, _typed(name))
-    return cache
-
-
-def _set(message: Any, field: str, value: str | float, typed_as: str) -> None:
-    """Set a field of a message. Raises PagewireError for a value that it cannot hold."""
-    try:
-        setattr(message, field, _text(value, typed_as) if isinstance(value, str) else value)
-    except ValueError:
-        raise PagewireError(f"{typed_as}: {value} is out of range") from None
-
-
-def _extend(message: Any, field: str, ids: Sequence[int]) -> None:
-    """Add ids to a list of a message. Raises PagewireError for one that it cannot hold."""
-    try:
-        getattr(message, field).extend(ids)
-    except ValueError:
-        raise PagewireError(f"{_typed(field)}: {','.join(map(str, ids))} is out of range") from None
-
-
-def _typed(field: str) -> str:
-    return f"--{field.replace('_', '-')}"
-
-
-def _text(text: str, typed_as: str) -> str:
-    """`text`, as it was typed. Raises PagewireError when that was not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PagewireError(f"{typed_as}: not valid UTF-8") from None
-    return text
 
 
 def _configure_log(process: str, parsed: argparse.Namespace) -> LogConfig:

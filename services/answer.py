@@ -11,9 +11,9 @@ from common.step import Logprobs
 from common.types import FinishReason
 from scheduler.sequence import Sequence as CoreSequence
 from services.choice_text import ChoiceText, Piece
-from services.engine import ChoiceEvent, RequestStream
 from services.live_requests import LiveRequest, LiveRequests
 from services.request import GenerateSpec
+from services.request_stream import ChoiceEvent, RequestStream
 from services.tickets import TicketWriter
 from services.tools.calling import CallReader
 from services.tools.values import CallPiece

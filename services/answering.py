@@ -24,7 +24,7 @@ from services.best_of import BestOfAnswer
 from services.caller import Caller
 from services.chat_template import ChatTemplate
 from services.choice_text import ChoiceText, StopFollower
-from services.engine import Engine, RequestStream
+from services.engine import Engine
 from services.grammar_checker import GrammarChecker
 from services.live_requests import LiveRequest, LiveRequests
 from services.request import (
@@ -37,6 +37,7 @@ from services.request import (
     Text,
     TokenIds,
 )
+from services.request_stream import RequestStream
 from services.text import Tokenizer
 from services.ticket_keys import new_key
 from services.tickets import Scope, Tickets

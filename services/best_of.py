@@ -22,7 +22,7 @@ from common.errors import TicketStale
 from common.types import FinishReason
 from scheduler.sequence import Sequence as CoreSequence
 from services.answer import Answer, Choice, Delta, Finish, PromptLogprobs
-from services.engine import ChoiceEvent
+from services.request_stream import ChoiceEvent
 
 _PART: Final = 1024  # tokens in one message: with all that may be told of each, it is well below what a client takes
 _NOT_COMPLETE: Final = (FinishReason.ERROR, FinishReason.ABORTED)

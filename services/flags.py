@@ -57,6 +57,14 @@ def to_flags(config: Any) -> list[str]:
     return flags
 
 
+def at_least_one(text: str) -> int:
+    """For argparse: a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
 def _number(kind: type[int | float], least: float, most: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
         number = kind(text)

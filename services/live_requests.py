@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from common.errors import RequestFailed
-from services.engine import RequestStream
+from services.request_stream import RequestStream
 from services.tickets import Scope
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,14 @@ SETS = ("baseline", "avx2", "avx512", "amx")
 def one_torch_thread() -> None:
     """Tiny models gain nothing from more, and lose much on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, for tests that only read it."""
+    from tests.executor.tiny_models import save_tiny  # noqa: PLC0415 - it takes seconds, and not every test needs it
+
+    return save_tiny("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(params=SETS[: SETS.index(BEST_ISA) + 1])

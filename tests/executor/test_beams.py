@@ -18,16 +18,11 @@ from executor.runner import execute
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from scheduler.sequence import Sequence as CoreSequence
 from scheduler.suspicion import End
-from tests.executor.tiny_models import load_plain, save_tiny
+from tests.executor.tiny_models import load_plain
 
 PROMPT = [5, 9, 13, 21, 34, 55, 8]
 ENDS = (2, 40, 41)
 MAX_TOKENS = 14
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

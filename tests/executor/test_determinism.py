@@ -16,11 +16,6 @@ from executor.native.library import native
 from tests.executor.tiny_models import save_tiny
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("llama"))
-
-
 def class_of(folder: Path, **settings: Any) -> str:
     defaults: dict[str, Any] = {"dtype": "float32", "num_blocks": 16, "max_sequences": 2}
     runner = ModelRunner(name="tiny", model_folder=folder, **{**defaults, **settings})

@@ -27,11 +27,6 @@ PROMPT = [5, 9, 13, 21, 34, 55, 8]
 SAMPLED = SamplingParams(temperature=1.0, top_k=40, top_p=0.95, min_p=0.01, seed=11)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("llama"))
-
-
 def silent(_stage: str, _done: int, _total: int) -> None: ...
 
 

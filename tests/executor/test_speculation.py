@@ -29,7 +29,7 @@ from executor.resident import PlanError, Resident, Rows
 from executor.runner import execute
 from executor.sampler import keep, sample
 from services.executor_process import make_runner
-from tests.executor.tiny_models import VOCAB_SIZE, save_tiny
+from tests.executor.tiny_models import VOCAB_SIZE
 
 A, B = slot_ref(0, 0), slot_ref(1, 0)
 PROMPT = [5, 9, 13, 21, 34, 55, 8]
@@ -102,11 +102,6 @@ class World:
             scored += result.scored
             new, count, steps = [], 1, steps + 1
         return tokens, scored, steps
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -38,10 +38,11 @@ from scheduler.suspicion import End
 from services.answering import Answerer
 from services.caller import Caller, let_in
 from services.codec_link import plan_from_pb, plan_to_pb, result_from_pb, result_to_pb
-from services.engine import Engine, RequestStream
+from services.engine import Engine
 from services.grammar_checker import GrammarChecker
 from services.handlers import Context
 from services.live_requests import LiveRequest, LiveRequests
+from services.request_stream import RequestStream
 from services.scheduler_service import SchedulerService
 from services.text import Tokenizer
 from services.tickets import KEY_BYTES, TicketKey, Tickets

@@ -33,9 +33,10 @@ from services import codec_link, codec_public, handlers
 from services.answer import Answer, Choice, Delta, Finish, Usage
 from services.best_of import BestOfAnswer
 from services.choice_text import ChoiceText
-from services.engine import Engine, RequestStream
+from services.engine import Engine
 from services.executor_service import ExecutorService
 from services.link_service import ComputePulse, ExecutorLinkService
+from services.request_stream import RequestStream
 from services.scheduler_service import SchedulerService
 from services.status import RpcStatus, to_rpc_status
 from services.text import IncrementalDecoder, StopMatcher

@@ -14,10 +14,11 @@ from scheduler.scheduler import Scheduler
 from scheduler.sequence import Sequence
 from services import answering
 from services.answer import Choice, Usage
-from services.engine import Engine, RequestStream
+from services.engine import Engine
 from services.executor_service import ExecutorService
 from services.link_service import ExecutorLinkService
 from services.live_requests import LiveRequest, LiveRequests
+from services.request_stream import RequestStream
 from services.text import IncrementalDecoder, StopMatcher
 from services.tickets import Scope, Tickets, TicketWriter, scope
 from tests.faults.planting import Patch

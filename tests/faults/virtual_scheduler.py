@@ -16,12 +16,13 @@ from services.admission import Admission, AdmissionLimits
 from services.answering import Answerer
 from services.api_keys import ApiKeys, line_of, read_api_keys
 from services.draining import drain
-from services.engine import Engine, RequestStream
+from services.engine import Engine
 from services.gate import Gate
 from services.grammar_checker import GrammarChecker
 from services.handlers import service_handler
 from services.link_service import ExecutorLinkService
 from services.live_requests import LiveRequest, LiveRequests
+from services.request_stream import RequestStream
 from services.scheduler_service import SchedulerService
 from services.tickets import KEY_BYTES, TicketKey, Tickets
 from tests.faults.virtual_time import Process

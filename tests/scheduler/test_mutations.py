@@ -22,12 +22,13 @@ from scheduler.block_pool import BlockPool
 from scheduler.moves import Moves
 from scheduler.pins import PinLimits, Pins
 from scheduler.planning import Planner
-from scheduler.prefix_cache import BlockKey, KeyChain, PrefixCache, Tail
+from scheduler.prefix_cache import BlockKey, KeyChain, Match, PrefixCache, Tail
 from scheduler.results import ProtocolError
 from scheduler.scheduler import Scheduler, TokenOutput
 from scheduler.sequence import Request
 from scheduler.sequence import Sequence as Running
-from scheduler.session import Draft, Match, Outstanding, Row, Session
+from scheduler.session import Session
+from scheduler.steps import Draft, Outstanding, Row
 from scheduler.suspicion import End, Suspects
 from tests.scheduler.crowd import stories
 

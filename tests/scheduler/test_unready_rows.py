@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,13 +17,19 @@ from tests.scheduler.world import GREEDY, World
 GUIDED = replace(GREEDY, grammar=Grammar("regex", "a+"))
 
 
-@pytest.mark.parametrize("credit", [1, 2, 3])
-def test_a_row_is_asked_again_until_its_grammar_is_there(credit: int) -> None:
+def ran(credit: int, *, max_tokens: int, **shape: Any) -> World:
+    """Two requests, one of them with a grammar, to their ends."""
     world = World(executors=0, credit=credit)
-    world.join(compile_rows=4)
-    world.add("guided", prompt=6, max_tokens=5, sampling=GUIDED)
+    world.join(**shape)
+    world.add("guided", prompt=6, max_tokens=max_tokens, sampling=GUIDED)
     world.add("free", prompt=5, max_tokens=9)
     world.run()
+    return world
+
+
+@pytest.mark.parametrize("credit", [1, 2, 3])
+def test_a_row_is_asked_again_until_its_grammar_is_there(credit: int) -> None:
+    world = ran(credit, max_tokens=5, compile_rows=4)
 
     assert world.tokens == {"guided": [6, 7, 8, 9, 10], "free": list(range(5, 14))}
     counters = world.scheduler.counters
@@ -55,11 +62,7 @@ def test_rows_in_flight_behind_it_are_its_next_tries() -> None:
 
 @pytest.mark.parametrize("credit", [1, 2, 3])
 def test_a_row_may_be_put_off_in_the_middle_of_its_answer(credit: int) -> None:
-    world = World(executors=0, credit=credit)
-    world.join(left_out_every=3)
-    world.add("guided", prompt=6, max_tokens=9, sampling=GUIDED)
-    world.add("free", prompt=5, max_tokens=9)
-    world.run()
+    world = ran(credit, max_tokens=9, left_out_every=3)
 
     assert world.tokens == {"guided": list(range(6, 15)), "free": list(range(5, 14))}
     assert world.scheduler.counters.rows_unready == 3

@@ -238,25 +238,23 @@ class Witness(World):
         """A request by the name of its number, with what each choice must generate."""
         name = f"{len(self.names)}:"
         try:
-            made = self.scheduler.add(
+            made = self.add(
+                name if n > 1 else f"{name}0",
                 prompt,
-                sampling,
-                stop,
-                self.now_ns,
-                choices=n,
+                n=n,
                 tenant=tenant,
+                priority=priority,
+                sampling=sampling,
                 salt=salt,
                 caches=caches,
-                priority=priority,
+                stop=stop,
             )
         except InvalidRequest:
             return
-        for choice, sequence in enumerate(made):
-            label = f"{name}{choice}"
-            self.names[sequence.id] = label
-            self.tokens[label] = []
-            self.tenants[sequence.id] = tenant
-            self.scopes[sequence.id] = f"{tenant} and {salt}" if caches else f"{name} alone"
+        for choice, id in enumerate(made):
+            label = self.names[id]
+            self.tenants[id] = tenant
+            self.scopes[id] = f"{tenant} and {salt}" if caches else f"{name} alone"
             self.prompts[label] = prompt
             self.oracles[label] = alone(prompt, sampling, choice, stop)
         self.check()

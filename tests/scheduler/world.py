@@ -116,16 +116,19 @@ class World:
         salt: str = "",
         caches: bool = True,
         max_drafts: int | None = None,
+        stop: StopConditions | None = None,
     ) -> list[SequenceId]:
-        """A request. A number is a prompt of that many tokens that no other request shares."""
+        """A request. A number is a prompt of that many tokens that no other request shares.
+
+        `stop` is instead of `max_tokens` and `stop_token_ids`.
+        """
         if isinstance(prompt, int):
             start = 100 + 97 * len(self.names)
             prompt = [(start + i) % 1000 for i in range(prompt)]
-        stop = StopConditions(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
         made = self.scheduler.add(
             prompt,
             sampling,
-            stop,
+            stop or StopConditions(max_tokens=max_tokens, stop_token_ids=stop_token_ids),
             self.now_ns,
             choices=n,
             tenant=tenant,

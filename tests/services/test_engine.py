@@ -21,7 +21,8 @@ from scheduler.scheduler import Scheduler, SchedulerLimits
 from scheduler.sequence import Begun
 from services import engine as engine_module
 from services.admission import Admission, AdmissionLimits
-from services.engine import Engine, RequestStream
+from services.engine import Engine
+from services.request_stream import RequestStream
 from tests.services.instant_link import InstantLink
 
 GREEDY = SamplingParams(temperature=0.0)

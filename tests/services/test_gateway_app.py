@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
 import pytest
@@ -394,37 +394,27 @@ def test_a_stream_that_waits_says_that_it_is_alive() -> None:
     assert all(line.startswith((b":", b"retry:")) for line in b"".join(call.parts).splitlines())
 
 
-def test_a_reader_who_takes_nothing_is_cut_and_his_request_ended() -> None:
+async def nothing(message: Any) -> None:
+    await asyncio.Event().wait()
+
+
+async def no_comment(message: Any) -> None:
+    if message.get("body", b"").startswith(b":"):
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(("takes", "patience"), [(nothing, {}), (no_comment, {"comment_s": 0.001})])
+def test_a_reader_who_does_not_take_what_is_sent_is_cut_and_his_request_ended(
+    takes: Callable[[Any], Awaitable[None]], patience: dict[str, float]
+) -> None:
     cut: list[bool] = []
     scheduler = Scheduler(delta(0, 5, "a"))
 
     async def run() -> None:
         call = Call({**HI, "stream": True})
         call.scope["extensions"] = {ABORT: {"now": lambda: cut.append(True)}}
-
-        async def send(message: Any) -> None:
-            await asyncio.Event().wait()
-
-        await gateway(scheduler, reader_s=0.01)(call.scope, call.receive, send)
-
-    asyncio.run(run())
-    assert cut == [True] and scheduler.streams[0].closed == [False]
-
-
-def test_a_reader_who_takes_no_comment_is_cut() -> None:
-    cut: list[bool] = []
-    scheduler = Scheduler(delta(0, 5, "a"))
-
-    async def run() -> None:
-        call = Call({**HI, "stream": True})
-        call.scope["extensions"] = {ABORT: {"now": lambda: cut.append(True)}}
-
-        async def send(message: Any) -> None:
-            if message.get("body", b"").startswith(b":"):
-                await asyncio.Event().wait()
-
-        app = gateway(scheduler, comment_s=0.001, reader_s=0.01)
-        await asyncio.wait_for(app(call.scope, call.receive, send), 20)
+        app = gateway(scheduler, reader_s=0.01, **patience)
+        await asyncio.wait_for(app(call.scope, call.receive, takes), 20)
 
     asyncio.run(run())
     assert cut == [True] and scheduler.streams[0].closed == [False]

@@ -22,9 +22,10 @@ from protos import executor_pb2 as pb
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from scheduler.suspicion import End
 from services import codec_link
-from services.engine import Engine, RequestStream
+from services.engine import Engine
 from services.grpc_options import link_options
 from services.link_service import ComputePulse, ExecutorLinkService, ExecutorLost
+from services.request_stream import RequestStream
 from tests.e2e import fake_model
 
 GREEDY = SamplingParams(temperature=0.0)
