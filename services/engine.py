@@ -45,6 +45,7 @@ from services.request_stream import RequestStream
 log = logging.getLogger(__name__)
 
 _GOES_ON: Final = FinishReason.NONE  # looked up once: an enum's member is slow to find
+_LEAST_WAIT_S: Final = 1e-3  # uvloop's timers have whole milliseconds, and may be early by one
 _LOOK_AGAIN_S: Final = 1.0
 _DRAINING_WAIT_S: Final = 2.0  # a link that broke is back by then
 # Each makes a message and writes it. gRPC hands over one new call a turn, so turns are short.
@@ -84,6 +85,7 @@ class Engine:
         self.max_chunk_tokens = max_chunk_tokens
         self._is_draining = False
         self.last_result_ns = 0
+        self._looked_ns = 0  # when the loop last asked the core for steps
         self.admission = admission or Admission()
         self._executor_wait_s = executor_wait_s
         self._max_request_s = max_request_s
@@ -352,6 +354,7 @@ class Engine:
                     outputs = self._fold(session, result)
                     self._send_steps(session)
                     self._hand_out(outputs)
+                self._looked_ns = self._clock_ns()  # before: what is held back past this might have been so then
                 for session in list(self._links):
                     self._send_steps(session)
                 line = self.scheduler.waiting
@@ -380,7 +383,10 @@ class Engine:
         """Seconds until the core might decide otherwise although nothing happens; 0 is never."""
         if not self.scheduler.waiting:
             return 0.0
-        held_back_s = self.scheduler.held_back_ns(self._clock_ns()) / 1e9
+        held_back_s = 0.0
+        if held_back_ns := self.scheduler.held_back_ns(self._looked_ns):
+            # whoever came free since it was looked at was not looked at: then soon, and not never
+            held_back_s = max(_LEAST_WAIT_S, held_back_ns / 1e9 - (self._clock_ns() - self._looked_ns) / 1e9)
         if len(self._links) > 1:
             return min(held_back_s or _LOOK_AGAIN_S, _LOOK_AGAIN_S)
         return held_back_s

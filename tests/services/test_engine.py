@@ -355,6 +355,33 @@ def test_an_executor_that_is_held_back_is_asked_again_when_its_time_is_over() ->
     run(test)
 
 
+@pytest.mark.parametrize("looks", range(1, 8))
+def test_an_executor_whose_time_is_over_between_two_looks_at_the_clock_is_asked_again(looks: int) -> None:
+    clock = SteppedClock(step_ns=1)
+
+    async def test(engine: Engine) -> None:
+        for session in (1, 2):
+            join(engine, session)
+            engine.lose(session)
+        join(engine, 3)
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=2))
+        clock.step_ns = engine.scheduler.held_back_ns(clock.now_ns) // looks  # held at one look, and free at the next
+        assert await read(stream) == {0: [3, 4]}
+
+    run(test, clock_ns=clock)
+
+
+class SteppedClock:
+    """It goes on with each look."""
+
+    def __init__(self, *, step_ns: int) -> None:
+        self.now_ns, self.step_ns = 0, step_ns
+
+    def __call__(self) -> int:
+        self.now_ns += self.step_ns
+        return self.now_ns
+
+
 def test_a_choice_whose_rows_cannot_be_used_ends_alone() -> None:
     async def test(engine: Engine) -> None:
         link = join(engine)
