@@ -13,7 +13,7 @@ STUBS := .venv/stubs
 stubs = $(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/*.proto
 
-.PHONY: help setup protos check test test-kernels test-compile soak kill-run demo serve up bench bench-gateway bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming gpu-check
+.PHONY: help setup protos check test test-kernels test-compile test-clients soak kill-run demo serve up bench bench-gateway bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming gpu-check
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -66,6 +66,18 @@ test-kernels: setup ## of these, the GPU's: kernels in Triton's interpreter and 
 
 test-compile: setup ## of these, that every kernel compiles for the GPUs it is for
 	$(BIN)/python -m pytest tests/gpu/test_compile.py $(ARGS)
+
+test-clients: .venv-clients/.ok ## clients of others that are too heavy for .venv, against live servers; ARGS="-k lm_eval"
+	.venv-clients/bin/python -m pytest tests/clients $(ARGS)
+
+# Beside .venv, whose packages it sees and none of which it changes.
+.venv-clients/.ok: .venv/.kernels constraints.txt tests/clients/requirements.txt
+	$(BIN)/python -m venv --clear .venv-clients
+	@echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python3*/site-packages)')" \
+		> $$(echo .venv-clients/lib/python3*/site-packages)/pagewire.pth
+	.venv-clients/bin/python -m pip --disable-pip-version-check install -q \
+		-c constraints.txt -r tests/clients/requirements.txt
+	@touch $@
 
 soak: setup ## search for faults that hurt, an hour; ARGS="--minutes 600 --first 2000000"
 	$(BIN)/python -m tests.faults.simulate --minutes 60 --first 100000 $(ARGS)
