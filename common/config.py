@@ -50,6 +50,11 @@ class SchedulerConfig:
     admin_listen: str = option(
         "", "unix:PATH for `pagewire status`; empty: in the user's runtime folder; none: nowhere"
     )
+    health_listen: str = option(
+        "",
+        "HOST:PORT where grpc.health.v1 alone is served, without TLS, for probes that speak none; empty: nowhere but "
+        "on --listen",
+    )
     tls_cert: str = option("", "certificate that clients are shown, PEM; empty: no TLS")
     tls_key: str = option("", "its private key, PEM")
     tls_client_ca: str = option("", "authorities, PEM: clients must show a certificate from one of them")
@@ -139,6 +144,9 @@ class ExecutorConfig:
     link_tls_cert: str = option("", "certificate that the scheduler is shown, PEM")
     link_tls_key: str = option("", "its private key, PEM")
     name: str = option("", "how logs call this executor; made from host and pid when empty")
+    ready_file: str = option(
+        "", "file that is there from this executor's first welcome to its end, for probes; empty: none"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "precision of weights and KV cache")
     weights: Literal["auto", "int8", "int4"] = option(
         "auto", "weights of the linear layers: as they are, or quantised on load"

@@ -250,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = _add(commands, "serve", _serve, "start a scheduler and local executors; stays up")
     serve.add_argument("--executors", type=at_least_one, default=1, help="local executors (default: 1)")
     add_flags(serve, SchedulerConfig)
-    _add_executor_flags(serve, but=("model", "scheduler", "name", "drain_s", *_LINK_TLS))
+    _add_executor_flags(serve, but=("model", "scheduler", "name", "ready_file", "drain_s", *_LINK_TLS))
     add_flags(serve, GatewayConfig)
     add_flags(serve, LogConfig)
 

@@ -37,10 +37,12 @@ async def run(
     model = read_model_folder(model_path)
     name = config.name or f"{socket.gethostname()}-{os.getpid()}"
     announced = asyncio.Event()
+    ready_file = lifecycle.ReadyFile(config.ready_file)
 
     def on_joined(_: object) -> None:
         if not announced.is_set():
             announced.set()
+            ready_file.make()
             lifecycle.announce(ready_fd, name)
 
     service = ExecutorService(
@@ -51,7 +53,10 @@ async def run(
         drain_s=config.drain_s,
         watchdog_s=config.watchdog_s,
     )
-    has_ended = await service.run(stop)
+    try:
+        has_ended = await service.run(stop)
+    finally:
+        ready_file.remove()
     log.info("stopped")
     if not has_ended:  # no interpreter ends well under a thread that is inside of torch
         logging.shutdown()

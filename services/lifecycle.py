@@ -121,6 +121,30 @@ def announce(ready_fd: int | None, line: str) -> None:
             out.write(line + "\n")
 
 
+class ReadyFile:
+    """Tells whoever can look into a folder that this process is ready: a file that is there as long as it is.
+
+    An empty path is no file. Raises StartupError where it cannot be made.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path) if path else None
+        self.remove()  # one that a killed process left behind would speak for this one
+        if self._path is not None and not os.access(self._path.parent, os.W_OK):
+            raise StartupError(f"--ready-file {path}: its folder must be there, and writable")
+
+    def make(self) -> None:
+        """Ready."""
+        if self._path is not None:
+            self._path.touch()
+
+    def remove(self) -> None:
+        """Not ready any more."""
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+
 def die_with_parent(parent: int) -> None:
     """Ask the kernel for SIGTERM when the parent dies, so that no orphan holds memory or a port. Linux only.
 

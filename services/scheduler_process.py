@@ -1,7 +1,7 @@
 """The scheduler process: servers for clients, for executors and for its operator, around one engine.
 
 Each has an address of its own: a client can never dial in as an executor nor ask what other tenants do, and each side
-has the gRPC options and the protection it needs.
+has the gRPC options and the protection it needs. Probes may have one, too: a kubelet's speak no TLS.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ _LAST_WORDS_S: Final = 5.0  # for the ends of calls, which are many at once when
 async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = None) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests finish within the grace.
 
-    Announces `{"listen": "HOST:PORT", "link": "…", "admin": "unix:…"}` once all servers accept. Raises StartupError
-    and ModelFolderError before it listens.
+    Announces `{"listen": "HOST:PORT", "link": "…", "admin": "unix:…", "health": "…"}` once all servers accept. Raises
+    StartupError and ModelFolderError before it listens.
     """
     lifecycle.check_binds(config)
     gate, client_tls, link_tls = _security(config)
@@ -170,6 +170,11 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         )
     )
 
+    probes = aio.server(
+        options=server_options(max_streams=64, max_message_bytes=1024, handshake_timeout_ms=handshake_ms)
+    )
+    probes.add_generic_rpc_handlers((health_service.handler(),))
+
     listen = _bind(clients, config.listen, client_tls)
     if config.local_listen:
         _bind(clients, config.local_listen, None)
@@ -177,6 +182,10 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
     if admin := admin_address(config.admin_listen, listen):
         bind_admin(admins, admin)
         await admins.start()
+    health_listen = ""
+    if config.health_listen:
+        health_listen = _bind(probes, config.health_listen, None)
+        await probes.start()
     await clients.start()
     await executors.start()
     lifecycle.spare_the_collector()
@@ -189,7 +198,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
     if template is not None:
         told = "its chat template" if template.knows_tools else "the system message"
         log.info("tools are told of by %s, and called as %s does", told, template.tool_format.name)
-    lifecycle.announce(ready_fd, json.dumps({"listen": listen, "link": link, "admin": admin}))
+    lifecycle.announce(ready_fd, json.dumps({"listen": listen, "link": link, "admin": admin, "health": health_listen}))
     try:
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({stopping, loop_task}, return_when=asyncio.FIRST_COMPLETED)
@@ -203,6 +212,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         await clients.stop(grace=_LAST_WORDS_S)
         await executors.stop(grace=0.5)
         await admins.stop(grace=0.5)
+        await probes.stop(grace=0.5)
     finally:
         for task in (loop_task, *others):
             task.cancel()

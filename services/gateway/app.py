@@ -79,6 +79,7 @@ class Gateway:
         self._description: Mapping[str, Any] = {}  # made when it is first asked for
         self._router = Router(
             [
+                Route("/live", self._live, methods=["GET"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/responses", self._responses, methods=["POST"]),
@@ -233,6 +234,9 @@ class Gateway:
             "owned_by": "pagewire",
             "max_model_len": max_model_len,
         }
+
+    async def _live(self, _: Request) -> Response:
+        return _json({"status": "live"})  # whatever becomes of schedulers: to start a gateway anew would not help them
 
     async def _health(self, _: Request) -> Response:
         serving = not self.draining and await self._upstream.is_serving()

@@ -131,6 +131,7 @@ class Cluster:
         announced: Mapping[str, str] = json.loads(self.scheduler.wait_ready())
         self.address = announced["listen"]
         self.link, self.admin = announced["link"], announced["admin"]  # flags may have changed them
+        self.health = announced.get("health") or self.address
         self.channel = grpc.insecure_channel(self.address)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
 
