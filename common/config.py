@@ -92,6 +92,12 @@ class SchedulerConfig:
     )
     tenant_burst_tokens: float = option(0.0, "of these, tokens that it may ask for at once; 0: ten seconds of them")
     executor_wait_s: float = option(30.0, "seconds a request waits while no executor could run it")
+    vllm_api: bool = option(
+        False, "serve vllm.grpc.engine.VllmEngine, too, for gateways as SMG; needs the package smg-grpc-proto"
+    )
+    max_kv_streams: int = option(
+        16, "streams of its cache events that may be open at once; of one tenant, as many as are still free", least=2
+    )
     tool_format: Literal["auto", "hermes", "llama3", "mistral"] = option(
         "auto", "how the model writes calls of tools; auto: as its chat template does, else hermes"
     )

@@ -255,6 +255,11 @@ class Answer:
             self._kept = self._stream = None
         self.close()
 
+    def abort(self) -> None:
+        """Somebody else than its reader ends it: the reader hears of each choice that it was aborted."""
+        if self._stream is not None:
+            self._stream.abort()
+
     def close(self) -> None:
         """The caller is served, or has left for good: what still runs is aborted."""
         if self._stream is not None:

@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import grpc
 from grpc import aio
@@ -50,6 +50,9 @@ from services.slow_readers import SlowReaders
 from services.text import Tokenizer
 from services.tickets import TicketKey, Tickets
 from services.tools.formats import FORMATS
+
+if TYPE_CHECKING:
+    from services.vllm_api.service import VllmEngine
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +143,23 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         ),
     )
     arrivals = Arrivals(limit_s=config.first_message_s, at_once=config.max_streams)
-    health_service = Health([SERVICE], max_watches=config.max_health_watches)
+    served = [SERVICE]
+    vllm_engine = _vllm_engine(service, answerer, engine, config) if config.vllm_api else None
+    if vllm_engine is not None:
+        served.append(vllm_engine.name)
+        clients.add_generic_rpc_handlers(
+            (
+                service_handler(
+                    vllm_engine.name,
+                    vllm_engine.file,
+                    vllm_engine.methods(),
+                    open_call=admission.open_call,
+                    arrivals=arrivals,
+                    write=readers.write,
+                ),
+            )
+        )
+    health_service = Health(served, max_watches=config.max_health_watches)
     clients.add_generic_rpc_handlers(
         (
             service_handler(
@@ -152,7 +171,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
                 write=readers.write,
             ),
             reflection_handler(
-                (SERVICE, health.SERVICE),
+                (*served, health.SERVICE),
                 open_call=admission.open_call,
                 arrivals=arrivals,
                 write=readers.write,
@@ -209,6 +228,8 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         if loop_task.done():
             _die_of(loop_task.exception())
         health_service.close()
+        if vllm_engine is not None:
+            vllm_engine.close()
         await clients.stop(grace=_LAST_WORDS_S)
         await executors.stop(grace=0.5)
         await admins.stop(grace=0.5)
@@ -219,6 +240,13 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         await asyncio.gather(loop_task, *others, return_exceptions=True)
         await grammars.close()
     log.info("stopped: %s", core.counters, extra={"fields": dataclasses.asdict(core.counters)})
+
+
+def _vllm_engine(service: SchedulerService, answerer: Answerer, engine: Engine, config: SchedulerConfig) -> VllmEngine:
+    """SMG's way in. Raises StartupError where its messages are not installed."""
+    from services.vllm_api.service import VllmEngine
+
+    return VllmEngine(service.start, answerer, engine, max_kv_streams=config.max_kv_streams)
 
 
 def _ticket_keys(path: str) -> list[TicketKey]:

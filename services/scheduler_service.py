@@ -33,7 +33,7 @@ class SchedulerService:
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         """The whole answer at once."""
-        with closing(await self._start(request, context)) as answer:
+        with closing(await self.start(request, context)) as answer:
             choices = [pb.Choice(index=i) for i in range(answer.spec.n)]
             prompt_logprobs: list[pb.TokenLogprobs] = []
             while answer.is_open:
@@ -61,7 +61,7 @@ class SchedulerService:
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The answer as it is made."""
-        return self._tell(self._start(request, context), context)
+        return self._tell(self.start(request, context), context)
 
     def Resume(  # noqa: N802
         self, request: pb.ResumeRequest, context: Context
@@ -106,7 +106,8 @@ class SchedulerService:
             num_executors=self._num_executors(),
         )
 
-    async def _start(self, request: pb.GenerateRequest | pb.GenerateStreamRequest, context: Context) -> Answer:
+    async def start(self, request: pb.GenerateRequest | pb.GenerateStreamRequest, context: Context) -> Answer:
+        """Check the request, and queue it. Whoever is given the answer closes it."""
         self._check_room(request, context)
         spec = codec_public.request_from_pb(request, self._limits, vocab_size=self._answerer.model.vocab_size)
         return await self._answerer.start(spec, current_caller(), time_left_s=context.time_remaining())

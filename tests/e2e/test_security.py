@@ -14,6 +14,7 @@ import pytest
 from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
+from smg_grpc_proto.generated import vllm_engine_pb2
 
 from common.config import ExecutorConfig, SchedulerConfig
 from pagewire import Client, Unauthenticated
@@ -25,7 +26,7 @@ from tests.e2e.cluster import Cluster, cluster, until_error
 from tests.e2e.programs import PAGEWIRE, run
 from tests.e2e.sockets import listening
 
-FILES = (inference_pb2, monitoring_pb2, executor_pb2, health_pb2, reflection_pb2)
+FILES = (inference_pb2, vllm_engine_pb2, monitoring_pb2, executor_pb2, health_pb2, reflection_pb2)
 METHODS = [
     method for file in FILES for service in file.DESCRIPTOR.services_by_name.values() for method in service.methods
 ]
@@ -63,7 +64,7 @@ def keyed(fake_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder = tmp_path_factory.mktemp("keyed")
     keys = folder / "keys"
     acme, other = (add_key(keys, tenant) for tenant in ("acme", "other"))
-    with cluster(fake_folder, folder, flags=["--api-keys", str(keys)]) as running:
+    with cluster(fake_folder, folder, flags=["--api-keys", str(keys), "--vllm-api"]) as running:
         yield Keyed(running, keys, acme, other)
 
 
@@ -107,7 +108,7 @@ def test_the_methods_that_were_tried_are_all_that_are_served(keyed: Keyed) -> No
     served = {service.name for service in response.list_services_response.service}
 
     assert served <= {m.containing_service.full_name for m in METHODS if m.containing_service is not None}
-    assert "pagewire.v1.InferenceService" in served
+    assert {"pagewire.v1.InferenceService", "vllm.grpc.engine.VllmEngine"} <= served
     assert "pagewire.v1.MonitoringService" not in served, "what is counted speaks of every tenant"
 
 

@@ -12,6 +12,8 @@ from common.step import MAX_DRAFTS
 from protos import inference_pb2 as pb
 from scheduler.pins import PinLimits
 from services.tools.values import MAX_DEPTH, NAME_RULE
+from services.vllm_api.kv_events import MAX_CHANGES
+from services.vllm_api.service import VllmEngine
 from tests.executor.tiny_models import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,3 +162,14 @@ def test_the_limits_of_the_gateway_are_the_defaults() -> None:
     assert limit["the same, in the middle of a stream"] == f"{gateway.http_patience_s:g} s"
     assert limit["requests that run after SIGTERM"] == f"{gateway.http_drain_s:g} s"
     assert f"silent for {gateway.http_comment_s:g} s" in section("OpenAI's clients")
+
+
+def test_every_method_that_smg_may_call_is_named_and_every_limit_there_is_the_one_in_use() -> None:
+    served = {name for name in vars(VllmEngine) if name[0].isupper()}
+    table = {row[0]: row[1] for row in cells("SMG")}
+    named = {method for methods in table for method in re.findall(r"`(\w+)`", methods)}
+
+    assert named == served
+    assert f"up to {RequestLimits().max_logprobs}," in table["`Generate`"]
+    assert f"falls {MAX_CHANGES} changes behind" in table["`SubscribeKvEvents`"]
+    assert f"{SchedulerConfig().max_kv_streams} streams (" in table["`SubscribeKvEvents`"]

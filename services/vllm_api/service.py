@@ -1,0 +1,130 @@
+"""The methods of vllm.grpc.engine.VllmEngine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import closing
+from types import SimpleNamespace
+from typing import Any, Final, NoReturn
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor
+
+from protos import inference_pb2
+from services.answer import Answer
+from services.answering import Answerer
+from services.caller import current_caller
+from services.engine import Engine
+from services.handlers import Context
+from services.vllm_api.facts import Loads, model_info
+from services.vllm_api.kv_events import KvEvents
+from services.vllm_api.requests import in_their_words, request_from_vllm
+from services.vllm_api.responses import Streamed, Told, Whole
+from services.vllm_api.running import Running
+from services.vllm_api.stubs import common_pb2 as common
+from services.vllm_api.stubs import vllm_pb2 as vllm
+from services.vllm_api.tokenizer_zip import TokenizerZip
+
+Start = Callable[[inference_pb2.GenerateRequest, Context], Awaitable[Answer]]
+"""Our own service's way from a message to an answer."""
+
+
+class VllmEngine:
+    """What of it is served; `methods` has the others, too."""
+
+    file: Final = vllm.DESCRIPTOR
+    name: Final = "vllm.grpc.engine.VllmEngine"
+
+    def __init__(self, start: Start, answerer: Answerer, engine: Engine, *, max_kv_streams: int = 16) -> None:
+        self._start = start
+        self._answerer = answerer
+        self._engine = engine
+        self._running = Running()
+        self._loads = Loads(engine.scheduler)
+        self._kv_events = KvEvents(engine.scheduler, max_streams=max_kv_streams)
+        self._tokenizer = TokenizerZip(answerer.model.path)
+
+    async def Generate(  # noqa: N802
+        self, request: vllm.GenerateRequest, context: Context
+    ) -> AsyncGenerator[vllm.GenerateResponse, None]:
+        """An answer, as it is made or whole."""
+        with self._running.enter(current_caller().tenant, request.request_id) as run:
+            with in_their_words(request):
+                answer = await self._start(request_from_vllm(request), context)
+            with closing(run.begin(answer)):
+                told: Told = Streamed(answer.num_prompt_tokens) if request.stream else Whole(answer.spec.n)
+                while answer.is_open:
+                    for event in await answer.next():
+                        for message in told.take(event):
+                            yield message
+
+    async def Abort(self, request: vllm.AbortRequest, context: Context) -> vllm.AbortResponse:  # noqa: N802
+        """End requests of the caller's tenant. Those that are not there have ended already."""
+        for request_id in request.request_ids:
+            self._running.abort(current_caller().tenant, request_id)
+        return vllm.AbortResponse()
+
+    async def HealthCheck(  # noqa: N802
+        self, request: vllm.HealthCheckRequest, context: Context
+    ) -> vllm.HealthCheckResponse:
+        """Whether requests can be answered now."""
+        healthy = self._engine.can_serve
+        return vllm.HealthCheckResponse(healthy=healthy, message="" if healthy else "no executor is connected")
+
+    async def GetModelInfo(  # noqa: N802
+        self, request: vllm.GetModelInfoRequest, context: Context
+    ) -> vllm.GetModelInfoResponse:
+        """What is served."""
+        return model_info(self._answerer.model, self._answerer.max_length)
+
+    async def GetServerInfo(  # noqa: N802
+        self, request: vllm.GetServerInfoRequest, context: Context
+    ) -> vllm.GetServerInfoResponse:
+        """What serves it."""
+        return self._loads.server_info(current_caller().tenant)
+
+    async def GetLoads(self, request: vllm.GetLoadsRequest, context: Context) -> vllm.GetLoadsResponse:  # noqa: N802
+        """How busy it is."""
+        return self._loads.loads(current_caller().tenant)
+
+    def GetTokenizer(  # noqa: N802
+        self, request: common.GetTokenizerRequest, context: Context
+    ) -> AsyncGenerator[common.GetTokenizerChunk, None]:
+        """The tokenizer's files."""
+        return self._tokenizer.chunks()
+
+    def SubscribeKvEvents(  # noqa: N802
+        self, request: common.SubscribeKvEventsRequest, context: Context
+    ) -> AsyncGenerator[common.KvEventBatch, None]:
+        """What is cached of the caller's tenant."""
+        return self._kv_events.stream(current_caller().tenant, after=request.start_sequence_number)
+
+    async def FlushCache(  # noqa: N802
+        self, request: common.FlushCacheRequest, context: Context
+    ) -> common.FlushCacheResponse:
+        """Forget what is cached of the caller's tenant. It waits for nobody, and what runs goes on."""
+        num_blocks = self._engine.scheduler.forget_prefixes(current_caller().tenant)
+        return common.FlushCacheResponse(success=True, message=f"{num_blocks} blocks were forgotten")
+
+    def methods(self) -> SimpleNamespace:
+        """Every method of the service as the package has it; those that are not served say so in words.
+
+        A later version of the package may have more of them.
+        """
+        all_of_it = self.file.services_by_name["VllmEngine"].methods
+        return SimpleNamespace(**{m.name: getattr(self, m.name, None) or _refusal(m) for m in all_of_it})
+
+    def close(self) -> None:
+        """End the streams that have no end of their own."""
+        self._kv_events.close()
+
+
+def _refusal(method: MethodDescriptor) -> Callable[..., Any]:
+    async def refuse(_: object, context: Context) -> NoReturn:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method.name} is not served here")
+
+    async def refuse_stream(request: object, context: Context) -> AsyncGenerator[Any, None]:
+        await refuse(request, context)
+        yield  # it is a generator, of nothing
+
+    return refuse_stream if method.server_streaming else refuse
