@@ -209,6 +209,11 @@ class GatewayConfig:
         "",
         "unix:PATH of the scheduler's --admin-listen, for /metrics; empty: where it is by default; none: not asked",
     )
+    live_view: str = option(
+        "",
+        "file with a key (16 characters or more) for the live view at /, which then names tenants and is shown to "
+        "other machines, too; empty: shown to this machine alone, without names; none: to nobody",
+    )
     http_unknown_fields: Literal["refuse", "ignore"] = option(
         "refuse", "what becomes of a request with a field that is not known here"
     )

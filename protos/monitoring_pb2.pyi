@@ -11,6 +11,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -21,6 +22,37 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _BlockState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BlockStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BlockState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BLOCK_STATE_FREE: _BlockState.ValueType  # 0
+    """with nothing in it that could be found"""
+    BLOCK_STATE_HELD: _BlockState.ValueType  # 1
+    """by one sequence"""
+    BLOCK_STATE_SHARED: _BlockState.ValueType  # 2
+    """held by several"""
+    BLOCK_STATE_CACHED: _BlockState.ValueType  # 3
+    """free, and what it holds may be found until it is reused"""
+    BLOCK_STATE_PINNED: _BlockState.ValueType  # 4
+    """the same, and it is reused last"""
+
+class BlockState(_BlockState, metaclass=_BlockStateEnumTypeWrapper): ...
+
+BLOCK_STATE_FREE: BlockState.ValueType  # 0
+"""with nothing in it that could be found"""
+BLOCK_STATE_HELD: BlockState.ValueType  # 1
+"""by one sequence"""
+BLOCK_STATE_SHARED: BlockState.ValueType  # 2
+"""held by several"""
+BLOCK_STATE_CACHED: BlockState.ValueType  # 3
+"""free, and what it holds may be found until it is reused"""
+BLOCK_STATE_PINNED: BlockState.ValueType  # 4
+"""the same, and it is reused last"""
+Global___BlockState: _TypeAlias = BlockState  # noqa: Y015
 
 @_typing.final
 class GetStatusRequest(_message.Message):
@@ -384,3 +416,252 @@ class ExecutorStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExecutorStatus: _TypeAlias = ExecutorStatus  # noqa: Y015
+
+@_typing.final
+class WatchStateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    interval_ms: _builtins.int
+    """between two messages: 100 to 10,000; 0 is 500"""
+    def __init__(
+        self,
+        *,
+        interval_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_ms", b"interval_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchStateRequest: _TypeAlias = WatchStateRequest  # noqa: Y015
+
+@_typing.final
+class WatchStateResponse(_message.Message):
+    """However many watch, it is taken at most once in the shortest interval that one of them asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCHEDULER_FIELD_NUMBER: _builtins.int
+    EXECUTORS_FIELD_NUMBER: _builtins.int
+    NUM_EXECUTORS_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    NUM_QUEUES_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    FIRST_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_RATIO_FIELD_NUMBER: _builtins.int
+    num_executors: _builtins.int
+    """all of them"""
+    num_queues: _builtins.int
+    """all of them"""
+    output_tokens_per_s: _builtins.float
+    """over a second, or over an interval that is longer; 0 when somebody begins to watch"""
+    prompt_tokens_per_s: _builtins.float
+    """of requests that came, in the same time"""
+    accepted_ratio: _builtins.float
+    """of tokens that were guessed in that time, those that were right; 0 where none was"""
+    @_builtins.property
+    def scheduler(self) -> Global___SchedulerStatus:
+        """without pins by tenant"""
+
+    @_builtins.property
+    def executors(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExecutorState]:
+        """the first 64"""
+
+    @_builtins.property
+    def waiting(self) -> _containers.RepeatedCompositeFieldContainer[Global___WaitingState]:
+        """those with most tokens: at most 64"""
+
+    @_builtins.property
+    def first_tokens(self) -> Global___FirstTokenTimes: ...
+    def __init__(
+        self,
+        *,
+        scheduler: Global___SchedulerStatus | None = ...,
+        executors: _abc.Iterable[Global___ExecutorState] | None = ...,
+        num_executors: _builtins.int = ...,
+        waiting: _abc.Iterable[Global___WaitingState] | None = ...,
+        num_queues: _builtins.int = ...,
+        output_tokens_per_s: _builtins.float = ...,
+        prompt_tokens_per_s: _builtins.float = ...,
+        first_tokens: Global___FirstTokenTimes | None = ...,
+        accepted_ratio: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_tokens", b"first_tokens", "scheduler", b"scheduler"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_ratio", b"accepted_ratio", "executors", b"executors", "first_tokens", b"first_tokens", "num_executors", b"num_executors", "num_queues", b"num_queues", "output_tokens_per_s", b"output_tokens_per_s", "prompt_tokens_per_s", b"prompt_tokens_per_s", "scheduler", b"scheduler", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchStateResponse: _TypeAlias = WatchStateResponse  # noqa: Y015
+
+@_typing.final
+class FirstTokenTimes(_message.Message):
+    """How long requests waited for their first token, from their arrival on: those of the last minute, 256 at most."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    P50_NS_FIELD_NUMBER: _builtins.int
+    P95_NS_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    p50_ns: _builtins.int
+    p95_ns: _builtins.int
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        p50_ns: _builtins.int = ...,
+        p95_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "p50_ns", b"p50_ns", "p95_ns", b"p95_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FirstTokenTimes: _TypeAlias = FirstTokenTimes  # noqa: Y015
+
+@_typing.final
+class ExecutorState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    CELLS_FIELD_NUMBER: _builtins.int
+    BLOCKS_PER_CELL_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    CREDIT_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    block_size: _builtins.int
+    """tokens"""
+    cells: _builtins.bytes
+    """The KV blocks in order, a byte for each: a BlockState. Of a pool with more blocks than are shown, every
+    `blocks_per_cell`th is looked at, the first one first.
+    """
+    blocks_per_cell: _builtins.int
+    num_cached_blocks: _builtins.int
+    """whose content may be found by the prefix cache, free or not"""
+    credit: _builtins.int
+    """steps that may be in flight"""
+    @_builtins.property
+    def status(self) -> Global___ExecutorStatus: ...
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowState]:
+        """sequences that it holds, in the order in which they are served; the first 256"""
+
+    def __init__(
+        self,
+        *,
+        status: Global___ExecutorStatus | None = ...,
+        block_size: _builtins.int = ...,
+        cells: _builtins.bytes = ...,
+        blocks_per_cell: _builtins.int = ...,
+        num_cached_blocks: _builtins.int = ...,
+        credit: _builtins.int = ...,
+        rows: _abc.Iterable[Global___RowState] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks_per_cell", b"blocks_per_cell", "cells", b"cells", "credit", b"credit", "num_cached_blocks", b"num_cached_blocks", "rows", b"rows", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecutorState: _TypeAlias = ExecutorState  # noqa: Y015
+
+@_typing.final
+class RowState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    AGE_NS_FIELD_NUMBER: _builtins.int
+    request: _builtins.int
+    """its number in this scheduler's life"""
+    choice: _builtins.int
+    """of that request"""
+    tenant: _builtins.str
+    prompt_tokens: _builtins.int
+    cached_prompt_tokens: _builtins.int
+    """of these, found in a prefix cache"""
+    output_tokens: _builtins.int
+    computed_tokens: _builtins.int
+    """of both: those whose K and V results have confirmed"""
+    max_tokens: _builtins.int
+    """that it may make"""
+    num_blocks: _builtins.int
+    preemptions: _builtins.int
+    age_ns: _builtins.int
+    """since it arrived"""
+    def __init__(
+        self,
+        *,
+        request: _builtins.int = ...,
+        choice: _builtins.int = ...,
+        tenant: _builtins.str = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_prompt_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        computed_tokens: _builtins.int = ...,
+        max_tokens: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
+        age_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ns", b"age_ns", "cached_prompt_tokens", b"cached_prompt_tokens", "choice", b"choice", "computed_tokens", b"computed_tokens", "max_tokens", b"max_tokens", "num_blocks", b"num_blocks", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "request", b"request", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowState: _TypeAlias = RowState  # noqa: Y015
+
+@_typing.final
+class WaitingState(_message.Message):
+    """What waits of one tenant in one priority."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    BEGUN_FIELD_NUMBER: _builtins.int
+    AGE_NS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    priority: _builtins.int
+    """as in pagewire.v1.Priority"""
+    num_sequences: _builtins.int
+    tokens: _builtins.int
+    """that they are expected to take"""
+    begun: _builtins.bool
+    """they ran before, and go before all others"""
+    age_ns: _builtins.int
+    """since the first of them arrived"""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        num_sequences: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        begun: _builtins.bool = ...,
+        age_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ns", b"age_ns", "begun", b"begun", "num_sequences", b"num_sequences", "priority", b"priority", "tenant", b"tenant", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitingState: _TypeAlias = WaitingState  # noqa: Y015

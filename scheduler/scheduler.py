@@ -11,6 +11,7 @@ prefix hits, preemption and the move to another executor are all that one rule.
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Iterator, Mapping, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,8 @@ class TokenOutput(NamedTuple):
     token: int | None
     reason: FinishReason
 
+
+_FIRST_TOKENS: Final = 256  # that are remembered
 
 _DOMAIN_BYTES: Final = 16  # of the key of a tenant's prefixes without a salt, which it shares with nobody
 
@@ -100,6 +103,8 @@ class Scheduler:
         self._next_id = 0
         self._next_resumed = -(1 << 62)  # their order: before all that is new here, and among themselves as they come
         self.counters = Counters()
+        # the latest, for who looks on: (when it was, nanoseconds since the arrival)
+        self.first_tokens: deque[tuple[int, int]] = deque(maxlen=_FIRST_TOKENS)
         self._moves = Moves(self._line, self._suspects, self._replays, self.counters, eos=self._eos)
         self._planner = Planner(
             self._sessions,
@@ -514,6 +519,7 @@ class Scheduler:
             account.counter += account.per_output
         if not sequence.first_token_ns:
             sequence.first_token_ns = now_ns
+            self.first_tokens.append((now_ns, now_ns - sequence.arrived_ns))
         sequence.last_token_ns = now_ns
         reason = finish_reason(token, len(tokens) - sequence.num_prompt, sequence.stop, self._eos)
         if reason:

@@ -169,6 +169,16 @@ def _status(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _top(parsed: argparse.Namespace) -> int:
+    from services import top
+    from services.admin import find_admin
+
+    if not 0.1 <= parsed.interval_s <= 10:  # what the scheduler allows
+        raise PagewireError(f"--interval-s: must be in [0.1, 10], got {parsed.interval_s:g}")
+    _run(top.top(find_admin(parsed.address), interval_ms=round(1000 * parsed.interval_s), most=parsed.pictures))
+    return 0
+
+
 def _demo(parsed: argparse.Namespace) -> int:
     from protos import inference_pb2 as pb
     from services import talk
@@ -302,6 +312,19 @@ def _parser() -> argparse.ArgumentParser:
         help="where it serves clients, on this machine; or unix:PATH, its --admin-listen",
     )
 
+    top = _add(commands, "top", _top, "what the server does now: blocks, rows, queues; q quits")
+    top.add_argument(
+        "address",
+        nargs="?",
+        default=DEFAULT_ADDRESS,
+        metavar="ADMIN",
+        help="unix:PATH, its --admin-listen; or where it serves clients, on this machine",
+    )
+    top.add_argument("--interval-s", type=float, default=0.5, help="between two pictures: 0.1 to 10 (default: 0.5)")
+    top.add_argument(
+        "--pictures", type=at_least_one, default=0, help="end after so many (default: 0, when q is pressed)"
+    )
+
     pull = _add(commands, "pull", _pull, "fetch a model, convert it once, print its folder")
     pull.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="smollm2, a .gguf file or a repository id")
 
@@ -402,6 +425,8 @@ def _run(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 def _invitation(running: Any, config: SchedulerConfig, gateway: GatewayConfig) -> str:
+    from services.lifecycle import is_local
+
     address = running.address
     body = '{"chat": {"messages": [{"role": "user", "content": "Hello!"}]}, "stopping": {"max_tokens": 64}}'
     trust = " --tls-ca AUTHORITIES" if config.tls_cert else ""
@@ -410,6 +435,8 @@ def _invitation(running: Any, config: SchedulerConfig, gateway: GatewayConfig) -
     if running.http:
         scheme = "https" if gateway.http_tls_cert else "http"
         first += f"\nFor OpenAI's clients: base_url={scheme}://{running.http}/v1"
+        if gateway.live_view != "none" and (gateway.live_view or is_local(running.http)):
+            first += f"\nA live view: {scheme}://{running.http}/"
     if trust or key:
         return first
     return (

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from protos import inference_pb2
 from protos import monitoring_pb2 as pb
 from scheduler.session import Session
 from services.engine import Engine
 from services.handlers import Context
+from services.live_state import Camera, Watchers
 
 
 class Monitoring:
@@ -19,9 +22,21 @@ class Monitoring:
         self._admission = engine.admission
         self._began_ns = time.monotonic_ns()
         self._cpu_began_ns = time.process_time_ns()
+        self._watchers = Watchers(Camera(engine.scheduler, self._status))
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
         """All of it, as it is now."""
+        return self._status()
+
+    async def WatchState(  # noqa: N802
+        self, request: pb.WatchStateRequest, context: Context
+    ) -> AsyncGenerator[pb.WatchStateResponse, None]:
+        """What happens, until the caller leaves."""
+        async with aclosing(self._watchers.watch(request.interval_ms)) as states:
+            async for state in states:
+                yield state
+
+    def _status(self) -> pb.GetStatusResponse:
         counters = self._scheduler.counters
         cpu_ns = time.process_time_ns() - self._cpu_began_ns
         sessions = self._scheduler.sessions

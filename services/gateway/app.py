@@ -25,6 +25,7 @@ from services.gateway.bodies import Bodies, parse
 from services.gateway.errors import LAST_EVENT_ID, NotServed, Told, told, told_of_bug, told_of_http
 from services.gateway.events import EventStream, Patience, event, while_connected
 from services.gateway.fields import Fields
+from services.gateway.live import LiveAccess, LiveView, interval_ms, nothing_to_close
 from services.gateway.metrics import Metrics
 from services.gateway.upstream import Upstream
 
@@ -63,6 +64,7 @@ class Gateway:
         max_prompts: int,
         unknown_fields: UnknownFields = "refuse",
         metrics_need_key: bool = False,
+        live: LiveView | None = None,
     ) -> None:
         """With `metrics_need_key`, /metrics is for those whose API key the scheduler takes."""
         self.draining = False
@@ -74,6 +76,7 @@ class Gateway:
         self._max_prompts = max_prompts
         self._unknown_fields = unknown_fields
         self._metrics_need_key = metrics_need_key
+        self._live = live or LiveView(LiveAccess(), lambda: None)
         self._num_looking = 0  # requests that only look: GET and the like
         self._began = int(time.time())
         self._description: Mapping[str, Any] = {}  # made when it is first asked for
@@ -89,6 +92,8 @@ class Gateway:
                 Route("/health", self._health, methods=["GET"]),
                 Route("/metrics", self._tell_metrics, methods=["GET"]),
                 Route("/openapi.json", self._describe, methods=["GET"]),
+                Route("/", self._live_page, methods=["GET"]),
+                Route("/live/state", self._live_state, methods=["GET"]),
             ],
             redirect_slashes=False,
         )
@@ -251,6 +256,21 @@ class Gateway:
         if not self._description:
             self._description = openapi.document(max_prompts=self._max_prompts)
         return _json(self._description)
+
+    async def _live_page(self, request: Request) -> Response:
+        return self._live.page(request)
+
+    async def _live_state(self, request: Request) -> ASGIApp:
+        self._live.check(request, _key(request))
+        if self.draining:
+            raise Unavailable("the gateway stops; another one may answer")
+        return EventStream(
+            self._live.states(interval_ms(request), lambda: self.draining),
+            self._patience,
+            close=nothing_to_close,
+            tell=lambda error: _error_event(_told(error, request.scope)),
+            on_cut=lambda: None,
+        )
 
 
 async def _whole(answers: Answers, telling: Telling) -> dict[str, Any]:
