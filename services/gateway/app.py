@@ -76,7 +76,7 @@ class Gateway:
         self._max_prompts = max_prompts
         self._unknown_fields = unknown_fields
         self._metrics_need_key = metrics_need_key
-        self._live = live or LiveView(LiveAccess(), lambda: None)
+        self._view = live or LiveView(LiveAccess(), lambda: None)
         self._num_looking = 0  # requests that only look: GET and the like
         self._began = int(time.time())
         self._description: Mapping[str, Any] = {}  # made when it is first asked for
@@ -258,14 +258,14 @@ class Gateway:
         return _json(self._description)
 
     async def _live_page(self, request: Request) -> Response:
-        return self._live.page(request)
+        return self._view.page(request)
 
     async def _live_state(self, request: Request) -> ASGIApp:
-        self._live.check(request, _key(request))
+        self._view.check(request, _key(request))
         if self.draining:
             raise Unavailable("the gateway stops; another one may answer")
         return EventStream(
-            self._live.states(interval_ms(request), lambda: self.draining),
+            self._view.states(interval_ms(request), lambda: self.draining),
             self._patience,
             close=nothing_to_close,
             tell=lambda error: _error_event(_told(error, request.scope)),

@@ -16,7 +16,7 @@ from common.errors import Overloaded, PagewireError, Unavailable
 from protos import monitoring_pb2 as pb
 from services.gateway.app import Gateway
 from services.gateway.live import NO_STATE, NOT_SHOWN, PAGE, LiveAccess, LiveView, Watch, read_access
-from tests.services.test_gateway_app import Call, Scheduler, ask, gateway
+from tests.services.gateway_calls import Call, Scheduler, ask, gateway
 
 KEY = "0123456789abcdef"
 HERE = ((b"host", b"127.0.0.1:8000"),)
