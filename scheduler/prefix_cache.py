@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple, NewType
+from types import MappingProxyType
+from typing import NamedTuple, NewType, Protocol
 
 from common.types import BlockId
 
@@ -27,6 +28,31 @@ class _Entry(NamedTuple):
     parent: BlockKey
     tokens: Sequence[int]  # at most a block's worth; fewer for the last block of a sequence
     step: int  # the step that wrote its last token
+    root: BlockKey  # what its chain begins with: of one model, tenant and salt
+
+
+class CachedBlock(NamedTuple):
+    """A whole block that is remembered."""
+
+    key: BlockKey
+    parent: BlockKey  # the root, for the first of a chain
+    tokens: Sequence[int]
+
+
+class CacheWatcher(Protocol):
+    """Hears of the whole blocks of one root as they come and go. One that two executors have comes, and goes, twice."""
+
+    def stored(self, block: CachedBlock) -> None:
+        """The block is there once the step that is being planned has run."""
+        ...
+
+    def removed(self, key: BlockKey) -> None:
+        """One executor has it no more."""
+        ...
+
+
+CacheWatchers = Mapping[BlockKey, Sequence[CacheWatcher]]
+"""By the root of whose blocks they hear."""
 
 
 class Tail(NamedTuple):
@@ -47,8 +73,9 @@ class Match(NamedTuple):
 class PrefixCache:
     """The remembered blocks of one executor's slab. Holds no references: the pool decides what lives."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, watchers: CacheWatchers = MappingProxyType({})) -> None:
         self._block_size = block_size
+        self._watchers = watchers
         self._block_of: dict[BlockKey, BlockId] = {}
         self._entry_of: dict[BlockId, _Entry] = {}
         # by parent and first token, so that a popular parent does not make every search long
@@ -80,14 +107,29 @@ class PrefixCache:
                 best = Tail(block, shared)
         return best
 
-    def remember(self, key: BlockKey, parent: BlockKey, tokens: Sequence[int], block: BlockId, step: int) -> None:
+    def blocks_of(self, root: BlockKey) -> list[BlockId]:
+        """All that are remembered of a root."""
+        return [block for block, entry in self._entry_of.items() if entry.root == root]
+
+    def whole_blocks_of(self, root: BlockKey) -> Iterator[CachedBlock]:
+        """Those of them that are whole, in no order."""
+        for entry in self._entry_of.values():
+            if entry.root == root and len(entry.tokens) == self._block_size:
+                yield CachedBlock(entry.key, entry.parent, entry.tokens)
+
+    def remember(
+        self, key: BlockKey, parent: BlockKey, tokens: Sequence[int], block: BlockId, step: int, root: BlockKey
+    ) -> None:
         """The block holds these tokens once the step has run. The first block with a key keeps it."""
         if key in self._block_of:
             return
         self.forget(block)
         self._block_of[key] = block
-        self._entry_of[block] = _Entry(key, parent, tokens, step)
+        self._entry_of[block] = _Entry(key, parent, tokens, step, root)
         self._children.setdefault((parent, tokens[0]), {})[block] = None
+        if self._watchers and len(tokens) == self._block_size:
+            for watcher in self._watchers.get(root, ()):
+                watcher.stored(CachedBlock(key, parent, tokens))
 
     def forget(self, block: BlockId) -> None:
         """The block's content is about to change."""
@@ -100,6 +142,15 @@ class PrefixCache:
         del siblings[block]
         if not siblings:
             del self._children[place]
+        if self._watchers and len(entry.tokens) == self._block_size:
+            for watcher in self._watchers.get(entry.root, ()):
+                watcher.removed(entry.key)
+
+    def lost(self) -> None:
+        """The executor is gone with all of it."""
+        if self._watchers:
+            for block in list(self._entry_of):
+                self.forget(block)
 
 
 class KeyChain:

@@ -27,7 +27,7 @@ from scheduler.line import Line
 from scheduler.moves import Moves
 from scheduler.pins import Pin, PinLimits, Pins
 from scheduler.planning import Planner
-from scheduler.prefix_cache import BlockKey, KeyChain
+from scheduler.prefix_cache import BlockKey, CachedBlock, CacheWatcher, KeyChain
 from scheduler.replays import Replays
 from scheduler.reputation import Patience, Reputations
 from scheduler.results import ProtocolError, read_drafts, read_ranked, read_result, read_scores
@@ -90,6 +90,7 @@ class Scheduler:
         self._eos = frozenset(eos)
         self._keys = KeyChain(secret)
         self._pins = Pins(self._keys, limits.pins)
+        self._cache_watchers: dict[BlockKey, list[CacheWatcher]] = {}
         self._line = Line(weights)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._sessions: dict[int, Session] = {}
@@ -327,6 +328,33 @@ class Scheduler:
     def _root(self, tenant: str, salt: str) -> BlockKey:
         return self._keys.root(self._model, tenant, salt)
 
+    # ---- what is cached
+
+    def watch_cache(self, tenant: str, watcher: CacheWatcher) -> list[CachedBlock]:
+        """Let the watcher hear of the tenant's blocks from now on. Returns those that are there, once an executor.
+
+        What was asked with a salt is left out: who hears of it could tell what others with that salt ask.
+        """
+        root = self.root_of(tenant)
+        self._cache_watchers.setdefault(root, []).append(watcher)
+        return [block for session in self._sessions.values() for block in session.cache.whole_blocks_of(root)]
+
+    def unwatch_cache(self, tenant: str, watcher: CacheWatcher) -> None:
+        """The watcher hears of nothing more."""
+        root = self.root_of(tenant)
+        self._cache_watchers[root].remove(watcher)
+        if not self._cache_watchers[root]:
+            del self._cache_watchers[root]
+
+    def forget_prefixes(self, tenant: str) -> int:
+        """Let nothing be found again that the tenant asked without a salt; what runs goes on. Returns the blocks."""
+        root = self.root_of(tenant)
+        return sum(session.forget_prefixes(root) for session in self._sessions.values())
+
+    def root_of(self, tenant: str) -> BlockKey:
+        """What the chains of a tenant's blocks begin with where no salt is given."""
+        return self._root(tenant, "")
+
     # ---- executors
 
     def join(self, session_id: int, facts: ExecutorFacts, now_ns: int) -> None:
@@ -339,6 +367,7 @@ class Scheduler:
             facts,
             self._keys,
             self._pins,
+            self._cache_watchers,
             reputation=reputation,
             joined_ns=now_ns,
             held_until_ns=now_ns + reputation.hold_ns(self._limits.patience),
@@ -382,6 +411,7 @@ class Scheduler:
             if sequence.session is session:  # else it went with others of its group
                 self._moves.displace(session, sequence)
                 self.counters.moved += 1
+        session.cache.lost()
         if end is End.CLEAN:
             session.reputation.young_deaths = 0
             self._reputations.keep(session.facts.name, session.reputation)

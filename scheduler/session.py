@@ -20,7 +20,7 @@ from scheduler.block_pool import BlockPool
 from scheduler.occupancy import Occupancy
 from scheduler.pace import Pace
 from scheduler.pins import Pin, Pins
-from scheduler.prefix_cache import BlockKey, KeyChain, Match, PrefixCache
+from scheduler.prefix_cache import BlockKey, CacheWatchers, KeyChain, Match, PrefixCache
 from scheduler.reputation import Reputation
 from scheduler.sequence import Request, Sequence
 from scheduler.steps import Admission, Draft, Outstanding, Row
@@ -35,6 +35,7 @@ class Session:
         facts: ExecutorFacts,
         chain: KeyChain,
         pins: Pins,
+        watchers: CacheWatchers,
         *,
         reputation: Reputation | None = None,
         joined_ns: int = 0,
@@ -48,7 +49,7 @@ class Session:
         self.facts = facts
         self.block_size = facts.block_size
         self.pool = BlockPool(facts.num_blocks)
-        self.cache = PrefixCache(facts.block_size)
+        self.cache = PrefixCache(facts.block_size, watchers)
         self.running: list[Sequence] = []  # best band first, and oldest first within it
         self.tenants: Counter[str] = Counter()  # how many run of each; none is left at 0
         self.groups: dict[BeamGroup, None] = {}  # those whose beams run here
@@ -208,7 +209,7 @@ class Session:
         parent = self._parent_of(sequence, sequence.num_remembered)
         for i in range(sequence.num_remembered, num_full):
             tokens = sequence.tokens[i * size : (i + 1) * size]
-            self.cache.remember(keys[i], parent, tokens, sequence.block_table[i], step)
+            self.cache.remember(keys[i], parent, tokens, sequence.block_table[i], step, sequence.root)
             if self._pins:
                 self._keep(keys[i])
             parent = keys[i]
@@ -250,7 +251,16 @@ class Session:
         tokens = sequence.tokens[full * size : planned]
         block = sequence.block_table[full]
         if self.pool.ref_count(block) == 1:
-            self.cache.remember(self._chain.child(parent, tokens), parent, tokens, block, self.last_step)
+            key = self._chain.child(parent, tokens)
+            self.cache.remember(key, parent, tokens, block, self.last_step, sequence.root)
+
+    def forget_prefixes(self, root: BlockKey) -> int:
+        """No prefix of this root is found again before it is computed again. Returns how many blocks are forgotten."""
+        blocks = self.cache.blocks_of(root)
+        for block in blocks:
+            self.cache.forget(block)
+            self.pool.keep(block, None)
+        return len(blocks)
 
     def can_admit(self, sequence: Sequence, match: Match) -> bool:
         """Whether there is room for the sequence's known tokens."""

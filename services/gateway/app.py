@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import InvalidRequest, Overloaded, PagewireError, Unauthenticated, Unavailable
 from common.log import without_texts
-from services.gateway import chat, completions, positions, responses
+from services.gateway import chat, completions, openapi, positions, responses
 from services.gateway.answers import Answers
 from services.gateway.asked import Asked
 from services.gateway.bodies import Bodies, parse
@@ -76,6 +76,7 @@ class Gateway:
         self._metrics_need_key = metrics_need_key
         self._num_looking = 0  # requests that only look: GET and the like
         self._began = int(time.time())
+        self._description: Mapping[str, Any] = {}  # made when it is first asked for
         self._router = Router(
             [
                 Route("/live", self._live, methods=["GET"]),
@@ -87,6 +88,7 @@ class Gateway:
                 Route("/v1/models/{model:path}", self._model, methods=["GET"]),
                 Route("/health", self._health, methods=["GET"]),
                 Route("/metrics", self._tell_metrics, methods=["GET"]),
+                Route("/openapi.json", self._describe, methods=["GET"]),
             ],
             redirect_slashes=False,
         )
@@ -244,6 +246,11 @@ class Gateway:
         if self._metrics_need_key:
             await self._upstream.model("", _key(request))
         return Response(await self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _describe(self, _: Request) -> Response:
+        if not self._description:
+            self._description = openapi.document(max_prompts=self._max_prompts)
+        return _json(self._description)
 
 
 async def _whole(answers: Answers, telling: Telling) -> dict[str, Any]:

@@ -138,6 +138,11 @@ _PARAMS: Final[Mapping[type[PagewireError], str]] = {
 _TOO_LONG: Final = ("the context", "after a prompt of")
 
 
+def statuses() -> tuple[int, ...]:
+    """All that an error can have."""
+    return tuple(sorted({status for status, _, _ in _TABLE.values()}))
+
+
 def told(error: PagewireError, names: Mapping[str, str] | None = None) -> Told:
     """What a caller is told of `error`. `names`: the scheduler's fields as he calls them, where that differs."""
     kind = next(kind for kind in type(error).__mro__ if kind in _TABLE)

@@ -73,6 +73,10 @@ class Machine(RuleBasedStateMachine):
     def unpin(self, tenant: str) -> None:
         self.world.unpin(tenant)
 
+    @rule(tenant=st.sampled_from("ab"))
+    def flush(self, tenant: str) -> None:
+        self.world.flush(tenant)
+
     @precondition(lambda self: self.world.prompts)
     @rule(draw=st.data(), own=st.lists(TOKENS, min_size=1, max_size=3))
     def talk_on(self, draw: st.DataObject, own: list[int]) -> None:

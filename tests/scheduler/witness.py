@@ -20,6 +20,7 @@ from common.types import BlockId, FinishReason, Priority, SequenceId, SlotRef, s
 from executor.fake_runner import NextToken, Prefix, digests_of, prefix_hash_token
 from executor.runner import execute
 from scheduler.pins import PinLimits
+from scheduler.prefix_cache import BlockKey, CachedBlock
 from scheduler.results import ProtocolError
 from scheduler.scheduler import Losses
 from scheduler.session import Session
@@ -155,6 +156,20 @@ def request_of(name: str) -> str:
     return name.partition(":")[0]
 
 
+class Listener:
+    """Hears of the blocks of one tenant: how many executors have each."""
+
+    def __init__(self) -> None:
+        self.blocks = Counter[BlockKey]()
+
+    def stored(self, block: CachedBlock) -> None:
+        self.blocks[block.key] += 1
+
+    def removed(self, key: BlockKey) -> None:
+        self.blocks[key] -= 1
+        assert self.blocks[key] >= 0, "a block is gone that was never there"
+
+
 class Witness(World):
     """A World over many executors, small and different, that are joined and lost at any moment."""
 
@@ -180,6 +195,9 @@ class Witness(World):
             next_token=next_token,
             pins=PinLimits(max_tokens_per_tenant=60, max_share=1),
         )
+        self.listeners = {tenant: Listener() for tenant in ("a", "b")}
+        for tenant, listener in self.listeners.items():
+            assert self.scheduler.watch_cache(tenant, listener) == []
 
     # ---- events
 
@@ -211,6 +229,7 @@ class Witness(World):
         for name in list(self.docket.until):
             if name in ended:
                 self.docket.passed(name)
+        self.check_heard()
         for result in late:  # a zombie: its answers come after its end
             assert self.scheduler.update(session, result, self.now_ns) == []
         self.check()
@@ -272,6 +291,12 @@ class Witness(World):
         """And no more."""
         self.scheduler.unpin(tenant)
         self.check()
+
+    def flush(self, tenant: str) -> None:
+        """Nothing of the tenant's is to be found again. Its tokens stay the same."""
+        self.scheduler.forget_prefixes(tenant)
+        self.check()
+        self.check_heard()
 
     def abort(self, name: str) -> None:
         super().abort(name)
@@ -376,9 +401,17 @@ class Witness(World):
         for name, tokens in self.tokens.items():
             assert tokens == self.oracles[name].tokens[: len(tokens)], f"{name} generated other tokens than alone"
 
+    def check_heard(self) -> None:
+        """Who listens knows which blocks are cached, and how often."""
+        for tenant, listener in self.listeners.items():
+            root = self.scheduler.root_of(tenant)
+            cached = (block.key for s in self.scheduler.sessions for block in s.cache.whole_blocks_of(root))
+            assert +listener.blocks == Counter(cached), "who listens knows other blocks than there are"
+
     def check_end(self) -> None:
         """Nothing is left, nothing is missing."""
         self.check()
+        self.check_heard()
         assert self.scheduler.num_sequences == 0 and not self.scheduler.waiting
         for name, oracle in self.oracles.items():
             if request_of(name) in self.docket.given_up:
