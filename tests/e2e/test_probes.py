@@ -47,9 +47,8 @@ def test_a_scheduler_with_tls_answers_probes_that_speak_none_and_nobody_else_the
         assert probe(running.health, LIVENESS) == SERVING
 
         with grpc.insecure_channel(running.health) as channel:
-            ask: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
-                "/pagewire.v1.InferenceService/GetModel"
-            )
+            method = "/pagewire.v1.InferenceService/GetModel"
+            ask: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
             with pytest.raises(grpc.RpcError) as refused:
                 ask(b"", timeout=20)
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
