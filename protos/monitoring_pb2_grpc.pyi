@@ -36,11 +36,15 @@ class MonitoringServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MonitoringServiceAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_monitoring_pb2.GetStatusRequest, _monitoring_pb2.GetStatusResponse]
+    Explain: _grpc.UnaryUnaryMultiCallable[_monitoring_pb2.ExplainRequest, _monitoring_pb2.ExplainResponse]
+    """What happened to one request, that runs or is remembered. NOT_FOUND: none of that id is."""
 
 @_typing.type_check_only
 class MonitoringServiceAsyncStub(MonitoringServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_monitoring_pb2.GetStatusRequest, _monitoring_pb2.GetStatusResponse]  # type: ignore[assignment]
+    Explain: _aio.UnaryUnaryMultiCallable[_monitoring_pb2.ExplainRequest, _monitoring_pb2.ExplainResponse]  # type: ignore[assignment]
+    """What happened to one request, that runs or is remembered. NOT_FOUND: none of that id is."""
 
 class MonitoringServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -49,5 +53,13 @@ class MonitoringServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _monitoring_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_monitoring_pb2.GetStatusResponse, _abc.Awaitable[_monitoring_pb2.GetStatusResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _monitoring_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_monitoring_pb2.ExplainResponse, _abc.Awaitable[_monitoring_pb2.ExplainResponse]]:
+        """What happened to one request, that runs or is remembered. NOT_FOUND: none of that id is."""
 
 def add_MonitoringServiceServicer_to_server(servicer: MonitoringServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
