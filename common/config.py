@@ -31,10 +31,13 @@ def help_of(setting: Field[Any]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
-    """How a process logs."""
+    """How a process logs, and where its traces go."""
 
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "least severity that is logged")
     log_format: Literal["text", "json"] = option("text", "text for people, json for machines")
+    otlp_endpoint: str = option(
+        "", "where traces go, HOST:PORT of an OTLP collector (gRPC); empty: OTEL_EXPORTER_OTLP_ENDPOINT, or nowhere"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,9 @@ class SchedulerConfig:
         "",
         "HOST:PORT where grpc.health.v1 alone is served, without TLS, for probes that speak none; empty: nowhere but "
         "on --listen",
+    )
+    metrics_listen: str = option(
+        "", "HOST:PORT of /metrics for Prometheus, of this scheduler alone; a gateway on this machine has them, too"
     )
     tls_cert: str = option("", "certificate that clients are shown, PEM; empty: no TLS")
     tls_key: str = option("", "its private key, PEM")
@@ -131,6 +137,10 @@ class SchedulerConfig:
         256, "tokens of one choice in one message, for readers that fell behind; more come in the next one", least=1
     )
     max_health_watches: int = option(256, "Watch calls for health that may be open at once; Check is always answered")
+    max_timelines: int = option(
+        512, "requests that have ended and can still be explained (`pagewire explain`); 0: none can", most=1_000_000
+    )
+    max_timeline_events: int = option(64, "events of each that are kept; 0: none can be explained", most=100_000)
     drain_s: float = option(30.0, "seconds that running requests get after SIGTERM")
     ticket_keys: str = option(
         "", "file of the keys that sign tickets, made where it is missing; PAGEWIRE_HOME/ticket-keys when empty"
