@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import islice
 from typing import NamedTuple, NewType
 
@@ -59,6 +59,11 @@ class PrefixCache:
 
     def __len__(self) -> int:
         return len(self._entry_of)
+
+    @property
+    def blocks(self) -> Set[BlockId]:
+        """Whose content is remembered, as it is at any time."""
+        return self._entry_of.keys()
 
     def find(self, key: BlockKey) -> BlockId | None:
         """The block with this key, if its content is still there."""
