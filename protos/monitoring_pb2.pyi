@@ -101,7 +101,10 @@ class _BlockState:
 class _BlockStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BlockState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     BLOCK_STATE_FREE: _BlockState.ValueType  # 0
-    """with nothing in it that could be found"""
+    """A cell is a byte of a picture, and never absent, so its zero says something.
+    buf:lint:ignore ENUM_ZERO_VALUE_SUFFIX
+    with nothing in it that could be found
+    """
     BLOCK_STATE_HELD: _BlockState.ValueType  # 1
     """by one sequence"""
     BLOCK_STATE_SHARED: _BlockState.ValueType  # 2
@@ -114,7 +117,10 @@ class _BlockStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BlockState
 class BlockState(_BlockState, metaclass=_BlockStateEnumTypeWrapper): ...
 
 BLOCK_STATE_FREE: BlockState.ValueType  # 0
-"""with nothing in it that could be found"""
+"""A cell is a byte of a picture, and never absent, so its zero says something.
+buf:lint:ignore ENUM_ZERO_VALUE_SUFFIX
+with nothing in it that could be found
+"""
 BLOCK_STATE_HELD: BlockState.ValueType  # 1
 """by one sequence"""
 BLOCK_STATE_SHARED: BlockState.ValueType  # 2
