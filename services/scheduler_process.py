@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import grpc
 from grpc import aio
@@ -51,10 +51,14 @@ from services.text import Tokenizer
 from services.tickets import TicketKey, Tickets
 from services.tools.formats import FORMATS
 
+if TYPE_CHECKING:
+    from services.open_inference.stream import Streams
+
 log = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 MONITORING = monitoring_pb2.DESCRIPTOR.services_by_name["MonitoringService"].full_name
+OPEN_INFERENCE: Final = "inference.GRPCInferenceService"
 
 _LAST_WORDS_S: Final = 5.0  # for the ends of calls, which are many at once when a drain is over
 
@@ -140,7 +144,24 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         ),
     )
     arrivals = Arrivals(limit_s=config.first_message_s, at_once=config.max_streams)
-    health_service = Health([SERVICE], max_watches=config.max_health_watches)
+    served = [SERVICE]
+    streams: Streams | None = None
+    if config.open_inference:
+        from services.open_inference.serving import open_inference
+
+        idle = Arrivals(limit_s=config.open_inference_idle_s, at_once=config.max_streams)
+        handler, streams = open_inference(
+            answerer,
+            request_limits,
+            is_ready=lambda: engine.can_serve,
+            open_call=admission.open_call,
+            arrivals=arrivals,
+            idle=idle,
+            write=readers.write,
+        )
+        clients.add_generic_rpc_handlers((handler,))
+        served.append(OPEN_INFERENCE)
+    health_service = Health(served, max_watches=config.max_health_watches)
     clients.add_generic_rpc_handlers(
         (
             service_handler(
@@ -152,7 +173,7 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
                 write=readers.write,
             ),
             reflection_handler(
-                (SERVICE, health.SERVICE),
+                (*served, health.SERVICE),
                 open_call=admission.open_call,
                 arrivals=arrivals,
                 write=readers.write,
@@ -200,6 +221,8 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         if loop_task.done():
             _die_of(loop_task.exception())
         health_service.close()
+        if streams is not None:
+            streams.close()
         await clients.stop(grace=_LAST_WORDS_S)
         await executors.stop(grace=0.5)
         await admins.stop(grace=0.5)

@@ -11,6 +11,7 @@ from common.sampling import RequestLimits, SamplingParams
 from common.step import MAX_DRAFTS
 from protos import inference_pb2 as pb
 from scheduler.pins import PinLimits
+from services.open_inference.words import AT_ONCE, INPUTS, MAX_ELEMENTS, MOST_NAMED, OUTPUTS
 from services.tools.values import MAX_DEPTH, NAME_RULE
 from tests.executor.tiny_models import TINY
 
@@ -124,6 +125,7 @@ def test_every_flag_and_target_that_is_named_exists() -> None:
             "What a request may ask for",
             "Tools",
             "OpenAI's clients",
+            "Triton's clients",
             "Keys, TLS and tenants",
             "Restarts that nobody notices",
             "Not there yet",
@@ -160,3 +162,17 @@ def test_the_limits_of_the_gateway_are_the_defaults() -> None:
     assert limit["the same, in the middle of a stream"] == f"{gateway.http_patience_s:g} s"
     assert limit["requests that run after SIGTERM"] == f"{gateway.http_drain_s:g} s"
     assert f"silent for {gateway.http_comment_s:g} s" in section("OpenAI's clients")
+
+
+def test_every_word_of_the_open_inference_protocol_is_named_with_its_limits() -> None:
+    told = section("Triton's clients")
+    limit = {row[0]: row[1] for row in cells("Triton's clients") if len(row) == 4}
+
+    named = {*INPUTS, *OUTPUTS, "priority", "timeout"}
+    assert {word for word in named if f"`{word}`" not in told} == set()
+    scheduler = SchedulerConfig()
+    assert limit["a stream in which nothing is asked or answered"] == f"{scheduler.open_inference_idle_s:g} s"
+    assert limit["such streams"] == f"{scheduler.max_streams}"
+    assert limit["requests of one stream that are looked after at once"] == f"{AT_ONCE}"
+    most = f"{MOST_NAMED}; {MOST_NAMED}; {MAX_ELEMENTS}"
+    assert limit["tensors; parameters; elements of a tensor"] == most
