@@ -69,6 +69,13 @@ class SchedulerConfig:
     link_tls_ca: str = option("", "authorities, PEM: executors must show a certificate from one of them")
     api_keys: str = option("", "file of API keys, as `pagewire api-key` makes them; empty asks nobody for one")
     insecure: bool = option(False, "allow addresses that other machines can reach, without TLS and keys")
+    open_inference: bool = option(
+        False,
+        "serve KServe's Open Inference Protocol, too, for Triton's clients: on --listen, with the same keys and limits",
+    )
+    open_inference_idle_s: float = option(
+        300.0, "seconds that a stream of it may be open while nothing is asked and nothing is answered", least=0.1
+    )
     token_budget: int = option(2048, "tokens per step over all sequences", least=1)
     max_running: int = option(256, "sequences resident on one executor", least=1)
     watermark: float = option(0.01, "share of the KV blocks that admissions leave to running sequences", most=1)

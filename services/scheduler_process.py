@@ -61,10 +61,14 @@ from services.tracing import open_tracer
 if TYPE_CHECKING:
     from services.vllm_api.service import VllmEngine
 
+if TYPE_CHECKING:
+    from services.open_inference.stream import Streams
+
 log = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 MONITORING = monitoring_pb2.DESCRIPTOR.services_by_name["MonitoringService"].full_name
+OPEN_INFERENCE: Final = "inference.GRPCInferenceService"
 
 _LAST_WORDS_S: Final = 5.0  # for the ends of calls, which are many at once when a drain is over
 
@@ -180,6 +184,22 @@ async def run(
                 ),
             )
         )
+    streams: Streams | None = None
+    if config.open_inference:
+        from services.open_inference.serving import open_inference
+
+        idle = Arrivals(limit_s=config.open_inference_idle_s, at_once=config.max_streams)
+        handler, streams = open_inference(
+            answerer,
+            request_limits,
+            is_ready=lambda: engine.can_serve,
+            open_call=admission.open_call,
+            arrivals=arrivals,
+            idle=idle,
+            write=readers.write,
+        )
+        clients.add_generic_rpc_handlers((handler,))
+        served.append(OPEN_INFERENCE)
     health_service = Health(served, max_watches=config.max_health_watches)
     clients.add_generic_rpc_handlers(
         (
@@ -258,6 +278,8 @@ async def run(
         health_service.close()
         if vllm_engine is not None:
             vllm_engine.close()
+        if streams is not None:
+            streams.close()
         await clients.stop(grace=_LAST_WORDS_S)
         await executors.stop(grace=0.5)
         await admins.stop(grace=0.5)
