@@ -1,4 +1,4 @@
-# Three images from one file: `docker build --target scheduler | executor | executor-gpu .`
+# Three images from one file, `docker build --target scheduler | executor | executor-gpu .`, and `smg`, another's gateway.
 # The scheduler's, which is the gateway's too, has no torch: it stays small, and an import that should not be there fails.
 
 FROM python:3.11-slim-bookworm AS base
@@ -30,7 +30,7 @@ FROM base AS scheduler-dependencies
 WORKDIR /src
 RUN python -m venv /opt/pagewire
 COPY pyproject.toml constraints.txt ./
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['gateway'], sep='\n')" \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; o = p['optional-dependencies']; print(*p['dependencies'], *o['gateway'], *o['smg'], sep='\n')" \
        > scheduler.txt \
     && pip install -c constraints.txt -r scheduler.txt
 
@@ -79,3 +79,13 @@ RUN pip install --no-deps /wheel/*.whl && pip check
 USER pagewire
 ENTRYPOINT ["pagewire"]
 CMD ["executor", "--help"]
+
+
+# Nothing of Pagewire's: the SMG gateway, for the profile of that name
+FROM base AS smg
+COPY constraints.txt ./
+RUN python -m venv /opt/smg && /opt/smg/bin/pip install -c constraints.txt smg==1.13.0
+USER pagewire
+EXPOSE 30000
+ENTRYPOINT ["/opt/smg/bin/smg"]
+CMD ["launch", "--help"]

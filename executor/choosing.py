@@ -69,12 +69,24 @@ def choose(
     """
     asking = who_asks(held, slots, ahead)
     raw = logits[[each.row for each in asking]] if asking else logits  # a copy: of the model's own logits
+    ranked, chosen = pick(logits, held, slots, indices, waiting, ahead=ahead)
+    return Chosen(chosen, score_sampled(asking, raw, chosen.or_none(waiting)) if asking else [], ranked)
+
+
+def pick(
+    logits: NDArray[np.float32],
+    held: Resident,
+    slots: NDArray[np.int64],
+    indices: NDArray[np.int64],
+    waiting: Sequence[int] = (),
+    *,
+    ahead: int = 0,
+) -> tuple[list[Ranked], Choice]:
+    """`choose` without the scores."""
     ranking = who_ranks(held, slots, waiting)
     finite = prepare(logits, ranking)
     edit(logits, held, slots, waiting, ahead=ahead)
-    chosen = sample(logits, columns(held, slots, indices))
-    ranked, chosen = rank_all(logits, ranking, finite, chosen)
-    return Chosen(chosen, score_sampled(asking, raw, chosen.or_none(waiting)) if asking else [], ranked)
+    return rank_all(logits, ranking, finite, sample(logits, columns(held, slots, indices)))
 
 
 def choose_run(logits: NDArray[np.float32], held: Resident, batch: InputBatch) -> Run:

@@ -82,6 +82,10 @@ class Continuation:
         """The newest one of a choice; empty before its first."""
         return self._tickets[choice]
 
+    def heard(self, choice: int) -> tuple[str, Sequence[TokenLogprobs], Sequence[ToolCall]]:
+        """Text, log-probabilities and calls of a choice so far."""
+        return "".join(self._texts[choice]), self._logprobs[choice], self._tool_calls[choice]
+
     def go_on(
         self,
         points: Mapping[int, tuple[bytes, Sequence[int]]],

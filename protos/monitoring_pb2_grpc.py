@@ -39,6 +39,16 @@ class MonitoringServiceStub:
                 request_serializer=protos_dot_monitoring__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=protos_dot_monitoring__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.WatchState = channel.unary_stream(
+                '/pagewire.v1.MonitoringService/WatchState',
+                request_serializer=protos_dot_monitoring__pb2.WatchStateRequest.SerializeToString,
+                response_deserializer=protos_dot_monitoring__pb2.WatchStateResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/pagewire.v1.MonitoringService/Explain',
+                request_serializer=protos_dot_monitoring__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=protos_dot_monitoring__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class MonitoringServiceServicer:
@@ -50,6 +60,21 @@ class MonitoringServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchState(self, request, context):
+        """What happens now, whole in every message: the first at once, the others an interval apart. Ends with its caller, or
+        with the scheduler. RESOURCE_EXHAUSTED where as many watch already as may. No word of a prompt or an answer is in it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """What happened to one request, that runs or is remembered. NOT_FOUND: none of that id is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MonitoringServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +82,16 @@ def add_MonitoringServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=protos_dot_monitoring__pb2.GetStatusRequest.FromString,
                     response_serializer=protos_dot_monitoring__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'WatchState': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchState,
+                    request_deserializer=protos_dot_monitoring__pb2.WatchStateRequest.FromString,
+                    response_serializer=protos_dot_monitoring__pb2.WatchStateResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=protos_dot_monitoring__pb2.ExplainRequest.FromString,
+                    response_serializer=protos_dot_monitoring__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +121,60 @@ class MonitoringService:
             '/pagewire.v1.MonitoringService/GetStatus',
             protos_dot_monitoring__pb2.GetStatusRequest.SerializeToString,
             protos_dot_monitoring__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pagewire.v1.MonitoringService/WatchState',
+            protos_dot_monitoring__pb2.WatchStateRequest.SerializeToString,
+            protos_dot_monitoring__pb2.WatchStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewire.v1.MonitoringService/Explain',
+            protos_dot_monitoring__pb2.ExplainRequest.SerializeToString,
+            protos_dot_monitoring__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,11 +36,23 @@ class MonitoringServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MonitoringServiceAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_monitoring_pb2.GetStatusRequest, _monitoring_pb2.GetStatusResponse]
+    WatchState: _grpc.UnaryStreamMultiCallable[_monitoring_pb2.WatchStateRequest, _monitoring_pb2.WatchStateResponse]
+    """What happens now, whole in every message: the first at once, the others an interval apart. Ends with its caller, or
+    with the scheduler. RESOURCE_EXHAUSTED where as many watch already as may. No word of a prompt or an answer is in it.
+    """
+    Explain: _grpc.UnaryUnaryMultiCallable[_monitoring_pb2.ExplainRequest, _monitoring_pb2.ExplainResponse]
+    """What happened to one request, that runs or is remembered. NOT_FOUND: none of that id is."""
 
 @_typing.type_check_only
 class MonitoringServiceAsyncStub(MonitoringServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_monitoring_pb2.GetStatusRequest, _monitoring_pb2.GetStatusResponse]  # type: ignore[assignment]
+    WatchState: _aio.UnaryStreamMultiCallable[_monitoring_pb2.WatchStateRequest, _monitoring_pb2.WatchStateResponse]  # type: ignore[assignment]
+    """What happens now, whole in every message: the first at once, the others an interval apart. Ends with its caller, or
+    with the scheduler. RESOURCE_EXHAUSTED where as many watch already as may. No word of a prompt or an answer is in it.
+    """
+    Explain: _aio.UnaryUnaryMultiCallable[_monitoring_pb2.ExplainRequest, _monitoring_pb2.ExplainResponse]  # type: ignore[assignment]
+    """What happened to one request, that runs or is remembered. NOT_FOUND: none of that id is."""
 
 class MonitoringServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -49,5 +61,23 @@ class MonitoringServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _monitoring_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_monitoring_pb2.GetStatusResponse, _abc.Awaitable[_monitoring_pb2.GetStatusResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def WatchState(
+        self,
+        request: _monitoring_pb2.WatchStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_monitoring_pb2.WatchStateResponse], _abc.AsyncIterator[_monitoring_pb2.WatchStateResponse]]:
+        """What happens now, whole in every message: the first at once, the others an interval apart. Ends with its caller, or
+        with the scheduler. RESOURCE_EXHAUSTED where as many watch already as may. No word of a prompt or an answer is in it.
+        """
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _monitoring_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_monitoring_pb2.ExplainResponse, _abc.Awaitable[_monitoring_pb2.ExplainResponse]]:
+        """What happened to one request, that runs or is remembered. NOT_FOUND: none of that id is."""
 
 def add_MonitoringServiceServicer_to_server(servicer: MonitoringServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -49,6 +49,14 @@ class BlockPool:
         """How many sequences hold the block."""
         return self._ref_counts[block]
 
+    def ref_counts(self, every: int = 1) -> list[int]:
+        """How many sequences hold each block, or one of every so many."""
+        return self._ref_counts[::every]
+
+    def is_kept(self, block: BlockId) -> bool:
+        """The block is reused last."""
+        return block in self._ranks
+
     def take(self) -> BlockId:
         """The block that was free for longest, held once. What was cached in it is void: the caller forgets it.
 

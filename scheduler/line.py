@@ -35,7 +35,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final
+from typing import Final, NamedTuple
 
 from common.types import Priority, SequenceId
 from scheduler.account import Account
@@ -65,6 +65,17 @@ class Standing:
     own_tokens: int
     own_resumed: int  # sequences of the tenant that another scheduler began, which is none of the above
     tokens_before: int  # of all, those that would go before the request
+
+
+class Waiting(NamedTuple):
+    """What waits of one tenant in one priority, for a person who looks on."""
+
+    tenant: str
+    priority: Priority
+    num_sequences: int
+    num_tokens: int  # expected costs
+    begun: bool  # it ran before, and goes before all that has not
+    arrived_ns: int  # of the first
 
 
 class _Queue:
@@ -252,6 +263,22 @@ class Line:
             own_resumed=sum(queue.num_resumed for queue in queues),
             tokens_before=before,
         )
+
+    def queues(self) -> Iterator[Waiting]:
+        """All that wait, by tenant and priority: what has begun, then the rest."""
+        begun: dict[tuple[str, Priority], Waiting] = {}
+        for sequence in self._begun:
+            key = (sequence.tenant, sequence.priority)
+            known = begun.get(key, Waiting(*key, 0, 0, begun=True, arrived_ns=sequence.arrived_ns))
+            begun[key] = known._replace(
+                num_sequences=known.num_sequences + 1,
+                num_tokens=known.num_tokens + sequence.cost,
+                arrived_ns=min(known.arrived_ns, sequence.arrived_ns),
+            )
+        yield from begun.values()
+        for (tenant, priority), queue in self._queues.items():
+            arrived_ns = queue.head[0].arrived_ns if queue.head else self._now_ns
+            yield Waiting(tenant, priority, queue.num_waiting, queue.num_tokens, begun=False, arrived_ns=arrived_ns)
 
     def owes(self, tenant: str) -> bool:
         """Whether the tenant was served less than its share lately: an executor's reserve is for it."""

@@ -95,10 +95,10 @@ def _scheduler(parsed: argparse.Namespace) -> int:
     from services import scheduler_process
     from services.model_store import resolve
 
-    _configure_log("scheduler", parsed)
+    logs = _configure_log("scheduler", parsed)
     _follow_parent(parsed)
     config = from_flags(SchedulerConfig, parsed)
-    _run(scheduler_process.run(config, resolve(config.model), parsed.ready_fd))
+    _run(scheduler_process.run(config, resolve(config.model), parsed.ready_fd, otlp_endpoint=logs.otlp_endpoint))
     return 0
 
 
@@ -106,11 +106,18 @@ def _executor(parsed: argparse.Namespace) -> int:
     from services import executor_process
     from services.model_store import resolve
 
-    _configure_log(parsed.name or "executor", parsed)
+    logs = _configure_log(parsed.name or "executor", parsed)
     _follow_parent(parsed)
     config = _executor_config(parsed)
     draft_model = resolve(config.draft_model) if config.speculate == "draft" and config.draft_model else None
-    _run(executor_process.run(config, resolve(config.model), parsed.ready_fd, draft_model=draft_model))
+    started = executor_process.run(
+        config,
+        resolve(config.model),
+        parsed.ready_fd,
+        draft_model=draft_model,
+        otlp_endpoint=logs.otlp_endpoint,
+    )
+    _run(started)
     return 0
 
 
@@ -118,12 +125,20 @@ def _gateway(parsed: argparse.Namespace) -> int:
     from services.gateway import process
     from services.tls import channel_files
 
-    _configure_log("gateway", parsed)
+    logs = _configure_log("gateway", parsed)
     _follow_parent(parsed)
     files = channel_files(parsed.client_cert, parsed.client_key, parsed.tls_ca, flags="--client", ca_flag="--tls-ca")
     addresses = [part.strip() for part in parsed.address.split(",")]
     config = from_flags(GatewayConfig, parsed)
-    _run(process.run(config, addresses, files, insecure=parsed.insecure, ready_fd=parsed.ready_fd))
+    started = process.run(
+        config,
+        addresses,
+        files,
+        insecure=parsed.insecure,
+        ready_fd=parsed.ready_fd,
+        otlp_endpoint=logs.otlp_endpoint,
+    )
+    _run(started)
     return 0
 
 
@@ -166,6 +181,25 @@ def _status(parsed: argparse.Namespace) -> int:
     from services.monitoring import lines
 
     print("\n".join(lines(_run(client.status(find_admin(parsed.address))))))
+    return 0
+
+
+def _top(parsed: argparse.Namespace) -> int:
+    from services import top
+    from services.admin import find_admin
+
+    if not 0.1 <= parsed.interval_s <= 10:  # what the scheduler allows
+        raise PagewireError(f"--interval-s: must be in [0.1, 10], got {parsed.interval_s:g}")
+    _run(top.top(find_admin(parsed.address), interval_ms=round(1000 * parsed.interval_s), most=parsed.pictures))
+    return 0
+
+
+def _explain(parsed: argparse.Namespace) -> int:
+    from services import client
+    from services.admin import find_admin
+    from services.explain import lines
+
+    print("\n".join(lines(_run(client.explain(find_admin(parsed.address), parsed.request_id, parsed.tenant)))))
     return 0
 
 
@@ -250,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = _add(commands, "serve", _serve, "start a scheduler and local executors; stays up")
     serve.add_argument("--executors", type=at_least_one, default=1, help="local executors (default: 1)")
     add_flags(serve, SchedulerConfig)
-    _add_executor_flags(serve, but=("model", "scheduler", "name", "drain_s", *_LINK_TLS))
+    _add_executor_flags(serve, but=("model", "scheduler", "name", "ready_file", "drain_s", *_LINK_TLS))
     add_flags(serve, GatewayConfig)
     add_flags(serve, LogConfig)
 
@@ -301,6 +335,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT",
         help="where it serves clients, on this machine; or unix:PATH, its --admin-listen",
     )
+
+    top = _add(commands, "top", _top, "what the server does now: blocks, rows, queues; q quits")
+    top.add_argument(
+        "address",
+        nargs="?",
+        default=DEFAULT_ADDRESS,
+        metavar="ADMIN",
+        help="unix:PATH, its --admin-listen; or where it serves clients, on this machine",
+    )
+    top.add_argument("--interval-s", type=float, default=0.5, help="between two pictures: 0.1 to 10 (default: 0.5)")
+    top.add_argument(
+        "--pictures", type=at_least_one, default=0, help="end after so many (default: 0, when q is pressed)"
+    )
+    explain = _add(commands, "explain", _explain, "what happened to one request: its timeline")
+    explain.add_argument("address", metavar="HOST:PORT", help="as for status")
+    explain.add_argument("request_id", metavar="REQUEST_ID", help="as its caller chose it, or was told")
+    explain.add_argument("--tenant", default=None, help="of this tenant alone (default: the last of any)")
 
     pull = _add(commands, "pull", _pull, "fetch a model, convert it once, print its folder")
     pull.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="smollm2, a .gguf file or a repository id")
@@ -402,6 +453,8 @@ def _run(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 def _invitation(running: Any, config: SchedulerConfig, gateway: GatewayConfig) -> str:
+    from services.lifecycle import is_local
+
     address = running.address
     body = '{"chat": {"messages": [{"role": "user", "content": "Hello!"}]}, "stopping": {"max_tokens": 64}}'
     trust = " --tls-ca AUTHORITIES" if config.tls_cert else ""
@@ -410,6 +463,8 @@ def _invitation(running: Any, config: SchedulerConfig, gateway: GatewayConfig) -
     if running.http:
         scheme = "https" if gateway.http_tls_cert else "http"
         first += f"\nFor OpenAI's clients: base_url={scheme}://{running.http}/v1"
+        if gateway.live_view != "none" and (gateway.live_view or is_local(running.http)):
+            first += f"\nA live view: {scheme}://{running.http}/"
     if trust or key:
         return first
     return (

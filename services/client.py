@@ -5,7 +5,7 @@ Every failure is a PagewireError that a person can read.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -103,6 +103,31 @@ async def status(admin: str, timeout_s: float = 5.0) -> monitoring_pb2.GetStatus
         stub: monitoring_pb2_grpc.MonitoringServiceAsyncStub = monitoring_pb2_grpc.MonitoringServiceStub(channel)
         try:
             return await stub.GetStatus(monitoring_pb2.GetStatusRequest(), timeout=timeout_s)
+        except aio.AioRpcError as error:
+            raise _for_people(error, admin) from error
+
+
+async def watch(admin: str, interval_ms: int) -> AsyncGenerator[monitoring_pb2.WatchStateResponse, None]:
+    """What the server with this admin socket does, again and again, until it is closed."""
+    request = monitoring_pb2.WatchStateRequest(interval_ms=interval_ms)
+    async with aio.insecure_channel(admin, options=client_options()) as channel:
+        stub: monitoring_pb2_grpc.MonitoringServiceAsyncStub = monitoring_pb2_grpc.MonitoringServiceStub(channel)
+        try:
+            async for state in stub.WatchState(request):
+                yield state
+        except aio.AioRpcError as error:
+            raise _for_people(error, admin) from error
+
+
+async def explain(
+    admin: str, request_id: str, tenant: str | None = None, timeout_s: float = 5.0
+) -> monitoring_pb2.ExplainResponse:
+    """What happened to a request on the server with this admin socket. Raises UnknownRequest."""
+    async with aio.insecure_channel(admin, options=client_options()) as channel:
+        stub: monitoring_pb2_grpc.MonitoringServiceAsyncStub = monitoring_pb2_grpc.MonitoringServiceStub(channel)
+        request = monitoring_pb2.ExplainRequest(request_id=request_id, tenant=tenant)
+        try:
+            return await stub.Explain(request, timeout=timeout_s)
         except aio.AioRpcError as error:
             raise _for_people(error, admin) from error
 

@@ -20,18 +20,21 @@ from services.handlers import Context, service_handler
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Health"].full_name
 
+LIVENESS: Final = "liveness"
+"""The name under which it is SERVING as long as the process answers at all, whatever becomes of its executors."""
+
 _COME_BACK_S: Final = 5.0
 
 
 class Health:
-    """One answer for the server and all its services. NOT_SERVING until told otherwise.
+    """One answer for the server and all its services, NOT_SERVING until told otherwise; and another for `liveness`.
 
     `max_watches`: Watch calls that may be open at once. One host may have as many as are still free, so there is always
     room for another one. Check is always answered.
     """
 
     def __init__(self, services: Iterable[str], *, max_watches: int = 256) -> None:
-        self._names = {"", *services}
+        self._names = {"", LIVENESS, *services}
         self._max_watches = max_watches
         self._watches = Counter[str]()  # by host
         self._is_serving = False
@@ -102,6 +105,8 @@ class Health:
     def _status_of(self, service: str) -> int:
         if service not in self._names:
             return pb.HealthCheckResponse.SERVICE_UNKNOWN
+        if service == LIVENESS:
+            return pb.HealthCheckResponse.SERVING
         return pb.HealthCheckResponse.SERVING if self._is_serving else pb.HealthCheckResponse.NOT_SERVING
 
     def _wake(self) -> None:

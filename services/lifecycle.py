@@ -36,6 +36,11 @@ def check_binds(config: SchedulerConfig) -> None:
     check_bind(config.listen, insecure=config.insecure, missing=[flag for flag, value in needed.items() if not value])
     if config.local_listen and not config.local_listen.startswith("unix:"):
         raise StartupError(f"--local-listen {config.local_listen}: give unix:PATH, which only this machine can reach")
+    if config.metrics_listen and not config.insecure and not is_local(config.metrics_listen):
+        raise StartupError(
+            f"--metrics-listen {config.metrics_listen} can be reached from other machines, and is not encrypted nor "
+            f"asks for keys. Bind 127.0.0.1, ask a gateway, or type --insecure if the network itself is trusted."
+        )
     needed = {f"--link-tls-{name}": getattr(config, f"link_tls_{name}") for name in ("cert", "key", "ca")}
     check_bind(
         config.link_listen, insecure=config.insecure, missing=[flag for flag, value in needed.items() if not value]
@@ -119,6 +124,30 @@ def announce(ready_fd: int | None, line: str) -> None:
     if ready_fd is not None:
         with os.fdopen(ready_fd, "w") as out:
             out.write(line + "\n")
+
+
+class ReadyFile:
+    """Tells whoever can look into a folder that this process is ready: a file that is there as long as it is.
+
+    An empty path is no file. Raises StartupError where it cannot be made.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path) if path else None
+        self.remove()  # one that a killed process left behind would speak for this one
+        if self._path is not None and not os.access(self._path.parent, os.W_OK):
+            raise StartupError(f"--ready-file {path}: its folder must be there, and writable")
+
+    def make(self) -> None:
+        """Ready."""
+        if self._path is not None:
+            self._path.touch()
+
+    def remove(self) -> None:
+        """Not ready any more."""
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
 
 
 def die_with_parent(parent: int) -> None:

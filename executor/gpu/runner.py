@@ -32,7 +32,8 @@ from common.types import BlockId, slot_of
 from executor.attention import choose
 from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.batch import InputBatch, build_batch
-from executor.controls import columns, edit, unready
+from executor.choosing import pick
+from executor.controls import unready
 from executor.gpu.device import CudaDevice, Device
 from executor.gpu.flying import FlyingStep
 from executor.gpu.graphs import StepGraph, StepGraphs, buckets_for, mixed_shapes
@@ -44,10 +45,8 @@ from executor.gpu.tables import MirroredTables, Updates
 from executor.guide import Grammars
 from executor.kv_cache import KvCache, SlabFormat, block_bytes, copied_together, fit_slab
 from executor.loading import open_model
-from executor.ranking import prepare, rank_all, who_ranks
 from executor.resident import Resident
 from executor.runner import DeviceLost, Launched, Report
-from executor.sampler import sample
 from executor.scoring import score_prompts, who_asks
 
 _log = logging.getLogger(__name__)
@@ -320,10 +319,11 @@ class GpuRunner:
     def _choose_on_the_host(self, step: FlyingStep, batch: InputBatch) -> None:
         """Choose again, here, for rows whose logits are edited, or that only the sampler of the host can cut."""
         held, slots = self._resident, batch.sampled_slots
-        ranking = who_ranks(held, slots)
-        rows = [row for row, slot in enumerate(slots.tolist()) if slot in held.controlled] if held.controlled else []
+        there = list(enumerate(slots.tolist())) if held.controlled or held.beams else []
+        beams = {row for row, slot in there if slot in held.beams}
         typical = (held.typical_p[slots] < 1) & (held.temperature[slots] > 0)
-        rows = sorted({*rows, *np.flatnonzero(typical).tolist(), *(each.row for each in ranking)})
+        controlled = {row for row, slot in there if slot in held.controlled}
+        rows = sorted({*controlled, *beams, *np.flatnonzero(typical).tolist()})
         if not rows:
             return
         step.unready = unready(held, slots, len(batch.seq_lens))  # the device computes meanwhile
@@ -333,14 +333,9 @@ class GpuRunner:
             return
         assert step.logits is not None
         values = torch.stack([step.logits[row] for row in rows]).float().cpu().numpy()
-        beams = [each._replace(row=rows.index(each.row)) for each in ranking if each.row not in step.unready]
-        finite = prepare(values, beams)
-        edit(values, held, slots[rows])
-        chosen = sample(values, columns(held, slots[rows], batch.sampled_indices[rows]))
-        step.ranked, chosen = rank_all(values, beams, finite, chosen)
+        step.ranked, chosen = pick(values, held, slots[rows], batch.sampled_indices[rows])
         step.chosen = dict(zip(rows, chosen.or_none(), strict=True))
-        ranked = {each.row for each in ranking}
-        good = [row for row, token in step.chosen.items() if token >= 0 and row not in ranked]
+        good = [row for row, token in step.chosen.items() if token >= 0 and row not in beams]
         where = self._device.torch_device
         places = torch.from_numpy(batch.sampled_places[good]).to(where)
         tokens = torch.tensor([step.chosen[row] for row in good], dtype=torch.int32).to(where)

@@ -124,6 +124,10 @@ class Answers:
         """How much of a choice's text was told, before this call too."""
         return self._told[choice // self.n][choice % self.n].characters_told
 
+    def calls(self, choice: int) -> int:
+        """How many calls of tools have begun in a choice, before this call too."""
+        return self._told[choice // self.n][choice % self.n].calls
+
     def has_begun(self, choice: int) -> bool:
         """Whether any token or the end of a choice was told, before this call too: also one that had no text yet."""
         told = self._told[choice // self.n][choice % self.n]

@@ -16,17 +16,21 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from common import log
 from common.errors import InvalidRequest, Overloaded, PagewireError, Unauthenticated, Unavailable
 from common.log import without_texts
-from services.gateway import chat, completions, positions, responses
+from services.gateway import chat, completions, openapi, positions, responses
 from services.gateway.answers import Answers
 from services.gateway.asked import Asked
 from services.gateway.bodies import Bodies, parse
 from services.gateway.errors import LAST_EVENT_ID, NotServed, Told, told, told_of_bug, told_of_http
 from services.gateway.events import EventStream, Patience, event, while_connected
 from services.gateway.fields import Fields
+from services.gateway.live import LiveAccess, LiveView, interval_ms, nothing_to_close
 from services.gateway.metrics import Metrics
+from services.gateway.traced import traced
 from services.gateway.upstream import Upstream
+from services.tracing import Tracer
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +38,9 @@ _MAX_KEY: Final = 128  # characters; the scheduler takes no longer ones either
 _MAX_REQUEST_ID: Final = 128
 _NAMES: Final = "pagewire.names"
 """Where a request's scope holds what its caller calls the scheduler's fields."""
+
+_CALLED: Final = "pagewire.request_id"
+"""Where it holds what the request is called in its answer, and by the scheduler where its body says nothing else."""
 
 _ALREADY_TOLD: Final = b"data: [DONE]\n\n"
 
@@ -63,8 +70,10 @@ class Gateway:
         max_prompts: int,
         unknown_fields: UnknownFields = "refuse",
         metrics_need_key: bool = False,
+        live: LiveView | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
-        """With `metrics_need_key`, /metrics is for those whose API key the scheduler takes."""
+        """With `metrics_need_key`, /metrics is for those whose API key the scheduler takes. `tracer` makes spans."""
         self.draining = False
         self._upstream = upstream
         self._bodies = bodies
@@ -74,10 +83,14 @@ class Gateway:
         self._max_prompts = max_prompts
         self._unknown_fields = unknown_fields
         self._metrics_need_key = metrics_need_key
+        self._view = live or LiveView(LiveAccess(), lambda: None)
+        self._tracer = tracer
         self._num_looking = 0  # requests that only look: GET and the like
         self._began = int(time.time())
+        self._description: Mapping[str, Any] = {}  # made when it is first asked for
         self._router = Router(
             [
+                Route("/live", self._live, methods=["GET"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/responses", self._responses, methods=["POST"]),
@@ -86,6 +99,9 @@ class Gateway:
                 Route("/v1/models/{model:path}", self._model, methods=["GET"]),
                 Route("/health", self._health, methods=["GET"]),
                 Route("/metrics", self._tell_metrics, methods=["GET"]),
+                Route("/openapi.json", self._describe, methods=["GET"]),
+                Route("/", self._live_page, methods=["GET"]),
+                Route("/live/state", self._live_state, methods=["GET"]),
             ],
             redirect_slashes=False,
         )
@@ -95,7 +111,7 @@ class Gateway:
         if scope["type"] != "http":
             return
         scope["app"] = self  # so Starlette raises what it would answer otherwise
-        request_id = _id_of(scope)
+        request_id = scope[_CALLED] = _id_of(scope)
         status = 0
 
         async def sending(message: Message) -> None:
@@ -107,7 +123,11 @@ class Gateway:
 
         counts = scope["method"] == "POST"
         self._num_looking += not counts
-        with self._metrics.request(scope["path"] if counts else "") as ended:
+        log.about(request_id=request_id)
+        with (
+            self._metrics.request(scope["path"] if counts else "") as ended,
+            traced(self._tracer if counts else None, scope, lambda: status),
+        ):
             try:
                 # apart, so that /health answers where all is busy, and who only looks keeps nobody from an answer
                 if (self._metrics.num_open if counts else self._num_looking) > self._max_requests:
@@ -178,7 +198,7 @@ class Gateway:
             position = positions.read(last)
         elif asked.manner.resume_token_ids:
             raise InvalidRequest("resume_token_ids", f"are for a stream that goes on: send {LAST_EVENT_ID}, too")
-        asked.begin(position)
+        asked.begin(position, request.scope.get(_CALLED, ""))
         if position is not None and position.done:
             return Response(_ALREADY_TOLD, media_type="text/event-stream")
         answers = Answers(
@@ -232,6 +252,9 @@ class Gateway:
             "max_model_len": max_model_len,
         }
 
+    async def _live(self, _: Request) -> Response:
+        return _json({"status": "live"})  # whatever becomes of schedulers: to start a gateway anew would not help them
+
     async def _health(self, _: Request) -> Response:
         serving = not self.draining and await self._upstream.is_serving()
         return _json({"status": "serving" if serving else "not_serving"}, 200 if serving else 503)
@@ -240,6 +263,26 @@ class Gateway:
         if self._metrics_need_key:
             await self._upstream.model("", _key(request))
         return Response(await self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _describe(self, _: Request) -> Response:
+        if not self._description:
+            self._description = openapi.document(max_prompts=self._max_prompts)
+        return _json(self._description)
+
+    async def _live_page(self, request: Request) -> Response:
+        return self._view.page(request)
+
+    async def _live_state(self, request: Request) -> ASGIApp:
+        self._view.check(request, _key(request))
+        if self.draining:
+            raise Unavailable("the gateway stops; another one may answer")
+        return EventStream(
+            self._view.states(interval_ms(request), lambda: self.draining),
+            self._patience,
+            close=nothing_to_close,
+            tell=lambda error: _error_event(_told(error, request.scope)),
+            on_cut=lambda: None,
+        )
 
 
 async def _whole(answers: Answers, telling: Telling) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from typing import Final
 
 from common.errors import InvalidRequest, TicketRefused
 from protos import inference_pb2 as pb
-from services.gateway.fields import Fields, array, integers
+from services.gateway.fields import TOKEN_IDS, Fields, array, integers
 from services.gateway.positions import Position
 
 _MAX_REQUEST_ID: Final = 100  # with the number of its prompt behind it, it is one for the scheduler
 
 _SEEDS: Final = 1 << 64
+_TOKEN_LISTS: Final = {"type": "array", "items": TOKEN_IDS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +48,15 @@ class Asked:
         sampling = self.requests[0].sampling
         return sampling.n if sampling.HasField("n") else 1
 
-    def begin(self, position: Position | None) -> None:
-        """Give the requests ids and seeds: new ones, or those of the stream that goes on.
+    def begin(self, position: Position | None, name: str = "") -> None:
+        """Give the requests ids and seeds: new ones, or those of the stream that goes on. `name` is for a new one.
 
         Raises InvalidRequest and TicketRefused.
         """
         first = self.requests[0]
         given = first.sampling.seed if first.sampling.HasField("seed") else None
-        request_id = first.request_id or (position.request_id if position else secrets.token_hex(12))
+        named = name if 0 < len(name) <= _MAX_REQUEST_ID else secrets.token_hex(12)
+        request_id = first.request_id or (position.request_id if position else named)
         if len(request_id) > _MAX_REQUEST_ID:
             raise InvalidRequest("request_id", f"at most {_MAX_REQUEST_ID} characters, got {len(request_id)}")
         if not all("!" <= character <= "~" for character in request_id):
@@ -89,7 +91,7 @@ def read_manner(fields: Fields) -> Manner:
         options.refuse_unknown()
     tokens = [
         integers(each, f"resume_token_ids[{i}]")
-        for i, each in enumerate(array(fields.take("resume_token_ids"), "resume_token_ids"))
+        for i, each in enumerate(array(fields.take("resume_token_ids", _TOKEN_LISTS), "resume_token_ids"))
     ]
     return Manner(
         stream=stream,

@@ -24,6 +24,21 @@ _MAX_TOKENS: Final = ("max_completion_tokens", "max_tokens")
 # What assistants' messages bring along when they are sent back as they came.
 _OF_ANSWERS: Final = ("name", "refusal", "audio", "annotations", "reasoning_content", "reasoning")
 
+CONTENT: Final = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["type", "text"],
+                "properties": {"type": {"enum": ["text", "input_text", "output_text"]}, "text": {"type": "string"}},
+            },
+        },
+    ]
+}
+"""The text of a message, whole or in parts."""
+
 
 def read(body: Fields) -> Asked:
     """What a chat request asks for. Raises InvalidRequest, NotServed. Whoever calls refuses what is left over."""
@@ -51,12 +66,10 @@ def add_message(chat: pb.ChatMessages, message: Fields, called: dict[str, str]) 
 
     Returns what its caller calls some of its fields. Raises InvalidRequest, NotServed.
     """
-    role = message.string("role")
-    if role is None:
-        raise InvalidRequest(message.path("role"), "must be a string, and is not there")
+    role = message.required_string("role")
     added = pb.ChatMessage(role="system" if role == "developer" else role)
     names = read_tool_message(message, added, called)
-    content = message.take("content")
+    content = message.take("content", CONTENT)
     if content is not None or not added.tool_calls:  # calls need no words
         added.content = content_text(content, message.path("content"))
     message.ignore(*_OF_ANSWERS)
@@ -90,16 +103,14 @@ def _part(part: Fields) -> str:
 
 
 def _read_logprobs(body: Fields, sampling: pb.SamplingParams) -> dict[str, str]:
-    """OpenAI's pair: whether, and how many beside each. As in our own API a number alone says both."""
-    wanted = body.take("logprobs")
+    """OpenAI's pair: whether, and how many beside each."""
+    wanted = body.boolean("logprobs")
     top = body.integer("top_logprobs")
-    if isinstance(wanted, bool) or wanted is None:
-        if top is not None and not wanted:
-            raise InvalidRequest("top_logprobs", "is for logprobs: say logprobs, too")
-        if wanted:
-            sampling.logprobs = top or 0
-        return {"logprobs": "top_logprobs"}
-    raise InvalidRequest("logprobs", f"must be true or false, got {shown(wanted)}")
+    if top is not None and not wanted:
+        raise InvalidRequest("top_logprobs", "is for logprobs: say logprobs, too")
+    if wanted:
+        sampling.logprobs = top or 0
+    return {"logprobs": "top_logprobs"}
 
 
 # ---- telling

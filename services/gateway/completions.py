@@ -13,7 +13,7 @@ from services.gateway import scores
 from services.gateway.answers import Answers
 from services.gateway.asked import Asked, read_manner
 from services.gateway.chat import DONE, Chunks, envelope, finish_reason, stop_reason, usage_json, wants_logprobs
-from services.gateway.fields import MAX_U32, Fields, array, integers, shown, text
+from services.gateway.fields import MAX_U32, TOKEN_IDS, Fields, array, integers, shown, text
 from services.gateway.options import read_options, read_structured
 from services.gateway.upstream import Upstream
 
@@ -48,7 +48,7 @@ def read(body: Fields, *, max_prompts: int) -> AskedCompletion:
             names["prompt_logprobs"] = "logprobs"
     if body.string("suffix"):
         raise InvalidRequest("suffix", "is not served: text is made behind a prompt, not before something")
-    prompts = read_prompts(body.take("prompt"), max_prompts)
+    prompts = read_prompts(body.take("prompt", _form(max_prompts)), max_prompts)
     if len(prompts) * like.ByteSize() > _MAX_COPIED_BYTES:  # each prompt is a request, with all that they share
         problem = f"{len(prompts)} prompts times {like.ByteSize()} bytes of other fields are over {_MAX_COPIED_BYTES}"
         raise InvalidRequest("prompt", f"{problem}: ask in several requests")
@@ -63,6 +63,13 @@ def read(body: Fields, *, max_prompts: int) -> AskedCompletion:
             request.token_ids.SetInParent()
         requests.append(request)
     return AskedCompletion(requests=requests, manner=read_manner(body), names=names, echo=echo, drop=drop)
+
+
+def _form(max_prompts: int) -> dict[str, Any]:
+    """What prompts may be."""
+    words, ids = {"type": "string", "minLength": 1}, {**TOKEN_IDS, "minItems": 1}
+    several = {"type": "array", "items": {"anyOf": [words, ids]}, "minItems": 1, "maxItems": max_prompts}
+    return {"anyOf": [words, ids, several]}
 
 
 def read_prompts(value: object, most: int) -> list[str | list[int]]:

@@ -66,6 +66,10 @@ class NotServed(PagewireError):
         self.field = field
 
 
+class NotShown(PagewireError):
+    """The live view, to somebody who may not look."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
     """An error as it goes out."""
@@ -111,6 +115,7 @@ _TABLE: Final[Mapping[type[PagewireError], tuple[int, str, str | None]]] = {
     BodyTooLarge: (413, _INVALID, "request_too_large"),
     BodyTooSlow: (408, _INVALID, "request_timeout"),
     NotJson: (415, _INVALID, "unsupported_media_type"),
+    NotShown: (403, _INVALID, "not_shown"),
     Unauthenticated: (401, _INVALID, "invalid_api_key"),
     UnknownModel: (404, _INVALID, "model_not_found"),
     AlreadyRunning: (409, _INVALID, "already_running"),
@@ -136,6 +141,11 @@ _PARAMS: Final[Mapping[type[PagewireError], str]] = {
 
 # How the scheduler says that prompt and answer do not fit, which OpenAI has a code of its own for.
 _TOO_LONG: Final = ("the context", "after a prompt of")
+
+
+def statuses() -> tuple[int, ...]:
+    """All that an error can have."""
+    return tuple(sorted({status for status, _, _ in _TABLE.values()}))
 
 
 def told(error: PagewireError, names: Mapping[str, str] | None = None) -> Told:

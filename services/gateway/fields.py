@@ -6,9 +6,10 @@ not there, as in OpenAI's own API.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from typing import Final, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, cast
 
 from common.errors import InvalidRequest
 from common.json_value import is_array, is_object
@@ -18,6 +19,11 @@ MAX_FLOAT: Final = 3.4028234663852886e38
 """The largest number that a float32 holds."""
 
 _EXACT: Final = 1 << 53  # from here on a float may stand for a neighbour
+
+Form = Mapping[str, Any]
+"""What a member may be, as a JSON schema has it."""
+
+TOKEN_IDS: Final = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MAX_U32}}
 
 
 class Fields:
@@ -32,8 +38,13 @@ class Fields:
         """What a member is called in a complaint."""
         return f"{self._path}.{name}" if self._path else name
 
-    def take(self, name: str) -> object:
-        """Whatever it is; None where it is not there."""
+    @property
+    def here(self) -> str:
+        """What the object itself is called in a complaint."""
+        return self._path
+
+    def take(self, name: str, form: Form | None = None) -> object:
+        """Whatever it is; None where it is not there. `form` is what it may be, for the API's description."""
         return self._members.pop(name, None)
 
     def names(self) -> list[str]:
@@ -65,11 +76,29 @@ class Fields:
         value = self.take(name)
         return None if value is None else text(value, self.path(name))
 
+    def required_string(self, name: str) -> str:
+        """A text that must be there."""
+        value = self.string(name)
+        if value is None:
+            raise InvalidRequest(self.path(name), "must be a string, and is not there")
+        return value
+
+    def kind(self, name: str, known: Sequence[str]) -> str | None:
+        """Which of several forms its object has. `known` are those that are served: whoever asks refuses others."""
+        return self.string(name)
+
     def word(self, name: str, known: Sequence[str]) -> str | None:
         """One of the words that are known."""
         value = self.string(name)
         if value is not None and value not in known:
             raise InvalidRequest(self.path(name), f"must be one of {', '.join(known)}, got {shown(value)}")
+        return value
+
+    def required_word(self, name: str, known: Sequence[str]) -> str:
+        """One of the words that are known; it must be there."""
+        value = self.word(name, known)
+        if value is None:
+            raise InvalidRequest(self.path(name), f"must be one of {', '.join(known)}, and is not there")
         return value
 
     def boolean(self, name: str) -> bool | None:
@@ -100,8 +129,28 @@ class Fields:
         """Token ids."""
         return integers(self.take(name), self.path(name))
 
-    def fields(self, name: str) -> Fields | None:
-        """An object."""
+    def schema(self, name: str) -> str | None:
+        """A JSON schema, as text."""
+        value = self.take(name)
+        return None if value is None else schema_text(value, self.path(name))
+
+    def required_schema(self, name: str) -> str:
+        """A JSON schema that must be there, as text."""
+        value = self.schema(name)
+        if value is None:
+            raise InvalidRequest(self.path(name), "must be a JSON schema, and is not there")
+        return value
+
+    def is_object(self, name: str) -> bool:
+        """Whether it is an object, where it may also be something else."""
+        return isinstance(self._members.get(name), dict)
+
+    def is_boolean(self, name: str) -> bool:
+        """Whether it is true or false, where it may also be something else."""
+        return isinstance(self._members.get(name), bool)
+
+    def fields(self, name: str, form: Form | None = None) -> Fields | None:
+        """An object; with a `form` whose members have names that nobody knows before."""
         value = self.take(name)
         return None if value is None else fields(value, self.path(name))
 
@@ -165,6 +214,26 @@ def number(value: object, path: str) -> float:
     if not abs(value) <= MAX_FLOAT:  # neither is NaN
         raise InvalidRequest(path, f"must be a finite number, got {shown(value)}")
     return float(value)
+
+
+def schema_text(schema: object, path: str) -> str:
+    """A schema as text, which it may be already. Raises InvalidRequest where it cannot be one."""
+    if isinstance(schema, str):
+        source = schema
+    elif isinstance(schema, dict | bool):
+        try:
+            source = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        except RecursionError:
+            raise InvalidRequest(path, "is nested too deep") from None
+        except ValueError:
+            raise InvalidRequest(path, "has a number that is not finite") from None
+    else:
+        raise InvalidRequest(path, f"must be an object, got {shown(schema)}")
+    try:
+        source.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(path, "has half of a surrogate pair, which is no text") from None
+    return source
 
 
 def array(value: object, path: str) -> list[object]:

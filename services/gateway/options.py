@@ -6,7 +6,6 @@ scheduler to say; what no message can hold is refused here.
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ from services.gateway.fields import MAX_U32, Fields, integer, number, shown
 
 _MAX_BIASES: Final = 4096  # far above the scheduler's limit: a message of more would be too large for it
 _MAX_CHOICES: Final = 128  # OpenAI's; the scheduler has a limit of its own, and room is made here before it is asked
+_BIASES: Final = {"type": "object", "additionalProperties": {"type": "number"}, "maxProperties": _MAX_BIASES}
 # Fields that are not taken as they are: another name, form or range, or an endpoint's own business.
 _OTHERWISE: Final = frozenset({"text", "top_k", "seed", "n", "logprobs", "max_tokens", "resumable"})
 
@@ -49,13 +49,14 @@ def read_plain(fields: Fields, message: Message) -> None:
     """
     for field in message.DESCRIPTOR.fields:
         name = field.name
-        if name in _OTHERWISE or field.message_type is not None or not fields.has(name):
+        if name in _OTHERWISE or field.message_type is not None:
             continue
         if field.is_repeated:
             found = fields.strings(name) if field.cpp_type == field.CPPTYPE_STRING else fields.integers(name)
-            getattr(message, name).extend(found)
-        else:
-            setattr(message, name, _plain(fields, field))
+            if found:  # to add nothing would make the message be there
+                getattr(message, name).extend(found)
+        elif (value := _plain(fields, field)) is not None:
+            setattr(message, name, value)
 
 
 def _plain(fields: Fields, field: Any) -> Any:
@@ -71,7 +72,7 @@ def _plain(fields: Fields, field: Any) -> Any:
         case field.CPPTYPE_ENUM:  # PRIORITY_LOW is "low"
             prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", field.enum_type.name).lower() + "_"
             words = {value.name.lower().removeprefix(prefix): value.number for value in field.enum_type.values[1:]}
-            return words[fields.word(field.name, tuple(words)) or ""]
+            return words.get(fields.word(field.name, tuple(words)) or "")
         case _:
             return fields.integer(field.name)
 
@@ -83,9 +84,9 @@ def read_structured(fields: Fields, sampling: pb.SamplingParams, response_format
     """
     asked: list[str] = []
     structured = pb.StructuredOutput()
-    if (schema := fields.take("json_schema")) is not None:
+    if (schema := fields.schema("json_schema")) is not None:
         asked.append("json_schema")
-        structured.json_schema = schema_text(schema, fields.path("json_schema"))
+        structured.json_schema = schema
     if fields.boolean("json_object"):
         asked.append("json_object")
         structured.json_object = True
@@ -93,10 +94,12 @@ def read_structured(fields: Fields, sampling: pb.SamplingParams, response_format
         if (source := fields.string(name)) is not None:
             asked.append(name)
             setattr(structured, name, source)
-    if fields.has("choices"):
+    has_choices = fields.has("choices")
+    choices = fields.strings("choices")
+    if has_choices:
         asked.append("choices")
         structured.choices.SetInParent()
-        structured.choices.values.extend(fields.strings("choices"))
+        structured.choices.values.extend(choices)
     names: dict[str, str] = {}
     if (format_ := fields.fields(response_format)) is not None:
         names = read_format(format_, structured, response_format)
@@ -111,9 +114,7 @@ def read_structured(fields: Fields, sampling: pb.SamplingParams, response_format
 
 def read_format(fields: Fields, structured: pb.StructuredOutput, path: str) -> dict[str, str]:
     """OpenAI's `response_format`, or what its Responses API calls `text.format`. Returns no names for plain text."""
-    kind = fields.word("type", ("text", "json_object", "json_schema"))
-    if kind is None:
-        raise InvalidRequest(fields.path("type"), "must be one of text, json_object, json_schema, and is not there")
+    kind = fields.required_word("type", ("text", "json_object", "json_schema"))
     if kind == "text":
         fields.refuse_unknown()
         return {}
@@ -122,38 +123,15 @@ def read_format(fields: Fields, structured: pb.StructuredOutput, path: str) -> d
         structured.json_object = True
         return {"json_object": path}
     # in chat completions the schema lies one level deeper
-    inner = fields.fields("json_schema") or fields
-    schema = inner.take("schema")
-    where = inner.path("schema")
-    if schema is None:
-        raise InvalidRequest(where, "must be a JSON schema, and is not there")
-    structured.json_schema = schema_text(schema, where)
+    is_deeper = fields.is_object("json_schema") or fields.has("json_schema")
+    inner = (fields.fields("json_schema") if is_deeper else None) or fields
+    structured.json_schema = inner.required_schema("schema")
     inner.string("name")
     inner.string("description")
     inner.boolean("strict")  # it always is
     for read in (inner, fields):
         read.refuse_unknown()
-    return {"json_schema": where}
-
-
-def schema_text(schema: object, path: str) -> str:
-    """A schema as text, which it may be already. Raises InvalidRequest where it cannot be one."""
-    if isinstance(schema, str):
-        source = schema
-    elif isinstance(schema, dict | bool):
-        try:
-            source = json.dumps(schema, ensure_ascii=False, allow_nan=False)
-        except RecursionError:
-            raise InvalidRequest(path, "is nested too deep") from None
-        except ValueError:
-            raise InvalidRequest(path, "has a number that is not finite") from None
-    else:
-        raise InvalidRequest(path, f"must be an object, got {shown(schema)}")
-    try:
-        source.encode()
-    except UnicodeEncodeError:
-        raise InvalidRequest(path, "has half of a surrogate pair, which is no text") from None
-    return source
+    return {"json_schema": inner.path("schema")}
 
 
 def _read_sampling(fields: Fields, sampling: pb.SamplingParams) -> None:
@@ -164,7 +142,7 @@ def _read_sampling(fields: Fields, sampling: pb.SamplingParams) -> None:
         sampling.seed = seed % (1 << 64)  # OpenAI's are signed
     if (n := fields.integer("n", 1, _MAX_CHOICES)) is not None:
         sampling.n = n
-    if (biases := fields.fields("logit_bias")) is not None:
+    if (biases := fields.fields("logit_bias", _BIASES)) is not None:
         if len(biases.names()) > _MAX_BIASES:
             raise InvalidRequest("logit_bias", f"at most {_MAX_BIASES} tokens, got {len(biases.names())}")
         for token in biases.names():
@@ -179,14 +157,14 @@ def _read_sampling(fields: Fields, sampling: pb.SamplingParams) -> None:
 
 def _read_beams(fields: Fields, sampling: pb.SamplingParams) -> None:
     """A width, or an object with what BeamSearch has; when it stops, also as Transformers has it: false or true."""
-    if not isinstance(fields.peek("beams"), dict):
+    if not fields.is_object("beams"):
         if (width := fields.integer("beams")) is not None:
             sampling.beams.width = width
         return
     if (asked := fields.fields("beams")) is not None:
         sampling.beams.SetInParent()
-        if isinstance(early := asked.peek("early_stopping"), bool):
-            asked.take("early_stopping")
+        if asked.is_boolean("early_stopping"):
+            early = asked.boolean("early_stopping")
             sampling.beams.early_stopping = pb.EARLY_STOPPING_FULL if early else pb.EARLY_STOPPING_LIKELY
         read_plain(asked, sampling.beams)
         asked.refuse_unknown()

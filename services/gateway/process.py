@@ -17,10 +17,12 @@ from services.gateway.app import Gateway
 from services.gateway.bodies import Bodies
 from services.gateway.connection import ConnectionLimits
 from services.gateway.events import Patience
+from services.gateway.live import LiveView, Watch, read_access
 from services.gateway.metrics import AskStatus, Metrics
 from services.gateway.server import HttpServer
 from services.gateway.upstream import Upstream, connect
 from services.lifecycle import StartupError
+from services.tracing import open_tracer
 from services.watched_files import WatchedFiles
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ async def run(
     *,
     insecure: bool,
     ready_fd: int | None = None,
+    otlp_endpoint: str = "",
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let requests finish within the grace.
 
@@ -48,6 +51,7 @@ async def run(
     served = tls.server_files(config.http_tls_cert, config.http_tls_key, config.http_tls_client_ca, flags="--http-tls")
     missing = [] if served else ["--http-tls-cert", "--http-tls-key"]
     lifecycle.check_bind(http, insecure=insecure, missing=missing)
+    access = read_access(config.live_view, is_local=lifecycle.is_local(http))
     lifecycle.keep_secrets()
     lifecycle.take_descriptors()
     stop = lifecycle.stop_event()
@@ -61,6 +65,7 @@ async def run(
         needs_key = not insecure and not lifecycle.is_local(http)
         if needs_key:
             await _check_keys(upstream, http, stop)
+        tracer = open_tracer("gateway", otlp_endpoint)
         metrics = Metrics(_status_of(config.http_admin, addresses[0]))
         gateway = Gateway(
             upstream,
@@ -75,6 +80,8 @@ async def run(
             max_prompts=config.http_max_prompts,
             unknown_fields=config.http_unknown_fields,
             metrics_need_key=needs_key,
+            live=LiveView(access, lambda: _watch_of(config.http_admin, addresses[0])),
+            tracer=tracer,
         )
         limits = ConnectionLimits(
             most=config.http_max_connections,
@@ -98,6 +105,8 @@ async def run(
             gateway.draining = True
             log.info("draining %d requests, at most %g s", metrics.num_open, config.http_drain_s)
             await server.drain(config.http_drain_s)
+            if tracer is not None:
+                tracer.close()
         finally:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
@@ -128,14 +137,25 @@ async def _check_keys(upstream: Upstream, http: str, stop: asyncio.Event) -> Non
 
 def _status_of(admin: str, address: str) -> AskStatus | None:
     """How to ask for what /metrics tells of the scheduler; None where its operator's socket is not here."""
+    found = _admin_of(admin, address)
+    return None if found is None else lambda: client.status(found)
+
+
+def _watch_of(admin: str, address: str) -> Watch | None:
+    """How to ask for what the live view shows; None where the operator's socket is not here."""
+    found = _admin_of(admin, address)
+    return None if found is None else lambda interval_ms: client.watch(found, interval_ms)
+
+
+def _admin_of(admin: str, address: str) -> str | None:
     if admin == NONE:
         return None
-    if not admin:
-        try:
-            admin = find_admin(address)
-        except PagewireError:  # on another machine, or it is not there yet
-            return None
-    return lambda: client.status(admin)
+    if admin:
+        return admin
+    try:
+        return find_admin(address)
+    except PagewireError:  # on another machine, or it is not there yet
+        return None
 
 
 def _tls(files: tls.PemFiles | None) -> tuple[ssl.SSLContext | None, Follow]:

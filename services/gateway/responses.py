@@ -1,4 +1,4 @@
-"""/v1/responses: text in, text out, told in named events. Nothing is stored, so no response leads to another."""
+"""/v1/responses: text in, text and calls out, told in named events. Nothing is stored: no response leads to another."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from common.errors import InvalidRequest
-from pagewire.answers import FinishReason, TokenLogprobs, Usage
+from pagewire.answers import FinishReason, Usage
 from protos import inference_pb2 as pb
-from services.gateway import scores
 from services.gateway.answers import Answers
 from services.gateway.asked import Asked, Manner
-from services.gateway.chat import add_message
 from services.gateway.errors import NotServed
 from services.gateway.events import event
-from services.gateway.fields import Fields, array, fields, shown, text
+from services.gateway.fields import Fields, shown
+from services.gateway.input_items import read_input
+from services.gateway.items import Items
 from services.gateway.options import read_format, read_options, read_structured
-from services.gateway.tools import refuse_tools
+from services.gateway.tools import read_tools
 
 _LOGPROBS: Final = "message.output_text.logprobs"
-_PREAMBLE: Final = 4  # events before the first text
-_OF_ITEMS: Final = ("id", "status")  # what items bring along when they are sent back as they came
+_OF_TOOLS: Final = ("name", "description", "parameters", "strict")
+_METADATA: Final = {"type": "object", "additionalProperties": {"type": "string"}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,23 +30,29 @@ class AskedResponse(Asked):
 
     instructions: str | None = None
     format: dict[str, Any]
-    metadata: dict[str, Any]
+    metadata: dict[str, str]
     user: str | None = None
+    tools: list[dict[str, Any]]
+    tool_choice: Any
 
 
 def read(body: Fields) -> AskedResponse:
     """What a request for a response asks for. Raises InvalidRequest, NotServed."""
     request = pb.GenerateStreamRequest()
-    names = {"chat.messages": "input", "chat": "input", "logprobs": "top_logprobs"}
-    metadata, user = body.peek("metadata"), body.peek("user")
+    names: dict[str, str] = {}
+    metadata, user = _read_metadata(body), body.string("user")
     names |= read_options(body, request, max_tokens=("max_output_tokens",))
     if request.sampling.HasField("n") and request.sampling.n != 1:
         raise NotServed("n", "n: a response has one output")
     told_format = _read_text(body, request.sampling, names)
     names |= read_structured(body, request.sampling, "response_format")
-    refuse_tools(body)
+    told_tools, told_choice = _told_tools(body.peek("tools")), _copy(body.peek("tool_choice"))
+    names |= read_tools(body, request.chat, flat=True)
+    if not request.chat.tools:
+        request.chat.ClearField("parallel_tool_calls")  # says nothing then, and some clients always send it
     _read_include(body, request.sampling)
-    instructions = _read_input(body, request)
+    instructions, of_input = read_input(body, request.chat)
+    names = {**of_input, **names, "chat.messages": "input", "chat": "input", "logprobs": "top_logprobs"}
     if body.take("previous_response_id") is not None:
         raise NotServed("previous_response_id", "previous_response_id: nothing is stored here; send all of the input")
     if body.boolean("background"):
@@ -65,9 +70,26 @@ def read(body: Fields) -> AskedResponse:
         names=names,
         instructions=instructions,
         format=told_format,
-        metadata=metadata if isinstance(metadata, dict) else {},
-        user=user if isinstance(user, str) else None,
+        metadata=metadata,
+        user=user,
+        tools=told_tools,
+        tool_choice=told_choice if told_choice is not None else "auto",
     )
+
+
+def _read_metadata(body: Fields) -> dict[str, str]:
+    given = body.fields("metadata", _METADATA)
+    return {name: given.required_string(name) for name in given.names()} if given else {}
+
+
+def _told_tools(tools: object) -> list[dict[str, Any]]:
+    """The tools as the response repeats them. What is wrong with them is said where they are read."""
+    each = [tool for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    return [{"type": "function", **{name: tool.get(name) for name in _OF_TOOLS}} for tool in each]
+
+
+def _copy(value: object) -> Any:
+    return dict(value) if isinstance(value, dict) else value
 
 
 def _read_text(body: Fields, sampling: pb.SamplingParams, names: dict[str, str]) -> dict[str, Any]:
@@ -95,69 +117,35 @@ def _read_include(body: Fields, sampling: pb.SamplingParams) -> None:
         sampling.logprobs = top or 0
 
 
-def _read_input(body: Fields, request: pb.GenerateStreamRequest) -> str | None:
-    """Messages, and before them the instructions, which are returned."""
-    request.chat.SetInParent()
-    instructions = body.string("instructions")
-    if instructions is not None:
-        request.chat.messages.add(role="system", content=instructions)
-    value = body.take("input")
-    if isinstance(value, str):
-        request.chat.messages.add(role="user", content=text(value, "input"))
-        return instructions
-    items = array(value, "input")
-    if not items:
-        raise InvalidRequest("input", "must be a string or a list of messages, and is empty")
-    for i, each in enumerate(items):
-        item = fields(each, f"input[{i}]")
-        kind = item.string("type") or "message"
-        if kind != "message":
-            raise NotServed(item.path("type"), f"{item.path('type')}: {shown(kind)} is not served here; message is")
-        item.ignore(*_OF_ITEMS)
-        add_message(request.chat, item, {})
-    return instructions
-
-
 # ---- telling
 
 
 async def whole(answers: Answers, asked: AskedResponse) -> dict[str, Any]:
     """The response, when all of it is there. Raises PagewireErrors."""
+    items = _items(answers, asked)
     while await answers.next() is not None:
         pass
-    return _ended(answers, asked)
+    return _ended(answers, asked, items)
 
 
 async def stream(answers: Answers, asked: AskedResponse) -> AsyncGenerator[bytes, None]:
     """The response in events, as it is made. Raises PagewireErrors."""
-    told = _Events(answers, asked)
-    place = {"item_id": f"msg_{asked.request_id}", "output_index": 0, "content_index": 0}
-    scored = asked.requests[0].sampling.HasField("logprobs")
+    told, items = _Events(answers, asked), _items(answers, asked)
     piece = await answers.next()  # an error that comes before the first token is no event
-    part = _part("", (), asked)
-    beginning = _response(answers, asked, "in_progress", [], None)
-    for kind, more in (
-        ("response.created", {"response": beginning}),
-        ("response.in_progress", {"response": beginning}),
-        ("response.output_item.added", {"output_index": 0, "item": _item(asked, "in_progress", [])}),
-        ("response.content_part.added", {**place, "part": part}),
-    )[min(answers.begins_at, _PREAMBLE) :]:
-        yield told.event(kind, more, has_id=False)
+    if not answers.begins_at:
+        beginning = _response(answers, asked, "in_progress", [], None)
+        for kind in ("response.created", "response.in_progress"):
+            yield told.event(kind, {"response": beginning})
     while piece is not None:
-        if not piece.finish and (piece.text or scored):
-            logprobs = scores.of_chat(piece.logprobs) if scored else []
-            yield told.event("response.output_text.delta", {**place, "delta": piece.text, "logprobs": logprobs})
+        if not piece.finish:
+            events = items.add(piece)
+            for i, (kind, more) in enumerate(events, 1):
+                yield told.event(kind, more, has_id=i == len(events))
         piece = await answers.next()
-    ended = _ended(answers, asked)
-    item = ended["output"][0]
-    part = item["content"][0]
-    for kind, more in (
-        ("response.output_text.done", {**place, "text": part["text"], "logprobs": part["logprobs"]}),
-        ("response.content_part.done", {**place, "part": part}),
-        ("response.output_item.done", {"output_index": 0, "item": item}),
-        (f"response.{ended['status']}", {"response": ended}),
-    ):
-        yield told.event(kind, more, has_id=False)
+    ended = _ended(answers, asked, items)
+    status: str = ended["status"]
+    for kind, more in (*items.end(status), (f"response.{status}", {"response": ended})):
+        yield told.event(kind, more)
 
 
 class _Events:
@@ -166,8 +154,8 @@ class _Events:
         self._has_ids = asked.manner.resumable is not False
         self._next = answers.begins_at
 
-    def event(self, kind: str, more: dict[str, Any], *, has_id: bool = True) -> bytes:
-        """An event. Those before the text and behind it have no id: who comes back hears from the last text on."""
+    def event(self, kind: str, more: dict[str, Any], *, has_id: bool = False) -> bytes:
+        """An event. Only the last one of what came at once has an id: who comes back with it hears what comes next."""
         number = self._next
         self._next += 1
         id = self._answers.id(number) if has_id and self._has_ids else ""
@@ -180,19 +168,23 @@ def error_event(message: str, code: str | None, param: str | None) -> bytes:
     return event(json.dumps(data), name="error")
 
 
-def _ended(answers: Answers, asked: AskedResponse) -> dict[str, Any]:
-    answer = answers.streams[0].answer
-    is_whole = answer.finish.reason is not FinishReason.LENGTH
+def _items(answers: Answers, asked: AskedResponse) -> Items:
+    request = asked.requests[0]
+    scored = request.sampling.HasField("logprobs")
+    return Items(answers, asked.request_id, scored=scored, may_call=bool(request.chat.tools))
+
+
+def _ended(answers: Answers, asked: AskedResponse, items: Items) -> dict[str, Any]:
+    is_whole = answers.streams[0].answer.finish.reason is not FinishReason.LENGTH
     status = "completed" if is_whole else "incomplete"
-    part = _part(answer.text, answer.logprobs, asked)
-    return _response(answers, asked, status, [_item(asked, status, [part])], answers.usage())
+    return _response(answers, asked, status, items.all(status), answers.usage())
 
 
 def _response(
     answers: Answers, asked: AskedResponse, status: str, output: list[dict[str, Any]], usage: Usage | None
 ) -> dict[str, Any]:
     request = asked.requests[0]
-    sampling, stopping = request.sampling, request.stopping
+    sampling, stopping, chat = request.sampling, request.stopping, request.chat
     return {
         "id": f"resp_{asked.request_id}",
         "object": "response",
@@ -206,38 +198,18 @@ def _response(
         "metadata": asked.metadata,
         "model": answers.model,
         "output": output,
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": chat.parallel_tool_calls if chat.HasField("parallel_tool_calls") else True,
         "previous_response_id": None,
         "reasoning": {"effort": None, "summary": None},
         "store": False,
         "temperature": sampling.temperature if sampling.HasField("temperature") else 1.0,
         "text": {"format": asked.format},
-        "tool_choice": "auto",
-        "tools": [],
+        "tool_choice": asked.tool_choice,
+        "tools": asked.tools,
         "top_p": sampling.top_p if sampling.HasField("top_p") else 1.0,
         "truncation": "disabled",
         "usage": _usage(usage) if usage else None,
         "user": asked.user,
-    }
-
-
-def _item(asked: AskedResponse, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "id": f"msg_{asked.request_id}",
-        "type": "message",
-        "status": status,
-        "role": "assistant",
-        "content": content,
-    }
-
-
-def _part(words: str, logprobs: tuple[TokenLogprobs, ...], asked: AskedResponse) -> dict[str, Any]:
-    scored = asked.requests[0].sampling.HasField("logprobs")
-    return {
-        "type": "output_text",
-        "text": words,
-        "annotations": [],
-        "logprobs": scores.of_chat(logprobs) if scored else [],
     }
 
 

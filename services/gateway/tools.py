@@ -1,6 +1,7 @@
-"""Tools as OpenAI's chat API has them: what a caller offers to call, what was called, and what came of it.
+"""Tools as OpenAI's API has them: what a caller offers to call, what was called, and what came of it.
 
-What a tool, a choice or a call may be is for the scheduler to say; here they get its words, and their names back.
+In chat completions a tool, a call and a choice have their function inside of them; in responses they are it. What any
+of these may be is for the scheduler to say; here they get its words, and their names back.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from common.errors import InvalidRequest
 from pagewire.tools import ToolCall, ToolCallDelta
 from protos import inference_pb2 as pb
 from services.gateway.errors import NotServed
-from services.gateway.fields import Fields, fields, shown, text
-from services.gateway.options import schema_text
+from services.gateway.fields import Fields, fields, shown
 
 _MODES: Final = {
     "auto": pb.TOOL_CHOICE_MODE_AUTO,
@@ -21,45 +21,37 @@ _MODES: Final = {
     "required": pb.TOOL_CHOICE_MODE_REQUIRED,
 }
 _KINDS: Final = ", ".join(_MODES)
+_NAMED: Final[dict[str, Any]] = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
 
 
-def read_tools(body: Fields, chat: pb.ChatMessages) -> dict[str, str]:
-    """What the answer may call, and how it is chosen.
+def read_tools(body: Fields, chat: pb.ChatMessages, *, flat: bool = False) -> dict[str, str]:
+    """What the answer may call, and how it is chosen. `flat`: as responses have it.
 
     Returns what the caller calls the scheduler's fields. Raises InvalidRequest, NotServed.
     """
     _refuse_functions(body)
     names: dict[str, str] = {}
     for i, tool in enumerate(body.list_of_fields("tools")):
-        inner = _function(tool, "is what can be offered")
-        added = chat.tools.add(name=_given(inner, "name"), description=inner.string("description") or "")
-        if (schema := inner.take("parameters")) is not None:
-            added.parameters = schema_text(schema, inner.path("parameters"))
+        inner = _function(tool, "is what can be offered", flat=flat)
+        added = chat.tools.add(name=inner.required_string("name"), description=inner.string("description") or "")
+        if (schema := inner.schema("parameters")) is not None:
+            added.parameters = schema
         if (strict := inner.boolean("strict")) is not None:
             added.strict = strict
         inner.refuse_unknown()
-        names[f"chat.tools[{i}]"] = tool.path("function")
-    if (choice := body.take("tool_choice")) is not None:
-        _read_choice(choice, chat.tool_choice)
+        if not flat:
+            names[f"chat.tools[{i}]"] = tool.path("function")
+    if (choice := body.take("tool_choice", _choice_form(flat=flat))) is not None:
+        _read_choice(choice, chat.tool_choice, flat=flat)
     if (parallel := body.boolean("parallel_tool_calls")) is not None:
         chat.parallel_tool_calls = parallel
     return {
         **names,
         "chat.tools": "tools",
-        "chat.tool_choice.function": "tool_choice.function.name",
+        "chat.tool_choice.function": "tool_choice.name" if flat else "tool_choice.function.name",
         "chat.tool_choice": "tool_choice",
         "chat.parallel_tool_calls": "parallel_tool_calls",
     }
-
-
-def refuse_tools(body: Fields) -> None:
-    """Raise NotServed where tools are offered. A choice among none is no choice."""
-    _refuse_functions(body)
-    if body.take("tools"):
-        raise NotServed("tools", "tools: not served here; /v1/chat/completions takes them")
-    if body.take("tool_choice") not in (None, "none", "auto"):
-        raise NotServed("tool_choice", "tool_choice: there are no tools to choose from")
-    body.boolean("parallel_tool_calls")
 
 
 def read_tool_message(message: Fields, added: pb.ChatMessage, called: dict[str, str]) -> dict[str, str]:
@@ -77,7 +69,7 @@ def read_tool_message(message: Fields, added: pb.ChatMessage, called: dict[str, 
         added_call = added.tool_calls.add(id=call.string("id") or "")
         call.ignore("index")  # of the deltas of a stream, put together
         inner = _function(call, "is what can be called")
-        added_call.name = _given(inner, "name")
+        added_call.name = inner.required_string("name")
         added_call.arguments = inner.string("arguments") or ""
         called[added_call.id] = added_call.name
         inner.refuse_unknown()
@@ -91,7 +83,7 @@ def read_tool_message(message: Fields, added: pb.ChatMessage, called: dict[str, 
 
 
 def told_calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
-    """The calls of a whole answer."""
+    """The calls of a whole answer, in chat completions."""
     return [
         {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
         for call in calls
@@ -113,34 +105,37 @@ def told_deltas(deltas: Sequence[ToolCallDelta]) -> list[dict[str, Any]]:
     ]
 
 
-def _read_choice(value: object, choice: pb.ToolChoice) -> None:
+def _choice_form(*, flat: bool) -> dict[str, Any]:
+    named: dict[str, Any] = (
+        _NAMED if flat else {"type": "object", "required": ["function"], "properties": {"function": _NAMED}}
+    )
+    named = {**named, "properties": {**named["properties"], "type": {"const": "function"}}}
+    return {"anyOf": [{"enum": list(_MODES)}, {**named, "additionalProperties": False}]}
+
+
+def _read_choice(value: object, choice: pb.ToolChoice, *, flat: bool) -> None:
     if isinstance(value, str):
         if value not in _MODES:
             raise InvalidRequest("tool_choice", f"must be one of {_KINDS}, or a function, got {shown(value)}")
         choice.mode = _MODES[value]
         return
-    inner = _function(fields(value, "tool_choice"), "is what can be chosen")
-    choice.function = _given(inner, "name")
+    inner = _function(fields(value, "tool_choice"), "is what can be chosen", flat=flat)
+    choice.function = inner.required_string("name")
     inner.refuse_unknown()
 
 
-def _function(outer: Fields, what: str) -> Fields:
+def _function(outer: Fields, what: str, *, flat: bool = False) -> Fields:
     """The function in a tool, a call or a choice, which has nothing else. `what` is said where it is no function."""
-    kind, path = outer.string("type"), outer.path("type")
+    kind, path = outer.kind("type", ("function",)), outer.path("type")
     if kind not in (None, "function"):
         raise NotServed(path, f"{path}: function {what}, got {shown(kind)}")
+    if flat:
+        return outer
     inner = outer.fields("function")
     if inner is None:
         raise InvalidRequest(outer.path("function"), "must be an object, and is not there")
     outer.refuse_unknown()
     return inner
-
-
-def _given(inner: Fields, name: str) -> str:
-    value = inner.take(name)
-    if value is None:
-        raise InvalidRequest(inner.path(name), "must be a string, and is not there")
-    return text(value, inner.path(name))
 
 
 def _refuse_functions(body: Fields) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from openai import OpenAI
 
 from pagewire import Answer, Client
-from tests.e2e.cluster import ROOT, Cluster
+from tests.e2e.cluster import Cluster
 from tests.e2e.gateways import Gateway, Reply
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
@@ -318,20 +317,6 @@ def test_a_body_that_is_no_request_is_refused_by_name(gateway: Gateway, body: by
 
     assert reply.status == 400
     assert reply.error()["param"] == param
-
-
-# ---- what the README says
-
-
-def test_the_example_of_the_readme_runs(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
-    section = (ROOT / "README.md").read_text().split("\n## OpenAI's clients\n")[1].split("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-
-    exec(compile(code.replace("127.0.0.1:8000", gateway.http), "README.md", "exec"), names := dict[str, Any]())
-    names["client"].close()
-
-    first, _, rest = capsys.readouterr().out.partition("\n")
-    assert first.endswith(" 32") and rest == first.removesuffix(" 32")
 
 
 def test_a_schema_shapes_the_answer_and_one_that_cannot_be_kept_is_refused(shared: Cluster, gateway: Gateway) -> None:

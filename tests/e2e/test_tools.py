@@ -267,6 +267,59 @@ def test_a_stream_over_http_goes_on_in_the_middle_of_a_call(gateway: Gateway) ->
             assert told_over_http([*heard, *rest]) == told_over_http(whole)
 
 
+CALLED_OVER_HTTP: dict[str, Any] = {
+    "model": "",
+    "input": "What will the weather be?",
+    "tools": [{"type": "function", **WEATHER}, {"type": "function", "name": "clock"}],
+    "tool_choice": "required",
+    "max_output_tokens": 250,
+}
+
+
+def test_a_response_calls_and_goes_on_with_what_came_of_it(server: Cluster, gateway: Gateway) -> None:
+    asked: dict[str, Any] = {**CALLED_OVER_HTTP, "parallel_tool_calls": False}
+    same: dict[str, Any] = {"extra_body": {"request_id": "response", "seed": 4}}
+    with gateway.client() as openai, Client(server.address) as client:
+        whole = openai.responses.create(**asked, **same)
+        with openai.responses.stream(**asked, **same) as stream:
+            events = list(stream)
+            streamed = stream.get_final_response()
+        [call] = whole.output
+        assert call.type == "function_call"
+        output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+        talk: list[Any] = [{"role": "user", "content": asked["input"]}, call, output]
+        said = openai.responses.create(
+            model="", input=talk, tools=asked["tools"], tool_choice="none", max_output_tokens=8, temperature=0
+        )
+        own = ToolCall(id=call.call_id, name=call.name, arguments=call.arguments)
+        message = {"role": "assistant", "content": "", "tool_calls": [own]}
+        again = [*ASKED["messages"], message, own.result("rain")]
+        expected = client.generate(messages=again, max_tokens=8, temperature=0.0)
+
+    check([own])
+    assert (whole.status, call.status, whole.output_text) == ("completed", "completed", "")
+    assert [item.model_dump() for item in streamed.output] == [{**call.model_dump(), "parsed_arguments": None}]
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert kinds[:3] == ["created", "in_progress", "output_item.added"]
+    assert kinds[-3:] == ["function_call_arguments.done", "output_item.done", "completed"]
+    assert set(kinds[3:-3]) == {"function_call_arguments.delta"}
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == call.arguments and len(deltas) > 1
+    assert said.output_text == expected.text
+    assert said.usage is not None and said.usage.input_tokens == expected.usage.prompt_tokens
+
+
+def test_a_response_s_stream_goes_on_in_the_middle_of_a_call(gateway: Gateway) -> None:
+    path = "/v1/responses"
+    asked = {**CALLED_OVER_HTTP, "stream": True, "request_id": "going", "seed": 4}
+    whole = list(gateway.post(path, asked).events())
+    named = [i for i, event in enumerate(whole) if event.id]
+
+    for cut in named[1 :: len(named) // 3]:
+        rest = list(gateway.post(path, asked, {"last-event-id": whole[cut].id}).events())
+        assert [event.data for event in (*whole[: cut + 1], *rest)] == [event.data for event in whole]
+
+
 def test_a_format_beside_tools_is_refused_by_its_name(gateway: Gateway) -> None:
     reply = gateway.post("/v1/chat/completions", {**OVER_HTTP, "response_format": {"type": "json_object"}})
 

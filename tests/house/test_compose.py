@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from common.config import ExecutorConfig, SchedulerConfig
@@ -29,6 +32,9 @@ def test_only_the_clients_ports_are_published_and_only_to_this_machine() -> None
     assert ports == {
         "scheduler": ["127.0.0.1:${PAGEWIRE_PORT-50051}:50051"],
         "gateway": ["127.0.0.1:${PAGEWIRE_HTTP_PORT-8000}:8000"],
+        "smg": ["127.0.0.1:${SMG_PORT-30000}:30000"],
+        "prometheus": ["127.0.0.1:${PROMETHEUS_PORT-9090}:9090"],
+        "grafana": ["127.0.0.1:${GRAFANA_PORT-3000}:3000"],
     }
 
 
@@ -40,17 +46,20 @@ def test_every_container_gives_up_its_privileges() -> None:
 
 def test_every_service_is_built_from_a_stage_that_exists() -> None:
     stages = re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
-    targets = {service["build"]["target"] for service in services().values()}
+    targets = {service["build"]["target"] for service in services().values() if "build" in service}
+    fetched = {name: service["image"] for name, service in services().items() if "build" not in service}
 
-    assert targets == {"scheduler", "executor", "executor-gpu"}
+    assert targets == {"scheduler", "executor", "executor-gpu", "smg"}
     assert targets <= set(stages)
+    assert set(fetched) == {"prometheus", "grafana"}
+    assert all(re.search(r":v?\d+\.\d+\.\d+$", image) for image in fetched.values()), "another's are of one version"
 
 
 def test_the_final_images_do_not_run_as_root() -> None:
     stages = re.split(r"^FROM \S+ AS ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]
     users = {stage.split()[0]: re.findall(r"^USER (\S+)$", stage, flags=re.MULTILINE) for stage in stages}
 
-    for name in ("scheduler", "executor", "executor-gpu"):
+    for name in ("scheduler", "executor", "executor-gpu", "smg"):
         assert users[name] == ["pagewire"]
 
 
@@ -81,8 +90,66 @@ def test_a_container_is_killed_only_after_its_drain_and_hears_its_signal_at_once
         assert service["init"], f"{name}: as process 1 it would not hear SIGTERM before it listens for it"
         if name != "model":
             assert int(service["stop_grace_period"].removesuffix("s")) >= drain_s + last_words_s
-            assert "--drain-s" not in " ".join(service["command"])
+            assert "--drain-s" not in " ".join(service.get("command", ()))
     assert re.findall(r"^STOPSIGNAL (\S+)$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE) == ["SIGTERM"]
+
+
+def test_what_is_not_needed_by_all_is_started_only_where_it_is_asked_for() -> None:
+    profiles = {name: service["profiles"] for name, service in services().items() if "profiles" in service}
+
+    assert profiles == {
+        "executor-gpu": ["gpu"],
+        "smg": ["smg"],
+        "prometheus": ["observability"],
+        "grafana": ["observability"],
+    }
+
+
+def test_the_gateway_finds_the_operators_socket_of_the_scheduler() -> None:
+    """By default it lies in the user's runtime folder: the two containers share that, and the user."""
+    scheduler, gateway = services()["scheduler"], services()["gateway"]
+    runtime = Path(scheduler["environment"]["XDG_RUNTIME_DIR"])
+    (listen,) = [word for word in scheduler["command"] if word.startswith("--listen=")]
+    port = listen.rpartition(":")[2]
+
+    for file in ("docker-compose.yml", "docker-compose.tls.yml"):
+        assert f"--http-admin=unix:{runtime}/pagewire/admin-{port}.sock" in services(file)["gateway"]["command"]
+    assert f"runtime:{runtime}" in scheduler["volumes"]
+    assert f"runtime:{runtime}:ro" in gateway["volumes"]
+
+
+def test_every_file_that_is_mounted_is_there() -> None:
+    mounts = [
+        mount for service in services().values() for mount in service.get("volumes", ()) if mount.startswith("./")
+    ]
+
+    assert mounts
+    for mount in mounts:
+        assert (ROOT / mount.split(":")[0]).is_dir()
+
+
+@pytest.mark.parametrize("profile", ["", "gpu", "observability", "smg"])
+@pytest.mark.parametrize("files", [["docker-compose.yml"], ["docker-compose.yml", "docker-compose.tls.yml"]])
+def test_docker_compose_takes_every_profile(profile: str, files: list[str]) -> None:
+    compose = compose_command()
+    if compose is None:
+        pytest.skip("neither `docker compose` nor docker-compose is installed")
+    flags = [flag for file in files for flag in ("-f", file)] + (["--profile", profile] if profile else [])
+    done = subprocess.run(
+        [*compose, *flags, "config", "--quiet"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+
+
+def compose_command() -> list[str] | None:
+    """What is typed for Docker Compose here; None where it is not installed."""
+    for command in (["docker", "compose"], ["docker-compose"]):
+        if shutil.which(command[0]) is None:
+            continue
+        if subprocess.run([*command, "version"], capture_output=True, check=False).returncode == 0:
+            return command
+    return None
 
 
 def test_the_scheduler_stops_before_its_executors() -> None:

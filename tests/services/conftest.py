@@ -1,14 +1,10 @@
-"""Property tests here try the same examples in every run, and no clock can fail them."""
+"""Who calls is nobody in particular, unless a test says so."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
 
 from services.caller import ANONYMOUS, let_in
-
-settings.register_profile("services", deadline=None, derandomize=True)
-settings.load_profile("services")
 
 
 @pytest.fixture(autouse=True)

@@ -180,9 +180,75 @@ def test_what_the_scheduler_says_of_tools_is_told_by_openais_names(field: str, e
     assert told(InvalidRequest(field, "is wrong"), names).param == expected
 
 
-def test_a_response_takes_no_tools() -> None:
-    with pytest.raises(NotServed, match="/v1/chat/completions takes them"):
-        responses.read(body_of({"input": "hi", "tools": [{"type": "function", "name": "clock"}]}))
+def test_a_response_s_tools_calls_and_results_are_ours_as_a_chat_s_are() -> None:
+    called = {"type": "function_call", "id": "fc_1", "status": "completed", "name": "clock", "arguments": "{}"}
+    words = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Let me see."}]}
+    asked = responses.read(
+        body_of({
+            "instructions": "Be brief.",
+            "input": [
+                *HI,
+                words,
+                {**called, "call_id": "a"},
+                {**called, "call_id": "b"},
+                {"type": "function_call_output", "call_id": "b", "output": "noon"},
+                {"type": "function_call_output", "call_id": "a", "output": [{"type": "input_text", "text": "one"}]},
+                {**called, "call_id": "c"},
+            ],
+            "tools": [{"type": "function", "name": "clock", "description": None, "parameters": {}, "strict": True}],
+            "tool_choice": {"type": "function", "name": "clock"},
+            "parallel_tool_calls": False,
+        })
+    )  # fmt: skip
+
+    assert asked.requests[0].chat == pb.ChatMessages(
+        messages=[
+            pb.ChatMessage(role="system", content="Be brief."),
+            pb.ChatMessage(role="user", content="hi"),
+            pb.ChatMessage(
+                role="assistant",
+                content="Let me see.",
+                tool_calls=[pb.ToolCall(id=id, name="clock", arguments="{}") for id in "ab"],
+            ),
+            pb.ChatMessage(role="tool", content="noon", tool_call_id="b", name="clock"),
+            pb.ChatMessage(role="tool", content="one", tool_call_id="a", name="clock"),
+            pb.ChatMessage(role="assistant", tool_calls=[pb.ToolCall(id="c", name="clock", arguments="{}")]),
+        ],
+        tools=[pb.Tool(name="clock", parameters="{}", strict=True)],
+        tool_choice=pb.ToolChoice(function="clock"),
+        parallel_tool_calls=False,
+    )
+    for field, expected in {
+        "chat.messages[0].content": "instructions",
+        "chat.messages[1].role": "input[0].role",
+        "chat.messages[2].tool_calls[1].arguments": "input[3].arguments",
+        "chat.messages[2].tool_calls[0].id": "input[2].call_id",
+        "chat.messages[4].tool_call_id": "input[5].call_id",
+        "chat.messages[4].content": "input[5].output",
+        "chat.messages": "input",
+        "chat.tools[0].parameters": "tools[0].parameters",
+        "chat.tool_choice.function": "tool_choice.name",
+    }.items():
+        assert told(InvalidRequest(field, "is wrong"), asked.names).param == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "clock"}}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "clock", "colour": "red"}]}, "tools[0].colour"),
+        ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input[0].type"),
+        ({"input": [{"type": "function_call", "name": "clock", "arguments": "{}"}]}, "input[0].call_id"),
+        ({"input": [{"type": "function_call_output", "call_id": "a"}]}, "input[0].output"),
+        ({"input": [{"role": "assistant", "content": "", "tool_calls": []}]}, "input[0].tool_calls"),
+    ],
+)
+def test_what_a_response_cannot_be_asked_for_is_refused_by_its_name(asked: dict[str, Any], field: str) -> None:
+    with pytest.raises((InvalidRequest, NotServed)) as refused:
+        responses.read(body_of({"input": "hi", **asked}))
+    assert isinstance(refused.value, InvalidRequest | NotServed) and refused.value.field == field
 
 
 def test_what_is_not_asked_for_is_left_to_the_scheduler() -> None:
@@ -268,13 +334,27 @@ NAMES = [
     "previous_response_id", "nonsense",
 ]  # fmt: skip
 INNER = ["role", "content", "type", "text", "format", "schema", "json_schema", "name", "strict", "5", "-1", "x"]
-INNER += ["function", "parameters", "tool_calls"]
+INNER += ["function", "parameters", "tool_calls", "call_id", "output", "arguments"]
 LEAVES = (
     st.none()
     | st.booleans()
     | st.integers(-(10**30), 10**30)
     | st.floats()
-    | st.sampled_from(["", "hi", "user", "text", "json_schema", "json_object", "message", "\ud800", "\x00"])
+    | st.sampled_from(
+        [
+            "",
+            "hi",
+            "user",
+            "text",
+            "json_schema",
+            "json_object",
+            "message",
+            "function_call",
+            "function_call_output",
+            "\ud800",
+            "\x00",
+        ]
+    )
     | st.text(max_size=3)
 )
 VALUES = st.recursive(

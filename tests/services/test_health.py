@@ -74,10 +74,21 @@ def test_all_services_are_what_the_server_is() -> None:
             assert [await prober.check(), await prober.check("a.Service")] == [NOT_SERVING, NOT_SERVING]
             service.set_serving(True)
             assert [await prober.check(), await prober.check("a.Service")] == [SERVING, SERVING]
-            assert await prober.list() == {"": SERVING, "a.Service": SERVING}
+            assert await prober.list() == {"": SERVING, "a.Service": SERVING, health.LIVENESS: SERVING}
             with pytest.raises(aio.AioRpcError) as refused:
                 await prober.check("b.Service")
             assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+    asyncio.run(scenario())
+
+
+def test_who_cannot_serve_is_alive_all_the_same() -> None:
+    async def scenario() -> None:
+        service = Health(["a.Service"])
+        async with served(service) as (prober,):
+            assert [await prober.check(), await prober.check(health.LIVENESS)] == [NOT_SERVING, SERVING]
+            service.shut_down()
+            assert [await prober.check(), await prober.check(health.LIVENESS)] == [NOT_SERVING, SERVING]
 
     asyncio.run(scenario())
 

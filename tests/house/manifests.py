@@ -1,0 +1,121 @@
+"""The manifests for Kubernetes, as their tests read them: documents, the pods in them, and what these type."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from services.__main__ import _parser
+
+FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
+OVERLAYS = ("base", "loopback", "overlays/autoscaled", "overlays/gpu", "overlays/two-schedulers")
+"""What is meant to be applied: `kubectl apply -k`."""
+
+Document = Mapping[str, Any]
+Labels = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pods:
+    """What a controller makes."""
+
+    kind: str
+    name: str
+    labels: Labels
+    spec: Mapping[str, Any]
+
+    @property
+    def containers(self) -> Sequence[Mapping[str, Any]]:
+        """Those that stay."""
+        found: Sequence[Mapping[str, Any]] = self.spec["containers"]
+        return found
+
+    @property
+    def all_containers(self) -> Sequence[Mapping[str, Any]]:
+        """Those that run before them, too."""
+        return [*self.spec.get("initContainers", ()), *self.containers]
+
+    @property
+    def ports(self) -> Mapping[str, int]:
+        """All that is opened, by name."""
+        return {port["name"]: port["containerPort"] for each in self.containers for port in each.get("ports", ())}
+
+
+def kustomizations() -> list[Path]:
+    """Every folder that says what belongs together."""
+    return sorted(path.parent for path in FOLDER.rglob("kustomization.yaml"))
+
+
+def plain(*folders: str) -> list[Document]:
+    """The documents in these folders' files, read as they are: no patch, no prefix."""
+    return [
+        document
+        for folder in folders
+        for path in sorted((FOLDER / folder).glob("*.yaml"))
+        if path.name != "kustomization.yaml"
+        for document in yaml.safe_load_all(path.read_text())
+    ]
+
+
+def rendered(overlay: str) -> list[Document] | None:
+    """What `kubectl apply -k` would send; None where there is no kubectl."""
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        return None
+    done = subprocess.run([kubectl, "kustomize", FOLDER / overlay], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def pods(documents: Sequence[Document]) -> list[Pods]:
+    """What the controllers among them make."""
+    return [
+        Pods(
+            kind=document["kind"],
+            name=document["metadata"]["name"],
+            labels=document["spec"]["template"]["metadata"]["labels"],
+            spec=document["spec"]["template"]["spec"],
+        )
+        for document in documents
+        if document["kind"] in ("Deployment", "StatefulSet", "Job")
+    ]
+
+
+def selected(labels: Labels, among: Sequence[Pods]) -> list[Pods]:
+    """Those that have all of these labels."""
+    return [each for each in among if labels.items() <= each.labels.items()]
+
+
+def typed(container: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Every command line of `pagewire` in a container: what it runs, and what its probes do."""
+    if "args" in container:
+        yield container["args"]  # the image's entry point is `pagewire`
+    commands = [container.get("command", [])]
+    commands += [container[name].get("exec", {}).get("command", []) for name in container if name.endswith("Probe")]
+    for command in commands:
+        if command[:1] == ["pagewire"]:
+            yield command[1:]
+        if command[:2] == ["sh", "-c"]:
+            for inner in re.findall(r"\bpagewire ([^;&|]+)", command[2]):
+                yield shlex.split(inner)
+
+
+_pagewire = cache(_parser)
+
+
+def parsed(command: Sequence[str]) -> argparse.Namespace:
+    """A command line as `pagewire` takes it. What it would refuse ends the test."""
+    try:
+        return _pagewire().parse_args(list(command))
+    except SystemExit:
+        raise AssertionError(f"pagewire refuses {shlex.join(command)}") from None

@@ -1,0 +1,280 @@
+"""The manifests fit together, fit our command line, and give away nothing that they need not.
+
+As their files stand, and, where kubectl is, as each overlay is rendered. tests/clients/test_kubernetes_schemas.py holds
+them against Kubernetes' own schemas.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import yaml
+
+from common.config import ExecutorConfig, GatewayConfig, SchedulerConfig
+from services.flags import from_flags
+from services.health import LIVENESS
+from services.lifecycle import check_bind, check_binds, is_local, split_address
+from tests.house.manifests import (
+    FOLDER,
+    OVERLAYS,
+    Document,
+    Pods,
+    kustomizations,
+    parsed,
+    plain,
+    pods,
+    rendered,
+    selected,
+    typed,
+)
+
+LAST_WORDS_S = 10  # after the drain: ends of calls, the step that runs
+
+
+def _sets() -> Iterator[Any]:
+    yield pytest.param(lambda: plain("cell", "base", "components/autoscaling"), id="as it stands")
+    yield pytest.param(lambda: plain("loopback"), id="loopback as it stands")
+    for overlay in OVERLAYS:
+        yield pytest.param(lambda overlay=overlay: rendered(overlay), id=overlay)
+
+
+@pytest.fixture(scope="module", params=_sets())
+def documents(request: pytest.FixtureRequest) -> list[Document]:
+    """What may be applied together."""
+    found: list[Document] | None = request.param()
+    if found is None:
+        pytest.skip("kubectl is not installed: overlays are looked at where it is")
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(documents: list[Document]) -> list[Pods]:
+    """The pods that come of them."""
+    return pods(documents)
+
+
+def of_kind(documents: list[Document], kind: str) -> list[Document]:
+    return [document for document in documents if document["kind"] == kind]
+
+
+def test_every_file_is_named_where_it_belongs() -> None:
+    for folder in kustomizations():
+        said = yaml.safe_load((folder / "kustomization.yaml").read_text())
+        named = {*said.get("resources", ()), *(patch["path"] for patch in said.get("patches", ()) if "path" in patch)}
+
+        assert {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"} == {
+            name for name in named if name.endswith(".yaml")
+        }
+        assert all((folder / name).exists() for name in named), folder
+
+
+def test_every_command_line_is_one_that_pagewire_takes(made: list[Pods]) -> None:
+    commands = [command for each in made for container in each.all_containers for command in typed(container)]
+
+    assert len(commands) >= len(made)
+    for command in commands:
+        parsed(command)
+
+
+def test_every_variable_is_one_that_pagewire_knows(made: list[Pods]) -> None:
+    settings = {
+        f"PAGEWIRE_{field.name.upper()}"
+        for config in (SchedulerConfig, ExecutorConfig, GatewayConfig)
+        for field in fields(config)
+    }
+    for each in made:
+        for container in each.all_containers:
+            given = {variable["name"] for variable in container.get("env", ())}
+            asked = set(re.findall(r"\$\((\w+)\)", " ".join(container.get("args", ()))))
+            assert asked <= given
+            assert {name for name in given if name.startswith("PAGEWIRE_")} <= settings | {"PAGEWIRE_HOME"}
+        assert each.spec["enableServiceLinks"] is False, "PAGEWIRE_LINK_PORT=tcp://… would be for a flag of ours"
+
+
+def test_what_other_machines_can_reach_has_tls_and_keys(made: list[Pods]) -> None:
+    for command in (container["args"] for each in made for container in each.containers):
+        given = parsed(command)
+        if command[0] in ("scheduler", "serve"):
+            check_binds(from_flags(SchedulerConfig, given))
+        if command[0] in ("gateway", "serve"):
+            check_bind(given.http, insecure=False, missing=[] if given.http_tls_cert and given.http_tls_key else ["x"])
+        if command[0] == "gateway":
+            assert given.tls_ca or all(map(is_local, given.address.split(",")))
+        if command[0] == "executor":
+            assert given.link_tls_ca and given.link_tls_cert and given.link_tls_key
+        assert not getattr(given, "insecure", False)
+
+
+def test_no_secret_stands_in_any_file() -> None:
+    for path in FOLDER.rglob("*.yaml"):
+        text = path.read_text()
+        assert "BEGIN" not in text and "pw-" not in text, path
+        for document in yaml.safe_load_all(text):
+            assert document["kind"] not in ("Secret", "ConfigMap"), path
+            assert "secretGenerator" not in document, path
+
+
+def test_every_container_gives_up_its_privileges(made: list[Pods]) -> None:
+    for each in made:
+        security = each.spec["securityContext"]
+        assert security["runAsNonRoot"] and security["runAsUser"] == security["runAsGroup"] == 10001
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert each.spec["automountServiceAccountToken"] is False
+        for container in each.all_containers:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert "memory" in container["resources"]["limits"]
+            assert {"cpu", "memory"} <= set(container["resources"]["requests"])
+
+
+def test_whatever_is_named_in_a_command_is_mounted(made: list[Pods]) -> None:
+    for each in made:
+        volumes = {volume["name"] for volume in each.spec["volumes"]}
+        mounted = {mount["name"] for container in each.all_containers for mount in container["volumeMounts"]}
+        assert volumes == mounted, f"{each.name}: every volume is mounted somewhere, and every mount is a volume's"
+        for container in each.all_containers:
+            folders = tuple(mount["mountPath"] + "/" for mount in container["volumeMounts"])
+            said = [variable["value"] for variable in container.get("env", ()) if "value" in variable]
+            said += [word for command in typed(container) for word in command]
+            paths = [found for word in said if (found := re.search(r"(?<![\w/])/[\w./-]+", word))]
+            for path in (found[0] for found in paths):
+                assert f"{path}/".startswith(folders), f"{each.name}/{container['name']}: {path}"
+
+
+def test_every_probe_asks_at_a_port_that_is_open_for_what_is_served_there(made: list[Pods]) -> None:
+    for each in made:
+        for container in each.containers:
+            given = parsed(container["args"])
+            ports = {port["name"]: port["containerPort"] for port in container.get("ports", ())}
+            for name in ("startupProbe", "livenessProbe", "readinessProbe"):
+                probe = container.get(name, {})
+                if "grpc" in probe:
+                    assert probe["grpc"]["port"] == split_address(given.health_listen)[1]
+                    assert probe["grpc"]["port"] in ports.values()
+                    assert probe["grpc"].get("service", "") in ("", LIVENESS)
+                if "httpGet" in probe:
+                    assert ports[probe["httpGet"]["port"]] == split_address(given.http)[1]
+                    assert probe["httpGet"]["path"] in ("/live", "/health")
+                    assert probe["httpGet"]["scheme"] == ("HTTPS" if given.http_tls_cert else "HTTP")
+                if probe.get("exec", {}).get("command", [""])[0] == "test":
+                    assert probe["exec"]["command"] == ["test", "-e", given.ready_file]
+
+
+def test_whoever_waits_for_others_is_not_started_anew_for_that(made: list[Pods]) -> None:
+    for each in made:
+        for container in each.containers:
+            for name in ("startupProbe", "livenessProbe"):
+                probe = container.get(name, {})
+                assert probe.get("grpc", {}).get("service", LIVENESS) == LIVENESS
+                assert probe.get("httpGet", {}).get("path", "/live") == "/live"
+
+
+def test_every_port_that_is_listened_on_is_declared_and_no_other(made: list[Pods]) -> None:
+    for each in made:
+        for container in each.containers:
+            given = vars(parsed(container["args"]))
+            opened = [given.get(name, "") for name in ("listen", "link_listen", "health_listen", "http")]
+            reachable = {split_address(address)[1] for address in opened if address and not is_local(address)}
+            assert reachable == {port["containerPort"] for port in container.get("ports", ())}
+
+
+def test_a_pod_is_killed_only_after_its_drain(made: list[Pods]) -> None:
+    for each in made:
+        for container in each.containers:
+            given = parsed(container["args"])
+            before = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
+            drains_s = [getattr(given, name, 0.0) for name in ("drain_s", "http_drain_s")]
+            # `serve` stops one after the other: gateway, scheduler, executors
+            drain_s = sum(drains_s) + ExecutorConfig().drain_s if container["args"][0] == "serve" else max(drains_s)
+
+            assert before[0] == "sleep"
+            grace_s = each.spec.get("terminationGracePeriodSeconds", 30)
+            assert grace_s >= float(before[1]) + drain_s + LAST_WORDS_S or each.kind == "Job"
+            assert each.spec["shareProcessNamespace"], "as process 1 it would not hear SIGTERM before it listens for it"
+
+
+def test_every_selector_finds_what_it_is_for(documents: list[Document], made: list[Pods]) -> None:
+    for document in documents:
+        if document["kind"] in ("Deployment", "StatefulSet"):
+            found = selected(document["spec"]["selector"]["matchLabels"], made)
+            assert [each.name for each in found] == [document["metadata"]["name"]]
+    for service in of_kind(documents, "Service"):
+        (found_pods,) = selected(service["spec"]["selector"], made)
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= set(found_pods.ports)
+        for port in service["spec"]["ports"]:
+            assert port["port"] in (found_pods.ports[port["targetPort"]], 443)
+    services = {service["metadata"]["name"] for service in of_kind(documents, "Service")}
+    assert {each["spec"]["serviceName"] for each in of_kind(documents, "StatefulSet")} <= services
+    for budget in of_kind(documents, "PodDisruptionBudget"):
+        assert selected(budget["spec"]["selector"]["matchLabels"], made)
+        assert budget["spec"]["maxUnavailable"] == 1, "a node can be emptied"
+
+
+def test_whoever_is_dialled_is_there_under_that_name(documents: list[Document], made: list[Pods]) -> None:
+    services = {service["metadata"]["name"]: service["spec"] for service in of_kind(documents, "Service")}
+    dialled: set[str] = set()
+    for command in (container["args"] for each in made for container in each.containers):
+        given = parsed(command)
+        if command[0] in ("gateway", "executor"):
+            address = given.address if command[0] == "gateway" else given.scheduler
+            dialled |= {part for part in address.split(",") if not is_local(part)}
+    for host, port in map(split_address, dialled):
+        assert port in {each["port"] for each in services[host]["ports"]}
+    for name, service in services.items():
+        if any(port["name"] == "link" for port in service["ports"]):
+            assert service["publishNotReadyAddresses"], f"{name}: a scheduler is ready once an executor has joined"
+            assert any(host == name for host, _ in map(split_address, dialled)), f"{name}: this cell has executors"
+
+
+def test_the_link_port_is_for_executors_alone_and_nobody_dials_these(
+    documents: list[Document], made: list[Pods]
+) -> None:
+    policies = of_kind(documents, "NetworkPolicy")
+    if not policies:
+        assert not any(each.ports for each in made), "nothing can be reached from outside of its pod"
+        return
+    for each in made:
+        own = [policy["spec"] for policy in policies if selected(policy["spec"]["podSelector"]["matchLabels"], [each])]
+        assert {"Ingress", "Egress"} <= {kind for policy in own for kind in policy["policyTypes"]}
+        allowed = [rule for policy in own for rule in policy.get("ingress", ())]
+        assert {port["port"] for rule in allowed for port in rule["ports"]} <= set(each.ports)
+        for rule in allowed:
+            if "link" in {port["port"] for port in rule["ports"]}:
+                (source,) = rule["from"]
+                (found,) = {
+                    dialler.labels["app.kubernetes.io/component"]
+                    for dialler in selected(source["podSelector"]["matchLabels"], made)
+                }
+                assert found == "executor"
+        if each.labels["app.kubernetes.io/component"] == "executor":
+            assert not allowed and not each.ports
+
+
+def test_what_is_scaled_is_there_and_its_number_is_set_by_nobody_else(documents: list[Document]) -> None:
+    scaled = [document for document in documents if "scaleTargetRef" in document.get("spec", {})]
+    deployed = {document["metadata"]["name"]: document["spec"] for document in of_kind(documents, "Deployment")}
+
+    assert {document["apiVersion"] for document in scaled} <= {"autoscaling/v2", "keda.sh/v1alpha1"}
+    for document in scaled:
+        assert document["spec"]["scaleTargetRef"]["name"] in deployed
+
+
+def test_where_numbers_follow_the_load_nothing_sets_them_again() -> None:
+    documents = rendered("overlays/autoscaled")
+    if documents is None:
+        pytest.skip("kubectl is not installed: overlays are looked at where it is")
+    scaled = {
+        document["spec"]["scaleTargetRef"]["name"]
+        for document in documents
+        if "scaleTargetRef" in document.get("spec", {})
+    }
+
+    assert scaled == {"pagewire-executor", "pagewire-gateway"}
+    assert not any("replicas" in document["spec"] for document in of_kind(documents, "Deployment"))
