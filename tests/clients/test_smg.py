@@ -56,10 +56,9 @@ class Smg(NamedTuple):
     def openai(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
-    def status(self) -> monitoring_pb2.SchedulerStatus:
+    def status(self) -> monitoring_pb2.GetStatusResponse:
         with grpc.insecure_channel(self.scheduler.admin) as channel:
-            stub = monitoring_pb2_grpc.MonitoringServiceStub(channel)
-            return stub.GetStatus(monitoring_pb2.GetStatusRequest()).scheduler
+            return monitoring_pb2_grpc.MonitoringServiceStub(channel).GetStatus(monitoring_pb2.GetStatusRequest())
 
 
 def free_port() -> int:
@@ -239,9 +238,9 @@ def test_who_leaves_ends_the_request(smg: Smg) -> None:
         extra_body={"ignore_eos": True},
     )
     next(iter(stream))
-    assert smg.status().num_running == 1
+    assert smg.status().scheduler.num_running == 1
     stream.close()
-    until(lambda: not smg.status().num_running)
+    until(lambda: not smg.status().scheduler.num_running)
 
 
 # ---- Anthropic's client
@@ -276,3 +275,18 @@ def test_it_knows_the_blocks_that_are_cached(smg: Smg) -> None:
         return max(map(int, found), default=0)
 
     until(lambda: blocks() >= 4)
+
+
+def test_a_stream_outlives_the_executor_that_computed_it(smg: Smg) -> None:
+    smg.scheduler.start_executor("--dtype=float32", fake=False)
+    stream = smg.openai().chat.completions.create(
+        model=smg.model, messages=COLOURS, max_completion_tokens=64, temperature=0, stream=True
+    )
+    chunks = iter(stream)
+    text = next(chunks).choices[0].delta.content or ""
+    (name,) = [executor.name for executor in smg.status().executors if executor.num_running]
+    smg.scheduler.executors[int(name.removeprefix("executor-"))].popen.kill()
+    text += "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+    assert text == ours(smg, "Name three colours.", 64)
+    assert len(smg.status().executors) == 1
