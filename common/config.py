@@ -31,10 +31,13 @@ def help_of(setting: Field[Any]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
-    """How a process logs."""
+    """How a process logs, and where its traces go."""
 
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "least severity that is logged")
     log_format: Literal["text", "json"] = option("text", "text for people, json for machines")
+    otlp_endpoint: str = option(
+        "", "where traces go, HOST:PORT of an OTLP collector (gRPC); empty: OTEL_EXPORTER_OTLP_ENDPOINT, or nowhere"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,9 @@ class SchedulerConfig:
         "HOST:PORT where grpc.health.v1 alone is served, without TLS, for probes that speak none; empty: nowhere but "
         "on --listen",
     )
+    metrics_listen: str = option(
+        "", "HOST:PORT of /metrics for Prometheus, of this scheduler alone; a gateway on this machine has them, too"
+    )
     tls_cert: str = option("", "certificate that clients are shown, PEM; empty: no TLS")
     tls_key: str = option("", "its private key, PEM")
     tls_client_ca: str = option("", "authorities, PEM: clients must show a certificate from one of them")
@@ -63,6 +69,13 @@ class SchedulerConfig:
     link_tls_ca: str = option("", "authorities, PEM: executors must show a certificate from one of them")
     api_keys: str = option("", "file of API keys, as `pagewire api-key` makes them; empty asks nobody for one")
     insecure: bool = option(False, "allow addresses that other machines can reach, without TLS and keys")
+    open_inference: bool = option(
+        False,
+        "serve KServe's Open Inference Protocol, too, for Triton's clients: on --listen, with the same keys and limits",
+    )
+    open_inference_idle_s: float = option(
+        300.0, "seconds that a stream of it may be open while nothing is asked and nothing is answered", least=0.1
+    )
     token_budget: int = option(2048, "tokens per step over all sequences", least=1)
     max_running: int = option(256, "sequences resident on one executor", least=1)
     watermark: float = option(0.01, "share of the KV blocks that admissions leave to running sequences", most=1)
@@ -131,6 +144,10 @@ class SchedulerConfig:
         256, "tokens of one choice in one message, for readers that fell behind; more come in the next one", least=1
     )
     max_health_watches: int = option(256, "Watch calls for health that may be open at once; Check is always answered")
+    max_timelines: int = option(
+        512, "requests that have ended and can still be explained (`pagewire explain`); 0: none can", most=1_000_000
+    )
+    max_timeline_events: int = option(64, "events of each that are kept; 0: none can be explained", most=100_000)
     drain_s: float = option(30.0, "seconds that running requests get after SIGTERM")
     ticket_keys: str = option(
         "", "file of the keys that sign tickets, made where it is missing; PAGEWIRE_HOME/ticket-keys when empty"

@@ -4,6 +4,7 @@ PagewireError
 ├── InvalidRequest      the caller must change the request (names the field and the limit)
 ├── Unauthenticated     the caller showed no API key that is valid here
 ├── UnknownModel        the request names a model that is not served here
+├── UnknownRequest      an operator asks about a request that is not remembered
 ├── Overloaded          too much is open or waits, or the tenant's rate is used up; try again later
 ├── Unavailable         no executor, draining; try again later
 ├── RequestFailed       executors died with this request again and again; sending it anew does not help
@@ -43,12 +44,17 @@ class UnknownModel(PagewireError):
     """The named model is not served here."""
 
 
-class Overloaded(PagewireError):
-    """Nothing is wrong with the request; there is no room for it now."""
+class UnknownRequest(PagewireError):
+    """No request of that id runs here, or is remembered."""
 
-    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+
+class Overloaded(PagewireError):
+    """Nothing is wrong with the request; there is no room for it now. `limit` names what it met, for operators."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0, limit: str = "") -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.limit = limit
 
 
 class Unavailable(PagewireError):

@@ -1,6 +1,7 @@
 """Logging for every process: one line an event, human by default, JSON on request.
 
-Prompts, answers and keys never go in here. An exception is logged without its own text, which may hold a caller's
+A line that is about a request has its id, and that of the trace which its caller named, in JSON. Prompts, answers and
+keys never go in here. An exception is logged without its own text, which may hold a caller's
 words, and of structured fields those that cannot hold any.
 """
 
@@ -12,15 +13,28 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from types import TracebackType
+from contextvars import ContextVar
+from types import MappingProxyType, TracebackType
 from typing import Final, Literal, cast
 
 LogFormat = Literal["text", "json"]
 
-WORDS: Final = frozenset({"call", "error_id"})
-"""Fields of a JSON line that may hold text. Any other holds numbers, or is left out."""
+WORDS: Final = frozenset({"call", "error", "error_id", "reason", "request_id", "tenant", "trace_id"})
+"""Fields of a JSON line that may hold text: names of ours or of an operator, and ids.
+
+Any other holds numbers, or is left out.
+"""
 
 _OUR_PACKAGES: Final = frozenset({"common", "executor", "pagewire", "scheduler", "services"})
+
+
+_about: ContextVar[Mapping[str, str]] = ContextVar("about", default=MappingProxyType[str, str]({}))
+
+
+def about(**words: str) -> None:
+    """What the rest of this task is about: its JSON lines say so. Only names of WORDS; an empty text is not told."""
+    assert words.keys() <= WORDS, f"{sorted(words.keys() - WORDS)} may not be in a log"
+    _about.set({**_about.get(), **{name: text for name, text in words.items() if text}})
 
 
 class TextFormatter(logging.Formatter):
@@ -46,6 +60,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        line.update(_about.get())
         fields = getattr(record, "fields", None)
         if isinstance(fields, dict):
             line.update(harmless(cast("dict[str, object]", fields)))

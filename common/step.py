@@ -47,6 +47,7 @@ class NewSequence:
     min_tokens: int = 0  # output tokens before which none of stop_token_ids is chosen
     domain: bytes = b""  # what is kept of a grammar is kept for one domain alone; it says nothing else of its tenant
     num_candidates: int = 0  # not 0: a beam, of which so many continuations are ranked
+    trace: str = ""  # whose trace its request is part of, where that is recorded; means nothing to the compute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

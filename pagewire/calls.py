@@ -16,6 +16,7 @@ from pagewire.borrowed import borrow
 from pagewire.continuation import Continuation, OutOfStep
 from pagewire.failures import Failure, Trailers, judge, lost
 from pagewire.retrying import Attempts, RetryBudget
+from pagewire.traces import traceparent
 
 if TYPE_CHECKING:
     from common import errors
@@ -96,9 +97,10 @@ class Asked:
         metadata: Metadata = (),
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`metadata` goes with each call, beside the client's own."""
+        """`metadata` goes with each call, beside the client's own and the trace that the program is in."""
         self.continuation = Continuation(request)
-        self.metadata = (*manner.access.metadata, *metadata)
+        given = (*manner.access.metadata, *metadata)
+        self.metadata = (*given, *traceparent(given))
         self.is_lost = False  # another reader has taken it over
         now_s = clock_s()
         self._clock_s = clock_s

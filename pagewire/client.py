@@ -59,7 +59,7 @@ class _Connections:
         """Begin the next call of a request."""
         call = asked.next_call()
         method: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel(call.address).unary_stream(call.method)
-        return cast("Call", method(call.request, timeout=call.timeout_s, metadata=tuple(self._manner.access.metadata)))
+        return cast("Call", method(call.request, timeout=call.timeout_s, metadata=asked.metadata))
 
     def cancel(self, asked: Asked) -> None:
         """End a request on its server. Where that fails it ends a little later by itself."""
@@ -68,7 +68,7 @@ class _Connections:
             return
         method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(CANCEL)
         with contextlib.suppress(grpc.RpcError, ValueError):
-            method(asked.cancellation(), timeout=CANCEL_TIMEOUT_S, metadata=tuple(self._manner.access.metadata))
+            method(asked.cancellation(), timeout=CANCEL_TIMEOUT_S, metadata=asked.metadata)
 
     def unpin(self, pin_id: str | None) -> int:
         """End a pin, or all, on the server that answered last."""

@@ -404,6 +404,7 @@ class NewSequence(_message.Message):
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
     DOMAIN_FIELD_NUMBER: _builtins.int
     NUM_CANDIDATES_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     ref: _builtins.int
     attempt: _builtins.int
     token_ids: _builtins.bytes
@@ -420,6 +421,8 @@ class NewSequence(_message.Message):
     """with a grammar: what is kept of it is kept for this domain alone. Opaque"""
     num_candidates: _builtins.int
     """not 0: a beam; so many continuations are ranked where another sequence would sample"""
+    trace: _builtins.str
+    """of a request that is traced: W3C's traceparent, for the links of this executor's spans"""
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...
     @_builtins.property
@@ -440,10 +443,11 @@ class NewSequence(_message.Message):
         min_tokens: _builtins.int = ...,
         domain: _builtins.bytes = ...,
         num_candidates: _builtins.int = ...,
+        trace: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_table", b"block_table", "choice", b"choice", "domain", b"domain", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "num_candidates", b"num_candidates", "num_computed", b"num_computed", "num_prompt", b"num_prompt", "ref", b"ref", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_table", b"block_table", "choice", b"choice", "domain", b"domain", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "num_candidates", b"num_candidates", "num_computed", b"num_computed", "num_prompt", b"num_prompt", "ref", b"ref", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

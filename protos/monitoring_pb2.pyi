@@ -23,6 +23,77 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _TimelineEventKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TimelineEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TimelineEventKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TIMELINE_EVENT_KIND_UNSPECIFIED: _TimelineEventKind.ValueType  # 0
+    TIMELINE_EVENT_KIND_RECEIVED: _TimelineEventKind.ValueType  # 1
+    """tokens: of the prompt; number: choices"""
+    TIMELINE_EVENT_KIND_RESUMED: _TimelineEventKind.ValueType  # 2
+    """with a ticket; tokens: of the answer, which its caller has"""
+    TIMELINE_EVENT_KIND_QUEUED: _TimelineEventKind.ValueType  # 3
+    """Why: no_executor, too_large, behind_others, no_slot, token_budget, memory, reserve, siblings, better_elsewhere,
+    quarantine, replays, runs_alone, deadline. Number: sequences that waited already.
+    """
+    TIMELINE_EVENT_KIND_ADMITTED: _TimelineEventKind.ValueType  # 4
+    """by executor, in step; tokens: found in its prefix cache; why: alone, or empty"""
+    TIMELINE_EVENT_KIND_PREFILL: _TimelineEventKind.ValueType  # 5
+    """in step, positions [position, position + tokens); not told of single tokens"""
+    TIMELINE_EVENT_KIND_FIRST_TOKEN: _TimelineEventKind.ValueType  # 6
+    TIMELINE_EVENT_KIND_PREEMPTED: _TimelineEventKind.ValueType  # 7
+    """on executor; why: memory, tenant_share, trial"""
+    TIMELINE_EVENT_KIND_MOVED: _TimelineEventKind.ValueType  # 8
+    """It lost its executor. Why: clean, lost, silent, stuck, failed, wrong, or unusable_row."""
+    TIMELINE_EVENT_KIND_SUSPECTED: _TimelineEventKind.ValueType  # 9
+    """executors died with it: it runs alone from now on"""
+    TIMELINE_EVENT_KIND_PUT_OFF: _TimelineEventKind.ValueType  # 10
+    """its grammar said nothing yet; number: times in a row"""
+    TIMELINE_EVENT_KIND_ATTACHED: _TimelineEventKind.ValueType  # 11
+    """another reader; tokens: that it has already"""
+    TIMELINE_EVENT_KIND_SPECULATED: _TimelineEventKind.ValueType  # 12
+    """all of a choice; number: guessed tokens; tokens: those that were right"""
+    TIMELINE_EVENT_KIND_FINISHED: _TimelineEventKind.ValueType  # 13
+    """a choice; why: eos, length, ...; tokens: of its answer, made here"""
+    TIMELINE_EVENT_KIND_REFUSED: _TimelineEventKind.ValueType  # 14
+    """why: the limit that it met"""
+
+class TimelineEventKind(_TimelineEventKind, metaclass=_TimelineEventKindEnumTypeWrapper): ...
+
+TIMELINE_EVENT_KIND_UNSPECIFIED: TimelineEventKind.ValueType  # 0
+TIMELINE_EVENT_KIND_RECEIVED: TimelineEventKind.ValueType  # 1
+"""tokens: of the prompt; number: choices"""
+TIMELINE_EVENT_KIND_RESUMED: TimelineEventKind.ValueType  # 2
+"""with a ticket; tokens: of the answer, which its caller has"""
+TIMELINE_EVENT_KIND_QUEUED: TimelineEventKind.ValueType  # 3
+"""Why: no_executor, too_large, behind_others, no_slot, token_budget, memory, reserve, siblings, better_elsewhere,
+quarantine, replays, runs_alone, deadline. Number: sequences that waited already.
+"""
+TIMELINE_EVENT_KIND_ADMITTED: TimelineEventKind.ValueType  # 4
+"""by executor, in step; tokens: found in its prefix cache; why: alone, or empty"""
+TIMELINE_EVENT_KIND_PREFILL: TimelineEventKind.ValueType  # 5
+"""in step, positions [position, position + tokens); not told of single tokens"""
+TIMELINE_EVENT_KIND_FIRST_TOKEN: TimelineEventKind.ValueType  # 6
+TIMELINE_EVENT_KIND_PREEMPTED: TimelineEventKind.ValueType  # 7
+"""on executor; why: memory, tenant_share, trial"""
+TIMELINE_EVENT_KIND_MOVED: TimelineEventKind.ValueType  # 8
+"""It lost its executor. Why: clean, lost, silent, stuck, failed, wrong, or unusable_row."""
+TIMELINE_EVENT_KIND_SUSPECTED: TimelineEventKind.ValueType  # 9
+"""executors died with it: it runs alone from now on"""
+TIMELINE_EVENT_KIND_PUT_OFF: TimelineEventKind.ValueType  # 10
+"""its grammar said nothing yet; number: times in a row"""
+TIMELINE_EVENT_KIND_ATTACHED: TimelineEventKind.ValueType  # 11
+"""another reader; tokens: that it has already"""
+TIMELINE_EVENT_KIND_SPECULATED: TimelineEventKind.ValueType  # 12
+"""all of a choice; number: guessed tokens; tokens: those that were right"""
+TIMELINE_EVENT_KIND_FINISHED: TimelineEventKind.ValueType  # 13
+"""a choice; why: eos, length, ...; tokens: of its answer, made here"""
+TIMELINE_EVENT_KIND_REFUSED: TimelineEventKind.ValueType  # 14
+"""why: the limit that it met"""
+Global___TimelineEventKind: _TypeAlias = TimelineEventKind  # noqa: Y015
+
 class _BlockState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -30,7 +101,10 @@ class _BlockState:
 class _BlockStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BlockState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     BLOCK_STATE_FREE: _BlockState.ValueType  # 0
-    """with nothing in it that could be found"""
+    """A cell is a byte of a picture, and never absent, so its zero says something.
+    buf:lint:ignore ENUM_ZERO_VALUE_SUFFIX
+    with nothing in it that could be found
+    """
     BLOCK_STATE_HELD: _BlockState.ValueType  # 1
     """by one sequence"""
     BLOCK_STATE_SHARED: _BlockState.ValueType  # 2
@@ -43,7 +117,10 @@ class _BlockStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BlockState
 class BlockState(_BlockState, metaclass=_BlockStateEnumTypeWrapper): ...
 
 BLOCK_STATE_FREE: BlockState.ValueType  # 0
-"""with nothing in it that could be found"""
+"""A cell is a byte of a picture, and never absent, so its zero says something.
+buf:lint:ignore ENUM_ZERO_VALUE_SUFFIX
+with nothing in it that could be found
+"""
 BLOCK_STATE_HELD: BlockState.ValueType  # 1
 """by one sequence"""
 BLOCK_STATE_SHARED: BlockState.ValueType  # 2
@@ -160,6 +237,7 @@ class SchedulerStatus(_message.Message):
     DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
     ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     SPECULATING_ROWS_FIELD_NUMBER: _builtins.int
+    LATENCIES_FIELD_NUMBER: _builtins.int
     uptime_ns: _builtins.int
     """since it became ready"""
     cpu_ns: _builtins.int
@@ -203,6 +281,8 @@ class SchedulerStatus(_message.Message):
     def executor_losses(self) -> Global___ExecutorLosses: ...
     @_builtins.property
     def pins(self) -> Global___PinStatus: ...
+    @_builtins.property
+    def latencies(self) -> Global___Latencies: ...
     def __init__(
         self,
         *,
@@ -227,14 +307,90 @@ class SchedulerStatus(_message.Message):
         drafted_tokens: _builtins.int = ...,
         accepted_tokens: _builtins.int = ...,
         speculating_rows: _builtins.int = ...,
+        latencies: Global___Latencies | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["executor_losses", b"executor_losses", "pins", b"pins"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["executor_losses", b"executor_losses", "latencies", b"latencies", "pins", b"pins"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "cached_prompt_tokens", b"cached_prompt_tokens", "cpu_ns", b"cpu_ns", "cpu_us_per_output_token", b"cpu_us_per_output_token", "drafted_tokens", b"drafted_tokens", "dropped_rows", b"dropped_rows", "executor_losses", b"executor_losses", "finished_sequences", b"finished_sequences", "line_tokens_per_s", b"line_tokens_per_s", "moved_sequences", b"moved_sequences", "num_running", b"num_running", "num_waiting", b"num_waiting", "output_tokens", b"output_tokens", "pins", b"pins", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "refused_requests", b"refused_requests", "speculating_rows", b"speculating_rows", "steps", b"steps", "uptime_ns", b"uptime_ns", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "cached_prompt_tokens", b"cached_prompt_tokens", "cpu_ns", b"cpu_ns", "cpu_us_per_output_token", b"cpu_us_per_output_token", "drafted_tokens", b"drafted_tokens", "dropped_rows", b"dropped_rows", "executor_losses", b"executor_losses", "finished_sequences", b"finished_sequences", "latencies", b"latencies", "line_tokens_per_s", b"line_tokens_per_s", "moved_sequences", b"moved_sequences", "num_running", b"num_running", "num_waiting", b"num_waiting", "output_tokens", b"output_tokens", "pins", b"pins", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "refused_requests", b"refused_requests", "speculating_rows", b"speculating_rows", "steps", b"steps", "uptime_ns", b"uptime_ns", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SchedulerStatus: _TypeAlias = SchedulerStatus  # noqa: Y015
+
+@_typing.final
+class Latencies(_message.Message):
+    """How long the requests took that have ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_FIELD_NUMBER: _builtins.int
+    TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    TIME_PER_OUTPUT_TOKEN_FIELD_NUMBER: _builtins.int
+    REQUEST_DURATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def queue(self) -> Global___Histogram:
+        """from arrival to admission"""
+
+    @_builtins.property
+    def time_to_first_token(self) -> Global___Histogram:
+        """from arrival"""
+
+    @_builtins.property
+    def time_per_output_token(self) -> Global___Histogram:
+        """behind the first; the mean of a request that has one choice"""
+
+    @_builtins.property
+    def request_duration(self) -> Global___Histogram:
+        """from arrival to end"""
+
+    def __init__(
+        self,
+        *,
+        queue: Global___Histogram | None = ...,
+        time_to_first_token: Global___Histogram | None = ...,
+        time_per_output_token: Global___Histogram | None = ...,
+        request_duration: Global___Histogram | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["queue", b"queue", "request_duration", b"request_duration", "time_per_output_token", b"time_per_output_token", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["queue", b"queue", "request_duration", b"request_duration", "time_per_output_token", b"time_per_output_token", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Latencies: _TypeAlias = Latencies  # noqa: Y015
+
+@_typing.final
+class Histogram(_message.Message):
+    """Buckets as OpenTelemetry names them for generative AI."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOUNDS_S_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    SUM_S_FIELD_NUMBER: _builtins.int
+    sum_s: _builtins.float
+    @_builtins.property
+    def bounds_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """upper ends, in seconds"""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """one a bucket, and one for all that is above the last"""
+
+    def __init__(
+        self,
+        *,
+        bounds_s: _abc.Iterable[_builtins.float] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        sum_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bounds_s", b"bounds_s", "counts", b"counts", "sum_s", b"sum_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Histogram: _TypeAlias = Histogram  # noqa: Y015
 
 @_typing.final
 class PinStatus(_message.Message):
@@ -360,6 +516,7 @@ class ExecutorStatus(_message.Message):
     QUARANTINED_FIELD_NUMBER: _builtins.int
     HELD_BACK_FIELD_NUMBER: _builtins.int
     NUM_PINNED_BLOCKS_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     session: _builtins.int
     device: _builtins.str
@@ -388,6 +545,8 @@ class ExecutorStatus(_message.Message):
     """died young too often: gets nothing for a while"""
     num_pinned_blocks: _builtins.int
     """of pinned prefixes: free ones of these are reused last"""
+    block_size: _builtins.int
+    """tokens"""
     def __init__(
         self,
         *,
@@ -408,14 +567,162 @@ class ExecutorStatus(_message.Message):
         quarantined: _builtins.bool = ...,
         held_back: _builtins.bool = ...,
         num_pinned_blocks: _builtins.int = ...,
+        block_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "device", b"device", "dtype", b"dtype", "held_back", b"held_back", "idle_ns", b"idle_ns", "idle_ratio", b"idle_ratio", "leaving", b"leaving", "name", b"name", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_running", b"num_running", "quarantined", b"quarantined", "session", b"session", "silent", b"silent", "steps", b"steps", "steps_in_flight", b"steps_in_flight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "compute_ns", b"compute_ns", "device", b"device", "dtype", b"dtype", "held_back", b"held_back", "idle_ns", b"idle_ns", "idle_ratio", b"idle_ratio", "leaving", b"leaving", "name", b"name", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_running", b"num_running", "quarantined", b"quarantined", "session", b"session", "silent", b"silent", "steps", b"steps", "steps_in_flight", b"steps_in_flight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExecutorStatus: _TypeAlias = ExecutorStatus  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """of several requests of one id: the last"""
+    tenant: _builtins.str
+    """of this tenant alone; empty is the one of a scheduler without keys"""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        tenant: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    """No prompt, token or text is in it. Times are nanoseconds since the request was received; 0 for what did not happen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    RECEIVED_NS_AGO_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    ADMITTED_NS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_NS_FIELD_NUMBER: _builtins.int
+    ENDED_NS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    TRACE_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    tenant: _builtins.str
+    received_ns_ago: _builtins.int
+    running: _builtins.bool
+    """or it waits"""
+    left_out: _builtins.int
+    """events of the middle that were too many to keep"""
+    choices: _builtins.int
+    prompt_tokens: _builtins.int
+    cached_prompt_tokens: _builtins.int
+    output_tokens: _builtins.int
+    """of choices that have ended"""
+    preemptions: _builtins.int
+    admitted_ns: _builtins.int
+    first_token_ns: _builtins.int
+    ended_ns: _builtins.int
+    error: _builtins.str
+    """the kind of error that all of it failed with"""
+    trace_id: _builtins.str
+    """of the trace that its caller named; 32 hex digits"""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___TimelineEvent]:
+        """in order"""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        received_ns_ago: _builtins.int = ...,
+        running: _builtins.bool = ...,
+        events: _abc.Iterable[Global___TimelineEvent] | None = ...,
+        left_out: _builtins.int = ...,
+        choices: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_prompt_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
+        admitted_ns: _builtins.int = ...,
+        first_token_ns: _builtins.int = ...,
+        ended_ns: _builtins.int = ...,
+        error: _builtins.str = ...,
+        trace_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_ns", b"admitted_ns", "cached_prompt_tokens", b"cached_prompt_tokens", "choices", b"choices", "ended_ns", b"ended_ns", "error", b"error", "events", b"events", "first_token_ns", b"first_token_ns", "left_out", b"left_out", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "received_ns_ago", b"received_ns_ago", "request_id", b"request_id", "running", b"running", "tenant", b"tenant", "trace_id", b"trace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class TimelineEvent(_message.Message):
+    """One thing that happened. What kind it is says which fields mean what; the others are empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_NS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    EXECUTOR_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    at_ns: _builtins.int
+    """since the request was received"""
+    kind: Global___TimelineEventKind.ValueType
+    choice: _builtins.int
+    executor: _builtins.str
+    why: _builtins.str
+    step: _builtins.int
+    """of that executor's session"""
+    position: _builtins.int
+    tokens: _builtins.int
+    number: _builtins.int
+    def __init__(
+        self,
+        *,
+        at_ns: _builtins.int = ...,
+        kind: Global___TimelineEventKind.ValueType = ...,
+        choice: _builtins.int = ...,
+        executor: _builtins.str = ...,
+        why: _builtins.str = ...,
+        step: _builtins.int = ...,
+        position: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_ns", b"at_ns", "choice", b"choice", "executor", b"executor", "kind", b"kind", "number", b"number", "position", b"position", "step", b"step", "tokens", b"tokens", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TimelineEvent: _TypeAlias = TimelineEvent  # noqa: Y015
 
 @_typing.final
 class WatchStateRequest(_message.Message):

@@ -44,6 +44,11 @@ class MonitoringServiceStub:
                 request_serializer=protos_dot_monitoring__pb2.WatchStateRequest.SerializeToString,
                 response_deserializer=protos_dot_monitoring__pb2.WatchStateResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/pagewire.v1.MonitoringService/Explain',
+                request_serializer=protos_dot_monitoring__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=protos_dot_monitoring__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class MonitoringServiceServicer:
@@ -63,6 +68,13 @@ class MonitoringServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """What happened to one request, that runs or is remembered. NOT_FOUND: none of that id is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MonitoringServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +87,11 @@ def add_MonitoringServiceServicer_to_server(servicer, server):
                     servicer.WatchState,
                     request_deserializer=protos_dot_monitoring__pb2.WatchStateRequest.FromString,
                     response_serializer=protos_dot_monitoring__pb2.WatchStateResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=protos_dot_monitoring__pb2.ExplainRequest.FromString,
+                    response_serializer=protos_dot_monitoring__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +148,33 @@ class MonitoringService:
             '/pagewire.v1.MonitoringService/WatchState',
             protos_dot_monitoring__pb2.WatchStateRequest.SerializeToString,
             protos_dot_monitoring__pb2.WatchStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewire.v1.MonitoringService/Explain',
+            protos_dot_monitoring__pb2.ExplainRequest.SerializeToString,
+            protos_dot_monitoring__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,8 @@ class MonitoringServiceStub:
     """What happens now, whole in every message: the first at once, the others an interval apart. Ends with its caller, or
     with the scheduler. RESOURCE_EXHAUSTED where as many watch already as may. No word of a prompt or an answer is in it.
     """
+    Explain: _grpc.UnaryUnaryMultiCallable[_monitoring_pb2.ExplainRequest, _monitoring_pb2.ExplainResponse]
+    """What happened to one request, that runs or is remembered. NOT_FOUND: none of that id is."""
 
 @_typing.type_check_only
 class MonitoringServiceAsyncStub(MonitoringServiceStub):
@@ -49,6 +51,8 @@ class MonitoringServiceAsyncStub(MonitoringServiceStub):
     """What happens now, whole in every message: the first at once, the others an interval apart. Ends with its caller, or
     with the scheduler. RESOURCE_EXHAUSTED where as many watch already as may. No word of a prompt or an answer is in it.
     """
+    Explain: _aio.UnaryUnaryMultiCallable[_monitoring_pb2.ExplainRequest, _monitoring_pb2.ExplainResponse]  # type: ignore[assignment]
+    """What happened to one request, that runs or is remembered. NOT_FOUND: none of that id is."""
 
 class MonitoringServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -67,5 +71,13 @@ class MonitoringServiceServicer(metaclass=_abc_1.ABCMeta):
         """What happens now, whole in every message: the first at once, the others an interval apart. Ends with its caller, or
         with the scheduler. RESOURCE_EXHAUSTED where as many watch already as may. No word of a prompt or an answer is in it.
         """
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _monitoring_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_monitoring_pb2.ExplainResponse, _abc.Awaitable[_monitoring_pb2.ExplainResponse]]:
+        """What happened to one request, that runs or is remembered. NOT_FOUND: none of that id is."""
 
 def add_MonitoringServiceServicer_to_server(servicer: MonitoringServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

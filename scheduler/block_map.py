@@ -35,7 +35,8 @@ def block_map(pool: BlockPool, cache: PrefixCache, max_cells: int) -> BlockMap:
     every = -(-pool.num_blocks // max_cells) or 1
     shared = BlockState.SHARED.value
     cells = bytearray([shared if count > 1 else count for count in pool.ref_counts(every)])
+    remembered = cache.blocks  # not asked by a method: there are thousands of cells
     for i, cell in enumerate(cells):
-        if not cell and BlockId(i * every) in cache:
+        if not cell and i * every in remembered:
             cells[i] = BlockState.PINNED if pool.is_kept(BlockId(i * every)) else BlockState.CACHED
     return BlockMap(bytes(cells), every)

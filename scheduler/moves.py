@@ -15,6 +15,7 @@ from scheduler.beams import BeamGroup
 from scheduler.counters import Counters
 from scheduler.line import Line
 from scheduler.prefix_cache import Match
+from scheduler.recorder import Recorder
 from scheduler.replays import Replays
 from scheduler.sequence import Sequence, Status
 from scheduler.session import Session
@@ -26,11 +27,21 @@ from scheduler.suspicion import Suspects
 class Moves:
     """Into an executor, back into the line, and out."""
 
-    def __init__(self, line: Line, suspects: Suspects, replays: Replays, counters: Counters, *, eos: Set[int]) -> None:
+    def __init__(
+        self,
+        line: Line,
+        suspects: Suspects,
+        replays: Replays,
+        counters: Counters,
+        recorder: Recorder,
+        *,
+        eos: Set[int],
+    ) -> None:
         self._line = line
         self._suspects = suspects
         self._replays = replays
         self._counters = counters
+        self._recorder = recorder
         self._eos = eos
 
     def admit(self, sequence: Sequence, session: Session, match: Match, draft: Draft, now_ns: int) -> None:
@@ -39,6 +50,7 @@ class Moves:
         sequence.become(Status.RUNNING)
         sequence.attempt += 1
         sequence.placed(session.facts.determinism)
+        self._recorder.admitted(sequence, session, match.num_tokens, draft.step)
         if not sequence.admitted_ns:
             sequence.admitted_ns = now_ns
             num_cached = min(match.num_tokens, sequence.num_prompt)
@@ -103,9 +115,10 @@ class Moves:
                 beam.session.release(beam, forget=forget)
             self._forget(beam, FinishReason.ABORTED)
 
-    def preempt(self, session: Session, sequence: Sequence) -> None:
+    def preempt(self, session: Session, sequence: Sequence, why: str = "memory") -> None:
         """Its blocks go to others. It computes its tokens again when there is room; none is lost."""
         failpoints.hit("on_preempt")
+        self._recorder.preempted(sequence, session, why)
         self.set_aside(session, sequence)
         sequence.preemptions += 1
         self._counters.preemptions += 1
@@ -153,6 +166,7 @@ class Moves:
         if group is not None and not group.open_answers:
             self.end_beams(group, forget=forget)
         self._counters.finished[reason] = self._counters.finished.get(reason, 0) + 1
+        self._recorder.finished(sequence, reason)
 
     def _forget(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.become(Status.FINISHED)

@@ -16,6 +16,7 @@ from scheduler.line import Line
 from scheduler.moves import Moves, rank
 from scheduler.placement import Placement, fork_match, fork_parent
 from scheduler.prefix_cache import Match
+from scheduler.recorder import Recorder
 from scheduler.replays import Replays
 from scheduler.sequence import Request, Sequence
 from scheduler.session import Session
@@ -39,6 +40,7 @@ class Planner:
         suspects: Suspects,
         replays: Replays,
         counters: Counters,
+        recorder: Recorder,
         *,
         token_budget: int,
         patience_ns: int,
@@ -50,6 +52,7 @@ class Planner:
         self._suspects = suspects
         self._replays = replays
         self._counters = counters
+        self._recorder = recorder
         self._token_budget = token_budget
 
     def plan(self, session: Session, now_ns: int) -> StepPlan | None:
@@ -78,6 +81,7 @@ class Planner:
             )
             return None
         self._counters.steps += 1
+        self._recorder.planned(draft)
         return session.send(draft, now_ns)
 
     def _plan_trial(self, session: Session, trial: Request, now_ns: int) -> StepPlan | None:
@@ -99,6 +103,7 @@ class Planner:
         if not draft.rows:
             return None
         self._counters.steps += 1
+        self._recorder.planned(draft)
         return session.send(draft, now_ns)
 
     def _make_way(self, session: Session, sequence: Sequence, trial: Request) -> Match | None:
@@ -110,7 +115,7 @@ class Planner:
             paused = [other for other in session.running if not is_on_trial(other, trial)]
             if not paused:
                 return None
-            self._moves.preempt(session, paused[-1])
+            self._moves.preempt(session, paused[-1], "trial")
 
     def _grant_running(self, session: Session, draft: Draft, trial: Request | None = None) -> None:
         """Rows for the running sequences; with a trial, for those on trial alone."""
@@ -227,7 +232,7 @@ class Planner:
             return None
         for sequence in reversed(session.running):
             if sequence.tenant and not self._line.owes(sequence.tenant):
-                self._moves.preempt(session, sequence)
+                self._moves.preempt(session, sequence, "tenant_share")
                 return owed
         return None
 
@@ -240,32 +245,42 @@ class Planner:
         # a slot that somebody gave up is for one alone: the rest of the line need not be looked at
         for sequence in self._line.walk(now_ns, passed_over) if only is None else (only,):
             if draft.budget == 0 or not session.has_slot:
+                self._recorder.waits(sequence, "token_budget" if session.has_slot else "no_slot")
                 return
             if 0 < sequence.deadline_ns <= now_ns:
+                self._recorder.waits(sequence, "deadline")
                 continue  # nobody waits for its answer
             if (quarantined or sequence.avoid) and not self._placement.may_come(
                 sequence, session, now_ns, quarantined=quarantined
             ):
+                self._recorder.waits(sequence, "quarantine")
                 continue
             if self._suspects and runs_alone(sequence.request):
+                self._recorder.waits(sequence, "runs_alone")
                 continue  # it is tried when an executor can be its own
             if self._replays and not draft.replay_budget and sequence in self._replays:
+                self._recorder.waits(sequence, "replays")
                 continue  # the replays before it have their share
             parent = fork_parent(sequence, now_ns)
             if parent is not None:
                 match = fork_match(session, parent)
                 if match is None:
+                    self._recorder.waits(sequence, "siblings")
                     continue  # its turn comes when the prompt is computed
             elif not session.could_hold(sequence):
+                self._recorder.waits(sequence, "too_large")
                 continue
             else:
                 match = session.match(sequence)
                 if not self._placement.belongs_here(sequence, session, match, now_ns):
+                    self._recorder.waits(sequence, "better_elsewhere")
                     continue
             if not (session.leaves_reserve(sequence, match) or self._line.owes(sequence.tenant)):
                 passed_over.update(t for t in session.tenants_of_much() if not self._line.owes(t))
+                self._recorder.waits(sequence, "reserve")
                 continue  # what is left is for the others
             if session.num_free_slots < sequence.num_slots or not session.can_admit(sequence, match):
                 session.full = True
+                self._recorder.waits(sequence, "memory" if session.num_free_slots >= sequence.num_slots else "no_slot")
                 return  # nobody overtakes: small requests must not starve a large one
             self._moves.admit(sequence, session, match, draft, now_ns)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import islice
 from types import MappingProxyType
 from typing import NamedTuple, NewType, Protocol
@@ -86,6 +86,11 @@ class PrefixCache:
 
     def __len__(self) -> int:
         return len(self._entry_of)
+
+    @property
+    def blocks(self) -> Set[BlockId]:
+        """Whose content is remembered, as it is at any time."""
+        return self._entry_of.keys()
 
     def find(self, key: BlockKey) -> BlockId | None:
         """The block with this key, if its content is still there."""

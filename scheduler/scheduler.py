@@ -29,6 +29,7 @@ from scheduler.moves import Moves
 from scheduler.pins import Pin, PinLimits, Pins
 from scheduler.planning import Planner
 from scheduler.prefix_cache import BlockKey, CachedBlock, CacheWatcher, KeyChain
+from scheduler.recorder import Recorder
 from scheduler.replays import Replays
 from scheduler.reputation import Patience, Reputations
 from scheduler.results import ProtocolError, read_drafts, read_ranked, read_result, read_scores
@@ -37,6 +38,7 @@ from scheduler.session import Session
 from scheduler.steps import Outstanding, Row
 from scheduler.stopping import finish_reason, stop_tokens
 from scheduler.suspicion import End, Suspects, blamed, runs_alone
+from scheduler.timeline import Timeline, Wait
 
 
 class TokenOutput(NamedTuple):
@@ -105,7 +107,8 @@ class Scheduler:
         self.counters = Counters()
         # the latest, for who looks on: (when it was, nanoseconds since the arrival)
         self.first_tokens: deque[tuple[int, int]] = deque(maxlen=_FIRST_TOKENS)
-        self._moves = Moves(self._line, self._suspects, self._replays, self.counters, eos=self._eos)
+        self._recorder = Recorder()
+        self._moves = Moves(self._line, self._suspects, self._replays, self.counters, self._recorder, eos=self._eos)
         self._planner = Planner(
             self._sessions,
             self._line,
@@ -113,6 +116,7 @@ class Scheduler:
             self._suspects,
             self._replays,
             self.counters,
+            self._recorder,
             token_budget=limits.token_budget,
             patience_ns=limits.patience_ns,
         )
@@ -185,6 +189,7 @@ class Scheduler:
         follow: TextFollower | None = None,
         max_drafts: int | None = None,
         resumed: bool | None = None,
+        timeline: Timeline | None = None,
     ) -> list[Sequence]:
         """Queue one request: `choices` sequences that share the prompt.
 
@@ -197,11 +202,12 @@ class Scheduler:
         `expected_output`: tokens that each is expected to generate; max_tokens unless told. From `deadline_ns` on, if
         that is not 0, it is not begun: whoever set the deadline then finishes it. `follow`: where the text of a beam
         search ends, besides its tokens; it stands behind the prompt. `max_drafts`: that one row may carry; as many as
-        pay unless told.
+        pay unless told. `timeline` hears what happens to the request.
 
         Raises InvalidRequest when it could never run: the prompt, or prompt and max_tokens together, are longer than
         the largest joined executor can hold.
         """
+        self._recorder.now_ns = now_ns
         limit = self.max_length
         if limit is not None:
             if len(prompt) >= limit:
@@ -214,7 +220,7 @@ class Scheduler:
         resumed = any_begun(begun) if resumed is None else resumed
         domain = self._root(tenant, "")[:_DOMAIN_BYTES] if sampling.grammar is not None else b""
         num_choices = choices if begun is None else len(begun)
-        request = Request(id=SequenceId(self._next_id), num_choices=num_choices, resumed=resumed)
+        request = Request(id=SequenceId(self._next_id), num_choices=num_choices, resumed=resumed, timeline=timeline)
         made: list[Sequence] = []
         output = stop.max_tokens if expected_output is None else min(expected_output, stop.max_tokens)
         for choice in range(choices) if begun is None else begun:
@@ -256,6 +262,10 @@ class Scheduler:
             made.append(sequence)
         waiting = made if sampling.beams is None else self._add_beams(sampling.beams, made, follow)
         self._sequences.update((sequence.id, sequence) for sequence in made)
+        if timeline is not None:
+            why, num_before = self._why_it_waits(made[0])
+            num_resumed = sum(len(each.tokens) for each in begun.values()) if begun else 0
+            self._recorder.received(made, num_resumed=num_resumed, why=why, num_before=num_before)
         self._line.add(waiting)
         self.counters.prompt_tokens += len(prompt) * len(made)
         return made
@@ -290,8 +300,22 @@ class Scheduler:
             group.texts[root] = follow
         return [root]
 
-    def finish(self, id: SequenceId, reason: FinishReason = FinishReason.ABORTED) -> None:
-        """End a sequence now: its caller left, its deadline passed, or a stop string matched. Twice is harmless."""
+    def _why_it_waits(self, sequence: Sequence) -> tuple[Wait | None, int]:
+        """For what a sequence waits that is about to join the line, and how many are in it; None: for the next step."""
+        if self.max_length is None:
+            return "no_executor", 0
+        if not self.fits_somewhere(sequence):
+            return "too_large", 0
+        if len(self._line):
+            return "behind_others", len(self._line)
+        return (None if any(s.has_slot for s in self._sessions.values()) else "no_slot"), 0
+
+    def finish(self, id: SequenceId, reason: FinishReason = FinishReason.ABORTED, now_ns: int = 0) -> None:
+        """End a sequence now: its caller left, its deadline passed, or a stop string matched. Twice is harmless.
+
+        `now_ns` is for its timeline; 0 is the time of the last call that had one.
+        """
+        self._recorder.now_ns = max(self._recorder.now_ns, now_ns)
         sequence = self._sequences.get(id)
         if sequence is not None:
             self._end(sequence, reason)
@@ -406,6 +430,7 @@ class Scheduler:
         `step` is the one it was in by its own word, or had not passed. `culprit` is the sequence of a wrong row: a
         second one in the same place ends that choice, so that it cannot cost one session after the other.
         """
+        self._recorder.now_ns = now_ns
         session = self._sessions.pop(session_id, None)
         losses = Losses([], [])
         if session is None:
@@ -414,6 +439,7 @@ class Scheduler:
         session.outstanding.clear()  # nothing in flight will ever be answered
         for sequence in list(session.running):
             if sequence.session is session:  # else it went with others of its group
+                self._recorder.moved(sequence, session, end)
                 self._moves.displace(session, sequence)
                 self.counters.moved += 1
         session.cache.lost()
@@ -455,6 +481,7 @@ class Scheduler:
     def schedule(self, session_id: int, now_ns: int) -> StepPlan | None:
         """The next step of an executor, or None when there is nothing to do or no credit."""
         session = self._sessions[session_id]
+        self._recorder.now_ns = now_ns
         if session.silent or not session.has_credit:
             return None
         if self._pins:
@@ -468,6 +495,7 @@ class Scheduler:
         nothing committed, when the executor answers another step than the oldest, a row that was not asked for, an
         index that is not the next one, or leaves a row out: the caller then loses the session.
         """
+        self._recorder.now_ns = now_ns
         session = self._sessions.get(session_id)
         if session is None:
             self.fenced(len(result.refs))
@@ -520,6 +548,7 @@ class Scheduler:
         if not sequence.first_token_ns:
             sequence.first_token_ns = now_ns
             self.first_tokens.append((now_ns, now_ns - sequence.arrived_ns))
+            self._recorder.first_token(sequence)
         sequence.last_token_ns = now_ns
         reason = finish_reason(token, len(tokens) - sequence.num_prompt, sequence.stop, self._eos)
         if reason:
@@ -534,7 +563,11 @@ class Scheduler:
         if group is None or beam.session is None:  # set aside by another row of this result
             return []
         group.ranked[beam] = ranked
-        if not group.is_ranked or group.grow(self._moves, now_ns):
+        if not group.is_ranked:
+            return []
+        if not group.num_generated:
+            self._recorder.first_token(group.answers[0])
+        if group.grow(self._moves, now_ns):
             return []
         return [output for answer in group.open_answers for output in self._tell_answer(answer, group, now_ns)]
 
@@ -589,6 +622,7 @@ class Scheduler:
             each.avoid = name
             each.attempt += 1
         if sequence.session is not None:
+            self._recorder.moved(sequence, sequence.session)
             self._moves.displace(sequence.session, sequence, forget=True)
         if sequence.sampling.grammar is None:  # else it may be the grammar, and nothing is said against the executor
             self.counters.quarantines += session.reputation.sent_unusable(request, now_ns, patience)
@@ -607,6 +641,7 @@ class Scheduler:
             if sequence.ref == ref and sequence.session is session:
                 sequence.num_computed -= 1
                 sequence.put_off_at = len(sequence.tokens)
+                self._recorder.put_off(sequence)
         session.fall_behind(unready, flight)
 
     def _sequences_of(self, request: Request) -> list[Sequence]:
@@ -618,6 +653,7 @@ class Scheduler:
         """It runs alone from now on: take it out of every crowd. Its blocks are kept as long as nobody needs them."""
         for sequence in self._sequences_of(request) if request.beams is None else [request.beams.leader]:
             if sequence.session is not None:
+                self._recorder.suspected(sequence, sequence.session)
                 self._moves.set_aside(sequence.session, sequence)
 
     def check(self) -> None:

@@ -15,6 +15,7 @@ from common.types import BlockId, FinishReason, Priority, SequenceId, SlotRef
 from scheduler.account import Account
 from scheduler.prefix_cache import BlockKey
 from scheduler.speculation import Acceptance
+from scheduler.timeline import Timeline
 
 if TYPE_CHECKING:
     from scheduler.beams import BeamGroup
@@ -57,6 +58,7 @@ class Request:
     num_cached_prompt: int | None = None  # prompt tokens that the first of them to be admitted found in a prefix cache
     resumed: bool = False  # another scheduler made the first tokens of it
     beams: BeamGroup | None = None  # its choices are the answers of a beam search
+    timeline: Timeline | None = None  # hears what happens to it
     # scheduler/suspicion.py
     deaths: set[int] = field(default_factory=set[int])  # sessions that died with it since it was last trusted
     # those of its sequences that were there -> tokens that must be computed before that one is trusted again

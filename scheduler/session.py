@@ -405,6 +405,8 @@ class Session:
         samples = stop == num_known and sequence.beams is None
         draft.rows[sequence.ref] = Row(sequence, sequence.attempt, num_tokens, samples, stop)
         draft.num_scheduled.append(num_tokens)
+        if num_tokens > 1 or not (samples or sequence.beams is not None):
+            draft.chunks[sequence.ref] = None
         draft.budget -= num_tokens
         if stop // self.block_size > sequence.num_remembered:
             self.remember(sequence, stop, draft.step)
@@ -436,6 +438,7 @@ class Session:
                 stop=stop,
             )
             draft.num_scheduled[list(draft.rows).index(sequence.ref)] += tokens
+            draft.chunks[sequence.ref] = None
             draft.budget -= tokens
             self.remember(sequence, stop, draft.step)
         return tokens

@@ -65,6 +65,7 @@ class Draft:
     copies: list[tuple[BlockId, BlockId]] = field(default_factory=list[tuple[BlockId, BlockId]])
     told_refs: list[SlotRef] = field(default_factory=list[SlotRef])
     told_tokens: list[int] = field(default_factory=list[int])
+    chunks: dict[SlotRef, None] = field(default_factory=dict[SlotRef, None])  # rows that are no step of decoding
 
     def plan(self, released: Seq[SlotRef]) -> StepPlan:
         """The plan as it goes out; the sequences of `released` are told to have left."""
@@ -94,6 +95,7 @@ class Draft:
 def _told_whole(new: Admission) -> NewSequence:
     """All that the executor must know of the sequence; its table as it is when the plan is complete."""
     sequence = new.sequence
+    timeline = sequence.request.timeline
     return NewSequence(
         ref=sequence.ref,
         attempt=sequence.attempt,
@@ -108,4 +110,5 @@ def _told_whole(new: Admission) -> NewSequence:
         min_tokens=sequence.stop.min_tokens,
         domain=sequence.domain,
         num_candidates=sequence.beams.search.num_kept if sequence.beams is not None else 0,
+        trace=timeline.trace if timeline is not None and timeline.is_recorded else "",
     )

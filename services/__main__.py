@@ -95,10 +95,10 @@ def _scheduler(parsed: argparse.Namespace) -> int:
     from services import scheduler_process
     from services.model_store import resolve
 
-    _configure_log("scheduler", parsed)
+    logs = _configure_log("scheduler", parsed)
     _follow_parent(parsed)
     config = from_flags(SchedulerConfig, parsed)
-    _run(scheduler_process.run(config, resolve(config.model), parsed.ready_fd))
+    _run(scheduler_process.run(config, resolve(config.model), parsed.ready_fd, otlp_endpoint=logs.otlp_endpoint))
     return 0
 
 
@@ -106,11 +106,18 @@ def _executor(parsed: argparse.Namespace) -> int:
     from services import executor_process
     from services.model_store import resolve
 
-    _configure_log(parsed.name or "executor", parsed)
+    logs = _configure_log(parsed.name or "executor", parsed)
     _follow_parent(parsed)
     config = _executor_config(parsed)
     draft_model = resolve(config.draft_model) if config.speculate == "draft" and config.draft_model else None
-    _run(executor_process.run(config, resolve(config.model), parsed.ready_fd, draft_model=draft_model))
+    started = executor_process.run(
+        config,
+        resolve(config.model),
+        parsed.ready_fd,
+        draft_model=draft_model,
+        otlp_endpoint=logs.otlp_endpoint,
+    )
+    _run(started)
     return 0
 
 
@@ -118,12 +125,20 @@ def _gateway(parsed: argparse.Namespace) -> int:
     from services.gateway import process
     from services.tls import channel_files
 
-    _configure_log("gateway", parsed)
+    logs = _configure_log("gateway", parsed)
     _follow_parent(parsed)
     files = channel_files(parsed.client_cert, parsed.client_key, parsed.tls_ca, flags="--client", ca_flag="--tls-ca")
     addresses = [part.strip() for part in parsed.address.split(",")]
     config = from_flags(GatewayConfig, parsed)
-    _run(process.run(config, addresses, files, insecure=parsed.insecure, ready_fd=parsed.ready_fd))
+    started = process.run(
+        config,
+        addresses,
+        files,
+        insecure=parsed.insecure,
+        ready_fd=parsed.ready_fd,
+        otlp_endpoint=logs.otlp_endpoint,
+    )
+    _run(started)
     return 0
 
 
@@ -176,6 +191,15 @@ def _top(parsed: argparse.Namespace) -> int:
     if not 0.1 <= parsed.interval_s <= 10:  # what the scheduler allows
         raise PagewireError(f"--interval-s: must be in [0.1, 10], got {parsed.interval_s:g}")
     _run(top.top(find_admin(parsed.address), interval_ms=round(1000 * parsed.interval_s), most=parsed.pictures))
+    return 0
+
+
+def _explain(parsed: argparse.Namespace) -> int:
+    from services import client
+    from services.admin import find_admin
+    from services.explain import lines
+
+    print("\n".join(lines(_run(client.explain(find_admin(parsed.address), parsed.request_id, parsed.tenant)))))
     return 0
 
 
@@ -324,6 +348,10 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--pictures", type=at_least_one, default=0, help="end after so many (default: 0, when q is pressed)"
     )
+    explain = _add(commands, "explain", _explain, "what happened to one request: its timeline")
+    explain.add_argument("address", metavar="HOST:PORT", help="as for status")
+    explain.add_argument("request_id", metavar="REQUEST_ID", help="as its caller chose it, or was told")
+    explain.add_argument("--tenant", default=None, help="of this tenant alone (default: the last of any)")
 
     pull = _add(commands, "pull", _pull, "fetch a model, convert it once, print its folder")
     pull.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="smollm2, a .gguf file or a repository id")

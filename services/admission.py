@@ -224,4 +224,4 @@ class Admission:
 
     def _refuse(self, limit: Refusal, problem: str, retry_after_s: float) -> NoReturn:
         self.refusals[limit] += 1
-        raise Overloaded(problem, min(max(retry_after_s, _SOONEST_S), _LATEST_S) * self._jitter())
+        raise Overloaded(problem, min(max(retry_after_s, _SOONEST_S), _LATEST_S) * self._jitter(), limit)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Final
 
 from common import failpoints
 from common.cache_control import CacheControl
-from common.errors import AlreadyRunning, InvalidRequest, UnknownModel
+from common.errors import AlreadyRunning, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, UnknownModel
 from common.model_folder import ModelFolder
 from common.sampling import StopConditions, check_choosable
 from common.types import FinishReason
 from scheduler.sequence import Begun
 from scheduler.stopping import finish_reason
+from scheduler.timeline import Timeline
 from services.admission import Ask
 from services.answer import Answer, Choice, PinnedPrefix
 from services.bad_words import token_sequences
@@ -155,7 +157,8 @@ class Answerer:
             deadline_ns=self._engine.deadline_after(time_left_s),
             resumed=size.resumed,
         )
-        self._engine.check_room(ask)
+        with self._refusals(size.request_id, tenant):
+            self._engine.check_room(ask)
 
     async def start(self, spec: GenerateSpec, caller: Caller, *, time_left_s: float | None = None) -> Answer:
         """Queue the request; a resumable one that runs already is taken over, from its beginning.
@@ -163,6 +166,7 @@ class Answerer:
         Raises every PagewireError that a request can meet before its first token. `check_room` tells sooner of some.
         """
         tenant, deadline_ns = caller.tenant, self._engine.deadline_after(time_left_s)
+        timeline = self._timeline(spec, tenant)
         spec, prompt, scope = await self._understand(spec, tenant)
         live = self._live_of(spec, tenant, scope)
         if live is None and spec.sampling.grammar is not None:  # what runs was checked when it began
@@ -173,7 +177,7 @@ class Answerer:
             if live.holds(dict.fromkeys(choices, ())):
                 return self._attach(spec, prompt, choices, live, deadline_ns, scope=scope)
             self._live.end(live)
-        stream = self._submit(spec, prompt, caller, deadline_ns)
+        stream = self._submit(spec, prompt, caller, deadline_ns, timeline)
         choices = {n: self._choice(spec, prompt, scope, n) for n in range(spec.num_made)}
         live = self._live.add(tenant, spec.request_id, scope, stream) if spec.resumable else None
         return self._answer(spec, prompt, choices, stream, live, scope=scope)
@@ -188,6 +192,7 @@ class Answerer:
         Raises what `start` raises, TicketRefused or TicketStale, and RequestFailed when it was given up meanwhile.
         """
         tenant, deadline_ns = caller.tenant, self._engine.deadline_after(time_left_s)
+        timeline = self._timeline(spec, tenant)
         spec, prompt, scope = await self._understand(spec, tenant)
         failpoints.hit("on_resume_verify")
         choices: dict[int, Choice] = {}
@@ -211,7 +216,8 @@ class Answerer:
             self._live.end(live)  # what it made, the caller does not have: two answers must not go on side by side
         stream = None
         if begun:
-            stream = self._submit(spec, prompt, caller, deadline_ns, begun, resumed=any(map(len, told.values())))
+            resumes = any(map(len, told.values()))
+            stream = self._submit(spec, prompt, caller, deadline_ns, timeline, begun, resumed=resumes)
         live = self._live.add(tenant, spec.request_id, scope, stream) if spec.resumable and stream else None
         return self._answer(spec, prompt, choices, stream, live, resumed=resumed, told=told, scope=scope)
 
@@ -233,6 +239,7 @@ class Answerer:
         prompt: list[int],
         caller: Caller,
         deadline_ns: int,
+        timeline: Timeline,
         begun: Mapping[int, Begun] | None = None,
         *,
         resumed: bool = False,
@@ -240,21 +247,36 @@ class Answerer:
         sampling = spec.sampling
         if spec.best_of and sampling.logprobs is None:
             sampling = replace(sampling, logprobs=0)  # of the chosen tokens alone
-        return self._engine.submit(
-            prompt,
-            sampling,
-            _stop(spec),
-            choices=spec.num_made,
-            begun=begun,
-            tenant=caller.tenant,
-            weight=caller.weight,
-            priority=spec.priority,
-            deadline_ns=deadline_ns,
-            cache=spec.cache or CacheControl(),
-            follow=StopFollower(self._text(spec, prompt)) if spec.sampling.beams and spec.stop_strings else None,
-            max_drafts=spec.max_drafts,
-            resumed=resumed,
-        )
+        with self._refusals(spec.request_id, caller.tenant):
+            return self._engine.submit(
+                prompt,
+                sampling,
+                _stop(spec),
+                choices=spec.num_made,
+                begun=begun,
+                tenant=caller.tenant,
+                weight=caller.weight,
+                priority=spec.priority,
+                deadline_ns=deadline_ns,
+                cache=spec.cache or CacheControl(),
+                follow=StopFollower(self._text(spec, prompt)) if spec.sampling.beams and spec.stop_strings else None,
+                max_drafts=spec.max_drafts,
+                resumed=resumed,
+                timeline=timeline,
+            )
+
+    def _timeline(self, spec: GenerateSpec, tenant: str) -> Timeline:
+        """Of a request that arrives now."""
+        return self._engine.timeline(spec.request_id, tenant=tenant, is_chat=isinstance(spec.input, Chat))
+
+    @contextmanager
+    def _refusals(self, request_id: str, tenant: str) -> Iterator[None]:
+        """What is refused meanwhile is remembered for who asks why."""
+        try:
+            yield
+        except (Overloaded, Unavailable, DeadlineExceeded) as error:
+            self._engine.refused(request_id, _limit_of(error), tenant)
+            raise
 
     async def _understand(self, spec: GenerateSpec, tenant: str) -> tuple[GenerateSpec, list[int], Scope]:
         """The request with its max_tokens, its prompt's tokens, and what its tickets are for."""
@@ -389,6 +411,13 @@ class Answerer:
 
     def _expiry_s(self) -> int:
         return self._tickets.expiry(self._clock_s())
+
+
+def _limit_of(refusal: Overloaded | Unavailable | DeadlineExceeded) -> str:
+    """The limit that a refused request met."""
+    if isinstance(refusal, Overloaded):
+        return refusal.limit
+    return "draining" if isinstance(refusal, Unavailable) else "deadline"
 
 
 def _stop(spec: GenerateSpec) -> StopConditions:

@@ -119,6 +119,19 @@ async def watch(admin: str, interval_ms: int) -> AsyncGenerator[monitoring_pb2.W
             raise _for_people(error, admin) from error
 
 
+async def explain(
+    admin: str, request_id: str, tenant: str | None = None, timeout_s: float = 5.0
+) -> monitoring_pb2.ExplainResponse:
+    """What happened to a request on the server with this admin socket. Raises UnknownRequest."""
+    async with aio.insecure_channel(admin, options=client_options()) as channel:
+        stub: monitoring_pb2_grpc.MonitoringServiceAsyncStub = monitoring_pb2_grpc.MonitoringServiceStub(channel)
+        request = monitoring_pb2.ExplainRequest(request_id=request_id, tenant=tenant)
+        try:
+            return await stub.Explain(request, timeout=timeout_s)
+        except aio.AioRpcError as error:
+            raise _for_people(error, admin) from error
+
+
 def _for_people(error: aio.AioRpcError, address: str) -> PagewireError:
     """The error in words, also where it is gRPC's own and not the server's."""
     details = error.details() or "no details"

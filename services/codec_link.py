@@ -281,6 +281,7 @@ def _new_to_pb(new: NewSequence) -> pb.NewSequence:
         min_tokens=new.min_tokens,
         domain=new.domain,
         num_candidates=new.num_candidates,
+        trace=new.trace,
     )
 
 
@@ -304,6 +305,7 @@ def _new_from_pb(message: pb.NewSequence, path: str) -> NewSequence:
         min_tokens=message.min_tokens,
         domain=message.domain,
         num_candidates=message.num_candidates,
+        trace=message.trace,
     )
 
 

@@ -39,8 +39,10 @@ from scheduler.scheduler import Scheduler, TokenOutput
 from scheduler.sequence import Begun, Request, any_begun
 from scheduler.sequence import Sequence as CoreSequence
 from scheduler.suspicion import GIVEN_UP_AT, End
+from scheduler.timeline import Kind, Timeline
 from services.admission import Admission, Ask
 from services.request_stream import RequestStream
+from services.timelines import Timelines
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ class Engine:
         scheduler: Scheduler,
         *,
         admission: Admission | None = None,
+        timelines: Timelines | None = None,
         executor_wait_s: float = 30.0,
         max_request_s: float = 3600.0,
         max_chunk_tokens: int = 256,
@@ -87,6 +90,7 @@ class Engine:
         self.last_result_ns = 0
         self._looked_ns = 0  # when the loop last asked the core for steps
         self.admission = admission or Admission()
+        self.timelines = Timelines() if timelines is None else timelines
         self._executor_wait_s = executor_wait_s
         self._max_request_s = max_request_s
         self._clock_ns = clock_ns
@@ -105,6 +109,14 @@ class Engine:
         """When a request that arrives now must have ended: within the time its caller has, and within ours."""
         left_s = self._max_request_s if time_left_s is None else min(time_left_s, self._max_request_s)
         return self._clock_ns() + int(left_s * 1e9)
+
+    def timeline(self, request_id: str, *, tenant: str = "", is_chat: bool = False) -> Timeline:
+        """For a request that arrives now: `submit` takes it."""
+        return self.timelines.make(request_id, self._clock_ns(), tenant=tenant, is_chat=is_chat)
+
+    def refused(self, request_id: str, limit: str, tenant: str) -> None:
+        """A request was refused now, for that."""
+        self.timelines.refused(request_id, limit, self._clock_ns(), tenant=tenant)
 
     def seconds_until(self, time_ns: int) -> float:
         """How far away that time is, on the engine's clock."""
@@ -130,6 +142,7 @@ class Engine:
         follow: TextFollower | None = None,
         resumed: bool | None = None,
         max_drafts: int | None = None,
+        timeline: Timeline | None = None,
     ) -> RequestStream:
         """Queue a request, or the rest of one: `begun` is what its choices have already.
 
@@ -170,8 +183,11 @@ class Engine:
             follow=follow,
             resumed=resumed,
             max_drafts=max_drafts,
+            timeline=timeline,
         )
         self.admission.take(ask, now)
+        if timeline is not None:
+            self.timelines.opened(timeline)
         stream = RequestStream(self, made, {s.choice: s.num_output for s in made})
         if pinned:
             until_ns = now + cache.pin_seconds * 1_000_000_000
@@ -191,6 +207,9 @@ class Engine:
         From now on the new reader's deadline is the request's.
         """
         sequences = [stream.sequences[choice] for choice in taken]
+        timeline = next(iter(stream.sequences.values())).request.timeline
+        if timeline is not None and not timeline.is_over:
+            timeline.add(Kind.ATTACHED, self._clock_ns(), num_tokens=sum(taken.values()))
         taker = RequestStream(self, sequences, taken)
         for choice, sequence in stream.sequences.items():
             if choice not in taken:  # its end is known to the reader; should it run on, it runs for nobody
@@ -223,7 +242,7 @@ class Engine:
 
     def finish(self, id: SequenceId, reason: FinishReason) -> None:
         """End a sequence early. Harmless when it has ended."""
-        self.scheduler.finish(id, reason)
+        self.scheduler.finish(id, reason, self._clock_ns())
         stream = self._streams.pop(id, None)
         if stream is not None:
             self._settle(stream.sequence(id))
@@ -480,6 +499,9 @@ class Engine:
             num_output=sequence.num_output,
             now_ns=self._clock_ns(),
         )
+        timeline = sequence.request.timeline
+        if timeline is not None and timeline.is_over:
+            self.timelines.ended(timeline)
 
     def _expire_at(self, stream: RequestStream, deadline_ns: int) -> None:
         if deadline_ns:
@@ -495,7 +517,12 @@ class Engine:
     def _give_up_request(self, request: Request) -> None:
         """Tell its reader, after the tokens that it has."""
         error_id = secrets.token_hex(8)
-        log.error("sequence %d is given up: %d executors died with it; %s", request.id, GIVEN_UP_AT, error_id)
+        about = {} if request.timeline is None else {"request_id": request.timeline.request_id}
+        log.error(
+            "sequence %d is given up: %d executors died with it; %s",
+            *(request.id, GIVEN_UP_AT, error_id),
+            extra={"fields": {"error_id": error_id, **about}},
+        )
         streams = {self._streams.get(SequenceId(request.id + i)): None for i in range(request.num_choices)}
         for stream in streams:
             if stream is not None:

@@ -17,12 +17,19 @@ from services import lifecycle, tls
 from services.cores import usable_cores
 from services.executor_service import ExecutorService
 from services.grpc_options import link_options
+from services.step_spans import StepSpans
+from services.tracing import open_tracer
 
 log = logging.getLogger(__name__)
 
 
 async def run(
-    config: ExecutorConfig, model_path: Path, ready_fd: int | None = None, *, draft_model: Path | None = None
+    config: ExecutorConfig,
+    model_path: Path,
+    ready_fd: int | None = None,
+    *,
+    draft_model: Path | None = None,
+    otlp_endpoint: str = "",
 ) -> None:
     """Serve until SIGTERM or SIGINT. Announces itself when the first scheduler has welcomed it.
 
@@ -35,6 +42,7 @@ async def run(
     )
     dial = tls.Dialer(config.scheduler, link_options(), files)
     model = read_model_folder(model_path)
+    tracer = open_tracer("executor", otlp_endpoint, model=model.name)
     name = config.name or f"{socket.gethostname()}-{os.getpid()}"
     announced = asyncio.Event()
     ready_file = lifecycle.ReadyFile(config.ready_file)
@@ -52,11 +60,14 @@ async def run(
         on_joined=on_joined,
         drain_s=config.drain_s,
         watchdog_s=config.watchdog_s,
+        spans=StepSpans(tracer) if tracer is not None else None,
     )
     try:
         has_ended = await service.run(stop)
     finally:
         ready_file.remove()
+    if tracer is not None:
+        tracer.close()
     log.info("stopped")
     if not has_ended:  # no interpreter ends well under a thread that is inside of torch
         logging.shutdown()

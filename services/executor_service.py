@@ -30,6 +30,7 @@ from services.boot_clock import boot_s
 from services.codec_link import WireError
 from services.compute import ComputeThread
 from services.grpc_options import link_options
+from services.step_spans import StepSpans
 from services.tls import Dialer
 from services.watchdog import Watchdog
 
@@ -53,7 +54,7 @@ class ExecutorService:
     """One executor process. `scheduler` is HOST:PORT or unix:PATH of the scheduler's link address.
 
     `dial` opens a channel to it. With `watchdog_s` the process ends itself when its compute thread stands still for so
-    long.
+    long. `spans` makes the spans of steps, where requests are traced.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ExecutorService:
         drain_s: float = 30.0,
         max_backoff_s: float = 1.0,
         watchdog_s: float = 0.0,
+        spans: StepSpans | None = None,
         clock: Callable[[], float] = boot_s,
     ) -> None:
         self._scheduler = scheduler
@@ -75,6 +77,7 @@ class ExecutorService:
         self._drain_s = drain_s
         self._max_backoff_s = max_backoff_s
         self._watchdog_s = watchdog_s
+        self._spans = spans
         self._incarnation = secrets.token_bytes(codec_link.INCARNATION_BYTES)
         self._epoch = 0  # the highest that was welcomed here: a scheduler with a lower one has been replaced
         self._epoch_began_s = 0.0  # when its scheduler began, by our clock, at the latest
@@ -178,6 +181,8 @@ class ExecutorService:
                 self._epoch, self._epoch_began_s = welcome.epoch, self._clock() - welcome.age_ms / 1000
                 self._session, self._number = welcome.session, next(self._numbers)
                 self._compute.begin_session(self._number)
+                if self._spans is not None:
+                    self._spans.began()
                 self._on_joined(facts)
                 log.info("joined %s as session %d", self._scheduler, self._session)
                 await self._exchange(call, welcome)
@@ -222,7 +227,10 @@ class ExecutorService:
             if message.WhichOneof("message") != "plan" or message.plan.session != session:
                 raise LinkLost(f"expected a plan of session {session}")
             failpoints.hit("after_plan_recv")
-            self._compute.execute(self._number, codec_link.plan_from_pb(message.plan))
+            plan = codec_link.plan_from_pb(message.plan)
+            if self._spans is not None:
+                self._spans.planned(plan)
+            self._compute.execute(self._number, plan)
 
     async def _send(self, call: Call) -> Never:
         while True:
@@ -278,6 +286,8 @@ class ExecutorService:
     def _note_result(self, number: int, result: StepResult) -> None:
         # of another session: the link it belongs to is gone, and so is its meaning
         if number == self._number and self._session is not None:
+            if self._spans is not None:
+                self._spans.answered(result)
             self._outbox.put_nowait(pb.LinkRequest(result=codec_link.result_to_pb(result, self._session)))
 
     def _note_failure(self, number: int, error: BaseException) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, aclosing, nullcontext
+from types import MappingProxyType
 from typing import Any, Final, Never, TypeVar
 
 import grpc
@@ -67,25 +68,36 @@ class Arrivals:
 
         Raises Unavailable when it does not come in time, and Overloaded when too many are waited for.
         """
-        limit = asyncio.timeout(self._limit_s)
+        limit = asyncio.timeout(None)
         try:
             async with limit:
-                self._waiting[limit] = None
-                self._make_room()
+                self.begin(limit)
                 data = await context.read()
         except TimeoutError:
-            if limit in self._waiting:
-                raise Unavailable(f"no message came within {self._limit_s:g} s") from None
-            raise Overloaded("too many calls wait for their message") from None
+            raise self.refusal(limit) from None
         finally:
-            self._waiting.pop(limit, None)
+            self.end(limit)
         return data if isinstance(data, bytes) else None
 
-    def _make_room(self) -> None:
+    def begin(self, limit: asyncio.Timeout) -> None:
+        """From now on what is done under this limit waits for a message."""
+        now = asyncio.get_running_loop().time()
+        self._waiting[limit] = None
+        limit.reschedule(now + self._limit_s)
         if len(self._waiting) > self._at_once:
             oldest = next(iter(self._waiting))
             del self._waiting[oldest]
-            oldest.reschedule(asyncio.get_running_loop().time())
+            oldest.reschedule(now)
+
+    def end(self, limit: asyncio.Timeout) -> None:
+        """It waits no more. One that never did is none of ours, and one that made room has ended."""
+        self._waiting.pop(limit, None)
+
+    def refusal(self, limit: asyncio.Timeout) -> PagewireError:
+        """Why its time is over; asked before `end`."""
+        if limit in self._waiting:
+            return Unavailable(f"no message came within {self._limit_s:g} s")
+        return Overloaded("too many calls wait for their message")
 
 
 def service_handler(
@@ -96,21 +108,27 @@ def service_handler(
     open_call: Frame = nullcontext,
     arrivals: Arrivals | None = None,
     write: Write | None = None,
+    others: Mapping[str, grpc.RpcMethodHandler[bytes, bytes]] = MappingProxyType({}),
 ) -> grpc.GenericRpcHandler:
     """All methods of `service`, which `file` describes, served by the methods of `implementation` with their names.
 
     A unary method is `async def Name(self, request, context) -> response`, a streaming one an async generator of
     responses. Either may raise a PagewireError; services/status.py says what the client sees. A method that streams
-    requests is not for this frame: build its handler with `answer`. Raises AttributeError for a method that
-    `implementation` lacks. `open_call` is entered for as long as a call is open, before its message is parsed: a call
-    that it refuses costs no more than that. `write` sends a message of a stream, and waits while its reader is slow.
+    requests is not for this frame: build its handler with `answer`, and give it among `others`, by its name. Raises
+    AttributeError for a method that `implementation` lacks. `open_call` is entered for as long as a call is open,
+    before its message is parsed: a call that it refuses costs no more than that. `write` sends a message of a stream,
+    and waits while its reader is slow.
     """
     package, _, name = service.rpartition(".")
     assert file.package == package, f"{service} is not in package {file.package}"
     methods = file.services_by_name[name].methods
     frame = _Frame(open_call, Arrivals() if arrivals is None else arrivals, write or plain_write)
     return grpc.method_handlers_generic_handler(
-        service, {method.name: frame.handler(method, getattr(implementation, method.name)) for method in methods}
+        service,
+        {
+            method.name: others.get(method.name) or frame.handler(method, getattr(implementation, method.name))
+            for method in methods
+        },
     )
 
 
@@ -157,15 +175,20 @@ async def _until_told(call: str, context: Context, work: Awaitable[_T]) -> _T:
     except PagewireError as error:
         await _abort(context, to_rpc_status(error))
     except Exception as error:  # noqa: BLE001  the edge: whatever it is, the client gets a status and no more
-        error_id = secrets.token_hex(8)
-        _log.error(
-            "%s failed with internal error %s\n%s",
-            call,
-            error_id,
-            "".join(without_texts(error)),
-            extra={"fields": {"error_id": error_id, "call": call}},
-        )
-        await _abort(context, internal_status(error_id))
+        await _abort(context, status_of_bug(call, error))
+
+
+def status_of_bug(call: str, error: Exception) -> RpcStatus:
+    """The status of a call that failed by a bug. The log says more, but no word of the caller's."""
+    error_id = secrets.token_hex(8)
+    _log.error(
+        "%s failed with internal error %s\n%s",
+        call,
+        error_id,
+        "".join(without_texts(error)),
+        extra={"fields": {"error_id": error_id, "call": call}},
+    )
+    return internal_status(error_id)
 
 
 def parse(message_class: type[_M], data: bytes) -> _M:

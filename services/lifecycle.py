@@ -36,6 +36,11 @@ def check_binds(config: SchedulerConfig) -> None:
     check_bind(config.listen, insecure=config.insecure, missing=[flag for flag, value in needed.items() if not value])
     if config.local_listen and not config.local_listen.startswith("unix:"):
         raise StartupError(f"--local-listen {config.local_listen}: give unix:PATH, which only this machine can reach")
+    if config.metrics_listen and not config.insecure and not is_local(config.metrics_listen):
+        raise StartupError(
+            f"--metrics-listen {config.metrics_listen} can be reached from other machines, and is not encrypted nor "
+            f"asks for keys. Bind 127.0.0.1, ask a gateway, or type --insecure if the network itself is trusted."
+        )
     needed = {f"--link-tls-{name}": getattr(config, f"link_tls_{name}") for name in ("cert", "key", "ca")}
     check_bind(
         config.link_listen, insecure=config.insecure, missing=[flag for flag, value in needed.items() if not value]

@@ -26,6 +26,8 @@ from services.boot_clock import boot_s
 from services.codec_link import WireError
 from services.engine import Engine
 from services.handlers import Context, answer, parse
+from services.step_spans import StepSpans
+from services.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ class ExecutorLinkService:
         lease_s: float = 5.0,
         step_timeout_s: float = 120.0,
         step_patience_s: float = 2.0,
+        tracer: Tracer | None = None,
         clock: Callable[[], float] = boot_s,
     ) -> None:
         self._engine = engine
@@ -95,6 +98,7 @@ class ExecutorLinkService:
         self._lease_s = lease_s
         self._step_timeout_s = step_timeout_s
         self._step_patience_s = step_patience_s
+        self._tracer = tracer
         self._sessions = itertools.count(1)
         self._live: dict[str, _Link] = {}  # by the executor's name
         self._cut: dict[bytes, int] = {}  # incarnations whose link broke, and the session that ended by it
@@ -205,7 +209,8 @@ class ExecutorLinkService:
         cut = self._cut.pop(incarnation, None)
         if cut is not None:
             self._engine.acquit(cut, facts.name)
-        link = self._live[facts.name] = _Link(session, facts.name, incarnation, context)
+        spans = StepSpans(self._tracer, link=facts.name) if self._tracer is not None else None
+        link = self._live[facts.name] = _Link(session, facts.name, incarnation, context, spans)
         return link
 
     def _exit(self, link: _Link, end: End, step: int) -> None:
@@ -287,9 +292,12 @@ class ExecutorLinkService:
                     self._engine.fenced(len(message.result.refs) // 4)
                     continue
                 try:
-                    self._engine.answered(session, codec_link.result_from_pb(message.result))
+                    result = codec_link.result_from_pb(message.result)
                 except WireError as error:
                     raise InvalidRequest(f"result.{error.field}", error.problem) from error
+                if link.spans is not None:
+                    link.spans.answered(result)
+                self._engine.answered(session, result)
             elif kind == "heartbeat" and message.heartbeat.session == session:
                 link.passed = max(link.passed, message.heartbeat.step)
                 pulse.beat(message.heartbeat, self._limit_s(session, message.heartbeat.step))
@@ -348,7 +356,9 @@ class ComputePulse:
 class _Link:
     """The engine's way to one executor. Plans queue here; the executor's credit bounds how many."""
 
-    def __init__(self, session: int, name: str, incarnation: bytes, context: Context) -> None:
+    def __init__(
+        self, session: int, name: str, incarnation: bytes, context: Context, spans: StepSpans | None = None
+    ) -> None:
         self.session = session
         self.name = name
         self.incarnation = incarnation
@@ -357,11 +367,14 @@ class _Link:
         self.is_silent = False
         self.passed = 0  # the executor had ended all steps before this, by its own word
         self.heard_s = time.monotonic()  # when the executor last said something
+        self.spans = spans
         self._context = context
         self.is_closed = False  # from this side
         self._queue: asyncio.Queue[StepPlan | object] = asyncio.Queue()
 
     def send(self, plan: StepPlan) -> None:
+        if self.spans is not None:
+            self.spans.planned(plan)
         self._queue.put_nowait(plan)
 
     def close(self, why: str) -> None:

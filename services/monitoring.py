@@ -9,24 +9,29 @@ from contextlib import aclosing
 from protos import inference_pb2
 from protos import monitoring_pb2 as pb
 from scheduler.session import Session
+from services import explain
 from services.engine import Engine
 from services.handlers import Context
+from services.latencies import Latencies
 from services.live_state import Camera, Watchers
 
 
 class Monitoring:
     """Counts the CPU time of this process from now on."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, latencies: Latencies | None = None) -> None:
+        """`latencies`: whoever makes the engine lets it feed them."""
         self._scheduler = engine.scheduler
         self._admission = engine.admission
+        self._timelines = engine.timelines
+        self._latencies = latencies or Latencies()
         self._began_ns = time.monotonic_ns()
         self._cpu_began_ns = time.process_time_ns()
-        self._watchers = Watchers(Camera(engine.scheduler, self._status))
+        self._watchers = Watchers(Camera(engine.scheduler, self.status))
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
         """All of it, as it is now."""
-        return self._status()
+        return self.status()
 
     async def WatchState(  # noqa: N802
         self, request: pb.WatchStateRequest, context: Context
@@ -36,7 +41,8 @@ class Monitoring:
             async for state in states:
                 yield state
 
-    def _status(self) -> pb.GetStatusResponse:
+    def status(self) -> pb.GetStatusResponse:
+        """What GetStatus tells."""
         counters = self._scheduler.counters
         cpu_ns = time.process_time_ns() - self._cpu_began_ns
         sessions = self._scheduler.sessions
@@ -72,9 +78,15 @@ class Monitoring:
                 drafted_tokens=counters.drafted_tokens,
                 accepted_tokens=counters.accepted_tokens,
                 speculating_rows=counters.speculating_rows,
+                latencies=self._latencies.to_pb(),
             ),
             executors=[_executor_status(session, now_ns) for session in sessions],
         )
+
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:  # noqa: N802
+        """What happened to one request. Raises UnknownRequest."""
+        tenant = request.tenant if request.HasField("tenant") else None
+        return explain.response_of(self._timelines.find(request.request_id, tenant), time.monotonic_ns())
 
     def _losses(self, now_ns: int) -> pb.ExecutorLosses:
         scheduler, counters = self._scheduler, self._scheduler.counters
@@ -148,4 +160,5 @@ def _executor_status(session: Session, now_ns: int) -> pb.ExecutorStatus:
         quarantined=session.is_quarantined(now_ns),
         held_back=now_ns < session.held_until_ns,
         num_pinned_blocks=session.pool.num_kept,
+        block_size=facts.block_size,
     )

@@ -88,6 +88,9 @@ class RequestStream:
     def fail(self, error: PagewireError) -> None:
         """The whole request ends with an error, once what is there was taken."""
         self._error = error
+        timeline = next(iter(self.sequences.values())).request.timeline
+        if timeline is not None and not self._superseded:
+            timeline.error = type(error).__name__
         self._call()
 
     def supersede(self, error: PagewireError) -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -27,7 +28,7 @@ from protos import inference_pb2, monitoring_pb2
 from scheduler.pins import PinLimits
 from scheduler.reputation import Patience
 from scheduler.scheduler import Scheduler, SchedulerLimits
-from services import health, lifecycle, ticket_keys, tls
+from services import health, lifecycle, request_log, ticket_keys, tls
 from services.admin import admin_address, bind_admin
 from services.admission import Admission, AdmissionLimits
 from services.answering import Answerer
@@ -39,30 +40,42 @@ from services.grammar_checker import GrammarChecker
 from services.grpc_options import link_options, server_options
 from services.handlers import Arrivals, service_handler
 from services.health import Health
+from services.latencies import Latencies
 from services.lifecycle import StartupError
 from services.link_service import ExecutorLinkService
 from services.live_requests import LiveRequests
+from services.metrics_server import MetricsServer
 from services.model_store import home
 from services.monitoring import Monitoring
+from services.prometheus import of_status
 from services.reflection import reflection_handler
 from services.scheduler_service import SchedulerService
 from services.slow_readers import SlowReaders
 from services.text import Tokenizer
 from services.tickets import TicketKey, Tickets
+from services.timelines import OnEnd, Timelines
 from services.tools.formats import FORMATS
+from services.traced_calls import TracedCalls
+from services.tracing import open_tracer
 
 if TYPE_CHECKING:
     from services.vllm_api.service import VllmEngine
+
+if TYPE_CHECKING:
+    from services.open_inference.stream import Streams
 
 log = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 MONITORING = monitoring_pb2.DESCRIPTOR.services_by_name["MonitoringService"].full_name
+OPEN_INFERENCE: Final = "inference.GRPCInferenceService"
 
 _LAST_WORDS_S: Final = 5.0  # for the ends of calls, which are many at once when a drain is over
 
 
-async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = None) -> None:
+async def run(
+    config: SchedulerConfig, model_path: Path, ready_fd: int | None = None, *, otlp_endpoint: str = ""
+) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests finish within the grace.
 
     Announces `{"listen": "HOST:PORT", "link": "…", "admin": "unix:…", "health": "…"}` once all servers accept. Raises
@@ -96,9 +109,20 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         tenants=gate.limits_of,
         default=_tenant_limits(config),
     )
+    latencies = Latencies()
+    tracer = open_tracer("scheduler", otlp_endpoint, model=model.name)
+    on_end: tuple[OnEnd, ...] = (request_log.tell, latencies.add)
+    if tracer is not None:
+        on_end = (*on_end, tracer.request_ended)
     engine = Engine(
         core,
         admission=admission,
+        timelines=Timelines(
+            max_requests=config.max_timelines,
+            max_events=config.max_timeline_events,
+            on_end=on_end,
+            records=tracer is not None,
+        ),
         executor_wait_s=config.executor_wait_s,
         max_request_s=config.max_request_s,
         max_chunk_tokens=config.max_chunk_tokens,
@@ -131,11 +155,12 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         lease_s=config.lease_s,
         step_timeout_s=config.step_timeout_s,
         step_patience_s=config.step_patience_s,
+        tracer=tracer,
     )
 
     handshake_ms = round(1000 * config.handshake_s)
     clients = aio.server(
-        interceptors=(gate,),
+        interceptors=(gate, TracedCalls(tracer, SERVICE)),
         options=server_options(
             max_streams=config.max_streams,
             max_message_bytes=config.max_message_bytes,
@@ -159,6 +184,22 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
                 ),
             )
         )
+    streams: Streams | None = None
+    if config.open_inference:
+        from services.open_inference.serving import open_inference
+
+        idle = Arrivals(limit_s=config.open_inference_idle_s, at_once=config.max_streams)
+        handler, streams = open_inference(
+            answerer,
+            request_limits,
+            is_ready=lambda: engine.can_serve,
+            open_call=admission.open_call,
+            arrivals=arrivals,
+            idle=idle,
+            write=readers.write,
+        )
+        clients.add_generic_rpc_handlers((handler,))
+        served.append(OPEN_INFERENCE)
     health_service = Health(served, max_watches=config.max_health_watches)
     clients.add_generic_rpc_handlers(
         (
@@ -181,10 +222,11 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
     )
     executors = aio.server(options=link_options(handshake_timeout_ms=handshake_ms))
     executors.add_generic_rpc_handlers((links.handler(),))
+    monitoring = Monitoring(engine, latencies)
     admins = aio.server(options=server_options(max_streams=64))
     admins.add_generic_rpc_handlers(
         (
-            service_handler(MONITORING, monitoring_pb2.DESCRIPTOR, Monitoring(engine)),
+            service_handler(MONITORING, monitoring_pb2.DESCRIPTOR, monitoring),
             reflection_handler((MONITORING,)),
         )
     )
@@ -207,6 +249,11 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         await probes.start()
     await clients.start()
     await executors.start()
+    metrics_server = MetricsServer(partial(_metrics, monitoring))
+    measured = {}
+    if config.metrics_listen:
+        measured["metrics"] = await metrics_server.listen(config.metrics_listen)
+        log.info("http://%s/metrics is for Prometheus", measured["metrics"])
     lifecycle.spare_the_collector()
     loop_task = asyncio.create_task(engine.run(), name="engine")
     others = [
@@ -217,7 +264,8 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
     if template is not None:
         told = "its chat template" if template.knows_tools else "the system message"
         log.info("tools are told of by %s, and called as %s does", told, template.tool_format.name)
-    lifecycle.announce(ready_fd, json.dumps({"listen": listen, "link": link, "admin": admin, "health": health_listen}))
+    addresses = {"listen": listen, "link": link, "admin": admin, "health": health_listen, **measured}
+    lifecycle.announce(ready_fd, json.dumps(addresses))
     try:
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({stopping, loop_task}, return_when=asyncio.FIRST_COMPLETED)
@@ -230,10 +278,15 @@ async def run(config: SchedulerConfig, model_path: Path, ready_fd: int | None = 
         health_service.close()
         if vllm_engine is not None:
             vllm_engine.close()
+        if streams is not None:
+            streams.close()
         await clients.stop(grace=_LAST_WORDS_S)
         await executors.stop(grace=0.5)
         await admins.stop(grace=0.5)
         await probes.stop(grace=0.5)
+        await metrics_server.close()
+        if tracer is not None:
+            tracer.close()
     finally:
         for task in (loop_task, *others):
             task.cancel()
@@ -302,6 +355,11 @@ def _bind(server: aio.Server, address: str, credentials: grpc.ServerCredentials 
     if address.startswith("unix"):
         return address
     return f"{address.rpartition(':')[0]}:{port}"
+
+
+async def _metrics(monitoring: Monitoring) -> str:
+    """What Prometheus is told."""
+    return "\n".join(of_status(monitoring.status())) + "\n"
 
 
 async def _tell_health(engine: Engine, service: Health) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import closing
 
-from common import failpoints
+from common import failpoints, log
 from common.sampling import RequestLimits
 from protos import inference_pb2 as pb
 from services import codec_public
@@ -110,12 +110,14 @@ class SchedulerService:
         """Check the request, and queue it. Whoever is given the answer closes it."""
         self._check_room(request, context)
         spec = codec_public.request_from_pb(request, self._limits, vocab_size=self._answerer.model.vocab_size)
+        log.about(request_id=spec.request_id)
         return await self._answerer.start(spec, current_caller(), time_left_s=context.time_remaining())
 
     async def _resume(self, request: pb.ResumeRequest, context: Context) -> Answer:
         self._check_room(request, context)
         vocab_size = self._answerer.model.vocab_size
         spec, points = codec_public.resume_from_pb(request, self._limits, vocab_size=vocab_size)
+        log.about(request_id=spec.request_id)
         return await self._answerer.resume(spec, points, current_caller(), time_left_s=context.time_remaining())
 
     def _check_room(

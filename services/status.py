@@ -35,6 +35,7 @@ from common.errors import (
     Unauthenticated,
     Unavailable,
     UnknownModel,
+    UnknownRequest,
 )
 
 DOMAIN: Final = "pagewire"
@@ -48,6 +49,7 @@ _TABLE: Final[dict[type[PagewireError], tuple[grpc.StatusCode, str]]] = {
     InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
     UnknownModel: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
+    UnknownRequest: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_REQUEST"),
     Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     Unavailable: (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
     RequestFailed: (grpc.StatusCode.INTERNAL, "REQUEST_FAILED"),

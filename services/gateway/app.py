@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from common import log
 from common.errors import InvalidRequest, Overloaded, PagewireError, Unauthenticated, Unavailable
 from common.log import without_texts
 from services.gateway import chat, completions, openapi, positions, responses
@@ -27,7 +28,9 @@ from services.gateway.events import EventStream, Patience, event, while_connecte
 from services.gateway.fields import Fields
 from services.gateway.live import LiveAccess, LiveView, interval_ms, nothing_to_close
 from services.gateway.metrics import Metrics
+from services.gateway.traced import traced
 from services.gateway.upstream import Upstream
+from services.tracing import Tracer
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +38,9 @@ _MAX_KEY: Final = 128  # characters; the scheduler takes no longer ones either
 _MAX_REQUEST_ID: Final = 128
 _NAMES: Final = "pagewire.names"
 """Where a request's scope holds what its caller calls the scheduler's fields."""
+
+_CALLED: Final = "pagewire.request_id"
+"""Where it holds what the request is called in its answer, and by the scheduler where its body says nothing else."""
 
 _ALREADY_TOLD: Final = b"data: [DONE]\n\n"
 
@@ -65,8 +71,9 @@ class Gateway:
         unknown_fields: UnknownFields = "refuse",
         metrics_need_key: bool = False,
         live: LiveView | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
-        """With `metrics_need_key`, /metrics is for those whose API key the scheduler takes."""
+        """With `metrics_need_key`, /metrics is for those whose API key the scheduler takes. `tracer` makes spans."""
         self.draining = False
         self._upstream = upstream
         self._bodies = bodies
@@ -77,6 +84,7 @@ class Gateway:
         self._unknown_fields = unknown_fields
         self._metrics_need_key = metrics_need_key
         self._view = live or LiveView(LiveAccess(), lambda: None)
+        self._tracer = tracer
         self._num_looking = 0  # requests that only look: GET and the like
         self._began = int(time.time())
         self._description: Mapping[str, Any] = {}  # made when it is first asked for
@@ -103,7 +111,7 @@ class Gateway:
         if scope["type"] != "http":
             return
         scope["app"] = self  # so Starlette raises what it would answer otherwise
-        request_id = _id_of(scope)
+        request_id = scope[_CALLED] = _id_of(scope)
         status = 0
 
         async def sending(message: Message) -> None:
@@ -115,7 +123,11 @@ class Gateway:
 
         counts = scope["method"] == "POST"
         self._num_looking += not counts
-        with self._metrics.request(scope["path"] if counts else "") as ended:
+        log.about(request_id=request_id)
+        with (
+            self._metrics.request(scope["path"] if counts else "") as ended,
+            traced(self._tracer if counts else None, scope, lambda: status),
+        ):
             try:
                 # apart, so that /health answers where all is busy, and who only looks keeps nobody from an answer
                 if (self._metrics.num_open if counts else self._num_looking) > self._max_requests:
@@ -186,7 +198,7 @@ class Gateway:
             position = positions.read(last)
         elif asked.manner.resume_token_ids:
             raise InvalidRequest("resume_token_ids", f"are for a stream that goes on: send {LAST_EVENT_ID}, too")
-        asked.begin(position)
+        asked.begin(position, request.scope.get(_CALLED, ""))
         if position is not None and position.done:
             return Response(_ALREADY_TOLD, media_type="text/event-stream")
         answers = Answers(

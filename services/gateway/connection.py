@@ -193,7 +193,7 @@ class Connection(HttpToolsProtocol):
 
     def _cut(self) -> None:
         """End it at once, also what the kernel has of it: otherwise that would wait for its reader for minutes."""
-        with contextlib.suppress(OSError):  # it is gone already
+        with contextlib.suppress(OSError, ValueError):  # it is gone already; uvloop says so by the second
             self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGERING)
         self.transport.abort()
 

@@ -42,8 +42,8 @@ class Description(Fields):
     def form(self) -> dict[str, Any]:
         """The JSON schema of this object."""
         properties = {
-            name: _any_of([_form(each) for each in forms] + ([] if name in self._required else [{"type": "null"}]))
-            for name, forms in self._forms.items()
+            name: form if name in self._required else _or_null(form)
+            for name, form in ((name, _any_of([_form(each) for each in forms])) for name, forms in self._forms.items())
         }
         required = {"required": self._required} if self._required else {}
         return {"type": "object", "properties": properties, **required, "additionalProperties": False}
@@ -153,6 +153,15 @@ def _form(noted: Form | Description | list[Description]) -> Form:
     if isinstance(noted, Description):
         return noted.form()
     return {"type": "array", "items": noted[0].form()} if isinstance(noted, list) else noted
+
+
+def _or_null(form: Form) -> Form:
+    """The same, or null, which is as good as not there."""
+    if (kind := form.get("type")) is not None:
+        return {**form, "type": [*([kind] if isinstance(kind, str) else kind), "null"]}
+    if "enum" in form:
+        return {**form, "enum": [*form["enum"], None]}
+    return {"anyOf": [*form["anyOf"], {"type": "null"}]} if "anyOf" in form else form
 
 
 def _any_of(forms: Sequence[Form | None]) -> Form:

@@ -22,6 +22,7 @@ from services.gateway.metrics import AskStatus, Metrics
 from services.gateway.server import HttpServer
 from services.gateway.upstream import Upstream, connect
 from services.lifecycle import StartupError
+from services.tracing import open_tracer
 from services.watched_files import WatchedFiles
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ async def run(
     *,
     insecure: bool,
     ready_fd: int | None = None,
+    otlp_endpoint: str = "",
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let requests finish within the grace.
 
@@ -63,6 +65,7 @@ async def run(
         needs_key = not insecure and not lifecycle.is_local(http)
         if needs_key:
             await _check_keys(upstream, http, stop)
+        tracer = open_tracer("gateway", otlp_endpoint)
         metrics = Metrics(_status_of(config.http_admin, addresses[0]))
         gateway = Gateway(
             upstream,
@@ -78,6 +81,7 @@ async def run(
             unknown_fields=config.http_unknown_fields,
             metrics_need_key=needs_key,
             live=LiveView(access, lambda: _watch_of(config.http_admin, addresses[0])),
+            tracer=tracer,
         )
         limits = ConnectionLimits(
             most=config.http_max_connections,
@@ -101,6 +105,8 @@ async def run(
             gateway.draining = True
             log.info("draining %d requests, at most %g s", metrics.num_open, config.http_drain_s)
             await server.drain(config.http_drain_s)
+            if tracer is not None:
+                tracer.close()
         finally:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)

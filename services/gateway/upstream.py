@@ -14,6 +14,7 @@ from common.errors import PagewireError, Unauthenticated, Unavailable
 from pagewire.aio import AsyncClient, AsyncStream
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
+from services import trace_context
 from services.client import bearer
 from services.grpc_options import client_options
 from services.lifecycle import StartupError, is_local
@@ -36,7 +37,8 @@ class Upstream:
 
     def ask(self, request: pb.GenerateStreamRequest, key: str) -> AsyncStream:
         """The answer as it is made, also by a scheduler that was started again meanwhile."""
-        return self._asking.send(request, begin_patience_s=self._begin_patience_s, metadata=bearer(key))
+        metadata = (*bearer(key), *trace_context.outgoing())
+        return self._asking.send(request, begin_patience_s=self._begin_patience_s, metadata=metadata)
 
     async def model(self, name: str, key: str) -> pb.GetModelResponse:
         """What is served. Raises PagewireErrors; UnknownModel where `name` is another's."""

@@ -80,6 +80,7 @@ class Loads:
         counters, sessions = self._scheduler.counters, self._scheduler.sessions
         load.max_total_num_tokens = sum(s.facts.num_blocks * s.block_size for s in sessions)
         load.num_used_tokens = sum((s.facts.num_blocks - s.pool.num_free) * s.block_size for s in sessions)
+        load.num_waiting_uncached_tokens = self._scheduler.waiting.num_tokens
         load.max_running_requests = sum(s.facts.max_sequences for s in sessions)
         load.token_usage = load.num_used_tokens / load.max_total_num_tokens if load.max_total_num_tokens else 0.0
         load.utilization = num_running / load.max_running_requests if load.max_running_requests else 0.0

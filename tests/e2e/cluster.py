@@ -129,6 +129,7 @@ class Cluster:
             module=module,
         )
         announced: Mapping[str, str] = json.loads(self.scheduler.wait_ready())
+        self.announced = announced
         self.address = announced["listen"]
         self.link, self.admin = announced["link"], announced["admin"]  # flags may have changed them
         self.health = announced.get("health") or self.address

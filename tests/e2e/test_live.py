@@ -73,6 +73,21 @@ def test_q_ends_top(shared: Cluster) -> None:
     assert "Traceback" not in ended.out
 
 
+def test_top_draws_on_a_terminal_that_can_and_leaves_it_as_it_was(shared: Cluster) -> None:
+    able = ("env", "TERM=xterm-256color", "COLUMNS=100", "LINES=30")
+    with Terminal(*able, *PAGEWIRE, "top", shared.admin, "--interval-s=0.1") as terminal:
+        terminal.read_until("\x1b[?1049h")  # another screen than the one before
+        terminal.read_until("executor-0")
+        terminal.read_until("nobody waits")
+        terminal.type("\x1b[A")  # an arrow ends nothing
+        terminal.read_until("nobody waits")
+        terminal.type("q")
+        ended = terminal.end()
+
+    assert ended.code == 0
+    assert "\x1b[?1049l" in ended.out
+
+
 def test_top_says_what_is_wrong_in_one_line() -> None:
     ended = run(*PAGEWIRE, "top", "unix:/nowhere/admin")
     assert ended.code == 1

@@ -28,11 +28,11 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 class Eavesdropper:
     """One caller with a key, and all that is told to it and to anybody else."""
 
-    def __init__(self, model: Path, folder: Path, **settings: Any) -> None:
+    def __init__(self, model: Path, folder: Path, *, fmt: str = "text", **settings: Any) -> None:
         self.key = new_key()
         keys = folder / "keys"
         keys.write_text(line_of("acme", self.key) + "\n")
-        flags = ["--api-keys", str(keys), "--log-level=debug"]
+        flags = ["--api-keys", str(keys), "--log-level=debug", f"--log-format={fmt}"]
         self.cluster = Cluster(model, folder, flags=flags, **settings)
         self.told: list[str] = []  # statuses, with all their details
         self.codes: list[grpc.StatusCode] = []
@@ -69,10 +69,11 @@ class Eavesdropper:
         cluster = self.cluster
         if cluster.scheduler.popen.poll() is None:
             self.told.append(run(*PAGEWIRE, "status", cluster.admin).out)
+            self.told.append(run(*PAGEWIRE, "explain", cluster.admin, "told").out)
             cluster.scheduler.popen.terminate()
             assert cluster.scheduler.wait() == 0
         logs = {process.log.name: process.log.read_text() for process in (cluster.scheduler, *cluster.executors)}
-        assert " D " in logs["scheduler.log"], "it was at its loudest"
+        assert " D " in logs["scheduler.log"] or '"level": "debug"' in logs["scheduler.log"], "it was at its loudest"
         return {**logs, **{f"status {i}": text for i, text in enumerate(self.told)}}
 
     def check(self) -> Mapping[str, str]:
@@ -95,10 +96,12 @@ def eavesdropper(fake_folder: Path, tmp_path: Path, request: pytest.FixtureReque
         there.cluster.close()
 
 
+@pytest.mark.parametrize("eavesdropper", [{}, {"fmt": "json"}], indirect=True, ids=["text", "json"])
 def test_no_request_good_or_bad_is_repeated(eavesdropper: Eavesdropper) -> None:
     e = eavesdropper
     e.cluster.start_executor("--log-level=debug")
     chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=CANARY)])
+    assert e.ask(request_id="told")
     assert e.ask().startswith(ANSWER), "the answer is known, so that it can be looked for"
     assert e.ask(chat=chat)
     assert e.call("Tokenize", pb.TokenizeRequest(text=CANARY).SerializeToString())

@@ -18,7 +18,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2
 
 from common.config import ExecutorConfig, SchedulerConfig
 from pagewire import Client, Unauthenticated
-from protos import executor_pb2, inference_pb2, monitoring_pb2
+from protos import executor_pb2, inference_pb2, monitoring_pb2, open_inference_pb2, open_inference_pb2_grpc
 from protos import inference_pb2 as pb
 from services.api_keys import new_key
 from tests.certificates import Authority
@@ -26,7 +26,15 @@ from tests.e2e.cluster import Cluster, cluster, until_error
 from tests.e2e.programs import PAGEWIRE, run
 from tests.e2e.sockets import listening
 
-FILES = (inference_pb2, vllm_engine_pb2, monitoring_pb2, executor_pb2, health_pb2, reflection_pb2)
+FILES = (
+    inference_pb2,
+    vllm_engine_pb2,
+    open_inference_pb2,
+    monitoring_pb2,
+    executor_pb2,
+    health_pb2,
+    reflection_pb2,
+)
 METHODS = [
     method for file in FILES for service in file.DESCRIPTOR.services_by_name.values() for method in service.methods
 ]
@@ -64,7 +72,8 @@ def keyed(fake_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder = tmp_path_factory.mktemp("keyed")
     keys = folder / "keys"
     acme, other = (add_key(keys, tenant) for tenant in ("acme", "other"))
-    with cluster(fake_folder, folder, flags=["--api-keys", str(keys), "--vllm-api"]) as running:
+    flags = ["--api-keys", str(keys), "--vllm-api", "--open-inference"]
+    with cluster(fake_folder, folder, flags=flags) as running:
         yield Keyed(running, keys, acme, other)
 
 
@@ -108,7 +117,8 @@ def test_the_methods_that_were_tried_are_all_that_are_served(keyed: Keyed) -> No
     served = {service.name for service in response.list_services_response.service}
 
     assert served <= {m.containing_service.full_name for m in METHODS if m.containing_service is not None}
-    assert {"pagewire.v1.InferenceService", "vllm.grpc.engine.VllmEngine"} <= served
+    ours = {"pagewire.v1.InferenceService", "vllm.grpc.engine.VllmEngine", "inference.GRPCInferenceService"}
+    assert ours <= served
     assert "pagewire.v1.MonitoringService" not in served, "what is counted speaks of every tenant"
 
 
@@ -139,6 +149,18 @@ def test_the_command_line_shows_its_key(keyed: Keyed, tmp_path: Path) -> None:
     ended = run(*PAGEWIRE, "generate", *flags, "hi")
     problem = f"error: {keyed.cluster.address} asks for an API key that it knows: give --api-key-file FILE\n"
     assert (ended.code, ended.out, ended.err) == (1, "", problem)
+
+
+def test_the_open_inference_protocol_is_served_to_the_same_tenants(keyed: Keyed) -> None:
+    stub = open_inference_pb2_grpc.GRPCInferenceServiceStub(keyed.cluster.channel)
+    request = open_inference_pb2.ModelInferRequest(model_name="fake")
+    request.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"hello")
+    request.parameters["max_tokens"].int64_param = 4
+    response = stub.ModelInfer(request, metadata=bearer(keyed.acme), timeout=60)
+    assert response.outputs[0].contents.bytes_contents == [b"&'()"]
+
+    (told,) = stub.ModelStreamInfer(iter([request]), metadata=bearer(keyed.acme), timeout=60)
+    assert told.infer_response.outputs[0].contents.bytes_contents == [b"&'()"]
 
 
 def test_a_tenant_finds_its_own_prompts_in_the_cache_and_no_other_tenants(keyed: Keyed) -> None:

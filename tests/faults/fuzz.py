@@ -212,7 +212,7 @@ class Draw:
                 return self._draw.choice(_U64)
             case FieldDescriptor.TYPE_UINT32:
                 return self._draw.choice(_U32)
-            case FieldDescriptor.TYPE_ENUM:
+            case FieldDescriptor.TYPE_ENUM | FieldDescriptor.TYPE_INT32 | FieldDescriptor.TYPE_INT64:
                 return self._draw.choice(_ENUMS)
         raise AssertionError(f"{each.full_name}: draw values of type {each.type}, too")
 

@@ -29,6 +29,7 @@ from pagewire import aio, calls
 from pagewire.continuation import OutOfStep
 from scheduler.pins import PinLimits
 from scheduler.scheduler import SchedulerLimits
+from scheduler.timeline import Kind
 from services import engine, executor_service, handlers, link_service
 from tests.faults.callers import PATIENCE_S, Caller, ClientCaller, TicketCaller
 from tests.faults.checker import Violation
@@ -249,6 +250,7 @@ class Cluster:
         lost = sum(scheduler.core.counters.unclean_ends for scheduler in self.schedulers)
         if lost and set(self.faults) <= HARMLESS:
             raise Violation(f"I13: nobody harmed an executor, and {lost} were lost")
+        self._check_timelines()
         if core.num_sequences or core.waiting or engine.num_requests:
             raise Violation(f"I8: {core.num_sequences} sequences are left, {engine.num_requests} streams")
         if core.num_suspects or len(self.scheduler.live):
@@ -261,6 +263,15 @@ class Cluster:
         left = [c for c in self.network.live() if self._is_left_open(c)]
         if left:
             raise Violation(f"I8: {len(left)} calls are left open: {left[0].client.name}, {left[0].details.method}")
+
+    def _check_timelines(self) -> None:
+        """I14: what is told of a request is in order, and ends with the end of its last choice."""
+        timelines = self.scheduler.engine.timelines
+        if timelines.num_open:
+            raise Violation(f"I14: {timelines.num_open} requests are told of as if they ran")
+        for timeline in timelines:
+            if timeline.events[-1].kind is not Kind.REFUSED:
+                timeline.check()
 
     def _is_left_open(self, call: Connection) -> bool:
         """A call of somebody who has all that he asked for; or one that never said who it is."""

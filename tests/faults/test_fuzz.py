@@ -26,6 +26,7 @@ from tests.faults.fuzz import Draw, Session
 ALL = {
     "Cancel",
     "Detokenize",
+    "Explain",
     "Generate",
     "GenerateStream",
     "GetModel",

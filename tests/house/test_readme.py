@@ -11,6 +11,7 @@ from common.sampling import RequestLimits, SamplingParams
 from common.step import MAX_DRAFTS
 from protos import inference_pb2 as pb
 from scheduler.pins import PinLimits
+from services.open_inference.words import AT_ONCE, INPUTS, MAX_ELEMENTS, MOST_NAMED, OUTPUTS
 from services.tools.values import MAX_DEPTH, NAME_RULE
 from services.vllm_api.kv_events import MAX_CHANGES
 from services.vllm_api.service import VllmEngine
@@ -126,6 +127,7 @@ def test_every_flag_and_target_that_is_named_exists() -> None:
             "What a request may ask for",
             "Tools",
             "OpenAI's clients",
+            "Triton's clients",
             "Keys, TLS and tenants",
             "Restarts that nobody notices",
             "Not there yet",
@@ -173,3 +175,17 @@ def test_every_method_that_smg_may_call_is_named_and_every_limit_there_is_the_on
     assert f"up to {RequestLimits().max_logprobs}," in table["`Generate`"]
     assert f"falls {MAX_CHANGES} changes behind" in table["`SubscribeKvEvents`"]
     assert f"{SchedulerConfig().max_kv_streams} streams (" in table["`SubscribeKvEvents`"]
+
+
+def test_every_word_of_the_open_inference_protocol_is_named_with_its_limits() -> None:
+    told = section("Triton's clients")
+    limit = {row[0]: row[1] for row in cells("Triton's clients") if len(row) == 4}
+
+    named = {*INPUTS, *OUTPUTS, "priority", "timeout"}
+    assert {word for word in named if f"`{word}`" not in told} == set()
+    scheduler = SchedulerConfig()
+    assert limit["a stream in which nothing is asked or answered"] == f"{scheduler.open_inference_idle_s:g} s"
+    assert limit["such streams"] == f"{scheduler.max_streams}"
+    assert limit["requests of one stream that are looked after at once"] == f"{AT_ONCE}"
+    most = f"{MOST_NAMED}; {MOST_NAMED}; {MAX_ELEMENTS}"
+    assert limit["tensors; parameters; elements of a tensor"] == most

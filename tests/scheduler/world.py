@@ -15,6 +15,7 @@ from scheduler.pins import PinLimits
 from scheduler.reputation import Patience
 from scheduler.scheduler import Losses, Scheduler, SchedulerLimits
 from scheduler.suspicion import End
+from scheduler.timeline import Timeline
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -65,6 +66,7 @@ class World:
         self.sent: dict[int, deque[StepPlan]] = {}
         self.tokens: dict[str, list[int]] = {}
         self.reasons: dict[str, FinishReason] = {}
+        self.timelines: dict[str, Timeline] = {}
         self.names: dict[SequenceId, str] = {}
         self.now_ns = 0
         for _ in range(executors):
@@ -125,6 +127,7 @@ class World:
         if isinstance(prompt, int):
             start = 100 + 97 * len(self.names)
             prompt = [(start + i) % 1000 for i in range(prompt)]
+        timeline = Timeline(name, self.now_ns, tenant=tenant)
         made = self.scheduler.add(
             prompt,
             sampling,
@@ -137,7 +140,9 @@ class World:
             priority=priority,
             deadline_ns=deadline_ns,
             max_drafts=max_drafts,
+            timeline=timeline,
         )
+        self.timelines[name] = timeline
         for choice, sequence in enumerate(made):
             label = name if n == 1 else f"{name}{choice}"
             self.names[sequence.id] = label
@@ -200,6 +205,8 @@ class World:
                 self.answer(session)
             self.scheduler.check()
         assert self.scheduler.num_sequences == 0, f"{self.scheduler.num_sequences} sequences never ended"
+        for timeline in self.timelines.values():
+            timeline.check()
 
     # ---- looking
 

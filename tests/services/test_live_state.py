@@ -23,7 +23,7 @@ SECOND = 1_000_000_000
 
 def camera(world: World) -> Camera:
     monitoring = Monitoring(Engine(world.scheduler))
-    return Camera(world.scheduler, monitoring._status, lambda: world.now_ns)
+    return Camera(world.scheduler, monitoring.status, lambda: world.now_ns)
 
 
 def test_rows_queues_and_blocks_are_those_of_the_scheduler() -> None:

@@ -15,6 +15,7 @@ from common.model_folder import read_model_folder
 from common.sampling import RequestLimits
 from protos import inference_pb2 as pb
 from scheduler.scheduler import Scheduler, SchedulerLimits
+from scheduler.timeline import Kind
 from services import codec_public
 from services.admission import Admission, AdmissionLimits
 from services.answering import Answerer
@@ -174,5 +175,18 @@ def test_what_runs_here_already_needs_no_room(engine: Engine, service: Scheduler
                 with pytest.raises(Overloaded):
                     await ask(service, pb.GenerateRequest(text="x"))
                 assert (await anext(second)).prompt.request_id == "r"
+
+    run(test())
+
+
+def test_one_that_is_refused_is_remembered_with_the_limit_that_it_met(
+    engine: Engine, service: SchedulerService
+) -> None:
+    async def test() -> None:
+        async with filled(engine, service):
+            with pytest.raises(Overloaded):
+                await ask(service, pb.GenerateRequest(text="x", request_id="refused"))
+        (event,) = engine.timelines.find("refused").events
+        assert (event.kind, event.why) == (Kind.REFUSED, "waiting_sequences")
 
     run(test())

@@ -1,0 +1,98 @@
+"""/metrics of a scheduler without a gateway: one path over HTTP/1.1, for Prometheus and nobody else.
+
+Whoever connects has a few seconds and a small head; one answer, and the connection is closed. What it tells is about
+all tenants together, so it is for this machine, unless --insecure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from common.log import without_texts
+from services.lifecycle import StartupError, split_address
+from services.prometheus import CONTENT_TYPE
+
+_log = logging.getLogger(__name__)
+
+_MAX_HEAD: Final = 8192  # bytes
+_PATIENCE_S: Final = 5.0  # for a head, and for a reader
+_MAX_OPEN: Final = 16  # connections
+
+Text = Callable[[], Awaitable[str]]
+
+
+class MetricsServer:
+    """Serves what `text` says."""
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self._server: asyncio.Server | None = None
+        self._num_open = 0
+
+    async def listen(self, address: str) -> str:
+        """Begin; returns the address with the port that was taken. Raises StartupError."""
+        host, port = split_address(address)
+        try:
+            self._server = await asyncio.start_server(self._answer, host, port, limit=_MAX_HEAD)
+        except (OSError, UnicodeError) as error:
+            raise StartupError(
+                f"--metrics-listen {address}: the port is taken, or not allowed; port 0 takes a free one"
+            ) from error
+        return f"{address.rpartition(':')[0]}:{self._server.sockets[0].getsockname()[1]}"
+
+    async def close(self) -> None:
+        """Take nobody more."""
+        if self._server is not None:
+            self._server.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._num_open += 1
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                if self._num_open > _MAX_OPEN:
+                    _say(writer, "503 Service Unavailable", "too many connections\n")
+                else:
+                    await self._say_what_is_asked(reader, writer)
+                await writer.drain()
+        except (TimeoutError, OSError):  # nothing came, or nobody reads
+            pass
+        except Exception as error:  # noqa: BLE001  the edge: a bug here ends one scrape
+            _log.error("/metrics failed\n%s", "".join(without_texts(error)))
+        finally:
+            self._num_open -= 1
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def _say_what_is_asked(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            _say(writer, "400 Bad Request", "this is no request\n")
+            return
+        method, _, rest = head.partition(b"\r\n")[0].partition(b" ")
+        path = rest.partition(b" ")[0].partition(b"?")[0]
+        if path != b"/metrics":
+            _say(writer, "404 Not Found", "there is /metrics\n")
+        elif method not in (b"GET", b"HEAD"):
+            _say(writer, "405 Method Not Allowed", "GET it\n", "allow: GET, HEAD\r\n")
+        else:
+            _say(writer, "200 OK", await self._text(), with_body=method == b"GET", kind=CONTENT_TYPE)
+
+
+def _say(
+    writer: asyncio.StreamWriter,
+    status: str,
+    text: str,
+    headers: str = "",
+    *,
+    with_body: bool = True,
+    kind: str = "text/plain; charset=utf-8",
+) -> None:
+    body = text.encode()
+    lines = f"content-type: {kind}\r\ncontent-length: {len(body)}\r\n{headers}connection: close\r\n"
+    writer.write(f"HTTP/1.1 {status}\r\n{lines}\r\n".encode() + (body if with_body else b""))
