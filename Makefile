@@ -13,7 +13,7 @@ STUBS := .venv/stubs
 stubs = $(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/*.proto
 
-.PHONY: help setup protos check test test-kernels test-compile test-clients soak kill-run demo serve up bench bench-gateway bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming gpu-check
+.PHONY: help setup protos check test test-kernels test-compile test-clients hostile-http soak kill-run demo serve up bench bench-gateway bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming gpu-check
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -69,6 +69,9 @@ test-compile: setup ## of these, that every kernel compiles for the GPUs it is f
 
 test-clients: .venv-clients/.ok ## clients of others that are too heavy for .venv, against live servers; ARGS="-k lm_eval"
 	.venv-clients/bin/python -m pytest tests/clients $(ARGS)
+
+hostile-http: .venv-clients/.ok ## ask a live gateway what nobody would, for ten minutes; ARGS="--minutes 1"
+	.venv-clients/bin/python -m tests.clients.hostile_http $(ARGS)
 
 # Beside .venv, whose packages it sees and none of which it changes.
 .venv-clients/.ok: .venv/.kernels constraints.txt tests/clients/requirements.txt

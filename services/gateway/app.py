@@ -319,9 +319,9 @@ def _key(request: Request) -> str:
     shown = request.headers.get("authorization", "")
     scheme, _, key = shown.partition(" ")
     key = key.strip()
-    if not shown:
+    if not shown or (scheme.lower() == "bearer" and not key):  # clients without a key say so, too
         return ""
-    if scheme.lower() != "bearer" or not key or len(key) > _MAX_KEY or not (key.isascii() and key.isprintable()):
+    if scheme.lower() != "bearer" or len(key) > _MAX_KEY or not (key.isascii() and key.isprintable()):
         raise Unauthenticated("an API key is needed: Authorization: Bearer KEY")
     if " " in key:
         raise Unauthenticated("an API key is needed: Authorization: Bearer KEY")

@@ -65,8 +65,10 @@ class Scheduler:
         self._messages = messages
         self._then = then
         self.streams: list[Stream] = []
+        self.keys: list[str] = []  # that were shown
 
     def ask(self, request: pb.GenerateStreamRequest, key: str) -> Stream:
+        self.keys.append(key)
         self.streams.append(Stream(request, self._messages, self._then))
         return self.streams[-1]
 

@@ -323,3 +323,12 @@ def test_a_prompt_that_was_told_with_half_a_character_is_not_told_again(tokens: 
 
     told = [event["choices"][0]["text"] for event in (*whole.events[:1], *rest.events[:-1])]
     assert told == ["Once", "é", ""]
+
+
+@pytest.mark.parametrize(("shown", "key"), [(b"Bearer mine", "mine"), (b"Bearer ", ""), (b"bearer", "")])
+def test_a_client_without_a_key_is_let_through_to_a_scheduler_that_asks_for_none(shown: bytes, key: str) -> None:
+    scheduler = Scheduler(delta(0, 5, "a"), finish())
+
+    call = ask(gateway(scheduler), HI, headers=[(b"authorization", shown)])
+
+    assert (call.status, scheduler.keys) == (200, [key])
