@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Final, NamedTuple
 
 from rich.console import Group, RenderableType
@@ -140,9 +141,9 @@ class Screen:
         cells = cells[::every]
         for start in range(0, len(cells), width):
             text = Text(no_wrap=True, overflow="crop")
-            for cell in cells[start : start + width]:
+            for cell, run in groupby(cells[start : start + width]):
                 look = _LOOKS[BlockState(cell)]
-                text.append(self._character(look), look.style)
+                text.append(self._character(look) * len(list(run)), look.style)
             yield text
 
     def _rows(self, rows: Sequence[pb.RowState], num_more: int) -> Table:

@@ -164,3 +164,19 @@ def test_an_idle_connection_that_makes_room_is_gone_also_where_its_answer_was_no
         return unread.was_aborted, len(server.state.connections)
 
     assert asyncio.run(run()) == (True, 1)
+
+
+@pytest.mark.parametrize("error", [OSError("closed"), ValueError("Invalid file descriptor: -1")])  # asyncio's, uvloop's
+def test_a_connection_that_is_gone_when_its_time_is_over_is_no_error(error: Exception) -> None:
+    class Gone(Transport):
+        def setsockopt(self, *_: object) -> None:
+            raise error
+
+    async def run() -> None:
+        server, transport = Server(App()), Gone()
+        connection = server.connect(transport)
+        connection._cut()  # as its timer does
+        assert transport.was_aborted
+        connection.connection_lost(None)
+
+    asyncio.run(run())
