@@ -5,6 +5,7 @@
 import { fileURLToPath } from 'node:url';
 import grpc from '@grpc/grpc-js';
 import { loadSync } from '@grpc/proto-loader';
+import { detailsOf } from './details.mjs';
 
 const [address = '127.0.0.1:50051', prompt = 'Why is the sky blue?'] = process.argv.slice(2);
 
@@ -32,6 +33,10 @@ try {
   }
 } catch (error) {
   console.error(`\n${grpc.status[error.code] ?? 'ERROR'}: ${error.details ?? error.message}`);
+  for (const { fields, retryMs } of detailsOf(error)) {
+    for (const field of fields) console.error(`  in ${field}`);
+    if (retryMs !== undefined) console.error(`  try again in ${retryMs} ms`);
+  }
   process.exitCode = error.code === grpc.status.CANCELLED ? 130 : 1;
 } finally {
   client.close();

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import subprocess
+import re
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,61 +13,41 @@ import grpc
 import pytest
 
 from protos import inference_pb2 as pb
-from tests.e2e.cluster import ROOT, Cluster
+from tests.e2e import examples
+from tests.e2e.cluster import Cluster, cluster
 from tests.e2e.programs import CTRL_C, Ended, Terminal, run
 
-PYTHON_EXAMPLE = (sys.executable, str(ROOT / "examples" / "python" / "stream.py"))
 BUF = str(Path(sys.executable).with_name("buf"))
 SERVICE = "pagewire.v1.InferenceService"
 NOBODY = "127.0.0.1:1"  # no process listens on port 1
 BEGINNING = "9:;<="  # of the fake model's answer to a chat that says "hi"
 
 
-@pytest.fixture(scope="session")
-def node_modules() -> Path:
-    """What the Node example depends on: installed once for each lock file on this machine, found again offline."""
-    for program in ("node", "npm"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed: the Node example is NOT tested")
-    example = ROOT / "examples" / "node"
-    lock = (example / "package-lock.json").read_bytes()
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pagewire-tests"
-    installed = caches / f"node-{hashlib.sha256(lock).hexdigest()[:16]}"
-    if not installed.exists():
-        caches.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=caches) as workspace:
-            making = Path(workspace, "making")
-            making.mkdir()
-            for name in ("package.json", "package-lock.json"):
-                shutil.copy(example / name, making)
-            subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=making, check=True)
-            try:
-                making.rename(installed)
-            except OSError:  # another run of the tests was first
-                assert installed.exists()
-    return installed / "node_modules"
-
-
-@pytest.fixture
-def node_example(node_modules: Path, tmp_path: Path) -> tuple[str, str]:
-    """The command that runs the Node example: a copy, so that nothing is installed in the repository."""
-    copy = tmp_path / "checkout"
-    shutil.copytree(
-        ROOT / "examples" / "node", copy / "examples" / "node", ignore=shutil.ignore_patterns("node_modules")
-    )
-    (copy / "protos").mkdir()
-    shutil.copy(ROOT / "protos" / "inference.proto", copy / "protos")
-    (copy / "examples" / "node" / "node_modules").symlink_to(node_modules)
-    return "node", str(copy / "examples" / "node" / "stream.mjs")
-
-
-@pytest.fixture(params=["Node", "Python"])
-def example(request: pytest.FixtureRequest) -> tuple[str, str]:
+@pytest.fixture(scope="module", params=["Node", "Python", "Go", "C++", "Ruby"])
+def example(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> examples.Command:
     """The command that runs an example; it takes an address and a prompt."""
-    if request.param == "Python":
-        return PYTHON_EXAMPLE
-    command: tuple[str, str] = request.getfixturevalue("node_example")
-    return command
+    folder = tmp_path_factory.mktemp("example")
+    match request.param:
+        case "Node":
+            return examples.node(folder)
+        case "Go":
+            return examples.go(folder)
+        case "C++":
+            return examples.cpp(folder)
+        case "Ruby":
+            return examples.ruby(folder)
+    return examples.python()
+
+
+@pytest.fixture(scope="module")
+def full(fake_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A scheduler without executors, in whose line one sequence may wait, and does."""
+    flags = ["--max-waiting=1", "--executor-wait-s=3000"]
+    with cluster(fake_folder, tmp_path_factory.mktemp("full"), executors=0, flags=flags) as running:
+        waiting = running.stub.GenerateStream(pb.GenerateStreamRequest(text="x"))
+        assert next(waiting).HasField("prompt")
+        yield running
+        waiting.cancel()
 
 
 def answer(running: Cluster, prompt: str, max_tokens: int) -> str:
@@ -81,7 +58,7 @@ def answer(running: Cluster, prompt: str, max_tokens: int) -> str:
 
 
 def test_an_example_prints_the_whole_answer_why_it_ended_and_what_it_cost(
-    shared: Cluster, example: tuple[str, str]
+    shared: Cluster, example: examples.Command
 ) -> None:
     ended = run(*example, shared.address, "hi")
 
@@ -89,7 +66,7 @@ def test_an_example_prints_the_whole_answer_why_it_ended_and_what_it_cost(
     assert ended == Ended(code=0, out=f"{answer(shared, 'hi', 256)}\n{cost}\n", err="")
 
 
-def test_ctrl_c_in_an_example_cancels_the_call_on_the_server(slow: Cluster, example: tuple[str, str]) -> None:
+def test_ctrl_c_in_an_example_cancels_the_call_on_the_server(slow: Cluster, example: examples.Command) -> None:
     with Terminal(*example, slow.address, "hi") as terminal:
         terminal.read_until(BEGINNING)
         terminal.type(CTRL_C)
@@ -100,14 +77,22 @@ def test_ctrl_c_in_an_example_cancels_the_call_on_the_server(slow: Cluster, exam
     assert slow.counters()["finished"] == {str(pb.FINISH_REASON_ABORTED): 1}
 
 
-def test_a_refusal_reaches_an_example_with_its_code_and_the_field(shared: Cluster, example: tuple[str, str]) -> None:
+def test_a_refusal_reaches_an_example_with_its_code_and_the_field(shared: Cluster, example: examples.Command) -> None:
     ended = run(*example, shared.address, "a" * 600)
 
-    problem = "INVALID_ARGUMENT: chat: 622 tokens leave no room in the context of 512"
+    problem = "INVALID_ARGUMENT: chat: 622 tokens leave no room in the context of 512\n  in chat"
     assert (ended.code, ended.out, ended.err.strip()) == (1, "", problem)
 
 
-def test_an_example_says_so_when_no_server_is_there(example: tuple[str, str]) -> None:
+def test_an_example_says_when_to_come_back_where_there_is_no_room(full: Cluster, example: examples.Command) -> None:
+    ended = run(*example, full.address, "hi")
+
+    assert ended.code == 1
+    problem = r"RESOURCE_EXHAUSTED: 1 sequences wait already, at most 1 may\n  try again in \d+ ms"
+    assert re.fullmatch(problem, ended.err.strip()), ended.err
+
+
+def test_an_example_says_so_when_no_server_is_there(example: examples.Command) -> None:
     ended = run(*example, NOBODY, "hi")
 
     assert ended.code == 1
@@ -147,6 +132,16 @@ def test_a_unary_method_is_called_by_reflection(shared: Cluster) -> None:
     assert ended.code == 0, ended.err
     (model,) = messages(ended.out)
     assert (model["model"], model["vocabSize"], model["chat"]) == ("fake", 320, True)
+
+
+def test_a_whole_answer_is_asked_for_by_reflection(shared: Cluster) -> None:
+    asked = {"text": "hello", "sampling": {"temperature": 0}, "stopping": {"maxTokens": 4}}
+    ended = buf_curl(shared.address, f"{SERVICE}/Generate", "--data", json.dumps(asked))
+
+    assert ended.code == 0, ended.err
+    (answered,) = messages(ended.out)
+    (choice,) = answered["choices"]
+    assert (choice["tokenIds"], choice["text"], choice["reason"]) == ([5, 6, 7, 8], "&'()", "FINISH_REASON_LENGTH")
 
 
 def test_a_stream_is_read_by_reflection(shared: Cluster) -> None:
