@@ -12,7 +12,7 @@ from tests.faults.mutations import MUTATIONS, catch
 
 
 def first_seed(number: int) -> tuple[int, str] | None:
-    return catch(MUTATIONS[number], seeds=600)
+    return catch(MUTATIONS[number], seeds=1500)
 
 
 @pytest.fixture(scope="module")
