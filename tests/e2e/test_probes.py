@@ -86,4 +86,4 @@ def test_a_file_that_cannot_be_made_is_told_at_the_start(fake_folder: Path, tmp_
 
 def test_a_gateway_is_alive_while_no_scheduler_is_there(tmp_path: Path) -> None:
     with Gateway("127.0.0.1:1", tmp_path / "log") as gateway:
-        assert (gateway.get("/live").status, gateway.get("/health").status) == (200, 503)
+        assert [gateway.get(path).status for path in ("/live", "/ready", "/health")] == [200, 200, 503]

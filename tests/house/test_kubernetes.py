@@ -161,7 +161,7 @@ def test_every_probe_asks_at_a_port_that_is_open_for_what_is_served_there(made: 
                     assert probe["grpc"].get("service", "") in ("", LIVENESS)
                 if "httpGet" in probe:
                     assert ports[probe["httpGet"]["port"]] == split_address(given.http)[1]
-                    assert probe["httpGet"]["path"] in ("/live", "/health")
+                    assert probe["httpGet"]["path"] in ("/live", "/ready")
                     assert probe["httpGet"]["scheme"] == ("HTTPS" if given.http_tls_cert else "HTTP")
                 if probe.get("exec", {}).get("command", [""])[0] == "test":
                     assert probe["exec"]["command"] == ["test", "-e", given.ready_file]
