@@ -30,7 +30,7 @@ FROM base AS scheduler-dependencies
 WORKDIR /src
 RUN python -m venv /opt/pagewire
 COPY pyproject.toml constraints.txt ./
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; o = p['optional-dependencies']; print(*p['dependencies'], *o['gateway'], *o['smg'], sep='\n')" \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; o = p['optional-dependencies']; print(*p['dependencies'], *o['gateway'], *o['smg'], *o['tracing'], sep='\n')" \
        > scheduler.txt \
     && pip install -c constraints.txt -r scheduler.txt
 

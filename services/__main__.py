@@ -103,6 +103,9 @@ def _scheduler(parsed: argparse.Namespace) -> int:
 
 
 def _executor(parsed: argparse.Namespace) -> int:
+    from services.lifecycle import ReadyFile
+
+    ReadyFile(parsed.ready_file)  # before what takes long: one of a process that crashed would speak for this one
     from services import executor_process
     from services.model_store import resolve
 

@@ -91,6 +91,7 @@ class Gateway:
         self._router = Router(
             [
                 Route("/live", self._live, methods=["GET"]),
+                Route("/ready", self._ready, methods=["GET"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/responses", self._responses, methods=["POST"]),
@@ -254,6 +255,11 @@ class Gateway:
 
     async def _live(self, _: Request) -> Response:
         return _json({"status": "live"})  # whatever becomes of schedulers: to start a gateway anew would not help them
+
+    async def _ready(self, _: Request) -> Response:
+        # Of itself alone: were it about schedulers, all the gateways before them would leave their balancer at once,
+        # and nobody would be there to wait for the one that comes back.
+        return _json({"status": "draining" if self.draining else "ready"}, 503 if self.draining else 200)
 
     async def _health(self, _: Request) -> Response:
         serving = not self.draining and await self._upstream.is_serving()

@@ -52,6 +52,12 @@ _HEALTH: Final = {
     "required": ["status"],
     "properties": {"status": {"enum": ["serving", "not_serving"]}},
 }
+_LIVE: Final = {"type": "object", "required": ["status"], "properties": {"status": {"const": "live"}}}
+_READY: Final = {
+    "type": "object",
+    "required": ["status"],
+    "properties": {"status": {"enum": ["ready", "draining"]}},
+}
 _WORDS: Final = {"type": "string"}
 _HEADERS: Final = [
     {"name": "X-Request-Id", "in": "header", "schema": _WORDS, "description": "what the answer calls the request"},
@@ -82,6 +88,10 @@ def document(*, max_prompts: int) -> dict[str, Any]:
                 "parameters": [{"name": "model", "in": "path", "required": True, "schema": _WORDS}],
             },
             "/health": {"get": {**_looked("Whether a scheduler can answer", _HEALTH, (503,), _HEALTH), "security": []}},
+            "/live": {"get": {**_looked("Whether the gateway answers at all", _LIVE, ()), "security": []}},
+            "/ready": {
+                "get": {**_looked("Whether it takes requests, or drains", _READY, (503,), _READY), "security": []}
+            },
             "/metrics": {"get": _looked("For Prometheus", _WORDS, kind="text/plain")},
             "/openapi.json": {"get": {**_looked("This", {"type": "object"}, ()), "security": []}},
         },

@@ -57,7 +57,13 @@ def test_the_operators_page_says_of_every_alert_what_to_do() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["check", "config", "prometheus.yml"], ["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]],
+    [
+        ["check", "config", "prometheus.yml"],
+        ["check", "config", "--syntax-only", "prometheus.tls.yml"],  # the files that it names are elsewhere
+        ["check", "config", "--syntax-only", "kubernetes.yml"],
+        ["check", "rules", "alerts.yml"],
+        ["test", "rules", "alerts_test.yml"],
+    ],
     ids=" ".join,
 )
 def test_promtool_has_nothing_against_it(command: list[str]) -> None:

@@ -69,6 +69,14 @@ def test_what_a_killed_process_left_behind_speaks_for_no_other(tmp_path: Path) -
     assert not path.exists()
 
 
+def test_it_is_gone_before_anything_that_takes_long(tmp_path: Path) -> None:
+    path = tmp_path / "ready"
+    path.touch()
+    ended = run(*PAGEWIRE, "executor", "--model", str(tmp_path / "none"), f"--ready-file={path}")
+
+    assert ended.code == 78 and not path.exists()
+
+
 def test_a_file_that_cannot_be_made_is_told_at_the_start(fake_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "missing" / "joined"
     ended = run(*PAGEWIRE, "executor", "--fake", "--model", str(fake_folder), f"--ready-file={file}")
@@ -78,4 +86,4 @@ def test_a_file_that_cannot_be_made_is_told_at_the_start(fake_folder: Path, tmp_
 
 def test_a_gateway_is_alive_while_no_scheduler_is_there(tmp_path: Path) -> None:
     with Gateway("127.0.0.1:1", tmp_path / "log") as gateway:
-        assert (gateway.get("/live").status, gateway.get("/health").status) == (200, 503)
+        assert [gateway.get(path).status for path in ("/live", "/ready", "/health")] == [200, 200, 503]

@@ -77,6 +77,30 @@ def rendered(overlay: str) -> list[Document] | None:
     return list(yaml.safe_load_all(done.stdout))
 
 
+def images(folder: Path) -> tuple[set[str], set[str]]:
+    """What a kustomization makes pods of: the images that something in it tags, and those that nothing does."""
+    said = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    tagged: set[str] = set()
+    bare: set[str] = set()
+    for name in [*said.get("resources", ()), *(patch["path"] for patch in said.get("patches", ()) if "path" in patch)]:
+        path = (folder / name).resolve()
+        if path.is_dir():
+            inner_tagged, inner_bare = images(path)
+            tagged |= inner_tagged
+            bare |= inner_bare
+        else:
+            bare |= set(re.findall(r"^\s*(?:- )?image: (\S+)$", path.read_text(), flags=re.MULTILINE))
+    files = [folder, *(folder / component for component in said.get("components", ()))]
+    named = {each["name"] for file in files for each in tags(file)}
+    return tagged | (bare & named), bare - named
+
+
+def tags(folder: Path) -> list[Document]:
+    """The images whose registry and tag this folder's kustomization says."""
+    found: list[Document] = yaml.safe_load((folder / "kustomization.yaml").read_text()).get("images", [])
+    return found
+
+
 def pods(documents: Sequence[Document]) -> list[Pods]:
     """What the controllers among them make."""
     return [

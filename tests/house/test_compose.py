@@ -18,6 +18,8 @@ from services.flags import add_flags, from_flags
 from services.lifecycle import check_binds
 
 ROOT = Path(__file__).resolve().parents[2]
+OBSERVABILITY = ROOT / "deploy" / "observability"
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
 def services(name: str = "docker-compose.yml") -> dict[str, Any]:
@@ -45,7 +47,7 @@ def test_every_container_gives_up_its_privileges() -> None:
 
 
 def test_every_service_is_built_from_a_stage_that_exists() -> None:
-    stages = re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    stages = re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, flags=re.MULTILINE)
     targets = {service["build"]["target"] for service in services().values() if "build" in service}
     fetched = {name: service["image"] for name, service in services().items() if "build" not in service}
 
@@ -56,7 +58,7 @@ def test_every_service_is_built_from_a_stage_that_exists() -> None:
 
 
 def test_the_final_images_do_not_run_as_root() -> None:
-    stages = re.split(r"^FROM \S+ AS ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]
+    stages = re.split(r"^FROM \S+ AS ", DOCKERFILE, flags=re.MULTILINE)[1:]
     users = {stage.split()[0]: re.findall(r"^USER (\S+)$", stage, flags=re.MULTILINE) for stage in stages}
 
     for name in ("scheduler", "executor", "executor-gpu", "smg"):
@@ -74,7 +76,11 @@ def test_what_other_machines_can_reach_has_tls_and_keys() -> None:
     assert not config.insecure
     for service in file["services"].values():
         mounted = {f"/run/secrets/{name}" for name in service["secrets"]}
-        named = re.findall(r"/run/secrets/[\w.]+", yaml.safe_dump({**service, "secrets": []}))
+        said = yaml.safe_dump({**service, "secrets": []}) + "".join(
+            (OBSERVABILITY / Path(path).name).read_text()
+            for path in re.findall(r"/etc/prometheus/\S+", " ".join(service.get("command", ())))
+        )
+        named = re.findall(r"/run/secrets/[\w.-]+", said)
         assert set(named) == mounted
         assert set(service["secrets"]) <= set(file["secrets"])
         assert set(service.get("environment", {})) <= {
@@ -91,7 +97,7 @@ def test_a_container_is_killed_only_after_its_drain_and_hears_its_signal_at_once
         if name != "model":
             assert int(service["stop_grace_period"].removesuffix("s")) >= drain_s + last_words_s
             assert "--drain-s" not in " ".join(service.get("command", ()))
-    assert re.findall(r"^STOPSIGNAL (\S+)$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE) == ["SIGTERM"]
+    assert re.findall(r"^STOPSIGNAL (\S+)$", DOCKERFILE, flags=re.MULTILINE) == ["SIGTERM"]
 
 
 def test_what_is_not_needed_by_all_is_started_only_where_it_is_asked_for() -> None:
@@ -116,6 +122,30 @@ def test_the_gateway_finds_the_operators_socket_of_the_scheduler() -> None:
         assert f"--http-admin=unix:{runtime}/pagewire/admin-{port}.sock" in services(file)["gateway"]["command"]
     assert f"runtime:{runtime}" in scheduler["volumes"]
     assert f"runtime:{runtime}:ro" in gateway["volumes"]
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_prometheus_asks_the_gateway_as_it_answers(tls: bool) -> None:
+    overlay = services("docker-compose.tls.yml") if tls else {}
+    command = {**services()["prometheus"], **overlay.get("prometheus", {})}["command"]
+    (path,) = [word.partition("=")[2] for word in command if word.startswith("--config.file=")]
+    (job,) = yaml.safe_load((OBSERVABILITY / Path(path).name).read_text())["scrape_configs"]
+    gateway = {**services()["gateway"], **overlay.get("gateway", {})}["command"]
+
+    assert any(word.startswith("--http-tls-cert=") for word in gateway) == tls
+    assert (job.get("scheme", "http") == "https") == tls
+    assert ("authorization" in job and "tls_config" in job) == tls
+    assert command[1:] == services()["prometheus"]["command"][1:]
+    (address,) = job["static_configs"][0]["targets"]
+    assert f"--http=0.0.0.0:{address.rpartition(':')[2]}" in gateway and address.partition(":")[0] == "gateway"
+
+
+def test_the_images_can_send_traces() -> None:
+    (scheduler,) = re.findall(r"^FROM base AS scheduler-dependencies$(.*?)^FROM", DOCKERFILE, re.MULTILINE | re.DOTALL)
+
+    assert set(re.findall(r"\*o\['(\w+)'\]", scheduler)) == {"gateway", "smg", "tracing"}
+    for stage in ("executor-dependencies", "executor-gpu-dependencies"):
+        assert f"FROM scheduler-dependencies AS {stage}" in DOCKERFILE
 
 
 def test_every_file_that_is_mounted_is_there() -> None:

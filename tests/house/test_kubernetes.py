@@ -23,20 +23,23 @@ from tests.house.manifests import (
     OVERLAYS,
     Document,
     Pods,
+    images,
     kustomizations,
     parsed,
     plain,
     pods,
     rendered,
     selected,
+    tags,
     typed,
 )
+from tests.house.observed import OBSERVABILITY, alerts
 
 LAST_WORDS_S = 10  # after the drain: ends of calls, the step that runs
 
 
 def _sets() -> Iterator[Any]:
-    yield pytest.param(lambda: plain("cell", "base", "components/autoscaling"), id="as it stands")
+    yield pytest.param(lambda: plain("cell", "base", "components/autoscaling", "components/tracing"), id="as it stands")
     yield pytest.param(lambda: plain("loopback"), id="loopback as it stands")
     for overlay in OVERLAYS:
         yield pytest.param(lambda overlay=overlay: rendered(overlay), id=overlay)
@@ -69,7 +72,23 @@ def test_every_file_is_named_where_it_belongs() -> None:
         assert {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"} == {
             name for name in named if name.endswith(".yaml")
         }
-        assert all((folder / name).exists() for name in named), folder
+        assert all((folder / name).exists() for name in {*named, *said.get("components", ())}), folder
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_whoever_tags_an_image_tags_it_in_every_pod(overlay: str) -> None:
+    tagged, bare = images(FOLDER / overlay)
+
+    assert tagged and not bare
+    for each in pods(rendered(overlay) or []):
+        for container in each.all_containers:
+            assert container["image"].partition(":")[0] in tagged and container["image"].endswith(":latest")
+
+
+def test_where_the_registry_is_is_said_once() -> None:
+    saying = [folder for folder in kustomizations() if any(tag["name"] == "pagewire-scheduler" for tag in tags(folder))]
+
+    assert saying == [FOLDER / "components" / "images"]
 
 
 def test_every_command_line_is_one_that_pagewire_takes(made: list[Pods]) -> None:
@@ -161,10 +180,23 @@ def test_every_probe_asks_at_a_port_that_is_open_for_what_is_served_there(made: 
                     assert probe["grpc"].get("service", "") in ("", LIVENESS)
                 if "httpGet" in probe:
                     assert ports[probe["httpGet"]["port"]] == split_address(given.http)[1]
-                    assert probe["httpGet"]["path"] in ("/live", "/health")
+                    assert probe["httpGet"]["path"] in ("/live", "/ready")
                     assert probe["httpGet"]["scheme"] == ("HTTPS" if given.http_tls_cert else "HTTP")
                 if probe.get("exec", {}).get("command", [""])[0] == "test":
                     assert probe["exec"]["command"] == ["test", "-e", given.ready_file]
+
+
+def test_what_is_not_ready_is_replaced_by_a_manifest_that_is_right(documents: list[Document]) -> None:
+    for document in of_kind(documents, "StatefulSet"):  # which waits for each pod's readiness, unless it is told not to
+        assert document["spec"]["podManagementPolicy"] == "Parallel"
+    for document in of_kind(documents, "Job"):  # whose template cannot be changed
+        assert document["spec"]["ttlSecondsAfterFinished"] <= 600
+
+
+def test_no_news_of_the_load_is_not_taken_for_no_load(documents: list[Document]) -> None:
+    triggers = [each for scaled in of_kind(documents, "ScaledObject") for each in scaled["spec"]["triggers"]]
+
+    assert all(each["metadata"]["ignoreNullValues"] == "false" for each in triggers if each["type"] == "prometheus")
 
 
 def test_whoever_waits_for_others_is_not_started_anew_for_that(made: list[Pods]) -> None:
@@ -255,6 +287,72 @@ def test_the_link_port_is_for_executors_alone_and_nobody_dials_these(
                 assert found == "executor"
         if each.labels["app.kubernetes.io/component"] == "executor":
             assert not allowed and not each.ports
+
+
+def test_a_name_may_be_asked_of_a_cache_that_has_no_namespace(documents: list[Document], made: list[Pods]) -> None:
+    for policy in of_kind(documents, "NetworkPolicy"):
+        if policy["metadata"]["name"] == "pagewire-names":
+            anywhere = [port for rule in policy["spec"]["egress"] if "to" not in rule for port in rule["ports"]]
+            assert anywhere == [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]
+            assert selected(policy["spec"]["podSelector"]["matchLabels"], made) == made
+
+
+def test_traces_get_out_where_they_are_sent() -> None:
+    (policy,) = plain("components/tracing")
+    said = yaml.safe_load((FOLDER / "components" / "tracing" / "kustomization.yaml").read_text())
+    ((added,),) = (yaml.safe_load(patch["patch"]) for patch in said["patches"])
+    made = [
+        each for each in pods(plain("cell", "base")) if re.fullmatch(said["patches"][0]["target"]["kind"], each.kind)
+    ]
+
+    assert {each.kind for each in made} == {"Deployment", "StatefulSet"}
+    for each in made:
+        endpoint = parsed([*each.containers[0]["args"], added["value"]]).otlp_endpoint
+        host, port = split_address(endpoint.rpartition("/")[2])
+        (rule,) = policy["spec"]["egress"]
+        assert rule["ports"] == [{"protocol": "TCP", "port": port}]
+        assert host.split(".")[1] in rule["to"][0]["namespaceSelector"]["matchLabels"].values()
+        assert selected(policy["spec"]["podSelector"]["matchLabels"], [each])
+
+
+def test_prometheus_reads_whoever_tells_metrics_as_it_must_be_asked() -> None:
+    made = pods(plain("cell", "base"))
+    jobs = yaml.safe_load((OBSERVABILITY / "kubernetes.yml").read_text())["scrape_configs"]
+    (watched,) = [re.findall(r'job=~"(.*)"', rule["expr"])[0] for rule in alerts() if "up{" in rule["expr"]]
+    read: set[str] = set()
+    for job in jobs:
+        keep = next(rule for rule in job["relabel_configs"] if rule["action"] == "keep")
+        component, port = keep["regex"].split(";")
+        (found,) = [each for each in made if each.labels["app.kubernetes.io/component"] == component]
+        (container,) = [
+            each for each in found.containers if any(opened["name"] == port for opened in each.get("ports", ()))
+        ]
+        given = parsed(container["args"])
+        read.add(component)
+
+        assert container["args"][0] == "gateway" and split_address(given.http)[1] == found.ports[port]
+        assert given.http_tls_cert and job["scheme"] == "https"
+        assert job["tls_config"]["ca_file"] and job["tls_config"]["server_name"]
+        assert job["authorization"]["credentials_file"], "which /metrics asks for where others can reach it"
+        assert re.fullmatch(watched, job["job_name"])
+        assert any(rule.get("target_label") == "namespace" for rule in job["relabel_configs"])
+    assert read == {"scheduler", "gateway"}
+
+
+def test_the_operators_page_asks_a_scheduler_where_it_answers() -> None:
+    page = (FOLDER.parents[1] / "docs" / "operating.md").read_text()
+    (pod,) = [each for each in pods(plain("cell")) if each.kind == "StatefulSet"]
+    given = parsed(next(each["args"] for each in pod.containers if each["name"] == "scheduler"))
+    inside = re.findall(
+        r"^(?:kubectl -n pagewire exec .* -- |in-scheduler )pagewire (\w+) (\S+)", page, flags=re.MULTILINE
+    )
+
+    assert {command for command, _ in inside} == {"health", "status"}
+    for command, address in inside:
+        if command == "health":
+            assert split_address(address)[1] == split_address(given.health_listen)[1], "a port without TLS"
+        else:
+            assert address == given.admin_listen
 
 
 def test_what_is_scaled_is_there_and_its_number_is_set_by_nobody_else(documents: list[Document]) -> None:

@@ -92,6 +92,19 @@ def test_a_reader_who_leaves_before_the_whole_answer_is_there_ends_it() -> None:
     assert scheduler.streams[0].closed == [False]
 
 
+def test_a_gateway_is_ready_until_it_drains_and_alive_even_then() -> None:
+    app = gateway(Scheduler(then=Unavailable("none is there")))
+
+    assert (ask(app, {}, path="/ready", method="GET").status, ask(app, {}, path="/live", method="GET").status) == (
+        200,
+        200,
+    )
+    app.draining = True
+    call = ask(app, {}, path="/ready", method="GET")
+    assert (call.status, call.json) == (503, {"status": "draining"})
+    assert ask(app, {}, path="/live", method="GET").status == 200
+
+
 def test_events_have_ids_unless_the_caller_wants_none() -> None:
     for resumable, count in ((None, 2), (True, 2), (False, 0)):
         call = ask(gateway(Scheduler(delta(0, 5, "a"), finish())), {**HI, "stream": True, "resumable": resumable})

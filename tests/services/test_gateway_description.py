@@ -117,4 +117,10 @@ def test_it_is_served_to_whoever_asks_and_names_every_path() -> None:
     told = ask(app, {}, path="/openapi.json", method="GET")
 
     assert told.status == 200 and told.json == openapi.document(max_prompts=4)
-    assert {path.replace("{model}", "x") for path in DOCUMENT["paths"]} >= {*READERS, "/v1/models/x", "/health"}
+    assert {path.replace("{model}", "x") for path in DOCUMENT["paths"]} >= {
+        *READERS,
+        "/v1/models/x",
+        "/health",
+        "/live",
+        "/ready",
+    }
