@@ -36,7 +36,9 @@ class LogConfig:
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "least severity that is logged")
     log_format: Literal["text", "json"] = option("text", "text for people, json for machines")
     otlp_endpoint: str = option(
-        "", "where traces go, HOST:PORT of an OTLP collector (gRPC); empty: OTEL_EXPORTER_OTLP_ENDPOINT, or nowhere"
+        "",
+        "where traces go, HOST:PORT of an OTLP collector (gRPC, with TLS unless it is on this machine), or "
+        "http://HOST:PORT for a collector without TLS; empty: OTEL_EXPORTER_OTLP_ENDPOINT, or nowhere",
     )
 
 

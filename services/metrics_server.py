@@ -7,7 +7,6 @@ all tenants together, so it is for this machine, unless --insecure.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -58,15 +57,13 @@ class MetricsServer:
                 else:
                     await self._say_what_is_asked(reader, writer)
                 await writer.drain()
-        except (TimeoutError, OSError):  # nothing came, or nobody reads
-            pass
+        except OSError:  # also TimeoutError: nothing came, or nobody reads
+            writer.transport.abort()
         except Exception as error:  # noqa: BLE001  the edge: a bug here ends one scrape
             _log.error("/metrics failed\n%s", "".join(without_texts(error)))
         finally:
+            await _close(writer)
             self._num_open -= 1
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
 
     async def _say_what_is_asked(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -82,6 +79,16 @@ class MetricsServer:
             _say(writer, "405 Method Not Allowed", "GET it\n", "allow: GET, HEAD\r\n")
         else:
             _say(writer, "200 OK", await self._text(), with_body=method == b"GET", kind=CONTENT_TYPE)
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    """Close behind what is still to be written; who takes nothing of that does not keep the connection either."""
+    writer.close()
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            await writer.wait_closed()
+    except OSError:  # also TimeoutError
+        writer.transport.abort()
 
 
 def _say(

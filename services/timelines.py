@@ -7,13 +7,17 @@ takes some 250 bytes.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from common.errors import UnknownRequest
+from common.log import without_texts
 from scheduler.timeline import Timeline
 from services import trace_context
+
+_log = logging.getLogger(__name__)
 
 _MAX_REFUSED_ID: Final = 128
 """Characters. An id is not checked before its request is refused."""
@@ -24,7 +28,8 @@ OnEnd = Callable[[Timeline], None]
 class Timelines:
     """All of them. `max_events` of each; 0 of either: none is kept.
 
-    `on_end`: who else wants to hear of a request that has ended. They are called on the loop, and must be quick.
+    `on_end`: who else wants to hear of a request that has ended. They are called on the loop, and must be quick. What
+    one of them raises, as a plug-in of OpenTelemetry may, is logged and disturbs nobody else.
     """
 
     def __init__(
@@ -81,7 +86,10 @@ class Timelines:
             del self._open[timeline]
             self._ended.append(timeline)
             for tell in self._on_end:
-                tell(timeline)
+                try:
+                    tell(timeline)
+                except Exception as error:  # noqa: BLE001  code that is not ours, in the middle of the engine's loop
+                    _log.error("an ended request was not told of\n%s", "".join(without_texts(error)))
 
     def refused(self, request_id: str, limit: str, now_ns: int, *, tenant: str = "") -> None:
         """A request met this limit, and was not queued."""

@@ -10,6 +10,7 @@ in any of them.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import threading
 import time
@@ -25,6 +26,8 @@ from services.trace_context import TraceContext
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span as OtelSpan
+
+_log = logging.getLogger(__name__)
 
 ENDPOINT: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
 """OpenTelemetry's own variable; --otlp-endpoint wins."""
@@ -137,9 +140,10 @@ class Tracer:
 def open_tracer(process: str, endpoint: str, *, model: str = "") -> Tracer | None:
     """A tracer that sends to `endpoint`, or where OpenTelemetry's variable says; None without either.
 
-    Raises StartupError where OpenTelemetry is not installed.
+    Raises StartupError where `endpoint` is given and OpenTelemetry is not installed. The variable may be there for
+    another program's sake: then there is a warning, and no tracer.
     """
-    endpoint = endpoint or os.environ.get(ENDPOINT, "")
+    was_asked, endpoint = bool(endpoint), endpoint or os.environ.get(ENDPOINT, "")
     if not endpoint:
         return None
     try:
@@ -148,10 +152,14 @@ def open_tracer(process: str, endpoint: str, *, model: str = "") -> Tracer | Non
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise StartupError(
+        problem = (
             f"traces for {endpoint} need OpenTelemetry, which is not installed ({error.name}). Type: "
             f"pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-grpc"
-        ) from None
+        )
+        if was_asked:
+            raise StartupError(problem) from None
+        _log.warning("%s is set, and nothing is traced: %s", ENDPOINT, problem)
+        return None
     if "://" not in endpoint:
         endpoint = f"{'http' if is_local(endpoint) else 'https'}://{endpoint}"
     resource = Resource.create({"service.name": f"pagewire-{process}", "service.version": _version()})

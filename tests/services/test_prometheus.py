@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Mapping
 
 import pytest
@@ -13,6 +14,7 @@ from common.config import SchedulerConfig
 from protos import inference_pb2
 from protos import monitoring_pb2 as pb
 from scheduler.timeline import Timeline
+from services import metrics_server
 from services.histogram import FIRST_TOKEN_S, TOKEN_S, Histogram
 from services.latencies import Latencies
 from services.lifecycle import StartupError, check_binds
@@ -157,6 +159,27 @@ def test_a_scheduler_serves_its_metrics_and_nothing_else() -> None:
     head, _, body = answers[0].partition(b"\r\n\r\n")
     assert body == b"pagewire_up 1\n" and b"content-length: 14" in head and b"version=0.0.4" in head
     assert answers[1].endswith(b"\r\n\r\n")
+
+
+def test_a_reader_who_takes_nothing_keeps_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_server, "_PATIENCE_S", 0.05)
+
+    async def main() -> None:
+        async def told() -> str:
+            return "x" * 20_000_000
+
+        server = MetricsServer(told)
+        host, _, port = (await server.listen("127.0.0.1:0")).rpartition(":")
+        with socket.create_connection((host, int(port))) as stranger:
+            stranger.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+            async with asyncio.timeout(20):
+                while len(asyncio.all_tasks()) < 2:
+                    await asyncio.sleep(0)
+                while len(asyncio.all_tasks()) > 1:
+                    await asyncio.sleep(0.001)
+        await server.close()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:9100", "[::]:9100", "10.0.0.1:9100"])

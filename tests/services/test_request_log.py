@@ -100,6 +100,20 @@ def test_a_request_leaves_its_line_once_whatever_number_of_choices_it_has(said: 
     assert (sum(latencies.request.counts), sum(latencies.first_token.counts), sum(latencies.token.counts)) == (1, 1, 0)
 
 
+def test_who_fails_to_hear_of_an_ended_request_disturbs_nobody(said: io.StringIO) -> None:
+    def plug_in(timeline: Timeline) -> None:
+        raise RuntimeError(timeline.request_id)
+
+    latencies = Latencies()
+    timelines = Timelines(on_end=(plug_in, latencies.add))
+    timeline = Timeline("secret", 0)
+    timelines.opened(timeline)
+    timelines.ended(timeline)
+
+    assert timelines.find("secret") is timeline and sum(latencies.request.counts) == 1
+    assert "RuntimeError" in said.getvalue() and "secret" not in said.getvalue()
+
+
 def test_a_line_about_a_request_says_which_and_others_do_not(said: io.StringIO) -> None:
     logger = logging.getLogger("services.anything")
 

@@ -79,9 +79,19 @@ def test_without_an_endpoint_nothing_is_traced(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_endpoint_without_opentelemetry_is_refused_with_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:4317")
     with pytest.raises(StartupError, match="pip install opentelemetry-sdk"):
-        open_tracer("test", "")
+        open_tracer("test", "http://127.0.0.1:4317")
+
+
+def test_a_variable_that_is_there_for_other_programs_stops_no_process(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:4317")
+
+    assert open_tracer("test", "") is None
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "pip install opentelemetry-sdk" in record.getMessage()
 
 
 def test_a_program_without_opentelemetry_passes_on_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
