@@ -35,7 +35,7 @@ from services.tracing import Tracer
 _log = logging.getLogger(__name__)
 
 _MAX_KEY: Final = 128  # characters; the scheduler takes no longer ones either
-_MAX_REQUEST_ID: Final = 128
+_MAX_NAME: Final = 80  # characters of what a caller calls a request; what is longer is cut
 _NAMES: Final = "pagewire.names"
 """Where a request's scope holds what its caller calls the scheduler's fields."""
 
@@ -111,19 +111,19 @@ class Gateway:
         if scope["type"] != "http":
             return
         scope["app"] = self  # so Starlette raises what it would answer otherwise
-        request_id = scope[_CALLED] = _id_of(scope)
+        scope[_CALLED] = _id_of(scope)
         status = 0
 
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", scope[_CALLED].encode())]
             await send(message)
 
         counts = scope["method"] == "POST"
         self._num_looking += not counts
-        log.about(request_id=request_id)
+        log.about(request_id=scope[_CALLED])
         with (
             self._metrics.request(scope["path"] if counts else "") as ended,
             traced(self._tracer if counts else None, scope, lambda: status),
@@ -198,7 +198,9 @@ class Gateway:
             position = positions.read(last)
         elif asked.manner.resume_token_ids:
             raise InvalidRequest("resume_token_ids", f"are for a stream that goes on: send {LAST_EVENT_ID}, too")
-        asked.begin(position, request.scope.get(_CALLED, ""))
+        asked.begin(position, request.scope[_CALLED])
+        request.scope[_CALLED] = asked.request_id
+        log.about(request_id=asked.request_id)
         if position is not None and position.done:
             return Response(_ALREADY_TOLD, media_type="text/event-stream")
         answers = Answers(
@@ -329,12 +331,12 @@ def _key(request: Request) -> str:
 
 
 def _id_of(scope: Scope) -> str:
-    """What this request is called in its answer: as its caller called it, or anew."""
+    """What this request is called, here and by the scheduler: a name that no other has, begun as its caller called it.
+
+    A proxy may give many requests one name, and strangers may think of the same; a scheduler takes two of one name for
+    one that was sent twice. Who means that says `request_id` in the body.
+    """
     for name, value in scope["headers"]:
-        if (
-            name == b"x-request-id"
-            and 0 < len(value) <= _MAX_REQUEST_ID
-            and all(0x21 <= byte <= 0x7E for byte in value)
-        ):
-            return str(value, "ascii")
+        if name == b"x-request-id" and value and all(0x21 <= byte <= 0x7E for byte in value):
+            return f"{str(value[:_MAX_NAME], 'ascii')}-{secrets.token_hex(6)}"
     return secrets.token_hex(12)
