@@ -26,7 +26,7 @@ from services.gateway.bodies import Bodies, parse
 from services.gateway.errors import LAST_EVENT_ID, NotServed, Told, told, told_of_bug, told_of_http
 from services.gateway.events import EventStream, Patience, event, while_connected
 from services.gateway.fields import Fields
-from services.gateway.live import LiveAccess, LiveView, interval_ms, nothing_to_close
+from services.gateway.live import MAX_KEY, LiveAccess, LiveView, interval_ms, nothing_to_close
 from services.gateway.metrics import Metrics
 from services.gateway.traced import traced
 from services.gateway.upstream import Upstream
@@ -34,7 +34,6 @@ from services.tracing import Tracer
 
 _log = logging.getLogger(__name__)
 
-_MAX_KEY: Final = 128  # characters; the scheduler takes no longer ones either
 _MAX_NAME: Final = 80  # characters of what a caller calls a request; what is longer is cut
 _NAMES: Final = "pagewire.names"
 """Where a request's scope holds what its caller calls the scheduler's fields."""
@@ -142,6 +141,11 @@ class Gateway:
             finally:
                 self._num_looking -= not counts
             ended(status)
+
+    def drain(self) -> None:
+        """Take nothing new, and end what has no end of its own."""
+        self.draining = True
+        self._view.close()
 
     # ---- answers
 
@@ -279,7 +283,7 @@ class Gateway:
         if self.draining:
             raise Unavailable("the gateway stops; another one may answer")
         return EventStream(
-            self._view.states(interval_ms(request), lambda: self.draining),
+            self._view.states(interval_ms(request)),
             self._patience,
             close=nothing_to_close,
             tell=lambda error: _error_event(_told(error, request.scope)),
@@ -323,7 +327,7 @@ def _key(request: Request) -> str:
     key = key.strip()
     if not shown or (scheme.lower() == "bearer" and not key):  # clients without a key say so, too
         return ""
-    if scheme.lower() != "bearer" or len(key) > _MAX_KEY or not (key.isascii() and key.isprintable()):
+    if scheme.lower() != "bearer" or len(key) > MAX_KEY or not (key.isascii() and key.isprintable()):
         raise Unauthenticated("an API key is needed: Authorization: Bearer KEY")
     if " " in key:
         raise Unauthenticated("an API key is needed: Authorization: Bearer KEY")
