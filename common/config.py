@@ -230,8 +230,8 @@ class GatewayConfig:
     )
     live_view: str = option(
         "",
-        "file with a key (16 characters or more) for the live view at /, which then names tenants and is shown to "
-        "other machines, too; empty: shown to this machine alone, without names; none: to nobody",
+        "file with a key (16 to 128 characters) for the live view at /, which then names tenants and is shown to other "
+        "machines, too; empty: shown to this machine alone, without names; none: to nobody. Behind a proxy say one",
     )
     http_unknown_fields: Literal["refuse", "ignore"] = option(
         "refuse", "what becomes of a request with a field that is not known here"

@@ -26,7 +26,7 @@ from services.gateway.bodies import Bodies, parse
 from services.gateway.errors import LAST_EVENT_ID, NotServed, Told, told, told_of_bug, told_of_http
 from services.gateway.events import EventStream, Patience, event, while_connected
 from services.gateway.fields import Fields
-from services.gateway.live import LiveAccess, LiveView, interval_ms, nothing_to_close
+from services.gateway.live import MAX_KEY, LiveAccess, LiveView, interval_ms, nothing_to_close
 from services.gateway.metrics import Metrics
 from services.gateway.traced import traced
 from services.gateway.upstream import Upstream
@@ -34,8 +34,7 @@ from services.tracing import Tracer
 
 _log = logging.getLogger(__name__)
 
-_MAX_KEY: Final = 128  # characters; the scheduler takes no longer ones either
-_MAX_REQUEST_ID: Final = 128
+_MAX_NAME: Final = 80  # characters of what a caller calls a request; what is longer is cut
 _NAMES: Final = "pagewire.names"
 """Where a request's scope holds what its caller calls the scheduler's fields."""
 
@@ -112,19 +111,19 @@ class Gateway:
         if scope["type"] != "http":
             return
         scope["app"] = self  # so Starlette raises what it would answer otherwise
-        request_id = scope[_CALLED] = _id_of(scope)
+        scope[_CALLED] = _id_of(scope)
         status = 0
 
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", scope[_CALLED].encode())]
             await send(message)
 
         counts = scope["method"] == "POST"
         self._num_looking += not counts
-        log.about(request_id=request_id)
+        log.about(request_id=scope[_CALLED])
         with (
             self._metrics.request(scope["path"] if counts else "") as ended,
             traced(self._tracer if counts else None, scope, lambda: status),
@@ -143,6 +142,11 @@ class Gateway:
             finally:
                 self._num_looking -= not counts
             ended(status)
+
+    def drain(self) -> None:
+        """Take nothing new, and end what has no end of its own."""
+        self.draining = True
+        self._view.close()
 
     # ---- answers
 
@@ -199,7 +203,9 @@ class Gateway:
             position = positions.read(last)
         elif asked.manner.resume_token_ids:
             raise InvalidRequest("resume_token_ids", f"are for a stream that goes on: send {LAST_EVENT_ID}, too")
-        asked.begin(position, request.scope.get(_CALLED, ""))
+        asked.begin(position, request.scope[_CALLED])
+        request.scope[_CALLED] = asked.request_id
+        log.about(request_id=asked.request_id)
         if position is not None and position.done:
             return Response(_ALREADY_TOLD, media_type="text/event-stream")
         answers = Answers(
@@ -283,7 +289,7 @@ class Gateway:
         if self.draining:
             raise Unavailable("the gateway stops; another one may answer")
         return EventStream(
-            self._view.states(interval_ms(request), lambda: self.draining),
+            self._view.states(interval_ms(request)),
             self._patience,
             close=nothing_to_close,
             tell=lambda error: _error_event(_told(error, request.scope)),
@@ -327,7 +333,7 @@ def _key(request: Request) -> str:
     key = key.strip()
     if not shown or (scheme.lower() == "bearer" and not key):  # clients without a key say so, too
         return ""
-    if scheme.lower() != "bearer" or len(key) > _MAX_KEY or not (key.isascii() and key.isprintable()):
+    if scheme.lower() != "bearer" or len(key) > MAX_KEY or not (key.isascii() and key.isprintable()):
         raise Unauthenticated("an API key is needed: Authorization: Bearer KEY")
     if " " in key:
         raise Unauthenticated("an API key is needed: Authorization: Bearer KEY")
@@ -335,12 +341,12 @@ def _key(request: Request) -> str:
 
 
 def _id_of(scope: Scope) -> str:
-    """What this request is called in its answer: as its caller called it, or anew."""
+    """What this request is called, here and by the scheduler: a name that no other has, begun as its caller called it.
+
+    A proxy may give many requests one name, and strangers may think of the same; a scheduler takes two of one name for
+    one that was sent twice. Who means that says `request_id` in the body.
+    """
     for name, value in scope["headers"]:
-        if (
-            name == b"x-request-id"
-            and 0 < len(value) <= _MAX_REQUEST_ID
-            and all(0x21 <= byte <= 0x7E for byte in value)
-        ):
-            return str(value, "ascii")
+        if name == b"x-request-id" and value and all(0x21 <= byte <= 0x7E for byte in value):
+            return f"{str(value[:_MAX_NAME], 'ascii')}-{secrets.token_hex(6)}"
     return secrets.token_hex(12)

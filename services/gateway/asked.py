@@ -49,14 +49,15 @@ class Asked:
         return sampling.n if sampling.HasField("n") else 1
 
     def begin(self, position: Position | None, name: str = "") -> None:
-        """Give the requests ids and seeds: new ones, or those of the stream that goes on. `name` is for a new one.
+        """Give the requests ids and seeds: new ones, or those of the stream that goes on.
+
+        `name` is the id where neither the body nor a stream that goes on says one; it must be of this request alone.
 
         Raises InvalidRequest and TicketRefused.
         """
         first = self.requests[0]
         given = first.sampling.seed if first.sampling.HasField("seed") else None
-        named = name if 0 < len(name) <= _MAX_REQUEST_ID else secrets.token_hex(12)
-        request_id = first.request_id or (position.request_id if position else named)
+        request_id = first.request_id or (position.request_id if position else name or secrets.token_hex(12))
         if len(request_id) > _MAX_REQUEST_ID:
             raise InvalidRequest("request_id", f"at most {_MAX_REQUEST_ID} characters, got {len(request_id)}")
         if not all("!" <= character <= "~" for character in request_id):

@@ -7,6 +7,7 @@ tenant's: `--live-view FILE`.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -30,18 +31,21 @@ from services.gateway.events import event
 Watch = Callable[[int], AsyncGenerator[pb.WatchStateResponse, None]]
 
 MAX_VIEWS: Final = 8
-_LEAST_KEY: Final = 16  # characters
+MAX_KEY: Final = 128  # characters of any key that can be shown here; the scheduler takes no longer ones either
+_LEAST_KEY: Final = 16
 
 NO_STATE: Final = (
     "the scheduler's state cannot be read from here: its operator's socket is not there, or not this user's. Start the "
     "gateway on its machine, as its user, with --http-admin unix:PATH of the scheduler's --admin-listen"
 )
 NOT_SHOWN: Final = (
-    "the live view is shown to this machine alone. To show it to others, too, write a key into a file and start the "
-    "gateway with --live-view FILE"
+    "the live view is shown to this machine alone, and not through a proxy or to pages of other sites. To show it to "
+    "others, too, write a key into a file and start the gateway with --live-view FILE"
 )
 
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
+_OF_PROXIES: Final = ("x-forwarded-for", "x-forwarded-host", "forwarded", "x-real-ip", "via")
+_OWN_PAGE: Final = ("", "same-origin", "none")  # what a browser says of who asks: nothing, this page, its user
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +67,10 @@ def read_access(setting: str, *, is_local: bool) -> LiveAccess:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not a text file"
         raise PagewireError(f"--live-view {setting}: {why}") from error
-    if len(key) < _LEAST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+    if not _LEAST_KEY <= len(key) <= MAX_KEY or not key.isascii() or not key.isprintable() or " " in key:
         raise PagewireError(
-            f"--live-view {setting}: must hold a key and nothing else, at least {_LEAST_KEY} printable characters: "
-            f"openssl rand -hex 16 > {setting}"
+            f"--live-view {setting}: must hold a key and nothing else, {_LEAST_KEY} to {MAX_KEY} printable "
+            f"characters: openssl rand -hex 16 > {setting}"
         )
     return LiveAccess(key=key)
 
@@ -79,6 +83,11 @@ class LiveView:
         self._watch = watch
         self._most = most
         self._num_open = 0
+        self._is_over = asyncio.Event()
+
+    def close(self) -> None:
+        """Nobody looks any more."""
+        self._is_over.set()
 
     def page(self, request: Request) -> Response:
         """The page, which holds nothing that is not in every copy of this program. Raises NotShown."""
@@ -91,8 +100,8 @@ class LiveView:
         if self._access.key and not hmac.compare_digest(key.encode(), self._access.key.encode()):
             raise Unauthenticated("the key of the live view is needed")
 
-    async def states(self, interval_ms: int, is_over: Callable[[], bool]) -> AsyncGenerator[bytes, None]:
-        """The pictures as events, until it is over. Raises Overloaded, Unavailable, InvalidRequest."""
+    async def states(self, interval_ms: int) -> AsyncGenerator[bytes, None]:
+        """The pictures as events, until it is closed. Raises Overloaded, Unavailable, InvalidRequest."""
         watch = self._watch()
         if watch is None:
             raise Unavailable(NO_STATE)
@@ -102,24 +111,40 @@ class LiveView:
         try:
             tenant = Names() if not self._access.key else str
             async with aclosing(watch(interval_ms)) as pictures:
-                async for picture in pictures:
+                while (picture := await self._next(pictures)) is not None:
                     yield event(json.dumps(told(picture, tenant), separators=(",", ":")))
-                    if is_over():
-                        return
         except Unavailable as error:
             raise Unavailable(NO_STATE) from error
         finally:
             self._num_open -= 1
 
-    def _check_shown(self, request: Request) -> None:
-        """Without a key: that the machine is asked by its own name.
+    async def _next(self, pictures: AsyncGenerator[pb.WatchStateResponse, None]) -> pb.WatchStateResponse | None:
+        """The next picture; None where there is none, or once this is closed, which does not wait for an interval."""
+        picture = asyncio.ensure_future(anext(pictures, None))
+        is_over = asyncio.ensure_future(self._is_over.wait())
+        try:
+            await asyncio.wait({picture, is_over}, return_when=asyncio.FIRST_COMPLETED)
+            return None if is_over.done() else picture.result()
+        finally:
+            picture.cancel()
+            is_over.cancel()
+            await asyncio.gather(picture, is_over, return_exceptions=True)
 
-        A page of any site can have its name mean 127.0.0.1, and would then be of the same origin.
+    def _check_shown(self, request: Request) -> None:
+        """Without a key: that this machine asks itself, by its own name, through nobody and for no other page.
+
+        A page of any site can have its name mean 127.0.0.1, and would then be of the same origin. A proxy on this
+        machine asks from here for whoever asks it, and may call the gateway 127.0.0.1: many say so in a header, and
+        one that says nothing (nginx, as it comes) speaks HTTP/1.0. A page that cannot read an answer can still ask, and
+        take the places of those who look.
         """
         if self._access.key:
             return
-        host = re.sub(r":\d+$", "", request.headers.get("host", "").lower())
-        if not self._access.local or host not in _LOOPBACK:
+        headers = request.headers
+        host = re.sub(r":\d+$", "", headers.get("host", "").lower())
+        through = request.scope.get("http_version") == "1.0" or any(name in headers for name in _OF_PROXIES)
+        own = headers.get("sec-fetch-site", "") in _OWN_PAGE
+        if not self._access.local or host not in _LOOPBACK or through or not own:
             raise NotShown(NOT_SHOWN)
 
 

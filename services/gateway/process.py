@@ -102,7 +102,7 @@ async def run(
             lifecycle.announce(ready_fd, json.dumps({"http": address}))
             log.info("listening on %s for OpenAI's clients; schedulers: %s", address, ", ".join(addresses))
             await stop.wait()
-            gateway.draining = True
+            gateway.drain()
             log.info("draining %d requests, at most %g s", metrics.num_open, config.http_drain_s)
             await server.drain(config.http_drain_s)
             if tracer is not None:

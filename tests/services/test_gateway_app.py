@@ -249,11 +249,23 @@ def test_requests_that_only_look_are_bounded_too_and_apart() -> None:
     assert asyncio.run(run()) == [401, 429, 400, 200]
 
 
-def test_a_caller_s_own_name_for_a_request_is_told_back_and_a_strange_one_is_not() -> None:
-    app = gateway(Scheduler(delta(0, 5, "a"), finish()))
+@pytest.mark.parametrize("name", ["mine", "m" * 101, "m" * 500])
+def test_requests_that_their_caller_calls_the_same_are_two_and_told_apart(name: str) -> None:
+    scheduler = Scheduler(delta(0, 5, "a"), finish())
+    app = gateway(scheduler)
+    told = [ask(app, HI, headers=[(b"x-request-id", name.encode())]).headers["x-request-id"] for _ in range(2)]
 
-    assert ask(app, HI, headers=[(b"x-request-id", b"mine")]).headers["x-request-id"] == "mine"
-    assert ask(app, HI, headers=[(b"x-request-id", b"two words")]).headers["x-request-id"] != "two words"
+    assert told == [stream.continuation.request_id for stream in scheduler.streams]
+    assert len(set(told)) == 2 and all(each.startswith(name[:80]) and len(each) <= 93 for each in told)
+
+
+def test_a_name_in_the_body_is_the_request_s_and_a_strange_one_in_the_head_is_nobody_s() -> None:
+    scheduler = Scheduler(delta(0, 5, "a"), finish())
+    app, head = gateway(scheduler), [(b"x-request-id", b"mine")]
+
+    assert ask(app, {**HI, "request_id": "exactly"}, headers=head).headers["x-request-id"] == "exactly"
+    assert scheduler.streams[-1].continuation.request_id == "exactly"
+    assert "words" not in ask(app, HI, headers=[(b"x-request-id", b"two words")]).headers["x-request-id"]
 
 
 @pytest.mark.parametrize("kind", [b"text/plain", b"", b"application/x-www-form-urlencoded"])

@@ -8,7 +8,6 @@ import hashlib
 import re
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -41,11 +40,12 @@ def picture() -> pb.WatchStateResponse:
 class Watched:
     """In place of a scheduler: two pictures, and then an error where one is to be."""
 
-    def __init__(self, error: PagewireError | None = None, pictures: int = 2) -> None:
+    def __init__(self, error: PagewireError | None = None, pictures: int = 2, *, stays: bool = False) -> None:
         self.intervals: list[int] = []
         self.num_open = 0
         self._error = error
         self._pictures = pictures
+        self._stays = stays
 
     async def __call__(self, interval_ms: int) -> AsyncGenerator[pb.WatchStateResponse, None]:
         self.intervals.append(interval_ms)
@@ -55,6 +55,8 @@ class Watched:
                 yield picture()
             if self._error is not None:
                 raise self._error
+            if self._stays:
+                await asyncio.Event().wait()
         finally:
             self.num_open -= 1
 
@@ -141,6 +143,41 @@ def test_this_machine_is_shown_it_by_each_of_its_own_names(host: bytes) -> None:
     assert get(served(LOCAL, Watched()), "/live/state", [(b"host", host)]).status == 200
 
 
+@pytest.mark.parametrize("path", ["/", "/live/state"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        (b"x-forwarded-for", b"203.0.113.9"),
+        (b"forwarded", b"for=203.0.113.9"),
+        (b"x-real-ip", b"203.0.113.9"),
+        (b"via", b"1.1 proxy"),
+        (b"sec-fetch-site", b"cross-site"),
+        (b"sec-fetch-site", b"same-site"),  # localhost at another port
+    ],
+)
+def test_who_asks_through_a_proxy_or_from_another_page_is_not_this_machine(
+    path: str, header: tuple[bytes, bytes]
+) -> None:
+    watched = Watched()
+
+    assert get(served(LOCAL, watched), path, [*HERE, header]).status == 403
+    assert get(served(LiveAccess(key=KEY), watched), "/", [*HERE, header]).status == 200
+    assert watched.intervals == []
+
+
+def test_a_proxy_that_says_nothing_of_itself_is_known_by_its_old_http() -> None:
+    call = Call(None, "/live/state", HERE, "GET")
+    call.scope["http_version"] = "1.0"
+
+    asyncio.run(served(LOCAL, Watched())(call.scope, call.receive, call.send))  # type: ignore[arg-type]
+    assert call.status == 403
+
+
+@pytest.mark.parametrize("site", [b"same-origin", b"none"])
+def test_its_own_page_and_its_user_are(site: bytes) -> None:
+    assert get(served(LOCAL, Watched()), "/live/state", [*HERE, (b"sec-fetch-site", site)]).status == 200
+
+
 @pytest.mark.parametrize("watch", [None, Watched(Unavailable("no connection to unix:/secret/path"), pictures=0)])
 def test_where_the_scheduler_cannot_be_asked_it_says_so_and_which_flag_helps(watch: Watch | None) -> None:
     call = get(served(LOCAL, watch), "/live/state")
@@ -178,17 +215,25 @@ def test_only_so_many_views_are_open_and_the_scheduler_is_asked_no_more() -> Non
 
 def test_a_gateway_that_stops_keeps_nobody_looking() -> None:
     app = served(LOCAL, Watched(pictures=1000))
-    app.draining = True
+    app.drain()
     assert get(app, "/live/state").status == 503
 
-    watched = Watched(pictures=1000)
-    view = LiveView(LOCAL, lambda: watched)
 
-    async def run() -> list[Any]:
-        return [each async for each in view.states(0, lambda: True)]
+def test_a_view_ends_when_its_gateway_stops_and_not_an_interval_later() -> None:
+    watched = Watched(pictures=1, stays=True)
+    app = served(LOCAL, watched)
+    call = Call(None, "/live/state", HERE, "GET")
 
-    assert len(asyncio.run(run())) == 1
-    assert watched.num_open == 0
+    async def run() -> None:
+        async with asyncio.timeout(20):
+            looking = asyncio.create_task(app(call.scope, call.receive, call.send))
+            while not call.parts:
+                await asyncio.sleep(0)
+            app.drain()
+            await looking
+
+    asyncio.run(run())
+    assert (call.status, len(call.events), watched.num_open) == (200, 1, 0)
 
 
 def test_a_key_comes_from_a_file(tmp_path: Path) -> None:
@@ -201,12 +246,12 @@ def test_a_key_comes_from_a_file(tmp_path: Path) -> None:
     assert read_access("", is_local=False) == read_access("none", is_local=True) == LiveAccess()
 
 
-@pytest.mark.parametrize("written", ["", "short", "two words are no key", "schlüsselschlüssel"])
+@pytest.mark.parametrize("written", ["", "short", "two words are no key", "schlüsselschlüssel", "k" * 129])
 def test_a_file_without_a_good_key_is_refused_in_words(tmp_path: Path, written: str) -> None:
     file = tmp_path / "key"
     file.write_text(written)
 
-    with pytest.raises(PagewireError, match="must hold a key and nothing else, at least 16 printable characters"):
+    with pytest.raises(PagewireError, match="must hold a key and nothing else, 16 to 128 printable characters"):
         read_access(str(file), is_local=False)
     with pytest.raises(PagewireError, match="No such file"):
         read_access(str(tmp_path / "other"), is_local=False)
