@@ -6,6 +6,7 @@ them against Kubernetes' own schemas.
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -316,27 +317,36 @@ def test_traces_get_out_where_they_are_sent() -> None:
 
 
 def test_prometheus_reads_whoever_tells_metrics_as_it_must_be_asked() -> None:
-    made = pods(plain("cell", "base"))
+    documents = plain("cell", "base")
+    services = {service["metadata"]["name"]: service["spec"] for service in of_kind(documents, "Service")}
     jobs = yaml.safe_load((OBSERVABILITY / "kubernetes.yml").read_text())["scrape_configs"]
     (watched,) = [re.findall(r'job=~"(.*)"', rule["expr"])[0] for rule in alerts() if "up{" in rule["expr"]]
     read: set[str] = set()
     for job in jobs:
-        keep = next(rule for rule in job["relabel_configs"] if rule["action"] == "keep")
-        component, port = keep["regex"].split(";")
-        (found,) = [each for each in made if each.labels["app.kubernetes.io/component"] == component]
-        (container,) = [
-            each for each in found.containers if any(opened["name"] == port for opened in each.get("ports", ()))
-        ]
-        given = parsed(container["args"])
-        read.add(component)
+        (asked,) = job["dns_sd_configs"]
+        name, namespace, _ = asked["names"][0].split(".")
+        (found,) = selected(services[name]["selector"], pods(documents))
+        (gateway,) = [each for each in map(parsed, gateways_of(found)) if port_of(each) == asked["port"]]
+        read.add(found.labels["app.kubernetes.io/component"])
 
-        assert container["args"][0] == "gateway" and split_address(given.http)[1] == found.ports[port]
-        assert given.http_tls_cert and job["scheme"] == "https"
+        assert services[name]["clusterIP"] == "None", "each of the pods, and not one of them"
+        assert services[name]["publishNotReadyAddresses"] and asked["type"] == "A"
+        assert gateway.http_tls_cert and job["scheme"] == "https"
         assert job["tls_config"]["ca_file"] and job["tls_config"]["server_name"]
         assert job["authorization"]["credentials_file"], "which /metrics asks for where others can reach it"
         assert re.fullmatch(watched, job["job_name"])
-        assert any(rule.get("target_label") == "namespace" for rule in job["relabel_configs"])
+        assert {"target_label": "namespace", "replacement": namespace} in job["relabel_configs"]
     assert read == {"scheduler", "gateway"}
+
+
+def gateways_of(made: Pods) -> list[list[str]]:
+    """What the gateways in a pod are started with."""
+    return [container["args"] for container in made.containers if container["args"][0] == "gateway"]
+
+
+def port_of(gateway: argparse.Namespace) -> int:
+    """Where it tells /metrics."""
+    return split_address(gateway.http)[1]
 
 
 def test_the_operators_page_asks_a_scheduler_where_it_answers() -> None:
