@@ -53,7 +53,7 @@ class Telling:
 
     whole: Callable[[Answers], Awaitable[dict[str, Any]]]
     stream: Callable[[Answers], AsyncGenerator[bytes, None]]
-    error: Callable[[Told], bytes]
+    error: Callable[[Told, Answers], bytes]
 
 
 class Gateway:
@@ -174,7 +174,7 @@ class Gateway:
         telling = Telling(
             whole=lambda answers: responses.whole(answers, asked),
             stream=lambda answers: responses.stream(answers, asked),
-            error=lambda failed: responses.error_event(failed.message, failed.code, failed.param),
+            error=responses.error_event,
         )
         return await self._answer(request, body, asked, telling)
 
@@ -224,7 +224,7 @@ class Gateway:
             telling.stream(answers),
             self._patience,
             close=answers.close,
-            tell=lambda error: telling.error(_told(error, request.scope)),
+            tell=lambda error: telling.error(_told(error, request.scope), answers),
             on_cut=on_cut,
         )
 
@@ -294,7 +294,7 @@ def _json(value: Mapping[str, Any], status: int = 200) -> Response:
     return Response(json.dumps(value).encode(), status, media_type="application/json")
 
 
-def _error_event(failed: Told) -> bytes:
+def _error_event(failed: Told, _: Answers | None = None) -> bytes:
     return event(failed.body.decode())
 
 
