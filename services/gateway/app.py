@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import secrets
@@ -17,8 +18,9 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common import log
-from common.errors import InvalidRequest, Overloaded, PagewireError, Unauthenticated, Unavailable
+from common.errors import DeadlineExceeded, InvalidRequest, Overloaded, PagewireError, Unauthenticated, Unavailable
 from common.log import without_texts
+from protos import inference_pb2 as pb
 from services.gateway import chat, completions, openapi, positions, responses
 from services.gateway.answers import Answers
 from services.gateway.asked import Asked
@@ -26,6 +28,7 @@ from services.gateway.bodies import Bodies, parse
 from services.gateway.errors import LAST_EVENT_ID, NotServed, Told, told, told_of_bug, told_of_http
 from services.gateway.events import EventStream, Patience, event, while_connected
 from services.gateway.fields import Fields
+from services.gateway.known_keys import KnownKeys
 from services.gateway.live import LiveAccess, LiveView, interval_ms, nothing_to_close
 from services.gateway.metrics import Metrics
 from services.gateway.traced import traced
@@ -36,6 +39,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_KEY: Final = 128  # characters; the scheduler takes no longer ones either
 _MAX_REQUEST_ID: Final = 128
+_KNOWN_KEY_S: Final = 1.0  # a scheduler that stands still takes no more of the time that a scrape has
 _NAMES: Final = "pagewire.names"
 """Where a request's scope holds what its caller calls the scheduler's fields."""
 
@@ -73,7 +77,10 @@ class Gateway:
         live: LiveView | None = None,
         tracer: Tracer | None = None,
     ) -> None:
-        """With `metrics_need_key`, /metrics is for those whose API key the scheduler takes. `tracer` makes spans."""
+        """With `metrics_need_key`, /metrics is for those whose API key the scheduler takes. `tracer` makes spans.
+
+        Where the scheduler is gone, the keys count that it took of late.
+        """
         self.draining = False
         self._upstream = upstream
         self._bodies = bodies
@@ -85,6 +92,7 @@ class Gateway:
         self._metrics_need_key = metrics_need_key
         self._view = live or LiveView(LiveAccess(), lambda: None)
         self._tracer = tracer
+        self._known = KnownKeys()
         self._num_looking = 0  # requests that only look: GET and the like
         self._began = int(time.time())
         self._description: Mapping[str, Any] = {}  # made when it is first asked for
@@ -201,6 +209,12 @@ class Gateway:
         asked.begin(position, request.scope.get(_CALLED, ""))
         if position is not None and position.done:
             return Response(_ALREADY_TOLD, media_type="text/event-stream")
+        first_token = self._metrics.first_token()
+
+        def on_first() -> None:
+            first_token()
+            self._known.taken(key)
+
         answers = Answers(
             self._upstream,
             asked.requests,
@@ -208,7 +222,7 @@ class Gateway:
             created=position.created if position else int(time.time()),
             position=position,
             tokens=asked.manner.resume_token_ids,
-            on_first=self._metrics.first_token(),
+            on_first=on_first,
         )
         if not asked.manner.stream:
             return Response(
@@ -232,16 +246,26 @@ class Gateway:
 
     async def _embeddings(self, request: Request) -> Response:
         name = (await self._body(request)).string("model") or ""
-        served = await self._upstream.model(name, _key(request))
+        served = await self._served(name, _key(request))
         raise NotServed("model", f"model: {served.model} makes text, and no embeddings")
 
     async def _models(self, request: Request) -> Response:
-        served = await self._upstream.model("", _key(request))
+        served = await self._served("", _key(request))
         return _json({"object": "list", "data": [self._told_model(served.model, served.max_model_len)]})
 
     async def _model(self, request: Request) -> Response:
-        served = await self._upstream.model(request.path_params["model"], _key(request))
+        served = await self._served(request.path_params["model"], _key(request))
         return _json(self._told_model(served.model, served.max_model_len))
+
+    async def _served(self, name: str, key: str) -> pb.GetModelResponse:
+        """As Upstream.model, and whose key it takes is known."""
+        try:
+            served = await self._upstream.model(name, key)
+        except Unauthenticated:
+            self._known.refused(key)
+            raise
+        self._known.taken(key)
+        return served
 
     def _told_model(self, name: str, max_model_len: int) -> Mapping[str, Any]:
         return {
@@ -261,7 +285,13 @@ class Gateway:
 
     async def _tell_metrics(self, request: Request) -> Response:
         if self._metrics_need_key:
-            await self._upstream.model("", _key(request))
+            key = _key(request)
+            try:
+                async with asyncio.timeout(_KNOWN_KEY_S if key in self._known else None):
+                    await self._served("", key)
+            except (TimeoutError, Unavailable, Overloaded, DeadlineExceeded):  # just what somebody wants to hear of
+                if key not in self._known:
+                    raise
         return Response(await self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _describe(self, _: Request) -> Response:
