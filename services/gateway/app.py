@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -31,7 +32,7 @@ from services.gateway.fields import Fields
 from services.gateway.known_keys import KnownKeys
 from services.gateway.live import LiveAccess, LiveView, interval_ms, nothing_to_close
 from services.gateway.metrics import Metrics
-from services.gateway.traced import traced
+from services.gateway.traced import Ending, traced
 from services.gateway.upstream import Upstream
 from services.tracing import Tracer
 
@@ -45,6 +46,9 @@ _NAMES: Final = "pagewire.names"
 
 _CALLED: Final = "pagewire.request_id"
 """Where it holds what the request is called in its answer, and by the scheduler where its body says nothing else."""
+
+_FAILED: Final = "pagewire.failed"
+"""Where it holds the status of what a stream failed by after it had begun, which its reader is told in an event."""
 
 _ALREADY_TOLD: Final = b"data: [DONE]\n\n"
 
@@ -131,10 +135,16 @@ class Gateway:
 
         counts = scope["method"] == "POST"
         self._num_looking += not counts
-        log.about(request_id=request_id)
+        log.about(afresh=True, request_id=request_id)
+
+        def is_known() -> bool:
+            with suppress(Unauthenticated):
+                return _key(Request(scope)) in self._known
+            return False
+
         with (
             self._metrics.request(scope["path"] if counts else "") as ended,
-            traced(self._tracer if counts else None, scope, lambda: status),
+            traced(self._tracer if counts else None, scope, lambda: Ending(status, scope.get(_FAILED, 0), is_known())),
         ):
             try:
                 # apart, so that /health answers where all is busy, and who only looks keeps nobody from an answer
@@ -149,7 +159,7 @@ class Gateway:
                     await failed.response()(scope, receive, sending)
             finally:
                 self._num_looking -= not counts
-            ended(status)
+            ended(scope.get(_FAILED, status))
 
     # ---- answers
 
@@ -233,12 +243,13 @@ class Gateway:
 
         def on_cut() -> None:  # the process ends before the answer: its reader may go on with another one
             answers.linger = asked.manner.resumable is not False
+            request.scope[_FAILED] = 503
 
         return EventStream(
             telling.stream(answers),
             self._patience,
             close=answers.close,
-            tell=lambda error: telling.error(_told(error, request.scope), answers),
+            tell=lambda error: telling.error(_told_late(error, request.scope), answers),
             on_cut=on_cut,
         )
 
@@ -310,7 +321,7 @@ class Gateway:
             self._view.states(interval_ms(request), lambda: self.draining),
             self._patience,
             close=nothing_to_close,
-            tell=lambda error: _error_event(_told(error, request.scope)),
+            tell=lambda error: _error_event(_told_late(error, request.scope)),
             on_cut=lambda: None,
         )
 
@@ -342,6 +353,13 @@ def _told(error: Exception, scope: Scope) -> Told:
         extra={"fields": {"error_id": error_id}},
     )
     return told_of_bug(error_id)
+
+
+def _told_late(error: Exception, scope: Scope) -> Told:
+    """As `_told`, of a stream that has begun: its status is too late for its reader, and not for who counts."""
+    failed = _told(error, scope)
+    scope[_FAILED] = failed.status
+    return failed
 
 
 def _key(request: Request) -> str:

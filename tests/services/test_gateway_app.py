@@ -58,6 +58,15 @@ def test_an_error_behind_the_first_token_is_the_last_event() -> None:
     assert call.events[-1]["error"]["code"] == "superseded"
 
 
+def test_a_stream_that_fails_midway_is_counted_as_a_failure() -> None:
+    app = gateway(Scheduler(delta(0, 5, "a"), then=Unavailable("no executor")))
+    assert ask(app, {**HI, "stream": True}).status == 200
+
+    lines = b"".join(ask(app, {}, path="/metrics", method="GET").parts).decode().splitlines()
+    counted = [line for line in lines if line.startswith("pagewire_gateway_requests_total")]
+    assert counted == ['pagewire_gateway_requests_total{path="/v1/chat/completions",status="503"} 1']
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_bug_is_told_by_an_id_and_its_words_by_nobody(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
