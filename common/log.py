@@ -31,10 +31,14 @@ _OUR_PACKAGES: Final = frozenset({"common", "executor", "pagewire", "scheduler",
 _about: ContextVar[Mapping[str, str]] = ContextVar("about", default=MappingProxyType[str, str]({}))
 
 
-def about(**words: str) -> None:
-    """What the rest of this task is about: its JSON lines say so. Only names of WORDS; an empty text is not told."""
+def about(*, afresh: bool = False, **words: str) -> None:
+    """What the rest of this task is about: its JSON lines say so. Only names of WORDS; an empty text is not told.
+
+    `afresh`: and about nothing that was said of it before; a task can inherit the words of who started it.
+    """
     assert words.keys() <= WORDS, f"{sorted(words.keys() - WORDS)} may not be in a log"
-    _about.set({**_about.get(), **{name: text for name, text in words.items() if text}})
+    before = {} if afresh else _about.get()
+    _about.set({**before, **{name: text for name, text in words.items() if text}})
 
 
 class TextFormatter(logging.Formatter):

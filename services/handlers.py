@@ -22,6 +22,7 @@ from grpc import aio
 
 from common.errors import InvalidRequest, Overloaded, PagewireError, Unavailable
 from common.log import without_texts
+from services import call_status
 from services.open_call import open_call as this_call
 from services.status import RpcStatus, internal_status, to_rpc_status
 
@@ -270,4 +271,5 @@ def _client_left(error: asyncio.CancelledError) -> bool:
 async def _abort(context: Context, status: RpcStatus) -> Never:
     """End the call. Trailing metadata that the method has set goes out too. Always raises."""
     set_before = tuple(context.trailing_metadata() or ())
+    call_status.note(status.code)
     await context.abort(status.code, status.message, (*set_before, *status.trailing_metadata))

@@ -28,8 +28,8 @@ OnEnd = Callable[[Timeline], None]
 class Timelines:
     """All of them. `max_events` of each; 0 of either: none is kept.
 
-    `on_end`: who else wants to hear of a request that has ended. They are called on the loop, and must be quick. What
-    one of them raises, as a plug-in of OpenTelemetry may, is logged and disturbs nobody else.
+    `on_end`: who else wants to hear of a request that has ended. They are called on the loop, and must be quick.
+    What one of them raises, as a plug-in of OpenTelemetry may, is logged and disturbs nobody else.
     """
 
     def __init__(

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from grpc import aio
 
 from common import log
-from services import trace_context
-from services.tracing import Tracer
+from services import call_status, trace_context
+from services.call_status import CallStatus
+from services.tracing import Span, Tracer
 
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any] | None  # of unknown messages: it is generic in the stubs alone
+
+
+# By OpenTelemetry's conventions: what the server is to blame for. The rest is the caller's, and no error of a span.
+_OURS: Final = frozenset(
+    {
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DATA_LOSS,
+    }
+)
 
 
 class TracedCalls(aio.ServerInterceptor):
@@ -41,8 +55,15 @@ class TracedCalls(aio.ServerInterceptor):
             context = span.context
             task = asyncio.current_task()
             assert task is not None, "gRPC asks interceptors in the call's own task"
-            task.add_done_callback(lambda task: span.end(error="cancelled" if task.cancelled() else ""))
+            status = call_status.begin()
+            task.add_done_callback(lambda task: _end(span, status, task))
         if context is not None:
             trace_context.enter(context)
             log.about(trace_id=context.trace_id)
         return await continuation(handler_call_details)
+
+
+def _end(span: Span, status: CallStatus, task: asyncio.Task[Any]) -> None:
+    code = grpc.StatusCode.CANCELLED if task.cancelled() else status.code
+    error = "cancelled" if task.cancelled() else code.name.lower() if code in _OURS else ""
+    span.end({"rpc.grpc.status_code": code.value[0]}, error=error)

@@ -72,6 +72,7 @@ class Answers:
         if position is not None and tokens:
             self._go_on(tokens)
         self.begins_at = position.event + 1 if position else 0  # number of the first event that is told now
+        self.next_event = self.begins_at  # where events are numbered: the number of the next one
         self._writer: Writer | None = None
         if len(requests) * self.n <= MAX_CHOICES:
             first = requests[0]

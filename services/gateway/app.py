@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -17,8 +19,9 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common import log
-from common.errors import InvalidRequest, Overloaded, PagewireError, Unauthenticated, Unavailable
+from common.errors import DeadlineExceeded, InvalidRequest, Overloaded, PagewireError, Unauthenticated, Unavailable
 from common.log import without_texts
+from protos import inference_pb2 as pb
 from services.gateway import chat, completions, openapi, positions, responses
 from services.gateway.answers import Answers
 from services.gateway.asked import Asked
@@ -26,20 +29,25 @@ from services.gateway.bodies import Bodies, parse
 from services.gateway.errors import LAST_EVENT_ID, NotServed, Told, told, told_of_bug, told_of_http
 from services.gateway.events import EventStream, Patience, event, while_connected
 from services.gateway.fields import Fields
+from services.gateway.known_keys import KnownKeys
 from services.gateway.live import MAX_KEY, LiveAccess, LiveView, interval_ms, nothing_to_close
 from services.gateway.metrics import Metrics
-from services.gateway.traced import traced
+from services.gateway.traced import Ending, traced
 from services.gateway.upstream import Upstream
 from services.tracing import Tracer
 
 _log = logging.getLogger(__name__)
 
 _MAX_NAME: Final = 80  # characters of what a caller calls a request; what is longer is cut
+_KNOWN_KEY_S: Final = 1.0  # a scheduler that stands still takes no more of the time that a scrape has
 _NAMES: Final = "pagewire.names"
 """Where a request's scope holds what its caller calls the scheduler's fields."""
 
 _CALLED: Final = "pagewire.request_id"
 """Where it holds what the request is called in its answer, and by the scheduler where its body says nothing else."""
+
+_FAILED: Final = "pagewire.failed"
+"""Where it holds the status of what a stream failed by after it had begun, which its reader is told in an event."""
 
 _ALREADY_TOLD: Final = b"data: [DONE]\n\n"
 
@@ -52,7 +60,7 @@ class Telling:
 
     whole: Callable[[Answers], Awaitable[dict[str, Any]]]
     stream: Callable[[Answers], AsyncGenerator[bytes, None]]
-    error: Callable[[Told], bytes]
+    error: Callable[[Told, Answers], bytes]
 
 
 class Gateway:
@@ -72,7 +80,10 @@ class Gateway:
         live: LiveView | None = None,
         tracer: Tracer | None = None,
     ) -> None:
-        """With `metrics_need_key`, /metrics is for those whose API key the scheduler takes. `tracer` makes spans."""
+        """With `metrics_need_key`, /metrics is for those whose API key the scheduler takes. `tracer` makes spans.
+
+        Where the scheduler is gone, the keys count that it took of late.
+        """
         self.draining = False
         self._upstream = upstream
         self._bodies = bodies
@@ -84,6 +95,7 @@ class Gateway:
         self._metrics_need_key = metrics_need_key
         self._view = live or LiveView(LiveAccess(), lambda: None)
         self._tracer = tracer
+        self._known = KnownKeys()
         self._num_looking = 0  # requests that only look: GET and the like
         self._began = int(time.time())
         self._description: Mapping[str, Any] = {}  # made when it is first asked for
@@ -123,10 +135,16 @@ class Gateway:
 
         counts = scope["method"] == "POST"
         self._num_looking += not counts
-        log.about(request_id=scope[_CALLED])
+        log.about(afresh=True, request_id=scope[_CALLED])
+
+        def is_known() -> bool:
+            with suppress(Unauthenticated):
+                return _key(Request(scope)) in self._known
+            return False
+
         with (
             self._metrics.request(scope["path"] if counts else "") as ended,
-            traced(self._tracer if counts else None, scope, lambda: status),
+            traced(self._tracer if counts else None, scope, lambda: Ending(status, scope.get(_FAILED, 0), is_known())),
         ):
             try:
                 # apart, so that /health answers where all is busy, and who only looks keeps nobody from an answer
@@ -141,7 +159,7 @@ class Gateway:
                     await failed.response()(scope, receive, sending)
             finally:
                 self._num_looking -= not counts
-            ended(status)
+            ended(scope.get(_FAILED, status))
 
     def drain(self) -> None:
         """Take nothing new, and end what has no end of its own."""
@@ -179,7 +197,7 @@ class Gateway:
         telling = Telling(
             whole=lambda answers: responses.whole(answers, asked),
             stream=lambda answers: responses.stream(answers, asked),
-            error=lambda failed: responses.error_event(failed.message, failed.code, failed.param),
+            error=responses.error_event,
         )
         return await self._answer(request, body, asked, telling)
 
@@ -208,6 +226,12 @@ class Gateway:
         log.about(request_id=asked.request_id)
         if position is not None and position.done:
             return Response(_ALREADY_TOLD, media_type="text/event-stream")
+        first_token = self._metrics.first_token()
+
+        def on_first() -> None:
+            first_token()
+            self._known.taken(key)
+
         answers = Answers(
             self._upstream,
             asked.requests,
@@ -215,7 +239,7 @@ class Gateway:
             created=position.created if position else int(time.time()),
             position=position,
             tokens=asked.manner.resume_token_ids,
-            on_first=self._metrics.first_token(),
+            on_first=on_first,
         )
         if not asked.manner.stream:
             return Response(
@@ -226,12 +250,13 @@ class Gateway:
 
         def on_cut() -> None:  # the process ends before the answer: its reader may go on with another one
             answers.linger = asked.manner.resumable is not False
+            request.scope[_FAILED] = 503
 
         return EventStream(
             telling.stream(answers),
             self._patience,
             close=answers.close,
-            tell=lambda error: telling.error(_told(error, request.scope)),
+            tell=lambda error: telling.error(_told_late(error, request.scope), answers),
             on_cut=on_cut,
         )
 
@@ -239,16 +264,26 @@ class Gateway:
 
     async def _embeddings(self, request: Request) -> Response:
         name = (await self._body(request)).string("model") or ""
-        served = await self._upstream.model(name, _key(request))
+        served = await self._served(name, _key(request))
         raise NotServed("model", f"model: {served.model} makes text, and no embeddings")
 
     async def _models(self, request: Request) -> Response:
-        served = await self._upstream.model("", _key(request))
+        served = await self._served("", _key(request))
         return _json({"object": "list", "data": [self._told_model(served.model, served.max_model_len)]})
 
     async def _model(self, request: Request) -> Response:
-        served = await self._upstream.model(request.path_params["model"], _key(request))
+        served = await self._served(request.path_params["model"], _key(request))
         return _json(self._told_model(served.model, served.max_model_len))
+
+    async def _served(self, name: str, key: str) -> pb.GetModelResponse:
+        """As Upstream.model, and whose key it takes is known."""
+        try:
+            served = await self._upstream.model(name, key)
+        except Unauthenticated:
+            self._known.refused(key)
+            raise
+        self._known.taken(key)
+        return served
 
     def _told_model(self, name: str, max_model_len: int) -> Mapping[str, Any]:
         return {
@@ -273,7 +308,13 @@ class Gateway:
 
     async def _tell_metrics(self, request: Request) -> Response:
         if self._metrics_need_key:
-            await self._upstream.model("", _key(request))
+            key = _key(request)
+            try:
+                async with asyncio.timeout(_KNOWN_KEY_S if key in self._known else None):
+                    await self._served("", key)
+            except (TimeoutError, Unavailable, Overloaded, DeadlineExceeded):  # just what somebody wants to hear of
+                if key not in self._known:
+                    raise
         return Response(await self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _describe(self, _: Request) -> Response:
@@ -292,7 +333,7 @@ class Gateway:
             self._view.states(interval_ms(request)),
             self._patience,
             close=nothing_to_close,
-            tell=lambda error: _error_event(_told(error, request.scope)),
+            tell=lambda error: _error_event(_told_late(error, request.scope)),
             on_cut=lambda: None,
         )
 
@@ -306,7 +347,7 @@ def _json(value: Mapping[str, Any], status: int = 200) -> Response:
     return Response(json.dumps(value).encode(), status, media_type="application/json")
 
 
-def _error_event(failed: Told) -> bytes:
+def _error_event(failed: Told, _: Answers | None = None) -> bytes:
     return event(failed.body.decode())
 
 
@@ -324,6 +365,13 @@ def _told(error: Exception, scope: Scope) -> Told:
         extra={"fields": {"error_id": error_id}},
     )
     return told_of_bug(error_id)
+
+
+def _told_late(error: Exception, scope: Scope) -> Told:
+    """As `_told`, of a stream that has begun: its status is too late for its reader, and not for who counts."""
+    failed = _told(error, scope)
+    scope[_FAILED] = failed.status
+    return failed
 
 
 def _key(request: Request) -> str:

@@ -17,7 +17,8 @@ from protos import monitoring_pb2 as pb
 from services.histogram import FIRST_TOKEN_S, REQUEST_S, Histogram
 from services.prometheus import histogram, metric, of_status
 
-_PATHS: Final = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"})
+PATHS: Final = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"})
+"""Those that are told apart; all others, which a caller may think of, are one."""
 
 _FRESH_S: Final = 1.0  # what the scheduler said is told again for that long, however many ask
 
@@ -40,12 +41,15 @@ class Metrics:
 
     @contextmanager
     def request(self, path: str) -> Iterator[Callable[[int], None]]:
-        """Count a request while it is open; call what this gives with the status that it got. An empty path: none."""
+        """Count a request while it is open; call what this gives with the status that it got. An empty path: none.
+
+        Of a stream that failed after it had begun that is the status of its error, not the 200 that it began with.
+        """
         if not path:
             yield lambda status: None
             return
         began_s = self._clock_s()
-        name = path if path in _PATHS else "other"
+        name = path if path in PATHS else "other"
 
         def ended(status: int) -> None:
             self._requests[name, status] += 1
@@ -68,7 +72,7 @@ class Metrics:
             *metric(
                 "pagewire_gateway_requests_total",
                 "counter",
-                "requests that have ended",
+                "requests that have ended; a stream that failed midway has the status of its error",
                 {f'{{path="{path}",status="{status}"}}': count for (path, status), count in self._requests.items()},
             ),
             *metric("pagewire_gateway_open_requests", "gauge", "requests that are open", {"": self.num_open}),

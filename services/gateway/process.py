@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 DEFAULT_HTTP: Final = "127.0.0.1:8000"
 
 _LOOK_S: Final = 1.0
+_STATUS_S: Final = 2.0  # one that stands still is told of within the 5 s that a scrape often has
 
 Follow = Callable[[], Coroutine[Any, Any, None]]
 
@@ -138,7 +139,7 @@ async def _check_keys(upstream: Upstream, http: str, stop: asyncio.Event) -> Non
 def _status_of(admin: str, address: str) -> AskStatus | None:
     """How to ask for what /metrics tells of the scheduler; None where its operator's socket is not here."""
     found = _admin_of(admin, address)
-    return None if found is None else lambda: client.status(found)
+    return None if found is None else lambda: client.status(found, _STATUS_S)
 
 
 def _watch_of(admin: str, address: str) -> Watch | None:

@@ -11,7 +11,7 @@ from pagewire.answers import FinishReason, Usage
 from protos import inference_pb2 as pb
 from services.gateway.answers import Answers
 from services.gateway.asked import Asked, Manner
-from services.gateway.errors import NotServed
+from services.gateway.errors import NotServed, Told
 from services.gateway.events import event
 from services.gateway.fields import Fields, shown
 from services.gateway.input_items import read_input
@@ -152,19 +152,24 @@ class _Events:
     def __init__(self, answers: Answers, asked: AskedResponse) -> None:
         self._answers = answers
         self._has_ids = asked.manner.resumable is not False
-        self._next = answers.begins_at
 
     def event(self, kind: str, more: dict[str, Any], *, has_id: bool = False) -> bytes:
         """An event. Only the last one of what came at once has an id: who comes back with it hears what comes next."""
-        number = self._next
-        self._next += 1
+        number = self._answers.next_event
+        self._answers.next_event += 1
         id = self._answers.id(number) if has_id and self._has_ids else ""
         return event(json.dumps({"type": kind, "sequence_number": number, **more}), id, kind)
 
 
-def error_event(message: str, code: str | None, param: str | None) -> bytes:
+def error_event(failed: Told, answers: Answers) -> bytes:
     """The last event of a stream that fails."""
-    data = {"type": "error", "sequence_number": 0, "code": code, "message": message, "param": param}
+    data = {
+        "type": "error",
+        "sequence_number": answers.next_event,
+        "code": failed.code,
+        "message": failed.message,
+        "param": failed.param,
+    }
     return event(json.dumps(data), name="error")
 
 

@@ -73,12 +73,19 @@ class Scheduler:
         return self.streams[-1]
 
 
-def gateway(scheduler: object, *, comment_s: float = 30, reader_s: float = 30, **settings: Any) -> Gateway:
+def gateway(
+    scheduler: object,
+    *,
+    comment_s: float = 30,
+    reader_s: float = 30,
+    metrics: Metrics | None = None,
+    **settings: Any,
+) -> Gateway:
     return Gateway(
         cast("Upstream", scheduler),
         Bodies(max_bytes=10_000, limit_s=30, max_total_bytes=10_000),
         Patience(comment_s=comment_s, reader_s=reader_s),
-        Metrics(),
+        metrics or Metrics(),
         **{"max_requests": 4, "max_prompts": 4, **settings},
     )
 

@@ -9,12 +9,22 @@ from typing import Any
 
 import pytest
 
-from common.errors import Overloaded, PagewireError, RequestFailed, Superseded, Unauthenticated, Unavailable
+from common.errors import (
+    DeadlineExceeded,
+    Overloaded,
+    PagewireError,
+    RequestFailed,
+    Superseded,
+    Unauthenticated,
+    Unavailable,
+)
 from protos import inference_pb2 as pb
 from protos.monitoring_pb2 import GetStatusResponse
+from services.gateway import app as app_module
 from services.gateway import positions
 from services.gateway.bodies import Bodies
 from services.gateway.events import ABORT
+from services.gateway.known_keys import KnownKeys
 from services.gateway.metrics import Metrics
 from services.gateway.positions import Heard, Writer, pack_prompt
 from tests.services.gateway_calls import HI, Call, Scheduler, ask, delta, finish, gateway
@@ -46,6 +56,15 @@ def test_an_error_behind_the_first_token_is_the_last_event() -> None:
     assert call.status == 200
     assert call.events[0]["choices"][0]["delta"]["content"] == "a"
     assert call.events[-1]["error"]["code"] == "superseded"
+
+
+def test_a_stream_that_fails_midway_is_counted_as_a_failure() -> None:
+    app = gateway(Scheduler(delta(0, 5, "a"), then=Unavailable("no executor")))
+    assert ask(app, {**HI, "stream": True}).status == 200
+
+    lines = b"".join(ask(app, {}, path="/metrics", method="GET").parts).decode().splitlines()
+    counted = [line for line in lines if line.startswith("pagewire_gateway_requests_total")]
+    assert counted == ['pagewire_gateway_requests_total{path="/v1/chat/completions",status="503"} 1']
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -209,9 +228,12 @@ class Keeper:
     def __init__(self) -> None:
         self.go_on = asyncio.Event()
         self.go_on.set()
+        self.problem: PagewireError | None = None
 
     async def model(self, name: str, key: str) -> pb.GetModelResponse:
         await self.go_on.wait()
+        if self.problem is not None:
+            raise self.problem
         if key != "mine":
             raise Unauthenticated("an API key is needed")
         return pb.GetModelResponse(model="m")
@@ -227,6 +249,52 @@ def test_metrics_are_for_those_with_a_key_where_it_is_needed(
     app = gateway(Keeper(), metrics_need_key=needs_key)
 
     assert ask(app, {}, path="/metrics", headers=headers, method="GET").status == status
+
+
+@pytest.mark.parametrize("problem", [Unavailable("gone"), Overloaded("full"), DeadlineExceeded("late")])
+def test_who_has_a_key_hears_that_the_scheduler_is_gone_and_a_stranger_does_not(problem: PagewireError) -> None:
+    keeper = Keeper()
+
+    async def ask_status() -> GetStatusResponse:
+        raise problem
+
+    app = gateway(keeper, metrics=Metrics(ask_status), metrics_need_key=True)
+    known, stranger = ([(b"authorization", b"Bearer " + key)] for key in (b"mine", b"other"))
+    for headers in (known, stranger):
+        ask(app, {}, path="/v1/models", headers=headers, method="GET")
+    keeper.problem = problem
+
+    told = ask(app, {}, path="/metrics", headers=known, method="GET")
+    assert told.status == 200 and b"pagewire_up 0" in b"".join(told.parts).splitlines()
+    assert ask(app, {}, path="/metrics", headers=stranger, method="GET").status in (429, 503, 504)
+
+
+def test_a_scheduler_that_stands_still_keeps_nobody_from_hearing_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "_KNOWN_KEY_S", 0.01)
+    keeper = Keeper()
+
+    async def run() -> list[int]:
+        app = gateway(keeper, metrics_need_key=True)
+        calls = [Call({}, path="/metrics", headers=[(b"authorization", b"Bearer mine")], method="GET") for _ in "12"]
+        await app(calls[0].scope, calls[0].receive, calls[0].send)
+        keeper.go_on.clear()
+        await asyncio.wait_for(app(calls[1].scope, calls[1].receive, calls[1].send), 20)
+        return [call.status for call in calls]
+
+    assert asyncio.run(run()) == [200, 200]
+
+
+def test_a_key_is_known_for_a_while_and_until_it_is_refused_or_others_were_taken() -> None:
+    now_s = [0.0]
+    keys = KnownKeys(for_s=10, most=2, clock_s=lambda: now_s[0])
+    for key in ("a", "b", "a", "c"):
+        keys.taken(key)
+
+    assert [key in keys for key in ("a", "b", "c", "d")] == [True, False, True, False]
+    keys.refused("c")
+    assert "c" not in keys
+    now_s[0] = 10.0
+    assert "a" not in keys
 
 
 def test_requests_that_only_look_are_bounded_too_and_apart() -> None:
@@ -301,7 +369,7 @@ async def no_comment(message: Any) -> None:
 
 @pytest.mark.parametrize(("takes", "patience"), [(nothing, {}), (no_comment, {"comment_s": 0.001})])
 def test_a_reader_who_does_not_take_what_is_sent_is_cut_and_his_request_ended(
-    takes: Callable[[Any], Awaitable[None]], patience: dict[str, float]
+    takes: Callable[[Any], Awaitable[None]], patience: dict[str, Any]
 ) -> None:
     cut: list[bool] = []
     scheduler = Scheduler(delta(0, 5, "a"))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from common.errors import Unavailable
 from protos import inference_pb2 as pb
 from tests.services.gateway_calls import Call, Scheduler, ask, finish, gateway
 
@@ -76,6 +77,14 @@ def test_text_and_calls_are_items_that_begin_and_end_one_after_the_other() -> No
     assert [event["output_index"] for event in done] == [0, 1, 2]
     assert whole["output"] == [message, *calls]
     assert whole["tools"][0]["name"] == "clock" and whole["tool_choice"] == "auto"
+
+
+def test_the_event_of_an_error_has_the_number_behind_the_last_one() -> None:
+    app = gateway(Scheduler(*said("One moment"), then=Unavailable("no executor")))
+    call = ask(app, {**ASKED, "stream": True}, path=PATH)
+
+    assert call.events[-1]["type"] == "error" and len(call.events) > 2
+    assert [event["sequence_number"] for event in call.events] == list(range(len(call.events)))
 
 
 def test_an_answer_that_only_calls_has_no_message_and_one_that_says_nothing_has_an_empty_one() -> None:
