@@ -169,7 +169,7 @@ def test_a_proxy_that_says_nothing_of_itself_is_known_by_its_old_http() -> None:
     call = Call(None, "/live/state", HERE, "GET")
     call.scope["http_version"] = "1.0"
 
-    asyncio.run(served(LOCAL, Watched())(call.scope, call.receive, call.send))  # type: ignore[arg-type]
+    asyncio.run(served(LOCAL, Watched())(call.scope, call.receive, call.send))
     assert call.status == 403
 
 
