@@ -111,7 +111,9 @@ class SchedulerConfig:
         False, "serve vllm.grpc.engine.VllmEngine, too, for gateways as SMG; needs the package smg-grpc-proto"
     )
     max_kv_streams: int = option(
-        16, "streams of its cache events that may be open at once; of one tenant, as many as are still free", least=2
+        16,
+        "streams of its cache events that may be open at once; of one tenant, as many as are still free. Without "
+        "--api-keys they tell whoever reaches the port the tokens of everybody's cached prompts: 0 has none",
     )
     tool_format: Literal["auto", "hermes", "llama3", "mistral"] = option(
         "auto", "how the model writes calls of tools; auto: as its chat template does, else hermes"

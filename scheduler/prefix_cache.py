@@ -13,12 +13,15 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import islice
 from types import MappingProxyType
-from typing import NamedTuple, NewType, Protocol
+from typing import Final, NamedTuple, NewType, Protocol
 
 from common.types import BlockId
 
 BlockKey = NewType("BlockKey", bytes)
 
+
+LOOKED_AT_ONCE: Final = 512
+"""Blocks, where all of them are looked at: a millisecond or less, after which others may have their turn."""
 
 _MAX_TAILS = 32  # youngest candidates looked at for a tail; more would cost a scheduler more than they save
 
@@ -112,9 +115,31 @@ class PrefixCache:
                 best = Tail(block, shared)
         return best
 
-    def blocks_of(self, root: BlockKey) -> list[BlockId]:
-        """All that are remembered of a root."""
-        return [block for block, entry in self._entry_of.items() if entry.root == root]
+    def snapshot(self, root: BlockKey) -> Iterator[list[CachedBlock]]:
+        """The whole blocks of a root as they are now, in no order: an item to each LOOKED_AT_ONCE blocks of any root.
+
+        Now that costs a list of references, half a millisecond for 100,000 blocks; the rest is for whoever iterates.
+        """
+        entries = list(self._entry_of.values())
+        return (
+            [
+                CachedBlock(entry.key, entry.parent, entry.tokens)
+                for entry in entries[start : start + LOOKED_AT_ONCE]
+                if entry.root == root and len(entry.tokens) == self._block_size
+            ]
+            for start in range(0, len(entries), LOOKED_AT_ONCE)
+        )
+
+    def forget_all(self, root: BlockKey) -> Iterator[list[BlockId]]:
+        """Forget the blocks of a root that are remembered now: an item to each LOOKED_AT_ONCE blocks of any root."""
+        entries = list(self._entry_of.items())
+        for start in range(0, len(entries), LOOKED_AT_ONCE):
+            part = entries[start : start + LOOKED_AT_ONCE]
+            # one whose content has changed since is another block
+            blocks = [b for b, entry in part if entry.root == root and self._entry_of.get(b) is entry]
+            for block in blocks:
+                self.forget(block)
+            yield blocks
 
     def whole_blocks_of(self, root: BlockKey) -> Iterator[CachedBlock]:
         """Those of them that are whole, in no order."""

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Final, NamedTuple
 
 from common.errors import InvalidRequest
@@ -359,14 +360,15 @@ class Scheduler:
 
     # ---- what is cached
 
-    def watch_cache(self, tenant: str, watcher: CacheWatcher) -> list[CachedBlock]:
+    def watch_cache(self, tenant: str, watcher: CacheWatcher) -> Iterator[list[CachedBlock]]:
         """Let the watcher hear of the tenant's blocks from now on. Returns those that are there, once an executor.
 
+        They are those of this moment, whenever they are looked at, in parts that cost little each (`snapshot`).
         What was asked with a salt is left out: who hears of it could tell what others with that salt ask.
         """
         root = self.root_of(tenant)
         self._cache_watchers.setdefault(root, []).append(watcher)
-        return [block for session in self._sessions.values() for block in session.cache.whole_blocks_of(root)]
+        return chain.from_iterable([session.cache.snapshot(root) for session in self._sessions.values()])
 
     def unwatch_cache(self, tenant: str, watcher: CacheWatcher) -> None:
         """The watcher hears of nothing more."""
@@ -375,10 +377,14 @@ class Scheduler:
         if not self._cache_watchers[root]:
             del self._cache_watchers[root]
 
-    def forget_prefixes(self, tenant: str) -> int:
-        """Let nothing be found again that the tenant asked without a salt; what runs goes on. Returns the blocks."""
+    def forget_prefixes(self, tenant: str) -> Iterator[int]:
+        """Let nothing be found again that the tenant asked without a salt; what runs goes on.
+
+        Done as it is iterated over, in parts that cost little each: how many blocks are forgotten.
+        """
         root = self.root_of(tenant)
-        return sum(session.forget_prefixes(root) for session in self._sessions.values())
+        for session in list(self._sessions.values()):
+            yield from session.forget_prefixes(root)
 
     def root_of(self, tenant: str) -> BlockKey:
         """What the chains of a tenant's blocks begin with where no salt is given."""

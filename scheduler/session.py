@@ -254,13 +254,12 @@ class Session:
             key = self._chain.child(parent, tokens)
             self.cache.remember(key, parent, tokens, block, self.last_step, sequence.root)
 
-    def forget_prefixes(self, root: BlockKey) -> int:
-        """No prefix of this root is found again before it is computed again. Returns how many blocks are forgotten."""
-        blocks = self.cache.blocks_of(root)
-        for block in blocks:
-            self.cache.forget(block)
-            self.pool.keep(block, None)
-        return len(blocks)
+    def forget_prefixes(self, root: BlockKey) -> Iterator[int]:
+        """Let no prefix of this root be found before it is computed again. Yields how many blocks are forgotten."""
+        for blocks in self.cache.forget_all(root):
+            for block in blocks:
+                self.pool.keep(block, None)
+            yield len(blocks)
 
     def can_admit(self, sequence: Sequence, match: Match) -> bool:
         """Whether there is room for the sequence's known tokens."""

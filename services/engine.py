@@ -264,8 +264,13 @@ class Engine:
 
     @property
     def can_serve(self) -> bool:
-        """An executor is there that takes new work."""
-        return any(not session.leaving for session in self.scheduler.sessions)
+        """New work is taken, by this scheduler and by an executor."""
+        return not self._is_draining and any(not session.leaving for session in self.scheduler.sessions)
+
+    @property
+    def is_draining(self) -> bool:
+        """Nothing new is taken any more."""
+        return self._is_draining
 
     def join(self, session: int, facts: ExecutorFacts, link: Link) -> None:
         """An executor is ready for plans."""

@@ -14,6 +14,7 @@ import struct
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import Counter, OrderedDict
+from contextvars import Context
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final
@@ -84,7 +85,9 @@ class GrammarChecker:
         """A place in the line. Raises Overloaded where there is none."""
         if len(self._asked) >= _MAX_LINE or self._waiting[tenant] >= _MAX_LINE_OF_ONE:
             raise Overloaded(f"{field}: {self._waiting[tenant]} of yours wait to be compiled, of {len(self._asked)}")
-        asked = self._asked[key] = _Asked(tenant, asyncio.create_task(self._ask(key, message, tenant)))
+        # in a context of its own: others may wait for it, too, so what it logs is about no one request
+        task = asyncio.create_task(self._ask(key, message, tenant), context=Context())
+        asked = self._asked[key] = _Asked(tenant, task)
         self._waiting[tenant] += 1
         asked.task.add_done_callback(lambda _: self._leave(key, asked))
         return asked

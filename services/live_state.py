@@ -31,6 +31,7 @@ MAX_CELLS: Final = 4096
 _MAX_ALL_CELLS: Final = 4 * MAX_CELLS  # of all maps together
 _MAX_EXECUTORS: Final = 64
 _MAX_ROWS: Final = 256  # of one executor
+_MAX_ALL_ROWS: Final = 8 * _MAX_ROWS
 _MAX_QUEUES: Final = 64
 _RATE_NS: Final = 1_000_000_000  # a rate is over that time, or over one interval where that is longer
 _RECENT_NS: Final = 60_000_000_000  # first tokens older than that say nothing of now
@@ -68,6 +69,7 @@ class Camera:
         sessions = self._scheduler.sessions
         shown = sessions[:_MAX_EXECUTORS]
         max_cells = min(MAX_CELLS, _MAX_ALL_CELLS // max(1, len(shown)))
+        max_rows = min(_MAX_ROWS, _MAX_ALL_ROWS // max(1, len(shown)))
         queues = list(self._scheduler.waiting.queues())
         before = self._count(now_ns)
         after = self._counted[-1]
@@ -76,7 +78,7 @@ class Camera:
         return pb.WatchStateResponse(
             scheduler=status.scheduler,
             executors=[
-                _executor(session, told, now_ns, max_cells)
+                _executor(session, told, now_ns, max_cells, max_rows)
                 for session, told in zip(shown, status.executors, strict=False)
             ],
             num_executors=len(sessions),
@@ -186,7 +188,9 @@ def checked_ms(interval_ms: int) -> int:
     return interval_ms
 
 
-def _executor(session: Session, status: pb.ExecutorStatus, now_ns: int, max_cells: int) -> pb.ExecutorState:
+def _executor(
+    session: Session, status: pb.ExecutorStatus, now_ns: int, max_cells: int, max_rows: int
+) -> pb.ExecutorState:
     cells, blocks_per_cell = block_map(session.pool, session.cache, max_cells)
     return pb.ExecutorState(
         status=status,
@@ -195,7 +199,7 @@ def _executor(session: Session, status: pb.ExecutorStatus, now_ns: int, max_cell
         blocks_per_cell=blocks_per_cell,
         num_cached_blocks=len(session.cache),
         credit=session.facts.credit,
-        rows=[_row(sequence, now_ns) for sequence in islice(session.running, _MAX_ROWS)],
+        rows=[_row(sequence, now_ns) for sequence in islice(session.running, max_rows)],
     )
 
 

@@ -40,6 +40,7 @@ from services.grammar_checker import GrammarChecker
 from services.grpc_options import link_options, server_options
 from services.handlers import Arrivals, service_handler
 from services.health import Health
+from services.in_turns import InTurns
 from services.latencies import Latencies
 from services.lifecycle import StartupError
 from services.link_service import ExecutorLinkService
@@ -53,7 +54,7 @@ from services.scheduler_service import SchedulerService
 from services.slow_readers import SlowReaders
 from services.text import Tokenizer
 from services.tickets import TicketKey, Tickets
-from services.timelines import OnEnd, Timelines
+from services.timelines import Timelines
 from services.tools.formats import FORMATS
 from services.traced_calls import TracedCalls
 from services.tracing import open_tracer
@@ -111,16 +112,14 @@ async def run(
     )
     latencies = Latencies()
     tracer = open_tracer("scheduler", otlp_endpoint, model=model.name)
-    on_end: tuple[OnEnd, ...] = (request_log.tell, latencies.add)
-    if tracer is not None:
-        on_end = (*on_end, tracer.request_ended)
+    afterwards = InTurns(request_log.tell, *([tracer.request_ended] if tracer is not None else []))
     engine = Engine(
         core,
         admission=admission,
         timelines=Timelines(
             max_requests=config.max_timelines,
             max_events=config.max_timeline_events,
-            on_end=on_end,
+            on_end=(latencies.add, afterwards),
             records=tracer is not None,
         ),
         executor_wait_s=config.executor_wait_s,
@@ -272,12 +271,16 @@ async def run(
         if loop_task.done():
             _die_of(loop_task.exception())
         log.info("draining %d sequences, at most %g s", engine.num_requests, config.drain_s)
-        await drain(engine, links, loop_task, grace_s=config.drain_s, announce=health_service.shut_down)
+
+        def announce() -> None:
+            health_service.shut_down()
+            if vllm_engine is not None:
+                vllm_engine.close()  # who routes by what is cached here sends it elsewhere from now on
+
+        await drain(engine, links, loop_task, grace_s=config.drain_s, announce=announce)
         if loop_task.done():
             _die_of(loop_task.exception())
         health_service.close()
-        if vllm_engine is not None:
-            vllm_engine.close()
         if streams is not None:
             streams.close()
         await clients.stop(grace=_LAST_WORDS_S)
@@ -285,6 +288,7 @@ async def run(
         await admins.stop(grace=0.5)
         await probes.stop(grace=0.5)
         await metrics_server.close()
+        afterwards.finish()
         if tracer is not None:
             tracer.close()
     finally:

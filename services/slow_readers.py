@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextvars import Context
 from typing import Any, Protocol
 
 from common.errors import SlowReader
@@ -46,7 +47,8 @@ class SlowReaders:
             return
         self._waiting[task] = loop.time()
         if self._timer is None:
-            self._timer = loop.call_later(self._timeout_s / 4, self._sweep)
+            # in a context of its own: what it logs is about no one request
+            self._timer = loop.call_later(self._timeout_s / 4, self._sweep, context=Context())
         try:
             await context.write(message)
         finally:

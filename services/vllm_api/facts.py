@@ -19,15 +19,15 @@ from services.vllm_api.stubs import vllm_pb2 as vllm
 
 
 def model_info(model: ModelFolder, max_length: int) -> vllm.GetModelInfoResponse:
-    """What is served."""
+    """What is served. Reads a file. Where it lies here is nobody's to know: paths are the model's name."""
     config = json.loads((model.path / "config.json").read_bytes())
     return vllm.GetModelInfoResponse(
-        model_path=str(model.path),
+        model_path=model.name,
         is_generation=True,
         max_context_length=max_length,
         vocab_size=model.vocab_size,
         served_model_name=model.name,
-        tokenizer_path=str(model.path),
+        tokenizer_path=model.name,
         model_type=str(config.get("model_type", "")),
         architectures=[model.architecture],
         eos_token_ids=model.eos_token_ids,

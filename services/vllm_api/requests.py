@@ -49,6 +49,8 @@ def request_from_vllm(message: vllm.GenerateRequest) -> pb.GenerateRequest:
         raise InvalidRequest("data_parallel_rank", f"must be 0: there is one rank, got {message.data_parallel_rank}")
     asked = message.sampling_params
     _refuse_unserved(asked, _SAMPLING_SERVED)
+    if asked.HasField("prompt_logprobs") and asked.n > 1:  # each choice would bring a copy of all of them
+        raise InvalidRequest("prompt_logprobs", f"needs an n of 1, got {asked.n}: ask for them in a request of its own")
     request = pb.GenerateRequest(
         request_id=message.request_id,
         sampling=_sampling(asked),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import closing
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor
 
 from protos import inference_pb2
-from services.answer import Answer
+from services.answer import Answer, PromptLogprobs
 from services.answering import Answerer
 from services.caller import current_caller
 from services.engine import Engine
@@ -42,7 +43,10 @@ class VllmEngine:
         self._running = Running()
         self._loads = Loads(engine.scheduler)
         self._kv_events = KvEvents(engine.scheduler, max_streams=max_kv_streams)
+        self._tells_cache = max_kv_streams > 0
+        self._flushing = asyncio.Lock()
         self._tokenizer = TokenizerZip(answerer.model.path)
+        self._model_info = model_info(answerer.model, answerer.max_length)
 
     async def Generate(  # noqa: N802
         self, request: vllm.GenerateRequest, context: Context
@@ -57,6 +61,8 @@ class VllmEngine:
                     for event in await answer.next():
                         for message in told.take(event):
                             yield message
+                        if isinstance(event, PromptLogprobs):  # of a long prompt they are many, and all there at once
+                            await asyncio.sleep(0)
 
     async def Abort(self, request: vllm.AbortRequest, context: Context) -> vllm.AbortResponse:  # noqa: N802
         """End requests of the caller's tenant. Those that are not there have ended already."""
@@ -69,13 +75,14 @@ class VllmEngine:
     ) -> vllm.HealthCheckResponse:
         """Whether requests can be answered now."""
         healthy = self._engine.can_serve
-        return vllm.HealthCheckResponse(healthy=healthy, message="" if healthy else "no executor is connected")
+        why_not = "the scheduler stops" if self._engine.is_draining else "no executor is connected"
+        return vllm.HealthCheckResponse(healthy=healthy, message="" if healthy else why_not)
 
     async def GetModelInfo(  # noqa: N802
         self, request: vllm.GetModelInfoRequest, context: Context
     ) -> vllm.GetModelInfoResponse:
         """What is served."""
-        return model_info(self._answerer.model, self._answerer.max_length)
+        return self._model_info
 
     async def GetServerInfo(  # noqa: N802
         self, request: vllm.GetServerInfoRequest, context: Context
@@ -103,7 +110,11 @@ class VllmEngine:
         self, request: common.FlushCacheRequest, context: Context
     ) -> common.FlushCacheResponse:
         """Forget what is cached of the caller's tenant. It waits for nobody, and what runs goes on."""
-        num_blocks = self._engine.scheduler.forget_prefixes(current_caller().tenant)
+        num_blocks = 0
+        async with self._flushing:
+            for forgotten in self._engine.scheduler.forget_prefixes(current_caller().tenant):
+                num_blocks += forgotten
+                await asyncio.sleep(0)  # others have their turn
         return common.FlushCacheResponse(success=True, message=f"{num_blocks} blocks were forgotten")
 
     def methods(self) -> SimpleNamespace:
@@ -112,7 +123,10 @@ class VllmEngine:
         A later version of the package may have more of them.
         """
         all_of_it = self.file.services_by_name["VllmEngine"].methods
-        return SimpleNamespace(**{m.name: getattr(self, m.name, None) or _refusal(m) for m in all_of_it})
+        off = set() if self._tells_cache else {"SubscribeKvEvents"}
+        return SimpleNamespace(
+            **{m.name: (m.name not in off and getattr(self, m.name, None)) or _refusal(m) for m in all_of_it}
+        )
 
     def close(self) -> None:
         """End the streams that have no end of their own."""

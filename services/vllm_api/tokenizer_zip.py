@@ -21,7 +21,10 @@ _THE_BEGINNING: Final = (1980, 1, 1, 0, 0, 0)  # of time, to a zip: the same fil
 
 
 class TokenizerZip:
-    """Made when it is first asked for, and kept: it is what a few files of the model's folder are at that time."""
+    """Made when it is first asked for, and kept once that has worked.
+
+    It is what a few files of the model's folder are at that time.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -29,12 +32,16 @@ class TokenizerZip:
 
     async def chunks(self) -> AsyncGenerator[pb.GetTokenizerChunk, None]:
         """The archive in parts; the last one says the SHA-256 of all."""
-        if self._making is None:
+        if self._making is None or (self._making.done() and _has_failed(self._making)):
             self._making = asyncio.create_task(asyncio.to_thread(make, self._folder), name="tokenizer zip")
         archive, digest = await asyncio.shield(self._making)  # the caller who asked first may leave
         for start in range(0, len(archive), _CHUNK):
             stop = start + _CHUNK
             yield pb.GetTokenizerChunk(data=archive[start:stop], sha256=digest if stop >= len(archive) else "")
+
+
+def _has_failed(task: asyncio.Task[tuple[bytes, str]]) -> bool:
+    return task.cancelled() or task.exception() is not None
 
 
 def make(folder: Path) -> tuple[bytes, str]:

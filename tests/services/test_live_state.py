@@ -112,6 +112,20 @@ def test_a_picture_stays_small_however_much_there_is() -> None:
     assert state.ByteSize() < 32_000
 
 
+def test_rows_are_bounded_over_all_executors() -> None:
+    world = World(max_sequences=40, num_blocks=1000, token_budget=64)
+    for number in range(40):
+        world.add(f"r{number}", prompt=1)
+    world.send(0)
+    for _ in range(63):
+        world.join()
+
+    state = camera(world).take()
+
+    assert state.executors[0].status.num_running > 32
+    assert [len(each.rows) for each in state.executors] == [2048 // 64] + [0] * 63
+
+
 def test_a_picture_has_no_place_for_a_word_of_a_prompt() -> None:
     def strings(message: Descriptor) -> Iterator[str]:
         for field in message.fields:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -46,7 +48,9 @@ class Clock:
         monkeypatch.setattr(self._loop, "time", lambda: self._now)
         monkeypatch.setattr(self._loop, "call_later", self._call_later)
 
-    def _call_later(self, delay_s: float, callback: Any, *args: object) -> object:
+    def _call_later(self, delay_s: float, callback: Any, *args: object, context: Any = None) -> object:
+        if context is not None:
+            args, callback = (callback, *args), context.run
         self._timers.append((self._now + delay_s, lambda: callback(*args)))
         return object()
 
@@ -114,6 +118,26 @@ def test_there_is_one_timer_for_all_and_none_while_nobody_is_waited_for(monkeypa
         await clock.move(2.0)
         await asyncio.gather(*tasks)
         assert clock.num_timers == 0
+
+    asyncio.run(scenario())
+
+
+def test_what_is_said_of_a_reader_is_about_no_other_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        clock, readers, asked = Clock(monkeypatch), SlowReaders(8.0), ContextVar("asked", default="")
+        seen: list[str] = []
+        monkeypatch.setattr("services.slow_readers._log.warning", lambda *_: seen.append(asked.get()))
+
+        async def one(name: str) -> None:
+            asked.set(name)
+            with suppress(asyncio.CancelledError):
+                await stream(readers, Pipe(), 1)
+
+        tasks = [asyncio.create_task(one(name)) for name in ("first", "second")]
+        await clock.move(0.0)
+        await clock.move(10.0)
+        await asyncio.gather(*tasks)
+        assert seen == [""]
 
     asyncio.run(scenario())
 

@@ -8,6 +8,7 @@ import io
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -36,6 +37,7 @@ from services.vllm_api.requests import request_from_vllm
 from services.vllm_api.service import VllmEngine
 from services.vllm_api.stubs import common_pb2 as common
 from services.vllm_api.stubs import vllm_pb2 as vllm
+from services.vllm_api.tokenizer_zip import TokenizerZip
 from tests.e2e import fake_model
 from tests.services.instant_link import InstantLink
 
@@ -81,14 +83,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 
 @asynccontextmanager
-async def serving(model: ModelFolder, *, max_waiting: int = 100) -> AsyncIterator[Server]:
+async def serving(model: ModelFolder, *, max_waiting: int = 100, max_kv_streams: int = 16) -> AsyncIterator[Server]:
     core = Scheduler(SchedulerLimits(), model=model.digest, eos=set(model.eos_token_ids), secret=b"test")
     engine = Engine(core, admission=Admission(AdmissionLimits(max_waiting=max_waiting)))
     grammars = GrammarChecker(model)
     answerer = Answerer(
         engine, model, Tokenizer(model.path / "tokenizer.json"), ChatTemplate.of(model), grammars=grammars
     )  # fmt: skip
-    service = VllmEngine(SchedulerService(answerer, RequestLimits(), lambda: 0).start, answerer, engine)
+    start = SchedulerService(answerer, RequestLimits(), lambda: 0).start
+    service = VllmEngine(start, answerer, engine, max_kv_streams=max_kv_streams)
     server = aio.server(interceptors=(ByHeader(),))
     server.add_generic_rpc_handlers((service_handler(service.name, service.file, service.methods()),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -145,7 +148,7 @@ def field_of(error: aio.AioRpcError) -> str:
 
 def test_a_whole_answer_is_one_message_a_choice_with_all_of_it(model: ModelFolder) -> None:
     async def test(server: Server) -> None:
-        first, second = await server.generate(asked(n=2, logprobs=2, prompt_logprobs=0))
+        first, second = await server.generate(asked(n=2, logprobs=2))
         for index, message in enumerate((first, second)):
             told = message.complete
             assert (told.index, list(told.output_ids), told.finish_reason) == (index, [3, 4, 5, 6], "length")
@@ -153,8 +156,20 @@ def test_a_whole_answer_is_one_message_a_choice_with_all_of_it(model: ModelFolde
             assert list(told.output_logprobs.token_ids) == [3, 4, 5, 6]
             assert list(told.output_logprobs.token_logprobs) == [-3.0, -4.0, -5.0, -6.0]
             assert list(told.output_logprobs.top_logprobs[3].token_ids) == [0, 1]
-            assert list(told.input_logprobs.token_ids) == PROMPT
-            assert [each.HasField("value") for each in told.input_logprobs.token_logprobs] == [False, True, True]
+
+    run(model, test)
+
+
+def test_how_likely_the_prompt_was_comes_with_the_answer_or_its_first_chunk(model: ModelFolder) -> None:
+    async def test(server: Server) -> None:
+        told = (await server.whole(prompt_logprobs=0)).input_logprobs
+        assert list(told.token_ids) == PROMPT
+        assert [each.HasField("value") for each in told.token_logprobs] == [False, True, True]
+        chunks = [m.chunk for m in await server.generate(asked(stream=True, prompt_logprobs=1)) if m.HasField("chunk")]
+        assert [list(chunk.input_logprobs.token_ids) for chunk in chunks if chunk.HasField("input_logprobs")] == [
+            PROMPT
+        ]
+        assert chunks[0].HasField("input_logprobs")
 
     run(model, test)
 
@@ -164,19 +179,17 @@ def test_a_stream_is_new_tokens_and_an_end_for_each_choice(model: ModelFolder) -
         tokens: dict[int, list[int]] = {0: [], 1: []}
         scores: list[float] = []
         ends: dict[int, vllm.GenerateComplete] = {}
-        prompts = 0
-        for message in await server.generate(asked(stream=True, n=2, logprobs=0, prompt_logprobs=1)):
+        for message in await server.generate(asked(stream=True, n=2, logprobs=0)):
             if message.HasField("complete"):
                 ends[message.complete.index] = message.complete
                 continue
             chunk = message.chunk
             assert chunk.index not in ends and chunk.completion_tokens == len(chunk.token_ids) > 0
             tokens[chunk.index] += chunk.token_ids
-            prompts += chunk.HasField("input_logprobs")
             if not chunk.index:
                 scores += chunk.output_logprobs.token_logprobs
         assert tokens == {0: [3, 4, 5, 6], 1: [3, 4, 5, 6]}
-        assert scores == [-3.0, -4.0, -5.0, -6.0] and prompts == 1
+        assert scores == [-3.0, -4.0, -5.0, -6.0]
         assert [(end.finish_reason, end.completion_tokens) for end in ends.values()] == [("length", 4)] * 2
         assert not any(end.output_ids for end in ends.values()), "they were told"
 
@@ -222,7 +235,7 @@ def test_zero_means_not_set_where_theirs_cannot_tell_and_all_else_means_what_it_
         top_k=3,
         min_p=0.25,
         seed=-1,
-        n=2,
+        n=1,
         logprobs=0,
         frequency_penalty=0.5,
         presence_penalty=-0.5,
@@ -246,7 +259,7 @@ def test_zero_means_not_set_where_theirs_cannot_tell_and_all_else_means_what_it_
                 top_k=3,
                 min_p=0.25,
                 seed=2**64 - 1,
-                n=2,
+                n=1,
                 frequency_penalty=0.5,
                 presence_penalty=-0.5,
                 repetition_penalty=1.5,
@@ -292,6 +305,7 @@ def test_every_constraint_has_its_counterpart(constraint: dict[str, Any], means:
         ({"sampling_params": vllm.SamplingParams(truncate_prompt_tokens=3)}, "truncate_prompt_tokens"),
         ({"sampling_params": vllm.SamplingParams(logprobs=-1)}, "logprobs"),
         ({"sampling_params": vllm.SamplingParams(prompt_logprobs=-1)}, "prompt_logprobs"),
+        ({"sampling_params": vllm.SamplingParams(prompt_logprobs=0, n=2)}, "prompt_logprobs"),  # a copy for each
         ({"sampling_params": vllm.SamplingParams(logit_bias={-1: 1.0})}, "logit_bias"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
@@ -396,6 +410,9 @@ def test_it_is_healthy_while_an_executor_is_there(model: ModelFolder) -> None:
         server.join()
         after = await server.stub.HealthCheck(vllm.HealthCheckRequest())
         assert (before.healthy, after.healthy) == (False, True) and "executor" in before.message
+        server.engine.drain()
+        draining = await server.stub.HealthCheck(vllm.HealthCheckRequest())
+        assert not draining.healthy and "stops" in draining.message
 
     run(model, test, joined=False)
 
@@ -403,7 +420,7 @@ def test_it_is_healthy_while_an_executor_is_there(model: ModelFolder) -> None:
 def test_the_model_is_described(model: ModelFolder) -> None:
     async def test(server: Server) -> None:
         info = await server.stub.GetModelInfo(vllm.GetModelInfoRequest())
-        assert (info.served_model_name, info.model_path, info.tokenizer_path) == ("fake", *[str(model.path)] * 2)
+        assert (info.served_model_name, info.model_path, info.tokenizer_path) == ("fake", "fake", "fake")
         assert (info.max_context_length, info.vocab_size, list(info.eos_token_ids)) == (512, 320, [fake_model.EOS])
         assert info.is_generation and not info.supports_vision
 
@@ -460,6 +477,29 @@ def test_the_cache_is_told_and_flushed(model: ModelFolder) -> None:
         events.cancel()
 
     run(model, test)
+
+
+def test_an_archive_that_could_not_be_made_is_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def main() -> None:
+        archive = TokenizerZip(tmp_path)
+        with monkeypatch.context() as changed:
+            changed.setattr(zipfile, "ZipFile", failing)
+            with pytest.raises(OSError, match="too many open files"):
+                await anext(archive.chunks())
+        assert (await anext(archive.chunks())).sha256
+
+    def failing(*_: object) -> None:
+        raise OSError("too many open files")
+
+    asyncio.run(main())
+
+
+def test_cache_events_can_be_switched_off(model: ModelFolder) -> None:
+    async def test(server: Server) -> None:
+        error = await refused(server.stub.SubscribeKvEvents(common.SubscribeKvEventsRequest()).read())
+        assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+
+    run(model, test, max_kv_streams=0)
 
 
 def test_methods_that_are_not_served_say_so(model: ModelFolder) -> None:

@@ -39,34 +39,46 @@ A, B, C = block("a"), block("b", "a"), block("c", "b")
 def test_a_block_counts_once_its_whole_chain_is_there_whatever_came_first() -> None:
     view = CacheView(ROOT)
 
-    assert view.stored(C) == view.stored(B) == []
-    assert view.stored(A) == [A, B, C]
+    assert [*view.stored(C), *view.stored(B)] == []
+    assert list(view.stored(A)) == [A, B, C]
     assert len(view) == 3
 
 
 def test_with_a_block_goes_all_that_stands_behind_it_and_comes_back_with_it() -> None:
     view = CacheView(ROOT)
     for each in (A, B, C):
-        view.stored(each)
+        assert list(view.stored(each)) == [each]
 
-    assert view.removed(A.key) == [A.key, B.key, C.key]
-    assert view.removed(C.key) == []  # nobody could find it any more
-    assert view.stored(A) == [A, B]
+    assert list(view.removed(A.key)) == [A.key, B.key, C.key]
+    assert list(view.removed(C.key)) == []  # nobody could find it any more
+    assert list(view.stored(A)) == [A, B]
 
 
 def test_a_block_that_two_executors_have_is_one_and_gone_with_the_last() -> None:
     view = CacheView(ROOT)
 
-    assert [view.stored(A), view.stored(A)] == [[A], []]
-    assert [view.removed(A.key), view.removed(A.key)] == [[], [A.key]]
+    assert [list(view.stored(A)), list(view.stored(A))] == [[A], []]
+    assert [list(view.removed(A.key)), list(view.removed(A.key))] == [[], [A.key]]
 
 
 def test_blocks_of_another_size_are_left_out_while_there_are_any_of_the_first() -> None:
     view, other = CacheView(ROOT), block("x", tokens=8)
 
-    assert [view.stored(A), view.stored(other), view.removed(other.key)] == [[A], [], []]
-    view.removed(A.key)
-    assert view.stored(other) == [other]
+    assert [list(view.stored(A)), list(view.stored(other)), list(view.removed(other.key))] == [[A], [], []]
+    assert not view.is_outdated
+    assert list(view.removed(A.key)) == [A.key]
+    assert view.is_outdated  # there may be others of that size, of which it was not told
+    assert list(view.stored(other)) == [other]
+
+
+def test_what_a_change_concerns_is_found_as_it_is_asked_for() -> None:
+    view = CacheView(ROOT)
+    for each in (B, C):
+        assert not list(view.stored(each))
+
+    found = view.stored(A)
+    assert (next(found), len(view)) == (A, 1)
+    assert (list(found), len(view)) == ([B, C], 3)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=60))
@@ -158,7 +170,7 @@ def listening(
 
     async def main() -> None:
         world = World(executors=executors)
-        events = KvEvents(world.scheduler, max_changes=max_changes)
+        events = KvEvents(world.scheduler, max_changes=max_changes, begin_every_s=0)
         async with asyncio.timeout(20), aclosing(events.stream(tenant, after=after)) as stream:
             await test(world, Router(stream))
 
@@ -256,7 +268,7 @@ def test_what_is_flushed_is_found_no_more_and_what_runs_goes_on() -> None:
         world.add("other", prompt=list(range(9)), max_tokens=1, tenant="other")
         world.step()
         await router.hear()
-        assert world.scheduler.forget_prefixes("") == len(router.known) == 2
+        assert sum(world.scheduler.forget_prefixes("")) == len(router.known) == 2
         await router.hear()
         assert router.known == {}
         world.run()
@@ -285,7 +297,7 @@ def test_who_is_gone_is_told_nothing_more() -> None:
 
 def test_one_stream_too_many_is_refused_and_one_tenant_cannot_have_them_all() -> None:
     async def main() -> None:
-        events = KvEvents(World().scheduler, max_streams=4)
+        events = KvEvents(World().scheduler, max_streams=4, begin_every_s=0)
         greedy = [events.stream("greedy") for _ in range(3)]
         for stream in greedy[:2]:
             await anext(stream)
@@ -301,6 +313,46 @@ def test_one_stream_too_many_is_refused_and_one_tenant_cannot_have_them_all() ->
     asyncio.run(main())
 
 
+def test_where_there_are_no_tenants_all_streams_are_for_who_asks() -> None:
+    async def main() -> None:
+        events = KvEvents(World().scheduler, max_streams=3, begin_every_s=0)
+        streams = [events.stream("") for _ in range(4)]
+        for stream in streams[:3]:
+            await anext(stream)
+        with pytest.raises(Overloaded):
+            await anext(streams[3])
+        for stream in streams:
+            await stream.aclose()
+
+    asyncio.run(main())
+
+
+def test_a_tenant_s_streams_begin_one_a_second_and_another_s_need_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        now_s, slept = 100.0, list[float]()
+        monkeypatch.setattr(loop, "time", lambda: now_s)
+        sleep = asyncio.sleep
+
+        async def sleeping(seconds: float) -> None:
+            nonlocal now_s
+            if seconds:
+                slept.append(seconds)
+                now_s += seconds
+            await sleep(0)
+
+        monkeypatch.setattr(asyncio, "sleep", sleeping)
+        events = KvEvents(World().scheduler)
+        streams = [events.stream(tenant) for tenant in ("one", "one", "other", "one")]
+        for stream in streams:
+            await anext(stream)
+        assert slept == [1.0, 1.0]
+        for stream in streams:
+            await stream.aclose()
+
+    asyncio.run(main())
+
+
 def test_when_the_scheduler_ends_so_do_the_streams() -> None:
     async def main() -> None:
         events = KvEvents(World().scheduler)
@@ -309,6 +361,8 @@ def test_when_the_scheduler_ends_so_do_the_streams() -> None:
         events.close()
         with pytest.raises(Unavailable):
             await anext(stream)
+        with pytest.raises(Unavailable):
+            await anext(events.stream("other"))
 
     asyncio.run(main())
 
