@@ -37,7 +37,7 @@ def about(*, afresh: bool = False, **words: str) -> None:
     `afresh`: and about nothing that was said of it before; a task can inherit the words of who started it.
     """
     assert words.keys() <= WORDS, f"{sorted(words.keys() - WORDS)} may not be in a log"
-    before = {} if afresh else _about.get()
+    before: Mapping[str, str] = {} if afresh else _about.get()
     _about.set({**before, **{name: text for name, text in words.items() if text}})
 
 
