@@ -76,11 +76,8 @@ class CacheView:
 
     def _from(self, key: BlockKey) -> Iterator[BlockKey]:
         """The block and all behind it, parents first."""
-        ways = [iter((key,))]
-        while ways:
-            reached = next(ways[-1], None)
-            if reached is None:
-                ways.pop()
-                continue
+        todo = [key]
+        while todo:
+            reached = todo.pop()
             yield reached
-            ways.append(iter(self._children.get(reached, ())))
+            todo += self._children.get(reached, ())
