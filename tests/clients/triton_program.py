@@ -12,8 +12,8 @@ import sys
 from typing import Any
 
 import numpy as np
-import tritonclient.grpc as triton
-from tritonclient.utils import InferenceServerException
+import tritonclient.grpc as triton  # pyright: ignore[reportMissingImports] - in .venv-triton alone
+from tritonclient.utils import InferenceServerException  # pyright: ignore[reportMissingImports]
 
 
 def text(prompt: str, shape: list[int] | None = None) -> Any:
