@@ -65,6 +65,7 @@ _METHODS: Final[tuple[MethodDescriptor, ...]] = tuple(
     for service in file.services_by_name.values()
     for method in service.methods
 )
+_ENDLESS: Final = frozenset({"WatchState"})
 _LINK: Final = executor_pb2.DESCRIPTOR.services_by_name["ExecutorLink"].methods_by_name["Link"]
 
 # ---- what is sent
@@ -610,7 +611,7 @@ async def one(
     began_s = time.perf_counter()
     try:
         async with asyncio.timeout(hang_s):
-            code = await send(method, call)
+            code = await _until_left(send, method, call)
     except TimeoutError:
         if again:
             report.late += 1
@@ -621,6 +622,24 @@ async def one(
     else:
         report.note(method, number, call.num_said, code, time.perf_counter() - began_s)
     return max(1, call.num_said)
+
+
+async def _until_left(send: Send, method: MethodDescriptor, call: Call) -> grpc.StatusCode | None:
+    """Send it. Who asked for what has no end leaves with the first message, and was served."""
+    sending = asyncio.ensure_future(send(method, call))
+    if method.name in _ENDLESS:
+
+        def leave(_: bytes) -> None:
+            sending.cancel()
+
+        call.hear = leave
+    try:
+        return await sending
+    except asyncio.CancelledError:
+        us = asyncio.current_task()
+        if us is None or us.cancelling():
+            raise
+        return grpc.StatusCode.OK
 
 
 async def stock_of(server: Server) -> list[Message]:

@@ -35,6 +35,7 @@ ALL = {
     "Resume",
     "Tokenize",
     "Unpin",
+    "WatchState",
 }
 EVERY = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.large_base_example]
