@@ -1,8 +1,8 @@
-"""Every test, in three processes: `python -m tests.run_all`, which is `make test`.
+"""Every test, in four processes: `python -m tests.run_all`, which is `make test`.
 
-Tests of the GPU's kernels compute in Triton's interpreter for minutes and open no socket; those from end to end wait
-for processes much of the time. So both run beside the others, the former with what these leave of the machine.
-Arguments are pytest's, and then one pytest has them all.
+Tests of executors compute for minutes and open no socket, those of the GPU's kernels in Triton's interpreter; those
+from end to end wait for processes much of the time. So all of these run beside the others, the computing ones with what
+the others leave of the machine. Arguments are pytest's, and then one pytest has them all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from typing import Final
 
 _PYTEST: Final = [sys.executable, "-m", "pytest"]
-_BESIDE: Final = {"tests/gpu": 10, "tests/e2e": 0}  # folder -> niceness
+_BESIDE: Final = {"tests/gpu": 10, "tests/executor": 5, "tests/e2e": 0}  # folder -> niceness
 
 
 def main(arguments: Sequence[str]) -> int:
