@@ -1,4 +1,4 @@
-"""Every test, in four processes: `python -m tests.run_all`, which is `make test`.
+"""Every test, in three processes: `python -m tests.run_all`, which is `make test`.
 
 Tests of executors compute for minutes and open no socket, those of the GPU's kernels in Triton's interpreter; those
 from end to end wait for processes much of the time. So all of these run beside the others, the computing ones with what
@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from typing import Final
 
 _PYTEST: Final = [sys.executable, "-m", "pytest"]
-_BESIDE: Final = {"tests/gpu": 10, "tests/executor": 5, "tests/e2e": 0}  # folder -> niceness
+_BESIDE: Final = {("tests/executor", "tests/gpu"): 5, ("tests/e2e",): 0}  # folders -> niceness
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,19 +24,20 @@ def main(arguments: Sequence[str]) -> int:
     if arguments:
         return subprocess.call([*_PYTEST, *arguments])
     with ExitStack() as stack:
-        running: list[tuple[str, subprocess.Popen[bytes]]] = []
-        said = {folder: stack.enter_context(tempfile.TemporaryFile()) for folder in _BESIDE}
-        for folder, niceness in _BESIDE.items():
-            command = ["nice", "-n", str(niceness), *_PYTEST, folder]
-            beside = subprocess.Popen(command, stdout=said[folder], stderr=subprocess.STDOUT)
+        running: list[tuple[tuple[str, ...], subprocess.Popen[bytes]]] = []
+        said = {folders: stack.enter_context(tempfile.TemporaryFile()) for folders in _BESIDE}
+        for folders, niceness in _BESIDE.items():
+            command = ["nice", "-n", str(niceness), *_PYTEST, *folders]
+            beside = subprocess.Popen(command, stdout=said[folders], stderr=subprocess.STDOUT)
             stack.callback(beside.kill)
-            running.append((folder, beside))
-        statuses = [subprocess.call([*_PYTEST, *(f"--ignore={folder}" for folder in _BESIDE)])]
-        for folder, beside in running:
-            print(f"\n---- {folder}, which ran meanwhile", flush=True)
+            running.append((folders, beside))
+        elsewhere = [f"--ignore={folder}" for folders in _BESIDE for folder in folders]
+        statuses = [subprocess.call([*_PYTEST, *elsewhere])]
+        for folders, beside in running:
+            print(f"\n---- {' and '.join(folders)}, which ran meanwhile", flush=True)
             statuses.append(beside.wait())
-            said[folder].seek(0)
-            shutil.copyfileobj(said[folder], sys.stdout.buffer)
+            said[folders].seek(0)
+            shutil.copyfileobj(said[folders], sys.stdout.buffer)
             sys.stdout.flush()
     return max(statuses)
 
