@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Final, NamedTuple
 
 from common.errors import InvalidRequest
@@ -27,9 +26,9 @@ from scheduler.beams import BeamGroup, TextFollower
 from scheduler.counters import Counters
 from scheduler.line import Line
 from scheduler.moves import Moves
-from scheduler.pins import Pin, PinLimits, Pins
+from scheduler.pins import PinLimits
 from scheduler.planning import Planner
-from scheduler.prefix_cache import BlockKey, CachedBlock, CacheWatcher, KeyChain
+from scheduler.prefixes import Prefixes
 from scheduler.recorder import Recorder
 from scheduler.replays import Replays
 from scheduler.reputation import Patience, Reputations
@@ -92,14 +91,13 @@ class Scheduler:
         weights: Mapping[str, float] | None = None,
     ) -> None:
         self._limits = limits
-        self._model = model
         self._eos = frozenset(eos)
-        self._keys = KeyChain(secret)
-        self._pins = Pins(self._keys, limits.pins)
-        self._cache_watchers: dict[BlockKey, list[CacheWatcher]] = {}
         self._line = Line(weights)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._sessions: dict[int, Session] = {}
+        self.prefixes = Prefixes(
+            self._sessions, model=model, secret=secret, limits=limits.pins, caching=limits.prefix_caching
+        )
         self._suspects = Suspects()
         self._reputations = Reputations()
         self._replays = Replays()
@@ -138,11 +136,6 @@ class Scheduler:
     def num_sequences(self) -> int:
         """Sequences that are not finished."""
         return len(self._sequences)
-
-    @property
-    def pins(self) -> Pins:
-        """Prefixes that are to stay in the cache, and those that `end_pins` will find to be over."""
-        return self._pins
 
     @property
     def num_suspects(self) -> int:
@@ -217,9 +210,9 @@ class Scheduler:
                 room = limit - len(prompt)
                 problem = f"at most {room} after a prompt of {len(prompt)} tokens, got {stop.max_tokens}"
                 raise InvalidRequest("max_tokens", problem)
-        root = self._root(tenant, salt)
+        root = self.prefixes.root(tenant, salt)
         resumed = any_begun(begun) if resumed is None else resumed
-        domain = self._root(tenant, "")[:_DOMAIN_BYTES] if sampling.grammar is not None else b""
+        domain = self.prefixes.root(tenant)[:_DOMAIN_BYTES] if sampling.grammar is not None else b""
         num_choices = choices if begun is None else len(begun)
         request = Request(id=SequenceId(self._next_id), num_choices=num_choices, resumed=resumed, timeline=timeline)
         made: list[Sequence] = []
@@ -321,88 +314,19 @@ class Scheduler:
         if sequence is not None:
             self._end(sequence, reason)
 
-    # ---- pins
-
-    def check_pin(self, tokens: Seq[int], now_ns: int, *, tenant: str = "", salt: str = "") -> None:
-        """Raise what `pin` must not be asked for: InvalidRequest, or Overloaded where too much is pinned already."""
-        if not self._limits.prefix_caching:
-            raise InvalidRequest("pin_seconds", "there is no prefix cache here: it is switched off")
-        self.end_pins(now_ns)
-        sizes = [s.facts.num_blocks * s.block_size for s in self._sessions.values() if not s.leaving]
-        self._pins.check(tenant, self._root(tenant, salt), tokens, now_ns, room=min(sizes, default=None))
-
-    def pin(self, tokens: Seq[int], until_ns: int, *, tenant: str = "", salt: str = "") -> Pin:
-        """Keep the blocks of this prefix until then, wherever there are any or will be. Nothing is computed for it."""
-        pin = self._pins.add(tenant, self._root(tenant, salt), tokens, until_ns)
-        for session in self._sessions.values():
-            session.keep(pin)
-        return pin
-
-    def unpin(self, tenant: str, id: str | None = None) -> int:
-        """End the tenant's pin of that id, or all of them. Returns the tokens that were pinned."""
-        pins = self._pins.find(tenant, id)
-        for pin in pins:
-            self._end_pin(pin)
-        return sum(len(pin.tokens) for pin in pins)
-
-    def end_pins(self, now_ns: int) -> None:
-        """Let go of those whose time is over. Planning does so before anything else."""
-        for pin in self._pins.expired(now_ns):
-            self._end_pin(pin)
-
-    def _end_pin(self, pin: Pin) -> None:
-        self._pins.remove(pin)
-        for session in self._sessions.values():
-            session.keep(pin)
-
-    def _root(self, tenant: str, salt: str) -> BlockKey:
-        return self._keys.root(self._model, tenant, salt)
-
-    # ---- what is cached
-
-    def watch_cache(self, tenant: str, watcher: CacheWatcher) -> Iterator[list[CachedBlock]]:
-        """Let the watcher hear of the tenant's blocks from now on. Returns those that are there, once an executor.
-
-        They are those of this moment, whenever they are looked at, in parts that cost little each (`snapshot`).
-        What was asked with a salt is left out: who hears of it could tell what others with that salt ask.
-        """
-        root = self.root_of(tenant)
-        self._cache_watchers.setdefault(root, []).append(watcher)
-        return chain.from_iterable([session.cache.snapshot(root) for session in self._sessions.values()])
-
-    def unwatch_cache(self, tenant: str, watcher: CacheWatcher) -> None:
-        """The watcher hears of nothing more."""
-        root = self.root_of(tenant)
-        self._cache_watchers[root].remove(watcher)
-        if not self._cache_watchers[root]:
-            del self._cache_watchers[root]
-
-    def forget_prefixes(self, tenant: str) -> Iterator[int]:
-        """Let nothing be found again that the tenant asked without a salt; what runs goes on.
-
-        Done as it is iterated over, in parts that cost little each: how many blocks are forgotten.
-        """
-        root = self.root_of(tenant)
-        for session in list(self._sessions.values()):
-            yield from session.forget_prefixes(root)
-
-    def root_of(self, tenant: str) -> BlockKey:
-        """What the chains of a tenant's blocks begin with where no salt is given."""
-        return self._root(tenant, "")
-
     # ---- executors
 
     def join(self, session_id: int, facts: ExecutorFacts, now_ns: int) -> None:
         """An executor is there, empty. One that died young again and again gets no work for a while."""
         assert session_id not in self._sessions, f"session {session_id} joined twice"
         reputation = self._reputations.of(facts.name)
-        self._pins.know(facts.block_size)
+        self.prefixes.pins.know(facts.block_size)
         self._sessions[session_id] = Session(
             session_id,
             facts,
-            self._keys,
-            self._pins,
-            self._cache_watchers,
+            self.prefixes.keys,
+            self.prefixes.pins,
+            self.prefixes.watchers,
             reputation=reputation,
             joined_ns=now_ns,
             held_until_ns=now_ns + reputation.hold_ns(self._limits.patience),
@@ -490,8 +414,8 @@ class Scheduler:
         self._recorder.now_ns = now_ns
         if session.silent or not session.has_credit:
             return None
-        if self._pins:
-            self.end_pins(now_ns)
+        if self.prefixes.pins:
+            self.prefixes.end_pins(now_ns)
         return self._planner.plan(session, now_ns)
 
     def update(self, session_id: int, result: StepResult, now_ns: int) -> list[TokenOutput]:

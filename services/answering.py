@@ -231,7 +231,7 @@ class Answerer:
 
     def unpin(self, pin_id: str | None, *, tenant: str = "") -> int:
         """End a pin, or all of the tenant's. Returns the tokens that were pinned."""
-        return self._engine.scheduler.unpin(tenant, pin_id)
+        return self._engine.scheduler.prefixes.unpin(tenant, pin_id)
 
     def _submit(
         self,

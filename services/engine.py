@@ -191,7 +191,7 @@ class Engine:
         stream = RequestStream(self, made, {s.choice: s.num_output for s in made})
         if pinned:
             until_ns = now + cache.pin_seconds * 1_000_000_000
-            stream.pin = self.scheduler.pin(pinned, until_ns, tenant=tenant, salt=cache.salt)
+            stream.pin = self.scheduler.prefixes.pin(pinned, until_ns, tenant=tenant, salt=cache.salt)
         for sequence in made:
             self._streams[sequence.id] = stream
         self._expire_at(stream, deadline_ns)
@@ -478,7 +478,7 @@ class Engine:
             return ()
         pinned = prompt[: cache.pin_tokens] if cache.pin_tokens else prompt
         try:
-            self.scheduler.check_pin(pinned, now, tenant=tenant, salt=cache.salt)
+            self.scheduler.prefixes.check_pin(pinned, now, tenant=tenant, salt=cache.salt)
         except (InvalidRequest, Overloaded) as error:
             if resumes:
                 return ()

@@ -47,7 +47,7 @@ class Monitoring:
         cpu_ns = time.process_time_ns() - self._cpu_began_ns
         sessions = self._scheduler.sessions
         now_ns = time.monotonic_ns()  # the engine's clock, too
-        self._scheduler.end_pins(now_ns)
+        self._scheduler.prefixes.end_pins(now_ns)
         return pb.GetStatusResponse(
             scheduler=pb.SchedulerStatus(
                 uptime_ns=time.monotonic_ns() - self._began_ns,
@@ -71,9 +71,9 @@ class Monitoring:
                 line_tokens_per_s=self._admission.rate.tokens_per_s or 0.0,
                 executor_losses=self._losses(now_ns),
                 pins=pb.PinStatus(
-                    num_pins=len(self._scheduler.pins),
-                    tokens=self._scheduler.pins.num_tokens,
-                    tokens_by_tenant=self._scheduler.pins.tokens_by_tenant,
+                    num_pins=len(self._scheduler.prefixes.pins),
+                    tokens=self._scheduler.prefixes.pins.num_tokens,
+                    tokens_by_tenant=self._scheduler.prefixes.pins.tokens_by_tenant,
                 ),
                 drafted_tokens=counters.drafted_tokens,
                 accepted_tokens=counters.accepted_tokens,

@@ -181,7 +181,7 @@ class KvEvents:
         free = self._max_streams - len(self._streams)
         if free <= 0 or (tenant and self._streams.count(tenant) >= free):
             raise Overloaded(f"{len(self._streams)} streams of cache events are open already", _COME_BACK_S)
-        root = self._scheduler.root_of(tenant)
+        root = self._scheduler.prefixes.root(tenant)
         number, num_events = after, 0
         self._streams.append(tenant)
         try:
@@ -233,13 +233,13 @@ class KvEvents:
     def _listening(self, tenant: str) -> Iterator[Changes]:
         """What is there, and what becomes of it until this ends."""
         changes = Changes(self._max_changes)
-        changes.begin(self._scheduler.watch_cache(tenant, changes))
+        changes.begin(self._scheduler.prefixes.watch(tenant, changes))
         self._heard.add(changes)
         try:
             yield changes
         finally:
             self._heard.remove(changes)
-            self._scheduler.unwatch_cache(tenant, changes)
+            self._scheduler.prefixes.unwatch(tenant, changes)
 
 
 def _look(changes: Iterable[CachedBlock | BlockKey], view: CacheView, batches: Batches) -> Iterator[None]:

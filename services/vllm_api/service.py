@@ -112,7 +112,7 @@ class VllmEngine:
         """Forget what is cached of the caller's tenant. It waits for nobody, and what runs goes on."""
         num_blocks = 0
         async with self._flushing:
-            for forgotten in self._engine.scheduler.forget_prefixes(current_caller().tenant):
+            for forgotten in self._engine.scheduler.prefixes.forget(current_caller().tenant):
                 num_blocks += forgotten
                 await asyncio.sleep(0)  # others have their turn
         return common.FlushCacheResponse(success=True, message=f"{num_blocks} blocks were forgotten")

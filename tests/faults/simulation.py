@@ -413,7 +413,7 @@ def run(seed: int, *, late: bool = False) -> Story:
     cluster.happened["resumed"] = cluster.world.passed["mid_resume"]
     cluster.happened["rows waited for grammars"] = sum(each.rows_unready for each in counters)
     cluster.happened["pins refused"] = sum(each.admission.refusals["pins"] for each in cluster.schedulers)
-    cluster.happened["prompts pinned"] = sum(each.core.pins.num_made for each in cluster.schedulers)
+    cluster.happened["prompts pinned"] = sum(each.core.prefixes.pins.num_made for each in cluster.schedulers)
     return Story(
         seed=seed,
         trace=cluster.world.trace,

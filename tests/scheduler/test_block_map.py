@@ -23,7 +23,7 @@ def test_a_block_is_shown_as_what_it_is() -> None:
     world = World()
     assert cells(world) == [FREE] * 64
 
-    world.scheduler.pin(range(4), 10**18, tenant="")
+    world.scheduler.prefixes.pin(range(4), 10**18, tenant="")
     world.add("gone", prompt=list(range(12)), max_tokens=1)
     world.run()
     assert Counter(cells(world)) == {FREE: 61, CACHED: 2, PINNED: 1}

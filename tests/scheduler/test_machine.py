@@ -204,7 +204,7 @@ def test_a_crowd_on_tiny_executors_ends_with_the_tokens_each_would_have_had_alon
     assert sum(w.scheduler.counters.preemptions for w in worlds) > 300, "memory was never short"
     assert sum(w.scheduler.counters.moved for w in worlds) > 150, "no executor was ever lost"
     assert sum(w.scheduler.counters.cached_prompt_tokens for w in worlds) > 5000, "no prefix was ever found"
-    assert sum(w.scheduler.pins.num_made for w in worlds) > 500, "nothing was ever pinned"
+    assert sum(w.scheduler.prefixes.pins.num_made for w in worlds) > 500, "nothing was ever pinned"
     assert sum(w.scheduler.counters.trials for w in worlds) > 10, "no request ever had to run alone"
     assert sum(w.scheduler.counters.given_up for w in worlds) > 1, "no request was ever given up"
     assert sum(w.scheduler.counters.quarantines for w in worlds) > 20, "no executor was ever quarantined"

@@ -17,8 +17,8 @@ SYSTEM = list(range(100, 112))  # three blocks
 
 def pin(world: World, tokens: Sequence[int] = SYSTEM, *, seconds: int = 60, tenant: str = "", salt: str = "") -> Pin:
     """As the engine does it."""
-    world.scheduler.check_pin(tokens, world.now_ns, tenant=tenant, salt=salt)
-    return world.scheduler.pin(tokens, world.now_ns + seconds * S, tenant=tenant, salt=salt)
+    world.scheduler.prefixes.check_pin(tokens, world.now_ns, tenant=tenant, salt=salt)
+    return world.scheduler.prefixes.pin(tokens, world.now_ns + seconds * S, tenant=tenant, salt=salt)
 
 
 def ask(world: World, name: str, tokens: Sequence[int] = SYSTEM, *, tenant: str = "", salt: str = "") -> int:
@@ -146,7 +146,7 @@ def test_a_pin_ends_with_its_time_and_its_blocks_are_like_all_others() -> None:
     world.now_ns += 5 * S
     for i in range(2):
         crowd(world, f"other{i}", 12)
-    assert not world.scheduler.pins and world.scheduler.sessions[0].pool.num_kept == 0
+    assert not world.scheduler.prefixes.pins and world.scheduler.sessions[0].pool.num_kept == 0
     assert ask(world, "again") == 13
 
 
@@ -155,7 +155,7 @@ def test_a_pin_is_renewed_and_never_made_shorter() -> None:
     first = pin(world, seconds=10)
     assert pin(world, seconds=5) is first and first.until_ns == 10 * S
     assert pin(world, seconds=20) is first and first.until_ns == 20 * S
-    assert len(world.scheduler.pins) == 1 and world.scheduler.pins.num_tokens == 12
+    assert len(world.scheduler.prefixes.pins) == 1 and world.scheduler.prefixes.pins.num_tokens == 12
     world.now_ns = 15 * S
     ask(world, "first")
     assert world.scheduler.sessions[0].pool.num_kept == 3
@@ -168,11 +168,11 @@ def test_pins_end_by_name_or_all_at_once_and_nobody_ends_those_of_another_tenant
     ask(world, "a", tenant="me")
     assert world.scheduler.sessions[0].pool.num_kept == 3
     assert mine.id != other.id
-    assert world.scheduler.unpin("me", other.id) == world.scheduler.unpin("me", "what") == 0
-    assert world.scheduler.unpin("me", mine.id) == 12
+    assert world.scheduler.prefixes.unpin("me", other.id) == world.scheduler.prefixes.unpin("me", "what") == 0
+    assert world.scheduler.prefixes.unpin("me", mine.id) == 12
     assert world.scheduler.sessions[0].pool.num_kept == 2, "the other pin's"
-    assert world.scheduler.unpin("me", None) == 8
-    assert [pin.tenant for pin in world.scheduler.pins] == ["other"]
+    assert world.scheduler.prefixes.unpin("me", None) == 8
+    assert [pin.tenant for pin in world.scheduler.prefixes.pins] == ["other"]
     world.scheduler.check()
 
 
@@ -199,7 +199,7 @@ def test_a_tenant_may_pin_so_many_tokens_and_is_told_when_to_come_back() -> None
     pin(world, range(9), tenant="other")
     world.now_ns += 61 * S
     pin(world, range(20), tenant="me")
-    assert world.scheduler.pins.tokens_by_tenant == {"me": 20}
+    assert world.scheduler.prefixes.pins.tokens_by_tenant == {"me": 20}
 
 
 def test_a_tenant_may_have_so_many_pins() -> None:

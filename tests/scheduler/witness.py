@@ -197,7 +197,7 @@ class Witness(World):
         )
         self.listeners = {tenant: Listener() for tenant in ("a", "b")}
         for tenant, listener in self.listeners.items():
-            assert not any(self.scheduler.watch_cache(tenant, listener))
+            assert not any(self.scheduler.prefixes.watch(tenant, listener))
 
     # ---- events
 
@@ -281,20 +281,20 @@ class Witness(World):
     def pin(self, tokens: list[int], *, tenant: str, salt: str, seconds: int) -> None:
         """Somebody wants these to stay. That changes no token, and holds no block."""
         try:
-            self.scheduler.check_pin(tokens, self.now_ns, tenant=tenant, salt=salt)
+            self.scheduler.prefixes.check_pin(tokens, self.now_ns, tenant=tenant, salt=salt)
         except (InvalidRequest, Overloaded):
             return
-        self.scheduler.pin(tokens, self.now_ns + seconds * 1_000_000_000, tenant=tenant, salt=salt)
+        self.scheduler.prefixes.pin(tokens, self.now_ns + seconds * 1_000_000_000, tenant=tenant, salt=salt)
         self.check()
 
     def unpin(self, tenant: str) -> None:
         """And no more."""
-        self.scheduler.unpin(tenant)
+        self.scheduler.prefixes.unpin(tenant)
         self.check()
 
     def flush(self, tenant: str) -> None:
         """Nothing of the tenant's is to be found again. Its tokens stay the same."""
-        for _ in self.scheduler.forget_prefixes(tenant):
+        for _ in self.scheduler.prefixes.forget(tenant):
             pass
         self.check()
         self.check_heard()
@@ -405,7 +405,7 @@ class Witness(World):
     def check_heard(self) -> None:
         """Who listens knows which blocks are cached, and how often."""
         for tenant, listener in self.listeners.items():
-            root = self.scheduler.root_of(tenant)
+            root = self.scheduler.prefixes.root(tenant)
             cached = (block.key for s in self.scheduler.sessions for block in s.cache.whole_blocks_of(root))
             assert +listener.blocks == Counter(cached), "who listens knows other blocks than there are"
 

@@ -45,9 +45,9 @@ def test_where_nothing_was_lost_nothing_is_said_of_it() -> None:
 def test_pins_are_told_by_tenant_and_the_blocks_that_they_keep_by_executor() -> None:
     world = World()
     assert "pinned" not in lines(status_of(world))[-1]
-    world.scheduler.pin(range(12), 10**18, tenant="one")
-    world.scheduler.pin(range(8), 10**18, tenant="two")
-    world.scheduler.pin(range(4), 1, tenant="two")  # its time is over
+    world.scheduler.prefixes.pin(range(12), 10**18, tenant="one")
+    world.scheduler.prefixes.pin(range(8), 10**18, tenant="two")
+    world.scheduler.prefixes.pin(range(4), 1, tenant="two")  # its time is over
     world.add("a", prompt=list(range(12)), max_tokens=1, tenant="one")
     world.run()
     response = status_of(world)

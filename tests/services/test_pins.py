@@ -86,7 +86,7 @@ def test_a_request_that_is_refused_for_want_of_room_pins_nothing(model: ModelFol
         async with serving(model, limits=LIMITS) as server:
             server.engine.drain()
             await refused(server.generate(pinning(*range(8))))
-            assert not server.engine.scheduler.pins
+            assert not server.engine.scheduler.prefixes.pins
 
     run(test())
 
@@ -105,7 +105,7 @@ def test_a_request_that_is_resumed_elsewhere_pins_there_and_is_not_refused_for_i
                 if num_pinned:
                     await heard_of(second, pinning(*range(100, 100 + num_pinned)))
                 await heard.rest(second.resume(heard.to_resume()))
-                assert second.engine.scheduler.pins.num_tokens == (num_pinned or 8)
+                assert second.engine.scheduler.prefixes.pins.num_tokens == (num_pinned or 8)
             assert len(heard.tokens[0]) == 12
 
     run(test())

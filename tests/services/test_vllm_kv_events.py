@@ -229,7 +229,7 @@ def test_blocks_that_are_reused_are_told_as_gone() -> None:
             world.run()
             await router.hear()
             cache = world.scheduler.sessions[0].cache
-            root = world.scheduler.root_of("")
+            root = world.scheduler.prefixes.root("")
             assert set(router.known) == {block_hash(each.key) for each in cache.whole_blocks_of(root)}
 
     listening(test)
@@ -268,7 +268,7 @@ def test_what_is_flushed_is_found_no_more_and_what_runs_goes_on() -> None:
         world.add("other", prompt=list(range(9)), max_tokens=1, tenant="other")
         world.step()
         await router.hear()
-        assert sum(world.scheduler.forget_prefixes("")) == len(router.known) == 2
+        assert sum(world.scheduler.prefixes.forget("")) == len(router.known) == 2
         await router.hear()
         assert router.known == {}
         world.run()
@@ -290,7 +290,7 @@ def test_who_is_gone_is_told_nothing_more() -> None:
             await anext(events)
         world.add("a", prompt=8, max_tokens=1)
         world.run()
-        assert not world.scheduler._cache_watchers
+        assert not world.scheduler.prefixes.watchers
 
     asyncio.run(main())
 
