@@ -5,12 +5,10 @@ What they are built with is Debian's, and heavy; CI has Python and Node alone.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -18,6 +16,7 @@ from typing import Final
 import pytest
 
 from tests.e2e.cluster import ROOT
+from tests.e2e.npm import node_modules
 
 Command = tuple[str, ...]
 """What runs an example. It takes an address and a prompt."""
@@ -34,8 +33,7 @@ def python() -> Command:
 
 def node(folder: Path) -> Command:
     """A copy, so that nothing is installed in the repository."""
-    _need("Node", "node and npm", programs=["node", "npm"])
-    modules = _node_modules()
+    modules = node_modules(EXAMPLES / "node")
     copy = folder / "checkout"
     ignored = shutil.ignore_patterns("node_modules")
     shutil.copytree(EXAMPLES / "node", copy / "examples" / "node", ignore=ignored)
@@ -43,26 +41,6 @@ def node(folder: Path) -> Command:
     shutil.copy(_PROTOS / "inference.proto", copy / "protos")
     (copy / "examples" / "node" / "node_modules").symlink_to(modules)
     return "node", str(copy / "examples" / "node" / "stream.mjs")
-
-
-def _node_modules() -> Path:
-    """What the Node example depends on: installed once for each lock file on this machine, found again offline."""
-    lock = (EXAMPLES / "node" / "package-lock.json").read_bytes()
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pagewire-tests"
-    installed = caches / f"node-{hashlib.sha256(lock).hexdigest()[:16]}"
-    if not installed.exists():
-        caches.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=caches) as workspace:
-            making = Path(workspace, "making")
-            making.mkdir()
-            for name in ("package.json", "package-lock.json"):
-                shutil.copy(EXAMPLES / "node" / name, making)
-            subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=making, check=True)
-            try:
-                making.rename(installed)
-            except OSError:  # another run of the tests was first
-                assert installed.exists()
-    return installed / "node_modules"
 
 
 def go(folder: Path) -> Command:

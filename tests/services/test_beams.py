@@ -16,7 +16,8 @@ from services.admission import Admission
 from services.engine import Engine
 from tests.e2e import fake_model
 from tests.services.heard import Heard
-from tests.services.test_resuming import PROMPT, refused, run, serving
+from tests.services.served import run
+from tests.services.test_resuming import PROMPT, refused, serving
 
 BEAMS = pb.BeamSearch(width=4, length_penalty=0.5)
 

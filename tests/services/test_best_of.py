@@ -14,7 +14,8 @@ from protos import inference_pb2 as pb
 from services import best_of
 from tests.e2e import fake_model
 from tests.services.heard import Heard
-from tests.services.test_resuming import heard_of, refused, request, run, serving, told, undisturbed, until
+from tests.services.served import run, until
+from tests.services.test_resuming import heard_of, refused, request, serving, told, undisturbed
 
 MAX_TOKENS = 12
 

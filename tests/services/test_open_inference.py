@@ -6,8 +6,9 @@ import asyncio
 import json
 import random
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import grpc
@@ -41,6 +42,10 @@ from services.text import Tokenizer
 from tests.e2e import fake_model
 from tests.faults.fuzz import Draw
 from tests.services.instant_link import InstantLink
+from tests.services.served import run as run_within
+from tests.services.served import served, until
+
+run = partial(run_within, limit_s=120)
 
 TEXT = "hello"
 ANSWER = "&'()*+,-./"  # of the fake model to TEXT: its token is how many there are before, and its letters follow "!"
@@ -462,32 +467,11 @@ async def serving(
     )
     server = aio.server()
     server.add_generic_rpc_handlers((handler,))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    loop = asyncio.create_task(engine.run())
     link = InstantLink(engine, 1, steps=steps, runner=FakeRunner(vocab_size=fake_model.VOCAB_SIZE, max_model_len=512))
     engine.join(1, link.facts, link)
-    try:
-        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            stub = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
-            yield Server(stub, engine, streams, link, channel)
-    finally:
-        await server.stop(None)
-        loop.cancel()
-        await asyncio.gather(loop, return_exceptions=True)
-
-
-def run(test: Awaitable[None]) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(120):
-            await test
-
-    asyncio.run(main())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0)
+    async with served(server, engine) as channel:
+        stub = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        yield Server(stub, engine, streams, link, channel)
 
 
 def text_of(response: pb.ModelInferResponse) -> str:

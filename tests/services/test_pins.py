@@ -13,7 +13,8 @@ from scheduler.scheduler import SchedulerLimits
 from services.status import from_rpc_error
 from tests.e2e import fake_model
 from tests.services.heard import Heard
-from tests.services.test_resuming import Server, refused, request, run, serving
+from tests.services.served import run
+from tests.services.test_resuming import Server, refused, request, serving
 
 LIMITS = SchedulerLimits(pins=PinLimits(max_tokens_per_tenant=20, max_share=1))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -33,6 +33,7 @@ from services.tickets import TicketKey, Tickets
 from tests.e2e import fake_model
 from tests.services.heard import Call, Heard
 from tests.services.instant_link import InstantLink
+from tests.services.served import run, served, until
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 KEY = new_key()
@@ -105,29 +106,8 @@ async def serving(
     server = aio.server()
     service = SchedulerService(answerer, RequestLimits(), lambda: len(core.sessions))
     server.add_generic_rpc_handlers((service_handler(SERVICE, pb.DESCRIPTOR, service, write=write),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    loop = asyncio.create_task(engine.run())
-    try:
-        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Server(inference_pb2_grpc.InferenceServiceStub(channel), engine, live)
-    finally:
-        await server.stop(None)
-        loop.cancel()
-        await asyncio.gather(loop, return_exceptions=True)
-
-
-def run(test: Awaitable[None]) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(30):
-            await test
-
-    asyncio.run(main())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0)
+    async with served(server, engine) as channel:
+        yield Server(inference_pb2_grpc.InferenceServiceStub(channel), engine, live)
 
 
 async def undisturbed(model: ModelFolder, first: pb.PromptInfo, asked: pb.GenerateStreamRequest) -> Heard:

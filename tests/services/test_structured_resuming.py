@@ -14,7 +14,8 @@ from protos import inference_pb2 as pb
 from services.grammar_checker import GrammarChecker
 from tests.e2e import fake_model
 from tests.services.heard import Heard
-from tests.services.test_resuming import refused, request, run, serving, undisturbed, until
+from tests.services.served import run, until
+from tests.services.test_resuming import refused, request, serving, undisturbed
 
 
 @pytest.fixture(scope="module")

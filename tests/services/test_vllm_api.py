@@ -40,6 +40,7 @@ from services.vllm_api.stubs import vllm_pb2 as vllm
 from services.vllm_api.tokenizer_zip import TokenizerZip
 from tests.e2e import fake_model
 from tests.services.instant_link import InstantLink
+from tests.services.served import served
 
 PROMPT = [65, 66, 67]  # the fake model goes on 3, 4, 5, …
 NOTHING = vllm.GenerateRequest()
@@ -94,16 +95,10 @@ async def serving(model: ModelFolder, *, max_waiting: int = 100, max_kv_streams:
     service = VllmEngine(start, answerer, engine, max_kv_streams=max_kv_streams)
     server = aio.server(interceptors=(ByHeader(),))
     server.add_generic_rpc_handlers((service_handler(service.name, service.file, service.methods()),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    loop = asyncio.create_task(engine.run())
     try:
-        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with served(server, engine) as channel:
             yield Server(vllm_engine_pb2_grpc.VllmEngineStub(channel), engine, service)
     finally:
-        await server.stop(None)
-        loop.cancel()
-        await asyncio.gather(loop, return_exceptions=True)
         await grammars.close()
 
 
