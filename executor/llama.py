@@ -124,11 +124,6 @@ class LlamaModel:
         self._native.llama_forward(self._model, step_struct(batch, token_ids), logits)
         return logits
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of packed weights that a step reads."""
-        return sum(each.num_bytes for each in self._kept if isinstance(each, PackedLinear))
-
     def _layer(self, layer: Any, cache: KvCache, needs: LayerNeeds, index: int) -> LlamaLayerStruct:
         attention, mlp = layer.self_attn, layer.mlp
         qkv = self._pack([attention.q_proj, attention.k_proj, attention.v_proj], self._kind)

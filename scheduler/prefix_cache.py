@@ -141,12 +141,6 @@ class PrefixCache:
                 self.forget(block)
             yield blocks
 
-    def whole_blocks_of(self, root: BlockKey) -> Iterator[CachedBlock]:
-        """Those of them that are whole, in no order."""
-        for entry in self._entry_of.values():
-            if entry.root == root and len(entry.tokens) == self._block_size:
-                yield CachedBlock(entry.key, entry.parent, entry.tokens)
-
     def remember(
         self, key: BlockKey, parent: BlockKey, tokens: Sequence[int], block: BlockId, step: int, root: BlockKey
     ) -> None:

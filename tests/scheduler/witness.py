@@ -406,7 +406,7 @@ class Witness(World):
         """Who listens knows which blocks are cached, and how often."""
         for tenant, listener in self.listeners.items():
             root = self.scheduler.prefixes.root(tenant)
-            cached = (block.key for s in self.scheduler.sessions for block in s.cache.whole_blocks_of(root))
+            cached = (block.key for s in self.scheduler.sessions for part in s.cache.snapshot(root) for block in part)
             assert +listener.blocks == Counter(cached), "who listens knows other blocks than there are"
 
     def check_end(self) -> None:

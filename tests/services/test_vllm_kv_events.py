@@ -230,7 +230,7 @@ def test_blocks_that_are_reused_are_told_as_gone() -> None:
             await router.hear()
             cache = world.scheduler.sessions[0].cache
             root = world.scheduler.prefixes.root("")
-            assert set(router.known) == {block_hash(each.key) for each in cache.whole_blocks_of(root)}
+            assert set(router.known) == {block_hash(each.key) for part in cache.snapshot(root) for each in part}
 
     listening(test)
 
