@@ -23,6 +23,7 @@ from scheduler.moves import Moves
 from scheduler.pins import PinLimits, Pins
 from scheduler.planning import Planner
 from scheduler.prefix_cache import BlockKey, KeyChain, Match, PrefixCache, Tail
+from scheduler.prefixes import Prefixes
 from scheduler.results import ProtocolError
 from scheduler.scheduler import Scheduler, TokenOutput
 from scheduler.sequence import Request
@@ -269,7 +270,7 @@ def who_wants_nothing_of_the_cache_leaves_something_there(monkeypatch: pytest.Mo
 
 
 def a_pin_that_is_over_keeps_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Scheduler, "_end_pin", lambda self, pin: self._pins.remove(pin))
+    monkeypatch.setattr(Prefixes, "_end_pin", lambda self, pin: self.pins.remove(pin))
 
 
 def a_pin_keeps_only_what_is_cached_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
