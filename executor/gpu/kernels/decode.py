@@ -18,6 +18,7 @@ from executor.gpu.kernels.paged import (
     LOG2E,
     Launch,
     PagedRows,
+    as_shares,
     attend_tile,
     find_blocks,
     find_places,
@@ -86,8 +87,7 @@ def _decode(
         mask=(members < GROUP)[:, None] & (lanes < KEY_DIM)[None, :],
         other=0.0,
     )
-    if UPCAST:
-        q = q.to(tl.float32)
+    q, shares = as_shares(q, keys, UPCAST)
 
     top = tl.full((GROUP_PAD,), -float("inf"), tl.float32)
     total = tl.zeros((GROUP_PAD,), tl.float32)
@@ -109,8 +109,8 @@ def _decode(
         if WINDOW > 0:
             readable &= position >= seq_len - WINDOW
         acc, top, total = attend_tile(
-            q, keys, values, key_places, value_places, readable, readable[None, :], acc, top, total, inner, factor,
-            KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP, True,
+            q, shares, keys, values, key_places, value_places, readable, readable[None, :], acc, top, total,
+            inner, factor, KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP, True,
         )  # fmt: skip
 
     share = tl.where(total == 0.0, 1.0, total)  # no key at all: zeros

@@ -49,7 +49,8 @@ class Launch:
 @triton.jit
 def find_blocks(table, start, last, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """Block of each of TILE positions from `start`, (TILE,). Those behind `last` get the block of `last`."""
-    return tl.load(table + tl.minimum(start + tl.arange(0, TILE), last) // BLOCK_SIZE, cache_modifier=".cg")
+    positions = tl.minimum(start + tl.arange(0, TILE), last).to(tl.uint32)  # a shift, where a sign would need care
+    return tl.load(table + positions // BLOCK_SIZE, cache_modifier=".cg")
 
 
 @triton.jit
@@ -79,6 +80,24 @@ def load_tile(slab, places, readable, DIM: tl.constexpr, PAD: tl.constexpr, MASK
 
 
 @triton.jit
+def as_shares(q, keys, UPCAST: tl.constexpr):
+    """The queries as they are multiplied, and what each was divided by for that, (ROWS,), or 1.
+
+    K and V of 8 bits are multiplied in float16: a GPU makes two float16 of them in one instruction, where each bfloat16
+    takes a slow one more. They fit exactly, and so that a query does, it is divided by its largest number.
+    """
+    shares = 1.0
+    if UPCAST:
+        q = q.to(tl.float32)
+    elif keys.dtype.element_ty.primitive_bitwidth == 8 and q.dtype != tl.float32:
+        q = q.to(tl.float32)
+        largest = tl.max(tl.abs(q), 1)
+        shares = tl.where(largest > 0.0, largest, 1.0)
+        q = (q / shares[:, None]).to(tl.float16)
+    return q, shares
+
+
+@triton.jit
 def tanh(x):
     """Not from libdevice, which the interpreter lacks. Right at both ends, because 2 ** 1000 is inf."""
     return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
@@ -86,17 +105,20 @@ def tanh(x):
 
 @triton.jit
 def attend_tile(
-    q, keys, values, key_places, value_places, readable, visible, acc, top, total, inner, factor,
+    q, shares, keys, values, key_places, value_places, readable, visible, acc, top, total, inner, factor,
     KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold one tile of keys into the running softmax: `acc` (ROWS, VALUE_PAD), `top` and `total` (ROWS,).
 
     `readable` (TILE,) says which keys may be loaded, `visible` (ROWS or 1, TILE) who sees them; both only if MASKED.
+    `shares` is what the queries were divided by (`as_shares`).
     """
     # float32 is never rounded to TF32: whoever asks for float32 wants it
     k = load_tile(keys, key_places, readable, KEY_DIM, KEY_PAD, MASKED).to(q.dtype)
     raw = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if keys.dtype.element_ty.primitive_bitwidth == 8 and q.dtype == tl.float16:
+        raw *= shares[:, None]
     if SOFTCAP:
         raw = tanh(raw * inner)
     if MASKED:

@@ -16,6 +16,7 @@ from executor.gpu.kernels.paged import (
     LOG2E,
     Launch,
     PagedRows,
+    as_shares,
     attend_tile,
     find_blocks,
     find_places,
@@ -88,8 +89,7 @@ def _prefill(
         mask=real[:, None] & (lanes < KEY_DIM)[None, :],
         other=0.0,
     )
-    if UPCAST:
-        q = q.to(tl.float32)
+    q, shares = as_shares(q, keys, UPCAST)
     position = seq_len - num_new + new  # (ROWS,)
     first = seq_len - num_new + first_new  # the first query's position
     end = tl.minimum(first + TOKENS, seq_len)
@@ -115,7 +115,7 @@ def _prefill(
             # the blocks of the next tile are looked up while this one is worked
             blocks = find_blocks(table, start + TILE, end - 1, TILE, BLOCK_SIZE)
             acc, top, total = attend_tile(
-                q, keys, values, key_places, value_places, None, None, acc, top, total, inner, factor,
+                q, shares, keys, values, key_places, value_places, None, None, acc, top, total, inner, factor,
                 KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP, False,
             )  # fmt: skip
         begin = everyones
@@ -132,7 +132,7 @@ def _prefill(
         if WINDOW > 0:
             visible &= of_key[None, :] > position[:, None] - WINDOW
         acc, top, total = attend_tile(
-            q, keys, values, key_places, value_places, of_key < end, visible, acc, top, total, inner, factor,
+            q, shares, keys, values, key_places, value_places, of_key < end, visible, acc, top, total, inner, factor,
             KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP, True,
         )  # fmt: skip
 
