@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from concurrent.futures import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from common.sampling import Grammar, SamplingParams
 from common.step import StepPlan
-from executor.gpu.device import CudaDevice
+from executor.gpu.device import CudaDevice, HostDevice
 from executor.gpu.models import open_gpu_model
 from executor.guide import Guide
 from executor.runner import Runner, execute
@@ -31,7 +31,7 @@ def on_the_gpu(folder: Path, **settings: Any) -> Host:
     """A loaded runner as it serves, with every graph that it may capture."""
     host = Host(
         folder,
-        CudaDevice(torch.device("cuda", 0)),
+        cast("HostDevice", CudaDevice(torch.device("cuda", 0))),  # in whose shape it is, as far as this asks
         attention_backend="triton",
         open_forward=open_gpu_model,
         sample=None,
