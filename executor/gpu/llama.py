@@ -47,23 +47,16 @@ class Linear(Protocol):
     def __call__(self, x: Tensor, out: Tensor) -> object:
         """Write x @ weight.T + bias to `out`."""
 
-    def gated(self, gate_up: Tensor, middle: Tensor, out: Tensor) -> object:
-        """Write the product of silu(gate) * up to `out`: gate_up (T, 2 * inputs) is [gate | up].
+    def normed(self, x: Tensor, residual: Tensor, norm: Tensor, epsilon: float, *, room: Tensor, out: Tensor) -> object:
+        """Add the product to `residual` (T, outputs), and write the RMS norm of the sum, times `norm`, to `out`.
 
-        `middle` (T, inputs) is room for what is multiplied.
+        `room` (T, outputs) is for what is added.
         """
 
     def fused(
-        self,
-        x: Tensor,
-        out: Tensor,
-        *,
-        norm: Tensor | None = None,
-        epsilon: float = 0.0,
-        gated: bool = False,
-        adds: bool = False,
+        self, x: Tensor, out: Tensor, *, norm: Tensor | None = None, epsilon: float = 0.0, adds: bool = False
     ) -> object:
-        """The product of RMS-normed rows, where there is a `norm` (inputs,), or of `gated` ones. May add to `out`."""
+        """The product of RMS-normed rows, where there is a `norm` (inputs,). May add to `out`."""
 
     def give_up(self) -> None:
         """Leave every product to torch from now on."""
@@ -84,22 +77,15 @@ class MatmulLinear:
             return torch.mm(x, self._weight, out=out)
         return torch.addmm(self._bias, x, self._weight, out=out)
 
-    def gated(self, gate_up: Tensor, middle: Tensor, out: Tensor) -> object:
-        """Gate by a kernel of its own."""
-        from executor.gpu.kernels.activation import silu_mul
+    def normed(self, x: Tensor, residual: Tensor, norm: Tensor, epsilon: float, *, room: Tensor, out: Tensor) -> object:
+        """Norm by a kernel of its own."""
+        from executor.gpu.kernels.norm import add_rms_norm
 
-        silu_mul(gate_up, out=middle)
-        return self(middle, out)
+        self(x, room)
+        return add_rms_norm(room, residual, norm, epsilon, out=out)
 
     def fused(
-        self,
-        x: Tensor,
-        out: Tensor,
-        *,
-        norm: Tensor | None = None,
-        epsilon: float = 0.0,
-        gated: bool = False,
-        adds: bool = False,
+        self, x: Tensor, out: Tensor, *, norm: Tensor | None = None, epsilon: float = 0.0, adds: bool = False
     ) -> object:
         """Of no rows at all."""
         raise AssertionError("torch's product has nothing inside: `most_fused` is 0")
@@ -284,18 +270,19 @@ class GpuLlama:
 
     def _project(self, layer: _Layer, rows: _Scratch) -> None:
         """From what is attended through the MLP to what the next layer, or the last product, is given."""
-        from executor.gpu.kernels.norm import add_rms_norm
+        from executor.gpu.kernels.activation import silu_mul
 
-        if self._fuses(rows):  # the residual is added to by one product, and normed by the next
-            layer.o.fused(rows.attended, rows.residual, adds=True)
-            self._multiply(layer.gate_up, layer.mlp_norm, rows, rows.gate_up)
-            layer.down.fused(rows.gate_up, rows.residual, gated=True, adds=True)
-            return
-        layer.o(rows.attended, rows.x)
-        add_rms_norm(rows.x, rows.residual, layer.mlp_norm, self._epsilon, out=rows.normed)
+        self._close(layer.o, rows.attended, layer.mlp_norm, rows)
         self._multiply(layer.gate_up, layer.mlp_norm, rows, rows.gate_up)
-        layer.down.gated(rows.gate_up, rows.middle, rows.x)
-        add_rms_norm(rows.x, rows.residual, layer.next_norm, self._epsilon, out=rows.normed)
+        silu_mul(rows.gate_up, out=rows.middle)
+        self._close(layer.down, rows.middle, layer.next_norm, rows)
+
+    def _close(self, linear: Linear, x: Tensor, norm: Tensor, rows: _Scratch) -> None:
+        """Add the product of x to the residual, and norm it; where products fuse, the next one norms what it reads."""
+        if self._fuses(rows):
+            linear.fused(x, rows.residual, adds=True)
+        else:
+            linear.normed(x, rows.residual, norm, self._epsilon, room=rows.x, out=rows.normed)
 
     def _multiply(self, linear: Linear, norm: Tensor, rows: _Scratch, out: Tensor) -> None:
         """The product of the normed residual."""

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from executor.gpu.kernels.activation import silu_mul
-from executor.gpu.kernels.norm import rms_norm
+from executor.gpu.kernels.norm import add_rms_norm, rms_norm
 from executor.gpu.kernels.skinny import MAX_ROWS, Cut, SkinnyLinears, cut_of, padded_rows
 from tests.gpu.steps import DEVICE
 
@@ -65,19 +64,24 @@ def test_every_cut_gives_the_same(shape: tuple[int, int], name: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4, 20])
-@pytest.mark.parametrize("shape", [(48, 128), (40, 100)], ids=str)
-def test_rows_that_are_gated_on_the_way_in_are_those_of_silu_mul(shape: tuple[int, int], count: int) -> None:
+@pytest.mark.parametrize("name", ["in a loop", "in splits", "held in splits of two blocks"])
+def test_the_norm_behind_a_product_adds_the_parts_of_its_sums(name: str, count: int) -> None:
     torch.manual_seed(5)
-    outputs, inputs = shape
-    weight = torch.randn(outputs, inputs, device=DEVICE).half()
-    gate_up = torch.randn(count, 2 * inputs, device=DEVICE).half()
-    linear = SkinnyLinears(DEVICE).make(weight, None)
-    middle, out = gate_up.new_full((count, inputs), torch.nan), gate_up.new_full((count, outputs), torch.nan)
+    (outputs, inputs), cut = (40, 100), CUTS[name]
+    weight, norm = torch.randn(outputs, inputs, device=DEVICE).half(), torch.randn(outputs, device=DEVICE).half()
+    x, before = torch.randn(count, inputs, device=DEVICE).half(), torch.randn(count, outputs, device=DEVICE).half()
+    linears = SkinnyLinears(DEVICE)
+    linears.reserve(outputs, padded_rows(count), cut)
+    product, residual, room = before.clone(), before.clone(), before.new_full(before.shape, torch.nan)
+    linears.launch(x, weight, None, product, cut=cut)
+    wanted = before.clone()
+    normed = add_rms_norm(product, wanted, norm, 1e-5)
+    out = torch.empty_like(before)
 
-    linear.gated(gate_up, middle, out)
+    linears.launch_normed(x, weight, None, residual, norm, 1e-5, room=room, out=out, cut=cut)
 
-    torch.testing.assert_close(out.double(), wanted(silu_mul(gate_up), weight), rtol=2e-3, atol=2e-2)
-    assert bool(middle.isnan().all()) == (count <= linear.most_gated)  # no kernel of its own for few rows
+    assert torch.equal(residual, wanted) and torch.equal(out, normed)
+    assert bool(room.isnan().all()) == (cut.splits > 1)
 
 
 @pytest.mark.parametrize("name", ["in a loop", "in splits", "held in one block", "held in splits of two blocks"])

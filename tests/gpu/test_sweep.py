@@ -31,7 +31,7 @@ def test_it_runs_on_the_fake_device(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, dict[str, Any]] = json.loads((tmp_path / "sweep.json").read_text())
     assert {task: each["problem"] for task, each in found.items() if "problem" in each} == {}
-    assert {task.split()[0] for task in found} == {"overlap", "cut", "torch", "gated", "model", "step"}
+    assert {task.split()[0] for task in found} == {"overlap", "cut", "torch", "model", "step"}
     assert "CUTS = {" in done.stdout
 
 

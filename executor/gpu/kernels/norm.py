@@ -39,12 +39,31 @@ def add_rms_norm(
     return out
 
 
+def add_rms_norm_of_parts(
+    parts: Tensor, residual: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, out: Tensor
+) -> None:
+    """`add_rms_norm` of a product whose sums lie in parts: it is their sum, rounded to `out`'s dtype.
+
+    parts (P, R, hidden) float32 and dense, residual and out (T, hidden) with T <= R, weight (hidden,).
+    """
+    assert parts.is_contiguous() and parts.shape[1] >= len(residual) and residual.shape == out.shape
+    _launch(parts[0, : len(residual)], residual, weight, epsilon, offset, out, adds=True, parts=parts)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _launch(
-    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, offset: float, out: Tensor, *, adds: bool
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    offset: float,
+    out: Tensor,
+    *,
+    adds: bool,
+    parts: Tensor | None = None,
 ) -> None:
     count, hidden = x.shape
     assert weight.shape == (hidden,) and weight.is_contiguous(), f"weight {tuple(weight.shape)} of {hidden}"
@@ -53,9 +72,9 @@ def _launch(
         return
     block, num_warps = _shape(hidden)
     _rms_norm[(count,)](
-        x, residual, weight, out, x.stride(0), residual.stride(0), epsilon,
-        OFFSET=offset, ADDS=adds, HIDDEN=hidden, BLOCK=block, num_warps=num_warps,
-        **overlap(x.device),
+        x, residual, weight, out, x.stride(0), residual.stride(0), 0 if parts is None else parts.stride(0), epsilon,
+        OFFSET=offset, ADDS=adds, PARTS=1 if parts is None else len(parts), HIDDEN=hidden, BLOCK=block,
+        num_warps=num_warps, **overlap(x.device),
     )  # fmt: skip
 
 
@@ -67,8 +86,8 @@ def _shape(hidden: int) -> tuple[int, int]:
 
 @triton.jit
 def _rms_norm(
-    x, residual, weight, out, x_stride, residual_stride, epsilon,
-    OFFSET: tl.constexpr, ADDS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    x, residual, weight, out, x_stride, residual_stride, part_stride, epsilon,
+    OFFSET: tl.constexpr, ADDS: tl.constexpr, PARTS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row a program."""
@@ -79,6 +98,10 @@ def _rms_norm(
     gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(OVERLAP)
     values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if PARTS > 1:
+        for part in tl.static_range(1, PARTS):  # in the order in which a product would add them
+            values += tl.load(x + part * part_stride + row * x_stride + columns, mask=inside, other=0.0)
+        values = values.to(out.dtype.element_ty).to(tl.float32)
     if ADDS:
         place = residual + row * residual_stride + columns
         added = (values + tl.load(place, mask=inside, other=0.0).to(tl.float32)).to(residual.dtype.element_ty)
@@ -95,17 +118,17 @@ def _rms_norm(
 def compile_cases() -> list[CompileCase]:
     """The widths of small and of large models."""
     types = dict.fromkeys(("x", "residual", "weight", "out"), "*bf16")
-    types |= {"x_stride": "i32", "residual_stride": "i32", "epsilon": "fp32"}
+    types |= {"x_stride": "i32", "residual_stride": "i32", "part_stride": "i32", "epsilon": "fp32"}
     cases = []
     for hidden in (576, 1024, 2560, 4096, 8192):
-        for adds in (False, True):
+        for adds, parts in ((False, 1), (True, 1), (True, 8)):
             block, num_warps = _shape(hidden)
-            constants = {"OFFSET": 0.0, "ADDS": adds, "HIDDEN": hidden, "BLOCK": block, "OVERLAP": True}
+            constants = {"OFFSET": 0.0, "ADDS": adds, "PARTS": parts, "HIDDEN": hidden, "BLOCK": block, "OVERLAP": True}
             cases.append(
                 CompileCase(
-                    name=f"{'add_' if adds else ''}rms_norm-{hidden}",
+                    name=f"{'add_' if adds else ''}rms_norm-{hidden}{' of parts' if parts > 1 else ''}",
                     kernel=_rms_norm,
-                    signature=types | dict.fromkeys(constants, "constexpr"),
+                    signature=types | ({"x": "*fp32"} if parts > 1 else {}) | dict.fromkeys(constants, "constexpr"),
                     constants=constants,
                     num_warps=num_warps,
                 )

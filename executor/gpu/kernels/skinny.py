@@ -1,9 +1,9 @@
 """The product of a few rows with a large matrix, bound by reading the matrix: each weight is read once, as it lies.
 
 Where a matrix has too few outputs to give every multiprocessor work, its inputs are cut into splits too. Each leaves a
-part of the sums; whoever comes last to an output adds them, always in the same order, so the result does not depend on
-who that was. Or a block of inputs is cut into slices, which the warps of one program share out: then nobody waits for
-another program.
+part of the sums. The norm behind the product adds them where there is one; else whoever comes last to an output does,
+always in the same order, so the result does not depend on who that was. Or a block of inputs is cut into slices, which
+the warps of one program share out: then nobody waits for another program.
 
 A small matrix is *held*: each program has its share of the weights in registers before it waits for the rows, which
 the kernel before it may still be computing (executor/gpu/kernels/overlap.py). The share of a large one comes in a loop
@@ -21,12 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from executor.gpu.kernels.activation import silu_mul
+from executor.gpu.kernels.norm import add_rms_norm, add_rms_norm_of_parts
 from executor.gpu.kernels.overlap import begin_next, overlap, prefetch, wait_for_previous
 from executor.gpu.triton_case import CompileCase, is_interpreted
 
 MAX_ROWS: Final = 64
-MOST_GATED: Final = 16  # rows: each program gates all of them again
 MOST_HELD: Final = 4  # blocks of inputs
 _PADDED: Final = (1, 16, 32, 64)
 _PROGRAMS: Final = 528  # four for each multiprocessor of an H100
@@ -114,29 +113,55 @@ class SkinnyLinears:
         bias: Tensor | None,
         out: Tensor,
         *,
-        gated: bool = False,
         adds: bool = False,
+        leaves: bool = False,
         norm: Tensor | None = None,
         epsilon: float = 0.0,
         cut: Cut | None = None,
     ) -> None:
         """Write x @ weight.T + bias to `out`: x (T, inputs), T from 1 to MAX_ROWS, out (T, outputs), both dense.
 
-        Where `gated`, x (T, 2 * inputs) is [gate | up] and silu(gate) * up is multiplied, rounded as `silu_mul` does.
         With a `norm` (inputs,), x is one row and its RMS norm is multiplied, rounded as `rms_norm` does. Where it
-        `adds`, `out` becomes its sum with what would be written, rounded as `add_rms_norm` does.
+        `adds`, `out` becomes its sum with what would be written, rounded as `add_rms_norm` does. Where it `leaves` the
+        parts of its sums, of several splits and without a bias, nothing is written to `out`.
         """
         outputs, inputs = weight.shape
         rows = padded_rows(len(x))
-        assert norm is None or (rows == 1 and not gated), "each program would compute the statistics of all rows"
-        assert x.shape[1] == (2 * inputs if gated else inputs) and x.is_contiguous() and out.is_contiguous()
+        assert norm is None or rows == 1, "each program would compute the statistics of all rows"
+        assert x.shape[1] == inputs and x.is_contiguous() and out.is_contiguous()
         cut = cut or cut_of(outputs, inputs, rows)
-        constants, options = _constants(outputs, inputs, rows, cut, gated=gated, adds=adds), _options(cut)
+        assert not leaves or (cut.splits > 1 and bias is None and not adds)
+        constants, options = _constants(outputs, inputs, rows, cut, adds=adds, leaves=leaves), _options(cut)
         grid = (triton.cdiv(outputs, cut.block_n), cut.splits)
         _skinny[grid](
             x, weight, bias, norm, out, self._parts, self._counters, len(x), epsilon,
             UPCAST=is_interpreted(), **constants, **options, **overlap(x.device),
         )  # fmt: skip
+
+    def launch_normed(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm: Tensor,
+        epsilon: float,
+        *,
+        room: Tensor,
+        out: Tensor,
+        cut: Cut | None = None,
+    ) -> None:
+        """`add_rms_norm` of the product. room (T, outputs): what is not left in parts lies there in between."""
+        outputs, inputs = weight.shape
+        rows = padded_rows(len(x))
+        cut = cut or cut_of(outputs, inputs, rows)
+        if cut.splits > 1 and bias is None:
+            self.launch(x, weight, None, out, leaves=True, cut=cut)
+            parts = self._parts[: cut.splits * rows * outputs].view(cut.splits, rows, outputs)
+            add_rms_norm_of_parts(parts, residual, norm, epsilon, out=out)
+        else:
+            self.launch(x, weight, bias, room, cut=cut)
+            add_rms_norm(room, residual, norm, epsilon, out=out)
 
 
 class SkinnyLinear:
@@ -148,7 +173,6 @@ class SkinnyLinear:
         self._weight, self._bias = weight, bias
         most_rows = min(linears.most_rows, most_rows_of(*weight.shape))
         self.most_rows = most_rows if weight.itemsize == 2 or is_interpreted() else 0
-        self.most_gated = min(MOST_GATED, linears.most_rows)
         self.most_fused = min(self.most_rows, 1)
 
     def __call__(self, x: Tensor, out: Tensor) -> object:
@@ -163,30 +187,24 @@ class SkinnyLinear:
 
     def give_up(self) -> None:
         """Leave every product to torch from now on. Not once a graph was captured: it keeps what it has."""
-        self.most_rows = self.most_gated = self.most_fused = 0
+        self.most_rows = self.most_fused = 0
 
-    def gated(self, gate_up: Tensor, middle: Tensor, out: Tensor) -> object:
-        """Write the product of silu(gate) * up to `out`, gated on the way in for very few rows, else in `middle`."""
-        if 0 < len(gate_up) <= min(self.most_gated, self.most_rows):
-            self._linears.launch(gate_up, self._weight, self._bias, out, gated=True)
-            return out
-        silu_mul(gate_up, out=middle)
-        return self(middle, out)
+    def normed(self, x: Tensor, residual: Tensor, norm: Tensor, epsilon: float, *, room: Tensor, out: Tensor) -> object:
+        """As `SkinnyLinears.launch_normed`."""
+        if 0 < len(x) <= self.most_rows:
+            self._linears.launch_normed(
+                x, self._weight, self._bias, residual, norm, epsilon, room=room, out=out
+            )  # fmt: skip
+        else:
+            self(x, room)
+            add_rms_norm(room, residual, norm, epsilon, out=out)
+        return out
 
     def fused(
-        self,
-        x: Tensor,
-        out: Tensor,
-        *,
-        norm: Tensor | None = None,
-        epsilon: float = 0.0,
-        gated: bool = False,
-        adds: bool = False,
+        self, x: Tensor, out: Tensor, *, norm: Tensor | None = None, epsilon: float = 0.0, adds: bool = False
     ) -> object:
         """The product with what lies around it, of at most `most_fused` rows. As `SkinnyLinears.launch`."""
-        self._linears.launch(
-            x, self._weight, self._bias, out, norm=norm, epsilon=epsilon, gated=gated, adds=adds
-        )  # fmt: skip
+        self._linears.launch(x, self._weight, self._bias, out, norm=norm, epsilon=epsilon, adds=adds)
         return out
 
 
@@ -194,13 +212,13 @@ def _at_least(tensor: Tensor, size: int) -> Tensor:
     return tensor if len(tensor) >= size else tensor.new_zeros(size)
 
 
-def _constants(outputs: int, inputs: int, rows: int, cut: Cut, *, gated: bool, adds: bool) -> dict[str, object]:
+def _constants(outputs: int, inputs: int, rows: int, cut: Cut, *, adds: bool, leaves: bool) -> dict[str, object]:
     steps = cut.steps(inputs)
     assert not cut.held or steps <= MOST_HELD
     return {
         "N": outputs, "K": inputs, "ROWS": rows, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k, "STEPS": steps,
         "SPLITS": cut.splits, "SLICES": cut.slices, "HELD": cut.held, "TURNED": cut.turned,
-        "STAGES": cut.num_stages, "GATED": gated, "ADDS": adds, "K_PAD": triton.next_power_of_2(inputs),
+        "STAGES": cut.num_stages, "ADDS": adds, "LEAVES": leaves, "K_PAD": triton.next_power_of_2(inputs),
     }  # fmt: skip
 
 
@@ -213,7 +231,7 @@ def _skinny(
     x, weight, bias, norm, out, parts, counters, num_rows, epsilon,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STEPS: tl.constexpr, SPLITS: tl.constexpr, SLICES: tl.constexpr, HELD: tl.constexpr, TURNED: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr, K_PAD: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, ADDS: tl.constexpr, LEAVES: tl.constexpr, K_PAD: tl.constexpr, UPCAST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of all rows a program, over STEPS * BLOCK_K inputs."""
@@ -241,22 +259,22 @@ def _skinny(
         wait_for_previous(OVERLAP)
         scale = _scale(x, norm, epsilon, K, K_PAD)
         sums = _fold(
-            sums, w0, x, norm, scale, rows, begin, num_rows, K, ROWS, BLOCK_K, SLICES, TURNED, GATED, UPCAST
+            sums, w0, x, norm, scale, rows, begin, num_rows, K, ROWS, BLOCK_K, SLICES, TURNED, UPCAST
         )  # fmt: skip
         if STEPS > 1:
             sums = _fold(
                 sums, w1, x, norm, scale, rows, begin + BLOCK_K, num_rows,
-                K, ROWS, BLOCK_K, SLICES, TURNED, GATED, UPCAST,
+                K, ROWS, BLOCK_K, SLICES, TURNED, UPCAST,
             )  # fmt: skip
         if STEPS > 2:
             sums = _fold(
                 sums, w2, x, norm, scale, rows, begin + 2 * BLOCK_K, num_rows,
-                K, ROWS, BLOCK_K, SLICES, TURNED, GATED, UPCAST,
+                K, ROWS, BLOCK_K, SLICES, TURNED, UPCAST,
             )  # fmt: skip
         if STEPS > 3:
             sums = _fold(
                 sums, w3, x, norm, scale, rows, begin + 3 * BLOCK_K, num_rows,
-                K, ROWS, BLOCK_K, SLICES, TURNED, GATED, UPCAST,
+                K, ROWS, BLOCK_K, SLICES, TURNED, UPCAST,
             )  # fmt: skip
     else:
         if OVERLAP:
@@ -273,7 +291,7 @@ def _skinny(
             at = begin + step * BLOCK_K
             w = _weights(weight, columns, at, N, K, BLOCK_K, SLICES, WHOLE)
             sums = _fold(
-                sums, w, x, norm, scale, rows, at, num_rows, K, ROWS, BLOCK_K, SLICES, TURNED, GATED, UPCAST
+                sums, w, x, norm, scale, rows, at, num_rows, K, ROWS, BLOCK_K, SLICES, TURNED, UPCAST
             )  # fmt: skip
     if SLICES > 1:
         sums = tl.sum(sums, axis=0)
@@ -285,14 +303,15 @@ def _skinny(
     if SPLITS > 1:
         places = parts + rows[:, None] * N + columns[None, :]
         tl.store(places + split * ROWS * N, sums, mask=asked)
-        tl.debug_barrier()  # all of this program's sums are written before it is counted
-        before = tl.atomic_add(counters + tile, 1, sem="acq_rel")
-        if before == SPLITS - 1:
-            total = tl.zeros((ROWS, BLOCK_N), tl.float32)
-            for part in range(SPLITS):
-                total += tl.load(places + part * ROWS * N, mask=asked, other=0.0, cache_modifier=".cg")
-            _finish(total, bias, out, rows, columns, asked, N, ADDS)
-            tl.store(counters + tile, 0)  # for the next product
+        if not LEAVES:
+            tl.debug_barrier()  # all of this program's sums are written before it is counted
+            before = tl.atomic_add(counters + tile, 1, sem="acq_rel")
+            if before == SPLITS - 1:
+                total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+                for part in tl.static_range(SPLITS):  # unrolled: none is waited for before the next is asked for
+                    total += tl.load(places + part * ROWS * N, mask=asked, other=0.0, cache_modifier=".cg")
+                _finish(total, bias, out, rows, columns, asked, N, ADDS)
+                tl.store(counters + tile, 0)  # for the next product
     else:
         _finish(sums, bias, out, rows, columns, asked, N, ADDS)
 
@@ -341,19 +360,12 @@ def _weights(
 def _fold(
     sums, w, x, norm, scale, rows, begin, num_rows,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, TURNED: tl.constexpr,
-    GATED: tl.constexpr, UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add the products with a block of the matrix. A slice has sums of its own: each warp works some slices."""
     lines, within = _places(rows, begin, BLOCK_K, SLICES)
     there = (lines < num_rows) & (within < K)
-    if GATED:
-        places = x + lines * (2 * K) + within
-        gate = tl.load(places, mask=there, other=0.0).to(tl.float32)
-        up = tl.load(places + K, mask=there, other=0.0).to(tl.float32)
-        gate = (gate / (1.0 + tl.exp(-gate))).to(x.dtype.element_ty).to(tl.float32)
-        a = (gate * up).to(x.dtype.element_ty)
-    else:
-        a = tl.load(x + lines * K + within, mask=there, other=0.0)
+    a = tl.load(x + lines * K + within, mask=there, other=0.0)
     if norm is not None:
         gain = tl.load(norm + within, mask=within < K, other=0.0).to(tl.float32)
         a = ((a.to(tl.float32) * scale).to(x.dtype.element_ty).to(tl.float32) * gain).to(x.dtype.element_ty)
@@ -384,16 +396,18 @@ def _finish(sums, bias, out, rows, columns, asked, N: tl.constexpr, ADDS: tl.con
 def compile_cases() -> list[CompileCase]:
     """The matrices of Qwen3-0.6B and of Llama-3-8B, for each number of rows."""
     cases = []
-    for outputs, inputs, has_bias, gated in (
-        (4096, 1024, False, False), (1024, 2048, True, False), (6144, 1024, False, False), (1024, 3072, False, True),
-        (151936, 1024, False, False), (6144, 4096, True, False), (4096, 4096, False, False),
-        (28672, 4096, False, False), (4096, 14336, False, True), (128256, 4096, False, False),
+    for outputs, inputs, has_bias in (
+        (4096, 1024, False), (1024, 2048, True), (6144, 1024, False), (1024, 3072, False), (151936, 1024, False),
+        (6144, 4096, True), (4096, 4096, False), (28672, 4096, False), (4096, 14336, False), (128256, 4096, False),
     ):  # fmt: skip
         for rows in _PADDED:
-            cut = cut_of(outputs, inputs, rows)
-            adds = rows == 1 and outputs <= inputs  # as the products behind attention and the gate do
-            normed = rows == 1 and outputs > inputs
-            cases.append(case_of(outputs, inputs, rows, cut, has_bias=has_bias, gated=gated, adds=adds, normed=normed))
+            cut, closes = cut_of(outputs, inputs, rows), outputs <= inputs
+            adds = rows == 1 and closes  # as the products behind attention and the gate do
+            leaves = rows > 1 and closes and cut.splits > 1 and not has_bias
+            normed = rows == 1 and not closes
+            cases.append(
+                case_of(outputs, inputs, rows, cut, has_bias=has_bias, adds=adds, leaves=leaves, normed=normed)
+            )
     return cases
 
 
@@ -404,19 +418,19 @@ def case_of(
     cut: Cut,
     *,
     has_bias: bool = False,
-    gated: bool = False,
     adds: bool = False,
+    leaves: bool = False,
     normed: bool = False,
 ) -> CompileCase:
     """One product as it is launched on Hopper."""
-    constants = _constants(outputs, inputs, rows, cut, gated=gated, adds=adds) | {"UPCAST": False, "OVERLAP": True}
+    constants = _constants(outputs, inputs, rows, cut, adds=adds, leaves=leaves) | {"UPCAST": False, "OVERLAP": True}
     constants |= ({} if has_bias else {"bias": None}) | ({} if normed else {"norm": None})
     types = {
         "x": "*bf16", "weight": "*bf16", "bias": "*bf16", "norm": "*bf16", "out": "*bf16", "parts": "*fp32",
         "counters": "*i32", "num_rows": "i32", "epsilon": "fp32",
     }  # fmt: skip
     return CompileCase(
-        name=f"skinny-{outputs}x{inputs}-{rows}{'-gated' if gated else ''}",
+        name=f"skinny-{outputs}x{inputs}-{rows}",
         kernel=_skinny,
         signature=types | dict.fromkeys(constants, "constexpr"),
         constants=constants,

@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from executor.gpu.kernels.skinny import Cut
+    import torch
+
+    from executor.gpu.kernels.skinny import Cut, SkinnyLinears
     from tests.gpu.check.shapes import Shape
 
 ROOT: Final = Path(__file__).resolve().parents[3]
@@ -153,6 +155,11 @@ def matrices(shape: Shape) -> list[tuple[int, int]]:
     return [(outputs, inputs) for inputs, outputs in shape.size.linears] + [(shape.size.vocabulary, shape.size.hidden)]
 
 
+def closes(outputs: int, inputs: int, rows: int, *, fake: bool = False) -> bool:
+    """Whether a norm follows this product, which may add the parts of its sums: those behind attention and the gate."""
+    return rows > 1 and any((outputs, inputs) in matrices(shape)[1::2] for shape in shapes(fake=fake))
+
+
 def shapes(*, fake: bool) -> list[Shape]:
     """The models."""
     from tests.gpu.check.shapes import LLAMA_3_8B, QWEN3_0_6B, TINY_QWEN3  # noqa: PLC0415 - imports torch
@@ -205,6 +212,30 @@ class Notes:
 # ---- compiling
 
 
+class Product:
+    """One cut at work, with the norm behind it where there is one. `product` (T, outputs) is what it made."""
+
+    def __init__(self, linears: SkinnyLinears, x: torch.Tensor, outputs: int, cut: Cut, *, fake: bool = False) -> None:
+        import torch  # noqa: PLC0415
+
+        from executor.gpu.kernels.skinny import padded_rows  # noqa: PLC0415 - imports triton
+
+        self._linears, self._x, self._cut = linears, x, cut
+        self._closes = closes(outputs, x.shape[1], len(x), fake=fake)
+        self.product = torch.zeros(len(x), outputs, dtype=x.dtype, device=x.device)
+        self._room, self._out, self._norm = (torch.ones_like(self.product) for _ in range(3))
+        linears.reserve(outputs, padded_rows(len(x)), cut)
+
+    def __call__(self, weight: torch.Tensor) -> None:
+        """Where it closes, the product is added to what is there."""
+        if self._closes:
+            self._linears.launch_normed(
+                self._x, weight, None, self.product, self._norm[0], 1e-6, room=self._room, out=self._out, cut=self._cut
+            )
+        else:
+            self._linears.launch(self._x, weight, None, self.product, cut=self._cut)
+
+
 def compile_cuts(part: int, parts: int) -> None:
     """Launch every `parts`-th cut once. What fails is found again, and told, by whoever measures."""
     import torch  # noqa: PLC0415 - seconds
@@ -216,10 +247,8 @@ def compile_cuts(part: int, parts: int) -> None:
     linears = SkinnyLinears(device)
     for outputs, inputs, rows, cut in work[part::parts]:
         weight, x = (torch.zeros(n, inputs, device=device, dtype=torch.bfloat16) for n in (outputs, rows))
-        out = torch.empty(rows, outputs, device=device, dtype=torch.bfloat16)
         with contextlib.suppress(Exception):
-            linears.reserve(outputs, rows, cut)
-            linears.launch(x, weight, None, out, cut=cut)
+            Product(linears, x, outputs, cut)(weight)
             torch.cuda.synchronize()
 
 
@@ -338,30 +367,26 @@ class Measurer:
         return {"holds": True}
 
     def _compile(self) -> dict[str, Any]:
-        """What the steps need beside what was timed: without overlap, and gated on the way in."""
+        """What the steps need beside what was timed: without overlap, and one row with what lies around its product."""
         import torch  # noqa: PLC0415
 
         from executor.gpu.kernels.overlap import without_overlap  # noqa: PLC0415 - imports triton
-        from executor.gpu.kernels.skinny import CUTS, MOST_GATED  # noqa: PLC0415
+        from executor.gpu.kernels.skinny import CUTS  # noqa: PLC0415
 
         def launch(case: tuple[int, int, int], cut: Cut, **how: Any) -> None:
             outputs, inputs, rows = case
             weight = torch.zeros(outputs, inputs, device=self._device, dtype=self._dtype)
-            x = torch.zeros(rows, inputs * (2 if how.get("gated") else 1), device=self._device, dtype=self._dtype)
+            x = torch.zeros(rows, inputs, device=self._device, dtype=self._dtype)
             out = torch.empty(rows, outputs, device=self._device, dtype=self._dtype)
             norm = torch.ones_like(x[0]) if how.pop("normed", False) else None
             with contextlib.suppress(Exception):
                 self._linears.launch(x, weight, None, out, cut=cut, norm=norm, epsilon=1e-6, **how)
 
         began_s = time.monotonic()
-        downs = {matrices(shape)[3] for shape in shapes(fake=False)}
         work: list[Callable[[], None]] = []
         for case, cut in CUTS.items():
-            if case[:2] in downs and case[2] <= MOST_GATED:
-                work.append(partial(launch, case, cut, gated=True))
             if case[2] == 1:
-                around = {"normed": True} if case[0] > case[1] else {"adds": True, "gated": case[:2] in downs}
-                work.append(partial(launch, case, cut, **around))
+                work.append(partial(launch, case, cut, **({"normed": True} if case[0] > case[1] else {"adds": True})))
         plain = [partial(launch, case, cut) for case, cut in CUTS.items()]
         with ThreadPoolExecutor(_COMPILERS) as threads:
             list(threads.map(lambda each: each(), work))
@@ -392,7 +417,7 @@ class Measurer:
     def _matrix(self, outputs: int, inputs: int, rows: int) -> None:
         import torch  # noqa: PLC0415
 
-        from executor.gpu.kernels.activation import silu_mul  # noqa: PLC0415 - imports triton
+        from executor.gpu.kernels.norm import add_rms_norm  # noqa: PLC0415 - imports triton
         from tests.gpu.check.timing import copies_beyond_cache, graph_s  # noqa: PLC0415
 
         device, dtype = self._device, self._dtype
@@ -403,65 +428,44 @@ class Measurer:
         weights = torch.empty(copies, outputs, inputs, device=device, dtype=dtype).normal_(0, 0.02)
         torch.manual_seed(0)
         x = torch.randn(rows, inputs, device=device).to(dtype)
-        out = torch.empty(rows, outputs, device=device, dtype=dtype)
         wanted = x.double() @ weights[0].double().t()
 
-        def theirs(x: torch.Tensor, out: torch.Tensor) -> dict[str, Any]:
-            works = [partial(torch.mm, x, weight.t(), out=out) for weight in weights]
-            return {"us": _us(graph_s(works, device))}
+        def theirs(x: torch.Tensor) -> dict[str, Any]:
+            out, residual, normed = (torch.zeros(len(x), outputs, device=device, dtype=dtype) for _ in range(3))
 
-        def ours(cut: Cut, x: torch.Tensor, out: torch.Tensor) -> dict[str, Any]:
-            self._linears.reserve(outputs, rows, cut)
-            launch = partial(self._linears.launch, x, bias=None, out=out, cut=cut)
-            seen = []
+            def work(weight: torch.Tensor) -> None:
+                torch.mm(x, weight.t(), out=out)
+                if closes(outputs, inputs, rows, fake=self._fake):
+                    add_rms_norm(out, residual, normed[0], 1e-6, out=normed)
+
+            return {"us": _us(graph_s([partial(work, weight) for weight in weights], device))}
+
+        def ours(cut: Cut, x: torch.Tensor) -> dict[str, Any]:
+            work, seen = Product(self._linears, x, outputs, cut, fake=self._fake), []
             for _ in range(2):
-                out.fill_(torch.nan)
-                launch(weight=weights[0])
-                seen.append(out.clone())
+                work.product.zero_()
+                work(weights[0])
+                seen.append(work.product.clone())
             error = _error(seen[0], wanted[: len(x)])
             told = {"cut": asdict(cut), "error": float(f"{error:.2g}")}
             if not error < WORST:
                 return told | {"problem": f"its sums are wrong: off by {error:.2g} of the largest number"}
             if not torch.equal(*seen):
                 return told | {"problem": "its sums are not the same twice"}
-            return told | {"us": _us(graph_s([partial(launch, weight=weight) for weight in weights], device))}
-
-        def gated(cut: Cut) -> dict[str, Any]:
-            gate_up = torch.randn(rows, 2 * inputs, device=device).to(dtype)
-            middle = silu_mul(gate_up)
-            wanted = middle.double() @ weights[0].double().t()
-            self._linears.launch(gate_up, weights[0], None, out, gated=True, cut=cut)
-            error = _error(out, wanted)
-            if not error < WORST:
-                return {"problem": f"its sums are wrong: off by {error:.2g} of the largest number"}
-
-            def apart(weight: torch.Tensor) -> None:
-                silu_mul(gate_up, out=middle)
-                self._linears.launch(middle, weight, None, out, cut=cut)
-
-            def together(weight: torch.Tensor) -> None:
-                self._linears.launch(gate_up, weight, None, out, gated=True, cut=cut)
-
-            return {
-                how: _us(graph_s([partial(work, weight) for weight in weights], device))
-                for how, work in {"apart": apart, "together": together}.items()
-            }
+            return told | {"us": _us(graph_s([partial(work, weight) for weight in weights], device))}
 
         for place, cut in enumerate(tried):
-            self._task(_name(outputs, inputs, rows, place), partial(ours, cut, x, out))
+            self._task(_name(outputs, inputs, rows, place), partial(ours, cut, x))
         fewer = [rows, *([8] if rows == 16 and not self._fake else [])]
         best = best_cuts(self._notes.read()).get((outputs, inputs, rows))
         for count in fewer:
-            self._task(f"torch {outputs} {inputs} {count}", partial(theirs, x[:count], out[:count]))
+            self._task(f"torch {outputs} {inputs} {count}", partial(theirs, x[:count]))
         if best is None:
             return
         from executor.gpu.kernels.skinny import Cut  # noqa: PLC0415
 
-        cut = Cut(**best["cut"])
         if rows == 16 and not self._fake:
-            self._task(f"few {outputs} {inputs} 8", partial(ours, cut, x[:8].contiguous(), out[:8]))
-        if (outputs, inputs) in {matrices(shape)[3] for shape in shapes(fake=self._fake)}:
-            self._task(f"gated {outputs} {inputs} {rows}", partial(gated, cut))
+            self._task(f"few {outputs} {inputs} 8", partial(ours, Cut(**best["cut"]), x[:8].contiguous()))
 
     def _steps(self, shape: Shape) -> None:
         tasks = (
@@ -625,9 +629,9 @@ class _Exchanged:
         """As `executor.gpu.llama.Linear`."""
         return self._now(len(x))(x, out)
 
-    def gated(self, gate_up: Any, middle: Any, out: Any) -> object:
+    def normed(self, x: Any, *given: Any, **how: Any) -> object:
         """As `executor.gpu.llama.Linear`."""
-        return self._now(len(gate_up)).gated(gate_up, middle, out)
+        return self._now(len(x)).normed(x, *given, **how)
 
     def fused(self, x: Any, out: Any, **how: Any) -> object:
         """As `executor.gpu.llama.Linear`."""
@@ -690,8 +694,6 @@ def told(notes: dict[str, dict[str, Any]]) -> Iterator[str]:
             f"{f'; 8 rows {few:.2f}' if few else ''}  {_short(found['cut'])}"
         )
     for task, found in notes.items():
-        if task.startswith("gated ") and "apart" in found:
-            yield f"{task}: {found['together']} us together, {found['apart']} us apart"
         if task.startswith("step ") and "ms" in found:
             yield (
                 f"{task}: {found['ms']} ms, {found['over_floor']} floors, differs by {found['difference']}, "
