@@ -19,6 +19,7 @@ from executor.gpu.kernels.paged import (
     Launch,
     PagedRows,
     as_shares,
+    attend_pairs,
     attend_tile,
     find_blocks,
     find_places,
@@ -54,7 +55,7 @@ def _decode(
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TABLE_ROWS: tl.constexpr,
-    SPLIT: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLIT: tl.constexpr, PAIRS: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: one row, one K and V head with its group of query heads, one share of the row's tiles."""
     begin_next(OVERLAP)
@@ -95,7 +96,11 @@ def _decode(
         sink = tl.load(sinks + heads, mask=members < GROUP, other=0.0).to(tl.float32) * LOG2E
         top = tl.where(split == 0, sink, top)
         total = tl.where(split == 0, 1.0, total)
-    acc = tl.zeros((GROUP_PAD, VALUE_PAD), tl.float32)
+    if PAIRS:
+        even = tl.zeros((GROUP_PAD, VALUE_PAD // 2), tl.float32)
+        odd = even
+    else:
+        acc = tl.zeros((GROUP_PAD, VALUE_PAD), tl.float32)
 
     # the blocks of the next tile are looked up while this one is worked
     for start in range(begin, end, TILE):
@@ -108,11 +113,19 @@ def _decode(
         readable = position < seq_len
         if WINDOW > 0:
             readable &= position >= seq_len - WINDOW
-        acc, top, total = attend_tile(
-            q, shares, keys, values, key_places, value_places, readable, readable[None, :], acc, top, total,
-            inner, factor, KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP, True,
-        )  # fmt: skip
+        if PAIRS:
+            even, odd, top, total = attend_pairs(
+                q, shares, keys, values, key_places, value_places, readable, even, odd, top, total, inner, factor,
+                KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP,
+            )  # fmt: skip
+        else:
+            acc, top, total = attend_tile(
+                q, shares, keys, values, key_places, value_places, readable, readable[None, :], acc, top, total,
+                inner, factor, KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP, True,
+            )  # fmt: skip
 
+    if PAIRS:
+        acc = tl.interleave(even, odd)
     share = tl.where(total == 0.0, 1.0, total)  # no key at all: zeros
     acc = acc / share[:, None] * value_scale
     lanes = tl.arange(0, VALUE_PAD)
@@ -160,10 +173,15 @@ def num_splits(num_rows: int, num_kv_heads: int, device: torch.device) -> int:
     return max(1, min(MAX_SPLITS, wanted))
 
 
-def launch_of(key_dim: int, value_dim: int, group: int, itemsize: int, sm: int) -> Launch:
-    """Tiles of 16 KiB of K, two of them and two of V on their way in each of four programs.
+def launch_of(
+    key_dim: int, value_dim: int, group: int, itemsize: int, sm: int, *, slab_itemsize: int = 2, few: bool = False
+) -> Launch:
+    """How many keys at once, in how many warps. `few`: there are not two programs for each multiprocessor.
 
-    Measured on an H200 at dimension 128: 36 us for 64 rows of 512 tokens; smaller tiles and more of them took 39.
+    As many programs should fit a multiprocessor as there are for it at 64 rows, four: else the last of them are alone
+    at the end, and memory waits. So small ones, unless they are so few that each has to read fast by itself. Measured
+    on an H200 at dimension 128, 64 rows of 512 and of 2,048 tokens: 38 and 136 us, where four warps with tiles of 64
+    keys took 43 and 157 (three of those fit); a row alone 6.4, and 5.7 with these.
     """
     dim = max(padded(key_dim), padded(value_dim))
     num_warps = 8 if padded(group) >= 64 else 4
@@ -171,7 +189,12 @@ def launch_of(key_dim: int, value_dim: int, group: int, itemsize: int, sm: int) 
         return Launch(tile=64)
     if itemsize == 4:  # without tensor cores, in more registers: for checks, not for serving
         return Launch(tile=max(16, 2048 // dim), num_warps=num_warps, num_stages=2)
-    return Launch(tile=max(32, min(128, 8192 // dim)), num_warps=num_warps, num_stages=2)
+    tile = max(32, min(128, 8192 // dim))
+    if slab_itemsize == 1:
+        return Launch(tile=tile, num_warps=num_warps, num_stages=3)
+    if few or padded(group) > 16 or dim > 128:
+        return Launch(tile=tile, num_warps=num_warps, num_stages=2)
+    return Launch(tile=max(32, tile // 2), num_warps=2, num_stages=4)
 
 
 def decode(
@@ -198,7 +221,15 @@ def decode(
     group = num_heads // num_kv_heads
     splits = num_splits(num_rows, num_kv_heads, query.device) if splits is None else splits
     assert splits <= MAX_SPLITS and (splits == 1 or parts.numel() >= num_rows * num_heads * splits * value_dim)
-    launch = launch or launch_of(key_dim, value_dim, group, query.itemsize, sm_major(query.device))
+    launch = launch or launch_of(
+        key_dim,
+        value_dim,
+        group,
+        query.itemsize,
+        sm_major(query.device),
+        slab_itemsize=cache.keys.itemsize,
+        few=num_rows * num_kv_heads * splits <= 2 * num_multiprocessors(query.device),
+    )
     lines, has_lines = rows.lines()
     inner, factor = score_arguments(options, cache.key_scale)
     constants = {
@@ -236,6 +267,7 @@ def decode(
         SINKS=options.sinks is not None,
         TABLE_ROWS=has_lines,
         SPLIT=splits > 1,
+        PAIRS=cache.keys.itemsize == 1 and query.itemsize == 2 and not is_interpreted(),
         UPCAST=is_interpreted(),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -262,6 +294,7 @@ def compile_cases() -> list[CompileCase]:
     return [
         *_cases("group of 2", group=2),
         *_cases("group of 4", group=4, targets=(80, 90)),
+        *_cases("group of 4, few", group=4, few=True),
         *_cases("group of 7, dim 64, window", group=7, key_dim=64, value_dim=64, WINDOW=128, SINKS=True),
         *_cases("dim 256, soft cap", group=2, key_dim=256, value_dim=256, SOFTCAP=True),
         *_cases("values narrower", group=1, key_dim=192, value_dim=128),
@@ -281,12 +314,13 @@ def _cases(
     dtype: str = "bf16",
     slab: str = "",
     itemsize: int = 2,
+    few: bool = False,
     instructions: tuple[str, ...] = ("HMMA",),
     targets: tuple[int, ...] = (90,),
     **flags: object,
 ) -> list[CompileCase]:
     """Of one kind of layer: rows in one piece, rows in shares, and their combination."""
-    launch = launch_of(key_dim, value_dim, group, itemsize, 9)
+    launch = launch_of(key_dim, value_dim, group, itemsize, 9, slab_itemsize=1 if slab else itemsize, few=few)
     values: dict[str, object] = {
         "BLOCK_SIZE": 16,
         "TILE": launch.tile,
@@ -300,7 +334,14 @@ def _cases(
         "KEY_DIM": key_dim,
         "KEY_PAD": padded(key_dim),
     }
-    constants |= {"SOFTCAP": False, "SINKS": False, "TABLE_ROWS": True, "UPCAST": False, "OVERLAP": True} | flags
+    constants |= {
+        "PAIRS": bool(slab),
+        "SOFTCAP": False,
+        "SINKS": False,
+        "TABLE_ROWS": True,
+        "UPCAST": False,
+        "OVERLAP": True,
+    } | flags
     types = dict.fromkeys(("query", "sinks", "out"), f"*{dtype}") | dict.fromkeys(
         ("keys", "values"), f"*{slab or dtype}"
     )

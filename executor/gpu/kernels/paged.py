@@ -135,6 +135,53 @@ def attend_tile(
     return acc, higher, total
 
 
+@triton.jit
+def attend_pairs(
+    q, shares, keys, values, key_places, value_places, readable, even, odd, top, total, inner, factor,
+    KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """`attend_tile` over 8 bits, masked, whose values are brought to tensor cores in pairs of lanes: `even` and `odd`.
+
+    What the cores multiply lies transposed for them, and no instruction transposes bytes: each would be loaded by
+    itself. So two neighbours in a row are loaded as one number of 16 bits, and taken apart in registers.
+    """
+    k = load_tile(keys, key_places, readable, KEY_DIM, KEY_PAD, True).to(tl.float16)
+    raw = tl.dot(q, tl.trans(k)) * shares[:, None]
+    if SOFTCAP:
+        raw = tanh(raw * inner)
+    raw = tl.where(readable[None, :], raw, -float("inf"))
+    higher = tl.maximum(top, tl.max(raw, 1) * factor)
+    shift = tl.where(higher == -float("inf"), 0.0, higher)
+    weights = tl.exp2(raw * factor - shift[:, None])
+    fade = tl.exp2(top - shift)
+    total = total * fade + tl.sum(weights, 1)
+    pairs = load_tile(
+        values.to(tl.pointer_type(tl.int16)), value_places >> 1, readable, VALUE_DIM // 2, VALUE_PAD // 2, True
+    )
+    first, second = tl.inline_asm_elementwise(
+        """{
+            .reg .b32 first, second;
+            .reg .b16 low, high, none;
+            prmt.b32 first, $2, 0, 0x4420;
+            prmt.b32 second, $2, 0, 0x4431;
+            mov.b32 {low, none}, first;
+            mov.b32 {high, none}, second;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
+        }""",
+        "=r,=r,r",
+        [pairs],
+        dtype=(tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+    weights = weights.to(tl.float16)
+    even = tl.dot(weights, first, acc=even * fade[:, None])
+    odd = tl.dot(weights, second, acc=odd * fade[:, None])
+    return even, odd, higher, total
+
+
 def padded(dim: int) -> int:
     """The power of 2 that a dimension is worked in; a product needs at least 16."""
     return max(16, 1 << (dim - 1).bit_length())
