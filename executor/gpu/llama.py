@@ -30,9 +30,6 @@ _log = logging.getLogger(__name__)
 
 _DTYPES: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _MEASURED: Final = (9, 0)  # compute capability from which on our products were held against torch's
-# On an H200 a step of one row takes 0.78 ms with ours and 1.35 with torch's (Qwen3-0.6B), 4.27 and 4.50 (Llama 3 8B).
-# With 8 rows and more, cut by rule of thumb, ours are never faster.
-_MOST_SKINNY_ROWS: Final = 1
 _MOST_DISTANCE: Final = {torch.float32: 1e-2}  # of logits, to the largest of them: what ways to round add up to
 _MOST_DISTANCE_HALF: Final = 0.1
 _ALIGNMENT: Final = 128  # tokens: so many rows of any width end at a multiple of 256 bytes
@@ -41,8 +38,9 @@ _ALIGNMENT: Final = 128  # tokens: so many rows of any width end at a multiple o
 class Linear(Protocol):
     """The product with one matrix: of rows (T, inputs), to rows (T, outputs)."""
 
-    most_rows: int  # rows up to which it is a kernel of our own
-    most_fused: int  # rows up to which `fused` may be called
+    @property
+    def own_rows(self) -> frozenset[int]:
+        """For how many rows it is a kernel of our own: for each of these, down to the next smaller one."""
 
     def __call__(self, x: Tensor, out: Tensor) -> object:
         """Write x @ weight.T + bias to `out`."""
@@ -56,7 +54,7 @@ class Linear(Protocol):
     def fused(
         self, x: Tensor, out: Tensor, *, norm: Tensor | None = None, epsilon: float = 0.0, adds: bool = False
     ) -> object:
-        """The product of RMS-normed rows, where there is a `norm` (inputs,). May add to `out`."""
+        """The product of one row, RMS-normed where there is a `norm` (inputs,). May add to `out`. It is our own."""
 
     def give_up(self) -> None:
         """Leave every product to torch from now on."""
@@ -65,7 +63,7 @@ class Linear(Protocol):
 class MatmulLinear:
     """torch's own product."""
 
-    most_rows = most_fused = 0
+    own_rows: frozenset[int] = frozenset()
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """`weight` (outputs, inputs) and `bias` (outputs,), of one dtype and on one device."""
@@ -88,7 +86,7 @@ class MatmulLinear:
         self, x: Tensor, out: Tensor, *, norm: Tensor | None = None, epsilon: float = 0.0, adds: bool = False
     ) -> object:
         """Of no rows at all."""
-        raise AssertionError("torch's product has nothing inside: `most_fused` is 0")
+        raise AssertionError("torch's product has nothing inside: `own_rows` is empty")
 
     def give_up(self) -> None:
         """There is nothing to give up."""
@@ -100,7 +98,7 @@ def linears_for(device: torch.device) -> Callable[[Tensor, Tensor | None], Linea
         return MatmulLinear
     from executor.gpu.kernels.skinny import SkinnyLinears
 
-    return SkinnyLinears(device, most_rows=_MOST_SKINNY_ROWS).make
+    return SkinnyLinears(device).make
 
 
 def why_not(model: PreTrainedModel | FolderLlama) -> str | None:
@@ -165,28 +163,34 @@ class GpuLlama:
         tied = lm_head.weight.data_ptr() == body.embed_tokens.weight.data_ptr()
         head = self._embedding if tied else self._bring(lm_head.weight)
         self._head = self._linear(head, None if lm_head.bias is None else self._bring(lm_head.bias))
-        self._most_fused = min(each.most_fused for each in self._linears())
+        self._fuses_one = all(1 in each.own_rows for each in self._linears())
         self._logits = head.new_empty(max_rows, len(head))
         self._scratch = _Scratch.take(self._widths, max_tokens, self._embedding)
         self._workspace = Workspace([layer.shape for layer in needs], max_rows=max_rows, device=self._device)
 
     def check_products(self, tables: DeviceTables) -> None:
-        """Hold a step of one row, where products may be our own, against one of several, where they are torch's.
+        """Hold steps of few rows, where products may be our own, against one of more, where they are torch's.
 
-        Where the two disagree, torch does all from then on, and the log says so: a compiler for a GPU that nobody tried
+        Where they disagree, torch does all from then on, and the log says so: a compiler for a GPU that nobody tried
         may make of a kernel what no test has seen. Before any step: `tables` are empty, the slab's first block is
         overwritten, and the device is waited for.
         """
-        own_rows = max(linear.most_rows for linear in self._linears())
-        if own_rows == 0:
+        own_rows = sorted(frozenset[int]().union(*(linear.own_rows for linear in self._linears())))
+        if not own_rows:
             return
-        one, several = (
-            self.forward(_nobody(rows, self._device), tables)[0].float().clone() for rows in (1, own_rows + 1)
+        *ours, theirs = (
+            self.forward(_nobody(rows, self._device), tables)[0].float().clone()
+            for rows in (*own_rows, own_rows[-1] + 1)
         )
-        distance = float((one - several).abs().max() / several.abs().max())
-        if not distance <= _MOST_DISTANCE.get(self._logits.dtype, _MOST_DISTANCE_HALF):  # NaN, too
-            _log.warning("our own products are off by %.2g on this device: torch does them all", distance)
-            self._most_fused = 0
+        distances = [float((each - theirs).abs().max() / theirs.abs().max()) for each in ours]
+        most = _MOST_DISTANCE.get(self._logits.dtype, _MOST_DISTANCE_HALF)
+        if not all(distance <= most for distance in distances):  # NaN, too
+            _log.warning(
+                "our own products are off by %s on this device for %s rows: torch does them all",
+                ", ".join(f"{each:.2g}" for each in distances),
+                ", ".join(map(str, own_rows)),
+            )
+            self._fuses_one = False
             for linear in self._linears():
                 linear.give_up()
 
@@ -293,7 +297,7 @@ class GpuLlama:
 
     def _fuses(self, rows: _Scratch) -> bool:
         """Whether the products do norms and additions, too: `normed` and `x` are not written then."""
-        return len(rows.residual) <= self._most_fused
+        return self._fuses_one and len(rows.residual) == 1
 
     def _linears(self) -> list[Linear]:
         return [*(each for layer in self._layers for each in layer.linears), self._head]
@@ -440,14 +444,14 @@ class _Scratch:
 
 
 def _nobody(rows: int, device: torch.device) -> StepInputs:
-    """So many rows of one token each, all of them the same, in the first block."""
+    """So many prompts of one token each, all of them the same, in the first block."""
     zeros, ones = (
         torch.zeros(rows, dtype=torch.int32, device=device),
         torch.ones(rows, dtype=torch.int32, device=device),
     )
     order = torch.arange(rows + 1, dtype=torch.int32, device=device)
     return StepInputs(
-        num_decodes=rows, max_query_len=1, max_seq_len=1,
+        num_decodes=0, max_query_len=1, max_seq_len=1,
         token_places=zeros, positions=zeros, slot_mapping=zeros, query_start_loc=order, seq_lens=ones, table_rows=zeros,
         logits_indices=order[:-1], sampled_slots=zeros, sampled_places=zeros, sampled_indices=zeros,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.model_folder import read_model_folder
 from executor.gpu.kernels import rotary
-from executor.gpu.kernels.skinny import SkinnyLinears
+from executor.gpu.kernels.skinny import SkinnyLinears, thumb
 from executor.gpu.llama import GpuLlama, MatmulLinear, scratch_bytes, why_not
 from executor.llama_folder import open_llama
 from executor.paged_model import probe_layers
@@ -145,9 +145,9 @@ def test_a_slab_of_8_bits_gives_the_logits_of_keys_and_values_that_were_rounded_
 def test_our_own_products_give_the_same_logits_with_norms_and_additions_inside(name: str, tmp_path: Path) -> None:
     kind, changes = FAMILY[name]
     folder = save_tiny(kind, tmp_path, **changes)
-    model = opened(folder, linear=SkinnyLinears(DEVICE).make)
+    model = opened(folder, linear=SkinnyLinears(DEVICE, cuts=thumb).make)
 
-    assert model._most_fused == 1
+    assert model._fuses_one
     assert worst(alone(Steps(model.forward, PROMPTS)), plain(folder)) < MOST["float32"]
 
 
@@ -165,12 +165,12 @@ def test_own_products_that_compute_something_else_here_are_left_to_torch(
 
     monkeypatch.setattr(SkinnyLinears, "launch", miscompiled)
     folder = save_tiny("llama", tmp_path, num_hidden_layers=1)
-    model = opened(folder, linear=SkinnyLinears(DEVICE, most_rows=1).make)
+    model = opened(folder, linear=SkinnyLinears(DEVICE, cuts=thumb).make)
 
     tables = Steps(model.forward, PROMPTS).tables()
     model.check_products(replace(tables, block_tables=torch.zeros_like(tables.block_tables)))
 
-    assert model._most_fused == int(kept)
+    assert model._fuses_one is kept
     assert ("torch does them all" in caplog.text) is not kept
     assert worst(alone(Steps(model.forward, PROMPTS)), plain(folder)) < MOST["float32"]
 

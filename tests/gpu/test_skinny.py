@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from executor.gpu.kernels.norm import add_rms_norm, rms_norm
-from executor.gpu.kernels.skinny import MAX_ROWS, Cut, SkinnyLinears, cut_of, padded_rows
+from executor.gpu.kernels.skinny import MAX_ROWS, Cut, SkinnyLinears, cut_of, padded_rows, thumb
 from tests.gpu.steps import DEVICE
 
 # Few outputs and many inputs are cut into splits; sizes that are no multiple of a block have an edge.
@@ -35,7 +35,7 @@ def test_the_product_is_that_of_torch(shape: tuple[int, int], bias: bool) -> Non
     torch.manual_seed(1)
     outputs, inputs = shape
     weight, shift = torch.randn(outputs, inputs, device=DEVICE), torch.randn(outputs, device=DEVICE)
-    linear = SkinnyLinears(DEVICE).make(weight, shift if bias else None)
+    linear = SkinnyLinears(DEVICE, cuts=thumb).make(weight, shift if bias else None)
     for count in (1, 3, 16, 17, 40, MAX_ROWS + 1):
         x = torch.randn(count, inputs, device=DEVICE)
         for _ in range(2):  # what one product leaves behind must not be in the next one
@@ -107,7 +107,7 @@ def test_one_row_is_normed_on_the_way_in_and_added_to_another(shape: tuple[int, 
 
 def test_products_of_one_device_share_their_memory() -> None:
     torch.manual_seed(2)
-    linears = SkinnyLinears(DEVICE)
+    linears = SkinnyLinears(DEVICE, cuts=thumb)
     weights = [torch.randn(outputs, 1024, device=DEVICE) for outputs in (16, 48, 32)]
     made = [linears.make(weight, None) for weight in weights]
     x = torch.randn(2, 1024, device=DEVICE)
@@ -121,7 +121,7 @@ def test_products_of_one_device_share_their_memory() -> None:
 def test_half_precision_is_summed_in_float32() -> None:
     torch.manual_seed(3)
     weight = torch.randn(24, 2048, device=DEVICE).half()
-    linear = SkinnyLinears(DEVICE).make(weight, None)
+    linear = SkinnyLinears(DEVICE, cuts=thumb).make(weight, None)
     for count in (1, 5):
         x = torch.randn(count, 2048, device=DEVICE).half()
         out = torch.empty(count, 24, dtype=torch.float16, device=DEVICE)
@@ -131,11 +131,16 @@ def test_half_precision_is_summed_in_float32() -> None:
         torch.testing.assert_close(out.double(), wanted(x, weight), rtol=2e-3, atol=2e-2)
 
 
+def test_more_rows_than_one_of_a_matrix_that_nobody_measured_are_left_to_torch() -> None:
+    assert [cut_of(1000, 1000, rows) is None for rows in (1, 16, 32, 64)] == [False, True, True, True]
+    assert SkinnyLinears(DEVICE).make(torch.zeros(1000, 1000, device=DEVICE).half(), None).own_rows == {1}
+
+
 @pytest.mark.parametrize("rows", [1, 16, 32, 64])
 @pytest.mark.parametrize("shape", [(4096, 1024), (1024, 3072), (4096, 14336), (151936, 1024), (576, 1536)], ids=str)
 def test_every_program_of_a_cut_has_work(shape: tuple[int, int], rows: int) -> None:
     outputs, inputs = shape
-    cut = cut_of(outputs, inputs, rows)
+    cut = cut_of(outputs, inputs, rows) or thumb(outputs, inputs, rows)
     a_split = cut.steps(inputs) * cut.block_k
 
     assert (cut.splits - 1) * a_split < inputs <= cut.splits * a_split

@@ -13,6 +13,7 @@ all lanes; more of them by tensor cores, padded to 16, 32 or 64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -55,17 +56,18 @@ def padded_rows(count: int) -> int:
     return next(rows for rows in _PADDED if count <= rows)
 
 
-def cut_of(outputs: int, inputs: int, rows: int) -> Cut:
-    """The cut for up to `rows` rows, 1, 16, 32 or 64: measured, or by rules of thumb where it was not."""
-    return CUTS.get((outputs, inputs, rows)) or _thumb(outputs, inputs, rows)
+def cut_of(outputs: int, inputs: int, rows: int) -> Cut | None:
+    """The cut for up to `rows` rows, 1, 16, 32 or 64; None where torch's product was measured to be faster.
+
+    Of a matrix that nobody measured, one row is cut by rule of thumb, and more are left to torch.
+    """
+    if (outputs, inputs, rows) in CUTS:
+        return CUTS[outputs, inputs, rows]
+    return thumb(outputs, inputs, rows) if rows == 1 else None
 
 
-def most_rows_of(outputs: int, inputs: int) -> int:
-    """Up to how many rows our product is used for this matrix; torch's is for more."""
-    return _MOST_ROWS.get((outputs, inputs), MAX_ROWS)
-
-
-def _thumb(outputs: int, inputs: int, rows: int) -> Cut:
+def thumb(outputs: int, inputs: int, rows: int) -> Cut:
+    """A cut that was not measured."""
     if rows == 1:
         block_k = min(1024, triton.next_power_of_2(inputs))
         held = triton.cdiv(inputs, block_k) <= MOST_HELD and outputs * inputs <= 12 << 20
@@ -77,28 +79,40 @@ def _thumb(outputs: int, inputs: int, rows: int) -> Cut:
     return Cut(block_n=block_n, block_k=block_k, splits=splits, num_warps=4)
 
 
-CUTS: Final[dict[tuple[int, int, int], Cut]] = {}
-"""By (outputs, inputs, padded rows)."""
-
-_MOST_ROWS: Final[dict[tuple[int, int], int]] = {}
-"""By (outputs, inputs), where it is not MAX_ROWS: there torch's product was faster."""
+CUTS: Final[dict[tuple[int, int, int], Cut | None]] = {
+    (1024, 2048, 1): Cut(block_n=2, block_k=1024, held=True),
+    (1024, 3072, 1): Cut(block_n=2, block_k=1024, held=True),
+    (4096, 1024, 1): Cut(block_n=4, block_k=1024, held=True),
+    (4096, 4096, 1): Cut(block_n=2, block_k=1024, held=True),
+    (4096, 14336, 1): Cut(block_n=8, block_k=1024),
+    (6144, 1024, 1): Cut(block_n=4, block_k=1024, held=True),
+    (6144, 4096, 1): Cut(block_n=8, block_k=512, num_stages=5),
+    (28672, 4096, 1): Cut(block_n=8, block_k=1024),
+    (128256, 4096, 1): Cut(block_n=16, block_k=512),
+    (151936, 1024, 1): Cut(block_n=16, block_k=512),
+}
+"""By (outputs, inputs, padded rows), as tests/gpu/check/sweep.py found them on an H200. None: torch's is faster."""
 
 
 class SkinnyLinears:
     """Makes products for one device, which share the memory in which parts of sums lie: they run one after another."""
 
-    def __init__(self, device: torch.device, *, most_rows: int = MAX_ROWS) -> None:
-        """For more than `most_rows` rows torch's product is taken."""
-        self.most_rows = most_rows
+    def __init__(self, device: torch.device, *, cuts: Callable[[int, int, int], Cut | None] = cut_of) -> None:
+        """`cuts` tells how a product is cut, as `cut_of` does."""
+        self._cuts = cuts
         self._parts = torch.empty(0, dtype=torch.float32, device=device)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
 
     def make(self, weight: Tensor, bias: Tensor | None) -> SkinnyLinear:
         """Return the product with `weight` (outputs, inputs) and `bias` (outputs,)."""
         outputs, inputs = weight.shape
-        for rows in _PADDED:
-            self.reserve(outputs, rows, cut_of(outputs, inputs, rows))
-        return SkinnyLinear(self, weight, bias)
+        cuts: dict[int, Cut] = {}
+        if weight.itemsize == 2 or is_interpreted():
+            for rows in _PADDED:
+                if (cut := self._cuts(outputs, inputs, rows)) is not None:
+                    cuts[rows] = cut
+                    self.reserve(outputs, rows, cut)
+        return SkinnyLinear(self, weight, bias, cuts)
 
     def reserve(self, outputs: int, rows: int, cut: Cut) -> None:
         """Have room for the parts of a product. Not once a graph was captured: it keeps the old place."""
@@ -117,7 +131,7 @@ class SkinnyLinears:
         leaves: bool = False,
         norm: Tensor | None = None,
         epsilon: float = 0.0,
-        cut: Cut | None = None,
+        cut: Cut,
     ) -> None:
         """Write x @ weight.T + bias to `out`: x (T, inputs), T from 1 to MAX_ROWS, out (T, outputs), both dense.
 
@@ -129,7 +143,6 @@ class SkinnyLinears:
         rows = padded_rows(len(x))
         assert norm is None or rows == 1, "each program would compute the statistics of all rows"
         assert x.shape[1] == inputs and x.is_contiguous() and out.is_contiguous()
-        cut = cut or cut_of(outputs, inputs, rows)
         assert not leaves or (cut.splits > 1 and bias is None and not adds)
         constants, options = _constants(outputs, inputs, rows, cut, adds=adds, leaves=leaves), _options(cut)
         grid = (triton.cdiv(outputs, cut.block_n), cut.splits)
@@ -149,12 +162,10 @@ class SkinnyLinears:
         *,
         room: Tensor,
         out: Tensor,
-        cut: Cut | None = None,
+        cut: Cut,
     ) -> None:
         """`add_rms_norm` of the product. room (T, outputs): what is not left in parts lies there in between."""
-        outputs, inputs = weight.shape
-        rows = padded_rows(len(x))
-        cut = cut or cut_of(outputs, inputs, rows)
+        outputs, rows = len(weight), padded_rows(len(x))
         if cut.splits > 1 and bias is None:
             self.launch(x, weight, None, out, leaves=True, cut=cut)
             parts = self._parts[: cut.splits * rows * outputs].view(cut.splits, rows, outputs)
@@ -167,33 +178,34 @@ class SkinnyLinears:
 class SkinnyLinear:
     """The product with one matrix: ours for few rows, torch's for many. As `executor.gpu.llama.Linear`."""
 
-    def __init__(self, linears: SkinnyLinears, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, linears: SkinnyLinears, weight: Tensor, bias: Tensor | None, cuts: dict[int, Cut]) -> None:
+        """`cuts` says for which padded rows it is ours."""
         assert weight.is_contiguous()
-        self._linears = linears
+        self._linears, self._cuts = linears, cuts
         self._weight, self._bias = weight, bias
-        most_rows = min(linears.most_rows, most_rows_of(*weight.shape))
-        self.most_rows = most_rows if weight.itemsize == 2 or is_interpreted() else 0
-        self.most_fused = min(self.most_rows, 1)
+
+    @property
+    def own_rows(self) -> frozenset[int]:
+        """As `executor.gpu.llama.Linear`."""
+        return frozenset(self._cuts)
 
     def __call__(self, x: Tensor, out: Tensor) -> object:
         """Write x @ weight.T + bias to `out`."""
-        if 0 < len(x) <= self.most_rows:
-            self._linears.launch(x, self._weight, self._bias, out)
+        cut = self._cut(len(x))
+        if cut is not None:
+            self._linears.launch(x, self._weight, self._bias, out, cut=cut)
         elif self._bias is None:
             torch.mm(x, self._weight.t(), out=out)
         else:
             torch.addmm(self._bias, x, self._weight.t(), out=out)
         return out
 
-    def give_up(self) -> None:
-        """Leave every product to torch from now on. Not once a graph was captured: it keeps what it has."""
-        self.most_rows = self.most_fused = 0
-
     def normed(self, x: Tensor, residual: Tensor, norm: Tensor, epsilon: float, *, room: Tensor, out: Tensor) -> object:
         """As `SkinnyLinears.launch_normed`."""
-        if 0 < len(x) <= self.most_rows:
+        cut = self._cut(len(x))
+        if cut is not None:
             self._linears.launch_normed(
-                x, self._weight, self._bias, residual, norm, epsilon, room=room, out=out
+                x, self._weight, self._bias, residual, norm, epsilon, room=room, out=out, cut=cut
             )  # fmt: skip
         else:
             self(x, room)
@@ -203,9 +215,17 @@ class SkinnyLinear:
     def fused(
         self, x: Tensor, out: Tensor, *, norm: Tensor | None = None, epsilon: float = 0.0, adds: bool = False
     ) -> object:
-        """The product with what lies around it, of at most `most_fused` rows. As `SkinnyLinears.launch`."""
-        self._linears.launch(x, self._weight, self._bias, out, norm=norm, epsilon=epsilon, adds=adds)
+        """The product of one row, with what lies around it. As `SkinnyLinears.launch`."""
+        cut = self._cuts[1]
+        self._linears.launch(x, self._weight, self._bias, out, norm=norm, epsilon=epsilon, adds=adds, cut=cut)
         return out
+
+    def give_up(self) -> None:
+        """Leave every product to torch from now on. Not once a graph was captured: it keeps what it has."""
+        self._cuts.clear()
+
+    def _cut(self, count: int) -> Cut | None:
+        return self._cuts.get(padded_rows(count)) if 0 < count <= MAX_ROWS else None
 
 
 def _at_least(tensor: Tensor, size: int) -> Tensor:
@@ -401,7 +421,7 @@ def compile_cases() -> list[CompileCase]:
         (6144, 4096, True), (4096, 4096, False), (28672, 4096, False), (4096, 14336, False), (128256, 4096, False),
     ):  # fmt: skip
         for rows in _PADDED:
-            cut, closes = cut_of(outputs, inputs, rows), outputs <= inputs
+            cut, closes = cut_of(outputs, inputs, rows) or thumb(outputs, inputs, rows), outputs <= inputs
             adds = rows == 1 and closes  # as the products behind attention and the gate do
             leaves = rows > 1 and closes and cut.splits > 1 and not has_bias
             normed = rows == 1 and not closes

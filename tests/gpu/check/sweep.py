@@ -87,9 +87,9 @@ _SLICED: Final = {  # padded rows → block_n, block_k, slices, warps
 
 def candidates(outputs: int, inputs: int, rows: int, *, fake: bool = False) -> list[Cut]:
     """Cuts that may be good, for 1, 16, 32 or 64 rows. The one in force comes first."""
-    from executor.gpu.kernels.skinny import MOST_HELD, Cut, cut_of  # noqa: PLC0415 - imports triton
+    from executor.gpu.kernels.skinny import MOST_HELD, Cut, cut_of, thumb  # noqa: PLC0415 - imports triton
 
-    found = [cut_of(outputs, inputs, rows)]
+    found = [cut_of(outputs, inputs, rows) or thumb(outputs, inputs, rows)]
     if fake:
         return [*found, Cut(block_n=16, block_k=32, splits=2)]
     small = 2 * outputs * inputs <= 32 << 20
@@ -384,10 +384,11 @@ class Measurer:
 
         began_s = time.monotonic()
         work: list[Callable[[], None]] = []
-        for case, cut in CUTS.items():
+        cuts = [(case, cut) for case, cut in CUTS.items() if cut is not None]
+        for case, cut in cuts:
             if case[2] == 1:
                 work.append(partial(launch, case, cut, **({"normed": True} if case[0] > case[1] else {"adds": True})))
-        plain = [partial(launch, case, cut) for case, cut in CUTS.items()]
+        plain = [partial(launch, case, cut) for case, cut in cuts]
         with ThreadPoolExecutor(_COMPILERS) as threads:
             list(threads.map(lambda each: each(), work))
             if not _asked.brief:
@@ -542,7 +543,7 @@ class _Model:
 
     def fuse(self, *, on: bool) -> None:
         """Let our products of one row do norms and additions, or not."""
-        self._model._most_fused = int(on)  # set once in serving
+        self._model._fuses_one = on  # set once in serving
 
     def step(self, rows: int) -> Callable[[], Any]:
         """Forward and sampling of `rows` rows; returns the logits and the tokens."""
@@ -615,8 +616,7 @@ class _Model:
 class _Exchanged:
     """Torch's product or ours, whichever the model says."""
 
-    most_rows = 64
-    most_fused = 1
+    own_rows = frozenset({1})
 
     def __init__(self, model: _Model, weight: Any, *, theirs: Any, ours: Any) -> None:
         self._model, self._theirs, self._ours = model, theirs, ours
