@@ -7,7 +7,7 @@ the warps of one program share out: then nobody waits for another program.
 
 A small matrix is *held*: each program has its share of the weights in registers before it waits for the rows, which
 the kernel before it may still be computing (executor/gpu/kernels/overlap.py). The share of a large one comes in a loop
-of copies that run ahead; its first blocks are called to the cache before the wait. One row is multiplied in float32 by
+of copies that run ahead; its first block is called to the cache before the wait. One row is multiplied in float32 by
 all lanes; more of them by tensor cores, padded to 16, 32 or 64.
 """
 
@@ -81,15 +81,45 @@ def thumb(outputs: int, inputs: int, rows: int) -> Cut:
 
 CUTS: Final[dict[tuple[int, int, int], Cut | None]] = {
     (1024, 2048, 1): Cut(block_n=2, block_k=1024, held=True),
+    (1024, 2048, 16): Cut(block_n=32, block_k=256, splits=4, held=True, num_warps=8),
+    (1024, 2048, 32): Cut(block_n=64, block_k=256, splits=8, held=True, num_warps=8),
+    (1024, 2048, 64): Cut(block_n=64, block_k=64, splits=8, num_stages=5),
     (1024, 3072, 1): Cut(block_n=2, block_k=1024, held=True),
+    (1024, 3072, 16): Cut(block_n=64, block_k=128, splits=8, held=True, num_warps=8),
+    (1024, 3072, 32): Cut(block_n=32, block_k=256, splits=6, num_stages=3),
+    (1024, 3072, 64): Cut(block_n=64, block_k=64, splits=8, num_stages=5),
     (4096, 1024, 1): Cut(block_n=4, block_k=1024, held=True),
+    (4096, 1024, 16): Cut(block_n=64, block_k=256, splits=4, held=True, num_warps=8),
+    (4096, 1024, 32): Cut(block_n=64, block_k=128, splits=4, turned=True),
+    (4096, 1024, 64): None,
     (4096, 4096, 1): Cut(block_n=2, block_k=1024, held=True),
+    (4096, 4096, 16): Cut(block_n=64, block_k=128, splits=2, turned=True),
+    (4096, 4096, 32): Cut(block_n=64, block_k=128, splits=4, turned=True),
+    (4096, 4096, 64): Cut(block_n=64, block_k=128, splits=2, turned=True),
     (4096, 14336, 1): Cut(block_n=8, block_k=1024),
+    (4096, 14336, 16): Cut(block_n=64, block_k=128, splits=4, turned=True),
+    (4096, 14336, 32): Cut(block_n=64, block_k=128, splits=4, turned=True),
+    (4096, 14336, 64): Cut(block_n=64, block_k=128, splits=2),
     (6144, 1024, 1): Cut(block_n=4, block_k=1024, held=True),
+    (6144, 1024, 16): Cut(block_n=64, block_k=128, turned=True),
+    (6144, 1024, 32): Cut(block_n=32, block_k=128, num_stages=5),
+    (6144, 1024, 64): Cut(block_n=64, block_k=128),
     (6144, 4096, 1): Cut(block_n=8, block_k=512, num_stages=5),
+    (6144, 4096, 16): None,
+    (6144, 4096, 32): None,
+    (6144, 4096, 64): None,
     (28672, 4096, 1): Cut(block_n=8, block_k=1024),
+    (28672, 4096, 16): None,
+    (28672, 4096, 32): Cut(block_n=64, block_k=128, turned=True),
+    (28672, 4096, 64): Cut(block_n=64, block_k=64, num_stages=5),
     (128256, 4096, 1): Cut(block_n=16, block_k=512),
+    (128256, 4096, 16): Cut(block_n=64, block_k=128),
+    (128256, 4096, 32): Cut(block_n=64, block_k=128, turned=True),
+    (128256, 4096, 64): Cut(block_n=128, block_k=64, turned=True),
     (151936, 1024, 1): Cut(block_n=16, block_k=512),
+    (151936, 1024, 16): Cut(block_n=64, block_k=128, turned=True),
+    (151936, 1024, 32): Cut(block_n=64, block_k=128, turned=True),
+    (151936, 1024, 64): Cut(block_n=64, block_k=64, num_stages=5),
 }
 """By (outputs, inputs, padded rows), as tests/gpu/check/sweep.py found them on an H200. None: torch's is faster."""
 
@@ -298,7 +328,7 @@ def _skinny(
             )  # fmt: skip
     else:
         if OVERLAP:
-            FIRST: tl.constexpr = 2 if STEPS > 1 else 1
+            FIRST: tl.constexpr = 1  # more of them would take the memory from the kernel before
             for step in tl.static_range(FIRST):
                 lines = begin + step * BLOCK_K + tl.arange(0, (BLOCK_K + 63) // 64) * 64
                 prefetch(

@@ -704,7 +704,8 @@ def told(notes: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield f"PROBLEM {task}: {problem} {_short(notes[task].get('cut', {}))}"
     yield "CUTS = {"
     for (outputs, inputs, rows), found in sorted(best.items()):
-        yield f"    ({outputs}, {inputs}, {rows}): Cut({_short(found['cut'])}),"
+        cut = f"Cut({_short(found['cut'])})" if (outputs, inputs, rows) in quicker else None
+        yield f"    ({outputs}, {inputs}, {rows}): {cut},"
     yield "}"
 
 
