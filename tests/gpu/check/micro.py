@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, Final
@@ -12,11 +13,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from executor.kv_cache import LayerShape
-from tests.gpu.check.layouts import HowSampled, layout, random_cache
+from executor.attention.protocol import AttentionStep, LayerOptions
+from executor.kv_cache import LayerCache, LayerShape
+from tests.gpu.check.flashinfer import served_by_flashinfer
+from tests.gpu.check.layouts import HowSampled, attention_step, layout, random_cache
 from tests.gpu.check.parts import Aim, Check, Found, Part
 from tests.gpu.check.shapes import LLAMA_3_8B, QWEN3_0_6B, TINY_QWEN3, Shape
-from tests.gpu.check.timing import copies_beyond_cache, device_s, graph_s, launch_costs
+from tests.gpu.check.timing import copies_beyond_cache, device_s, graph_s, launch_costs, quiet_host_s
 
 ROWS: Final = (1, 64, 256)
 CONTEXTS: Final = (512, 2048)
@@ -36,6 +39,7 @@ def parts(check: Check) -> list[Part]:
             for s, name in groups
         ),
         *(Part(name=f"prefill attention, {name}", work=partial(prefill, shape=s), takes_s=4) for s, name in groups),
+        *(Part(name=f"FlashInfer, {name}", work=partial(flashinfer, shape=s), takes_s=8) for s, name in groups),
         Part(name="sampling", work=sampling, takes_s=5),
         *(Part(name=f"fused, {shape.name}", work=partial(fused, shape=shape), takes_s=3) for shape in shapes),
         *(
@@ -139,6 +143,47 @@ def _torchs_own(query: Tensor, kv_heads: int) -> dict[str, Callable[[], object]]
         "flash": partial(run, SDPBackend.FLASH_ATTENTION),
         "cudnn": partial(run, SDPBackend.CUDNN_ATTENTION),
     }
+
+
+def flashinfer(check: Check, *, shape: Shape) -> Found:
+    """FlashInfer's kernels at the sizes of ours, in graphs as ours, what they need of the host before a step apart."""
+    served, size, found = served_by_flashinfer(check), shape.size, Found()
+    heads, options = _heads(shape), LayerOptions(scale=shape.size.head_dim**-0.5)
+    steps = {
+        f"{rows} x {context}": [(context - 1, 1)] * rows
+        for rows in ((2,) if check.fake else ROWS)
+        for context in ((20,) if check.fake else CONTEXTS)
+    }
+    steps |= {str(tokens): [(0, tokens)] for tokens in ((24,) if check.fake else PROMPTS)}
+    ours: dict[str, Any] = {}
+    for kind in ("decode", "prefill"):
+        ours |= check.earlier.get(f"micro/{kind} attention, groups of {heads.group_size}", {})
+    for name, rows in steps.items():
+        step = layout(rows, check.device)
+        num_bytes = sum(before + now for before, now in rows) * 4 * size.kv_heads * size.head_dim
+        copies = 1 if check.fake else copies_beyond_cache(num_bytes, most=32)
+        cache = random_cache([heads] * copies, num_blocks=step.num_blocks, device=check.device)
+        query = torch.randn(len(step.inputs.positions), size.heads, size.head_dim, device=check.device).bfloat16()
+        out, planned = torch.empty_like(query), attention_step(step)
+
+        def attend(layer: LayerCache, step: AttentionStep = planned, query: Tensor = query, out: Tensor = out) -> None:
+            served.attend_stored(query, layer, step, options, out)
+
+        def plan_and_attend(planned: AttentionStep = planned, layer: LayerCache = cache.layers[0]) -> None:
+            attend(layer, replace(planned))  # another step, of the same rows
+
+        seconds = graph_s([partial(attend, layer) for layer in cache.layers], check.device)
+        again = quiet_host_s(partial(attend, cache.layers[0]), check.device)
+        planning = quiet_host_s(plan_and_attend, check.device) - again
+        found.values[name] = {"us": _us(seconds), "ours_us": ours.get(name, {}).get("us"), "plan_us": _us(planning)}
+        del cache
+    told = ", ".join(f"{name} {each['us']} ({each['ours_us']})" for name, each in found.values.items())
+    found.lines.append(f"FlashInfer, groups of {heads.group_size}, µs (ours): {told}")
+    plans = [each["plan_us"] for each in found.values.values()]
+    found.lines.append(
+        f"FlashInfer, groups of {heads.group_size}: a plan takes {min(plans)} to {max(plans)} µs of the host"
+    )
+    return found
 
 
 def sampling(check: Check) -> Found:
