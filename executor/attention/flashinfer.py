@@ -99,9 +99,13 @@ class FlashInferAttention:
     name = "flashinfer"
     packed = False
 
-    def __init__(self, library: Library | None = None) -> None:
-        """`library` stands in for FlashInfer, on any device: for tests."""
+    def __init__(self, library: Library | None = None, *, prompts: str = "fa2") -> None:
+        """`library` stands in for FlashInfer, on any device: for tests. `prompts` names its kernels for longer rows.
+
+        FlashInfer would take fa3, for Hopper alone: minutes to compile, and slower over pages for mini-sglang.
+        """
         self._library = library
+        self._prompts = prompts
         self._rooms: dict[torch.device, _Room] = {}
 
     def why_not(self, layer: LayerNeeds, /) -> str | None:
@@ -172,7 +176,7 @@ class FlashInferAttention:
         room = self._rooms.get(device)
         if room is None:
             library = self._library or cast("Library", importlib.import_module("flashinfer"))
-            room = self._rooms[device] = _Room(library, device)
+            room = self._rooms[device] = _Room(library, device, self._prompts)
         return room
 
 
@@ -196,9 +200,10 @@ class _Kind:
 class _Room:
     """One device's wrappers, each with memory for its plan, and the memory for parts that they share."""
 
-    def __init__(self, library: Library, device: torch.device) -> None:
+    def __init__(self, library: Library, device: torch.device, prompts: str) -> None:
         self._library = library
         self._device = device
+        self._prompts = prompts
         self._parts = torch.empty(0, dtype=torch.uint8, device=device)
         self._plans: dict[_Kind, _Plan] = {}
 
@@ -215,8 +220,8 @@ class _Room:
             if len(self._parts) < needed:  # those before keep theirs
                 self._parts = torch.zeros(needed, dtype=torch.uint8, device=self._device)
             if kind.on_tensor_cores:
-                # on Hopper it would take fa3: minutes to compile, and mini-sglang found it slower than fa2
-                return self._library.BatchPrefillWithPagedKVCacheWrapper(self._parts, _LAYOUT, backend="fa2")
+                backend = "fa2" if kind.decoding else self._prompts
+                return self._library.BatchPrefillWithPagedKVCacheWrapper(self._parts, _LAYOUT, backend=backend)
             return self._library.BatchDecodeWithPagedKVCacheWrapper(self._parts, _LAYOUT)
 
 

@@ -62,7 +62,7 @@ class StandIn:
         self, float_workspace_buffer: Tensor, kv_layout: str = "NHD", *, backend: str = "auto"
     ) -> PrefillWrapper:
         """Rows of any number of tokens."""
-        assert backend == "fa2"
+        assert backend in ("fa2", "fa3")
         return PrefillWrapper(self, float_workspace_buffer, kv_layout)
 
 
