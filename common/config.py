@@ -182,7 +182,9 @@ class ExecutorConfig:
         "auto", "K and V: in the activations' precision, or in 8 bits: int8 on a CPU, fp8 (e4m3) on a GPU"
     )
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
-    attention: str = option("auto", "attention backend; auto takes the first that works")
+    attention: str = option(
+        "auto", "attention backend; auto takes the first that works, and never flashinfer, which is taken by name"
+    )
     cuda_graphs: Literal["auto", "off"] = option(
         "auto", "on a GPU, launch decode steps as CUDA graphs where the model allows it; off: kernel by kernel"
     )

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from common.errors import ModelFolderError
+from executor.attention.flashinfer import FlashInferAttention
 from executor.attention.native import NativeAttention
 from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.attention.reference import ReferenceAttention
@@ -22,15 +23,19 @@ BACKENDS: tuple[AttentionBackend, ...] = (
 )
 """Fastest first; the last one serves everything."""
 
+BY_NAME: tuple[AttentionBackend, ...] = (FlashInferAttention(),)
+"""Not chosen unless it is wanted."""
+
 
 def choose(layers: Sequence[LayerNeeds], wanted: str = "auto") -> list[AttentionBackend]:
     """Return each layer's backend: the first that serves it, or the wanted one. Packed ones serve all layers or none.
 
     Raises ModelFolderError when `wanted` is unknown or does not serve a layer.
     """
-    candidates = [backend for backend in BACKENDS if wanted in ("auto", backend.name)]
+    known = (*BACKENDS, *BY_NAME)
+    candidates = BACKENDS if wanted == "auto" else [backend for backend in known if backend.name == wanted]
     if not candidates:
-        names = ", ".join(["auto", *(backend.name for backend in BACKENDS)])
+        names = ", ".join(["auto", *(backend.name for backend in known)])
         raise ModelFolderError(f"no attention backend is called {wanted!r}; there are: {names}")
     chosen = [_choose_one(number, layer, candidates) for number, layer in enumerate(layers)]
     if len({backend.packed for backend, _ in chosen}) > 1:

@@ -64,7 +64,7 @@ class AttentionStep:
 
 
 class AttentionBackend(Protocol):
-    """Stores a step's K and V in the slab and attends through the block tables. Holds no state of its own."""
+    """Stores a step's K and V in the slab and attends through the block tables. Holds nothing of a sequence."""
 
     name: str
     packed: bool  # whether it reads the C++ kernels' records

@@ -116,8 +116,9 @@ def paths() -> list[Path]:
 
 
 def device_of(backend: AttentionBackend) -> torch.device:
-    """Where it is tested: all but one on the CPU, and that one too where there is no GPU."""
-    return torch.device("cuda") if backend.name == "triton" and torch.cuda.is_available() else CPU
+    """Where it is tested: those for a GPU on one, if there is one, and all others on the CPU."""
+    for_gpu = backend.name in ("triton", "flashinfer")
+    return torch.device("cuda") if for_gpu and torch.cuda.is_available() else CPU
 
 
 BEST_ISA = native().isa

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from executor.attention.protocol import AttentionStep, LayerNeeds, LayerOptions
+from executor.attention.protocol import AttentionBackend, LayerNeeds, LayerOptions
 from executor.attention.reference import attend_one
-from executor.batch import InputBatch
 from executor.gpu.inputs import DeviceTables, StepInputs
 from executor.kv_cache import KvCache, LayerCache, LayerShape, SlabFormat
 from executor.sampler import SamplingColumns, keep
 from executor.sampler import sample as sample_on_host
-from tests.gpu.check.layouts import GREEDY, HowSampled, Layout, layout
-from tests.gpu.check.parts import Check, Found, Part
+from tests.gpu.check.flashinfer import served_by_flashinfer
+from tests.gpu.check.layouts import GREEDY, HowSampled, Layout, attention_step, layout
+from tests.gpu.check.parts import Check, Found, Part, Skipped
 
 TOLERANCE: Final = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
 """Of the largest number of the answer: a few roundings of each type, and far less than any mistake makes."""
@@ -36,6 +36,8 @@ def parts(check: Check) -> list[Part]:
     checks: dict[str, Callable[[Check], Found]] = {
         **{f"attention {_name(dtype)}": partial(attention, dtype=dtype) for dtype in TOLERANCE},
         "attention backend": backend,
+        "attention backend flashinfer": partial(flashinfer, names=_FLASHINFER),
+        "attention backend flashinfer, window or cap": partial(flashinfer, names=_FLASHINFER_VARIANTS),
         "attention over fp8": partial(attention, dtype=torch.bfloat16, slab=FP8),
         **{f"rope_and_store {_name(dtype)}": partial(rope_and_store, dtype=dtype) for dtype in TOLERANCE},
         "rope_and_store to fp8": partial(rope_and_store, dtype=torch.bfloat16, slab=FP8),
@@ -101,11 +103,17 @@ ATTENTION: Final = {
     "mixed, groups of 4": AttentionCase(rows=_MIXED, heads=32, block_size=32),
     "mixed, groups of 3, window": AttentionCase(rows=_MIXED, heads=9, kv_heads=3, dim=64, window=70),
     "mixed, cap, sinks": AttentionCase(rows=_MIXED, softcap=20.0, sinks=True),
+    "mixed, window": AttentionCase(rows=_MIXED, window=100),
+    "mixed, cap": AttentionCase(rows=_MIXED, softcap=20.0),
     "prompt": AttentionCase(rows=[(0, 1500)], heads=32),
 }
 TINY_ATTENTION: Final = {
     "decode": AttentionCase(rows=[(0, 1), (20, 1)], heads=4, kv_heads=2, dim=16, padding=1),
     "mixed": AttentionCase(rows=[(17, 1), (3, 6)], heads=2, kv_heads=1, dim=16, window=9, softcap=20.0, sinks=True),
+}
+TINY_FLASHINFER: Final = {  # it serves no smaller heads, and no sinks
+    "decode": AttentionCase(rows=[(0, 1), (20, 1)], heads=4, kv_heads=2, dim=64),
+    "mixed": AttentionCase(rows=[(17, 1), (3, 6)], heads=2, kv_heads=1, dim=64, window=9, softcap=20.0),
 }
 
 
@@ -115,6 +123,8 @@ _FEW: Final = {  # in other types than the one that is served most
     FP8: ("decode, groups of 2", "decode, groups of 4, padding", "mixed, groups of 2", "mixed, cap, sinks", "prompt"),
 }
 _BACKEND: Final = ("decode, groups of 2", "mixed, groups of 3, window", "mixed, cap, sinks")
+_FLASHINFER: Final = ("decode, groups of 2", "decode, 200 rows", "mixed, groups of 2", "mixed, groups of 4", "prompt")
+_FLASHINFER_VARIANTS: Final = ("mixed, window", "mixed, cap")  # other kernels of its own, each of which is compiled
 
 
 def _cases(check: Check, slab: torch.dtype) -> dict[str, AttentionCase]:
@@ -153,11 +163,30 @@ def backend(check: Check) -> Found:
     """The backend "triton" behind the protocol, which also stores: what every other architecture goes through."""
     from executor.attention.triton import TritonAttention  # noqa: PLC0415 - imports triton
 
-    found, served = Found(), TritonAttention(interpreted=check.fake)
     cases = {name: ATTENTION[name] for name in _BACKEND}
     if check.fake:
         cases = {name: case for name, case in TINY_ATTENTION.items() if not case.padding}
-    for dtype in (torch.float32, torch.bfloat16):
+    return _through(check, TritonAttention(interpreted=check.fake), cases, (torch.float32, torch.bfloat16))
+
+
+def flashinfer(check: Check, *, names: Sequence[str]) -> Found:
+    """The backend "flashinfer", where it is installed."""
+    served = served_by_flashinfer(check)
+    cases = TINY_FLASHINFER if check.fake else {name: ATTENTION[name] for name in names}
+    try:
+        return _through(check, served, cases, (torch.bfloat16,))
+    except RuntimeError as error:
+        if type(error).__name__ == "MissingJITCacheError":
+            raise Skipped("FlashInfer has no compiled kernel for it, and FLASHINFER_DISABLE_JIT is set") from error
+        raise
+
+
+def _through(
+    check: Check, served: AttentionBackend, cases: Mapping[str, AttentionCase], dtypes: Sequence[torch.dtype]
+) -> Found:
+    """Store and attend as the protocol has it."""
+    found = Found()
+    for dtype in dtypes:
         errors = {}
         for name, case in cases.items():
             prepared = _Attention(case, check.device, dtype)
@@ -176,9 +205,10 @@ def backend(check: Check) -> Found:
                 found.problems.append(f"{name}, {_name(dtype)}: not served: {reason}")
                 continue
             key, value = prepared.take_back_the_new()
-            out = served.attend(prepared.query, key, value, prepared.cache, prepared.step(), prepared.options)
+            step = attention_step(prepared.layout)
+            out = served.attend(prepared.query, key, value, prepared.cache, step, prepared.options)
             errors[name] = _error(out, prepared.expected())
-        judged = _judged("backend", dtype, errors)
+        judged = _judged(f"backend {served.name}", dtype, errors)
         found.values[_name(dtype)] = judged.values
         found.lines += judged.lines
         found.problems += judged.problems
@@ -232,28 +262,6 @@ class _Attention:
             self.cache.keys[blocks, :, offsets] = torch.nan
             self.cache.values[blocks, :, offsets] = torch.nan
         return torch.cat([key for key, _ in taken]), torch.cat([value for _, value in taken])
-
-    def step(self) -> AttentionStep:
-        """As the runner of other architectures makes it."""
-        inputs, tables = self.layout.inputs, self.layout.tables.block_tables
-
-        def host(column: Tensor) -> np.ndarray:
-            return column.cpu().numpy().astype(np.int64)
-
-        batch = InputBatch(
-            token_places=host(inputs.token_places),
-            positions=host(inputs.positions),
-            slot_mapping=host(inputs.slot_mapping),
-            query_start_loc=host(inputs.query_start_loc),
-            seq_lens=host(inputs.seq_lens),
-            block_tables=tables[: len(self._case.rows)].cpu().numpy(),
-            num_decodes=inputs.num_decodes,
-            logits_indices=host(inputs.logits_indices),
-            sampled_slots=host(inputs.sampled_slots),
-            sampled_places=host(inputs.sampled_places),
-            sampled_indices=host(inputs.sampled_indices),
-        )
-        return AttentionStep.of(batch, self._device)
 
     def _places(self, row: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         table = self.layout.tables.block_tables[row].long()

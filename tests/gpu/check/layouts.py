@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from common.blocks import blocks_for
+from executor.attention.protocol import AttentionStep
+from executor.batch import InputBatch
 from executor.gpu.inputs import DeviceTables, StepInputs
 from executor.gpu.packing import Shape
 from executor.kv_cache import KvCache, LayerShape, SlabFormat
@@ -111,6 +113,29 @@ def layout(
         ),
         num_blocks=num_blocks,
     )
+
+
+def attention_step(step: Layout) -> AttentionStep:
+    """The step as the runner of other architectures makes it, for backends that read the host's columns too."""
+    inputs, tables = step.inputs, step.tables.block_tables
+
+    def host(column: Tensor) -> np.ndarray:
+        return column.cpu().numpy().astype(np.int64)
+
+    batch = InputBatch(
+        token_places=host(inputs.token_places),
+        positions=host(inputs.positions),
+        slot_mapping=host(inputs.slot_mapping),
+        query_start_loc=host(inputs.query_start_loc),
+        seq_lens=host(inputs.seq_lens),
+        block_tables=tables[: len(inputs.seq_lens)].cpu().numpy(),
+        num_decodes=inputs.num_decodes,
+        logits_indices=host(inputs.logits_indices),
+        sampled_slots=host(inputs.sampled_slots),
+        sampled_places=host(inputs.sampled_places),
+        sampled_indices=host(inputs.sampled_indices),
+    )
+    return AttentionStep.of(batch, tables.device)
 
 
 def padded(step: Layout, shape: Shape) -> Layout:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, Final
@@ -12,11 +13,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from executor.kv_cache import LayerShape
-from tests.gpu.check.layouts import HowSampled, layout, random_cache
+from executor.attention.flashinfer import FlashInferAttention
+from executor.attention.protocol import AttentionStep, LayerOptions
+from executor.kv_cache import LayerCache, LayerShape
+from tests.gpu.check.flashinfer import served_by_flashinfer
+from tests.gpu.check.layouts import HowSampled, attention_step, layout, random_cache
 from tests.gpu.check.parts import Aim, Check, Found, Part
 from tests.gpu.check.shapes import LLAMA_3_8B, QWEN3_0_6B, TINY_QWEN3, Shape
-from tests.gpu.check.timing import copies_beyond_cache, device_s, graph_s, launch_costs
+from tests.gpu.check.timing import copies_beyond_cache, device_s, graph_s, launch_costs, quiet_host_s
 
 ROWS: Final = (1, 64, 256)
 CONTEXTS: Final = (512, 2048)
@@ -36,6 +40,7 @@ def parts(check: Check) -> list[Part]:
             for s, name in groups
         ),
         *(Part(name=f"prefill attention, {name}", work=partial(prefill, shape=s), takes_s=4) for s, name in groups),
+        *(Part(name=f"FlashInfer, {name}", work=partial(flashinfer, shape=s), takes_s=8) for s, name in groups),
         Part(name="sampling", work=sampling, takes_s=5),
         *(Part(name=f"fused, {shape.name}", work=partial(fused, shape=shape), takes_s=3) for shape in shapes),
         *(
@@ -139,6 +144,62 @@ def _torchs_own(query: Tensor, kv_heads: int) -> dict[str, Callable[[], object]]
         "flash": partial(run, SDPBackend.FLASH_ATTENTION),
         "cudnn": partial(run, SDPBackend.CUDNN_ATTENTION),
     }
+
+
+def flashinfer(check: Check, *, shape: Shape) -> Found:
+    """FlashInfer's kernels at the sizes of ours, in graphs as ours; and what a plan of theirs takes of the host."""
+    heads, found = _heads(shape), Found()
+    decodes = [
+        (rows, context) for rows in ((2,) if check.fake else ROWS) for context in ((20,) if check.fake else CONTEXTS)
+    ]
+    steps = {f"{rows} x {context}": ("fa2", [(context - 1, 1)] * rows) for rows, context in decodes}
+    steps |= {
+        str(tokens) if prompts == "fa2" else f"{tokens} by {prompts}": (prompts, [(0, tokens)])
+        for prompts in ("fa2", "fa3")
+        for tokens in ((24,) if check.fake else PROMPTS)
+    }
+    backends = {prompts: served_by_flashinfer(check, prompts=prompts) for prompts in ("fa2", "fa3")}
+    ours: dict[str, Any] = {}
+    for kind in ("decode", "prefill"):
+        ours |= check.earlier.get(f"micro/{kind} attention, groups of {heads.group_size}", {})
+    for name, (prompts, rows) in steps.items():
+        try:
+            seconds, plan_s = _flashinfer_s(check, shape, backends[prompts], rows)
+        except RuntimeError as error:
+            found.values[name] = f"not here: {str(error)[:120]}"
+        else:
+            found.values[name] = {"us": _us(seconds), "plan_us": _us(plan_s)}
+            found.values[name] |= {"ours_us": ours.get(name.partition(" by ")[0], {}).get("us")}
+    measured = {name: each for name, each in found.values.items() if isinstance(each, dict)}
+    told = ", ".join(f"{name} {each['us']} ({each['ours_us']})" for name, each in measured.items())
+    found.lines.append(f"FlashInfer, groups of {heads.group_size}, µs (ours): {told or found.values}")
+    if measured:
+        plans = [each["plan_us"] for each in measured.values()]
+        found.lines.append(f"FlashInfer plans in {min(plans)} to {max(plans)} µs of the host")
+    return found
+
+
+def _flashinfer_s(
+    check: Check, shape: Shape, served: FlashInferAttention, rows: Sequence[tuple[int, int]]
+) -> tuple[float, float]:
+    """Seconds of the device for the attention of a layer, and of the host for the plan."""
+    size, step = shape.size, layout(rows, check.device)
+    num_bytes = sum(before + now for before, now in rows) * 4 * size.kv_heads * size.head_dim
+    copies = 1 if check.fake else copies_beyond_cache(num_bytes, most=32)
+    layers = random_cache([_heads(shape)] * copies, num_blocks=step.num_blocks, device=check.device).layers
+    query = torch.randn(len(step.inputs.positions), size.heads, size.head_dim, device=check.device).bfloat16()
+    out, planned = torch.empty_like(query), attention_step(step)
+    options = LayerOptions(scale=size.head_dim**-0.5)
+
+    def attend(layer: LayerCache, step: AttentionStep = planned) -> None:
+        served.attend_stored(query, layer, step, options, out)
+
+    def plan_and_attend() -> None:
+        attend(layers[0], replace(planned))  # another step, of the same rows
+
+    seconds = graph_s([partial(attend, layer) for layer in layers], check.device)
+    without_s = quiet_host_s(partial(attend, layers[0]), check.device)
+    return seconds, quiet_host_s(plan_and_attend, check.device) - without_s
 
 
 def sampling(check: Check) -> Found:

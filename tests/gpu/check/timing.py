@@ -91,6 +91,19 @@ def launch_costs(work: Work, *, count: int = 200) -> tuple[float, float, float]:
     return _host_s(work, count), spent / count, sum(_host_s(each, count) for each in launched)
 
 
+def quiet_host_s(work: Work, device: torch.device, *, rounds: int = 15) -> float:
+    """Median seconds of the host for a call that finds the device idle."""
+    if device.type != "cuda":
+        return _once_s([work])
+    seconds = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
 def _host_s(work: Work, count: int) -> float:
     torch.cuda.synchronize()
     began = time.perf_counter()
