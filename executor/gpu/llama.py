@@ -1,4 +1,4 @@
-"""The Llama family's forward on a GPU: six to ten kernels a layer, from the weights of the model as it was loaded.
+"""The Llama family's forward on a GPU: seven to ten kernels a layer, from the weights of the model as it was loaded.
 
 What executor/llama.py is on a CPU, over a slab of rows. Between the kernels nothing is read back to the host and no
 memory is taken, so that a step of decode rows can be captured as a CUDA graph.
