@@ -13,7 +13,7 @@ STUBS := .venv/stubs
 stubs = $(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/*.proto
 
-.PHONY: help setup protos check test test-kernels test-compile test-clients hostile-http soak kill-run demo serve up bench bench-gateway bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming gpu-check
+.PHONY: help setup protos check check-style check-mypy check-pyright check-protos test test-kernels test-compile test-clients hostile-http soak kill-run demo serve up bench bench-gateway bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming gpu-check
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -46,14 +46,23 @@ torch = --no-deps -c constraints.txt $(if $(TORCH_INDEX),--retries 2 --extra-ind
 protos: setup ## write the stubs in protos/ anew
 	$(call stubs,.)
 
-# The last step writes the stubs into a folder of its own: those in protos/ must be the same.
-check: setup ## format, lint, types, imports, protos
+# In parts, so that `make -j check` has several cores at work.
+check: check-style check-mypy check-pyright check-protos ## format, lint, types, imports, protos
+
+check-style: .venv/.ok
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
+
+check-mypy: .venv/.ok
+	$(BIN)/mypy
+
+check-pyright: .venv/.ok
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+# The stubs are written into a folder of its own: those in protos/ must be the same.
+check-protos: .venv/.ok
 	@rm -rf $(STUBS) && mkdir $(STUBS)
 	$(call stubs,$(STUBS))
 	@cd $(STUBS) && for stub in protos/*; do diff -u $(CURDIR)/$$stub $$stub || { echo "$$stub is stale: make protos"; exit 1; }; done

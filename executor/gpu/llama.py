@@ -41,6 +41,7 @@ class Linear(Protocol):
     @property
     def own_rows(self) -> frozenset[int]:
         """For how many rows it is a kernel of our own: for each of these, down to the next smaller one."""
+        ...
 
     def __call__(self, x: Tensor, out: Tensor) -> object:
         """Write x @ weight.T + bias to `out`."""

@@ -125,7 +125,7 @@ def test_the_kth_largest_is_that_of_the_sorted_values(values: list[float], at: f
     [PLAIN, (0.6, 0, 1.0, 0.0, 1.0), (1.5, 20, 0.9, 0.0, 1.0), (1.0, 0, 0.8, 0.05, 1.0), (1.0, 0, 1.0, 0.0, 0.5)],
 )
 def test_tokens_come_as_often_as_their_probability_says(params: Params) -> None:
-    count = 40_000
+    count = 10_000
     logits = noise(1, 300, seed=5, scale=1.0)
     weights = weights_of(logits[0], params).astype(np.float64)
     expected = weights / weights.sum() * count
