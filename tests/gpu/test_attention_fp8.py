@@ -5,12 +5,17 @@ The interpreter is helped to round, and knows no NaN of 8 bits: the cast itself 
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from executor.attention.protocol import LayerNeeds
+from executor.attention.protocol import LayerNeeds, LayerOptions
 from executor.attention.triton import TritonAttention
+from executor.gpu.kernels.decode import decode
+from executor.gpu.kernels.paged import PagedRows
+from executor.gpu.kernels.prefill import prefill
 from executor.gpu.kernels.rotary import rope_and_store
 from executor.gpu.kernels.store import store
 from executor.kv_cache import LayerCache, LayerShape, SlabFormat
@@ -93,6 +98,68 @@ def test_prompts_and_chunks_attend_to_what_is_stored(device: torch.device, dtype
     scene = PagedScene([(40, 1), (20, 7), (0, 80)], layer, device)
 
     scene.check(scene.attend())
+
+
+def attended(query: Tensor, keys: Tensor, values: Tensor, *, as_prompt: bool) -> Tensor:
+    """One row of one token, one head, over K and V (T, 64) in 8 bits; the same row twice. (2, 64)."""
+    count, device = len(keys), query.device
+    blocks = -(-count // 16)
+
+    def slab(numbers: Tensor) -> Tensor:
+        return torch.nn.functional.pad(numbers, (0, 0, 0, 16 * blocks - count)).view(blocks, 1, 16, 64).to(FP8)
+
+    cache = LayerCache(keys=slab(keys), values=slab(values), block_size=16, format=SlabFormat(dtype=FP8))
+    rows = PagedRows(
+        num_decodes=0 if as_prompt else 2,
+        query_start_loc=torch.arange(3, dtype=torch.int32, device=device),
+        seq_lens=torch.full((2,), count, dtype=torch.int32, device=device),
+        block_tables=torch.arange(blocks, dtype=torch.int32, device=device).repeat(2, 1),
+    )
+    out, options = torch.empty_like(query), LayerOptions(scale=1.0)
+    nothing = torch.empty(0, device=device)
+    decode(query, cache, rows, options, out, nothing, nothing, splits=1)
+    prefill(query, cache, rows, options, out)
+    return out[:, 0].float().cpu()
+
+
+@pytest.mark.parametrize("as_prompt", [False, True], ids=["a token", "a prompt"])
+def test_many_small_weights_beside_a_large_one_are_not_lost(device: torch.device, as_prompt: bool) -> None:
+    keys, values = torch.zeros(512, 64, device=device), torch.full((512, 64), 448.0, device=device)
+    keys[0, 0], values[0] = 16.0, 0.0
+    query = torch.zeros(2, 1, 64, dtype=torch.bfloat16, device=device)
+    query[:, :, 0] = 1.1875  # times 16: e ** -19, for each of the others
+
+    found = attended(query, keys, values, as_prompt=as_prompt)
+
+    torch.testing.assert_close(found, torch.full((2, 64), 448 * 511 * math.exp(-19)), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("as_prompt", [False, True], ids=["a token", "a prompt"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.filterwarnings("ignore:invalid value")  # the interpreter is numpy
+def test_a_query_that_is_not_finite_shows_in_its_row_alone(
+    device: torch.device, number: float, as_prompt: bool
+) -> None:
+    draw = torch.Generator().manual_seed(1)
+    query, keys, values = (torch.randn(n, 64, generator=draw).to(device) for n in (1, 40, 40))
+    query = query.bfloat16().expand(2, 1, 64).clone()
+    alone = attended(query, keys, values, as_prompt=as_prompt)
+    query[1, 0, 5] = number
+
+    found = attended(query, keys, values, as_prompt=as_prompt)
+
+    assert torch.equal(found[0], alone[0]) and bool(found[1].isnan().all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("as_prompt", [False, True], ids=["a token", "a prompt"])
+def test_keys_and_values_that_are_not_numbers_show(device: torch.device, as_prompt: bool) -> None:
+    query, keys, values = (torch.ones(n, 64, device=device) for n in (2, 40, 40))
+    query, spoiled = query.bfloat16()[:, None], torch.ones(40, 64, device=device)
+    spoiled[7, 9] = torch.nan
+
+    assert attended(query, spoiled, values, as_prompt=as_prompt).isnan().all()
+    assert attended(query, keys, spoiled, as_prompt=as_prompt)[:, 9].isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor
 from executor.attention.protocol import LayerOptions
 from executor.gpu.kernels.overlap import begin_next, overlap, wait_for_previous
 from executor.gpu.kernels.paged import (
+    HEADROOM,
     LOG2E,
     Launch,
     PagedRows,
@@ -23,6 +24,7 @@ from executor.gpu.kernels.paged import (
     attend_tile,
     find_blocks,
     find_places,
+    is_narrow,
     num_multiprocessors,
     padded,
     score_arguments,
@@ -55,7 +57,7 @@ def _decode(
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TABLE_ROWS: tl.constexpr,
-    SPLIT: tl.constexpr, PAIRS: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLIT: tl.constexpr, NARROW: tl.constexpr, UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: one row, one K and V head with its group of query heads, one share of the row's tiles."""
     begin_next(OVERLAP)
@@ -88,7 +90,7 @@ def _decode(
         mask=(members < GROUP)[:, None] & (lanes < KEY_DIM)[None, :],
         other=0.0,
     )
-    q, shares = as_shares(q, keys, UPCAST)
+    q, shares = as_shares(q, NARROW, UPCAST)
 
     top = tl.full((GROUP_PAD,), -float("inf"), tl.float32)
     total = tl.zeros((GROUP_PAD,), tl.float32)
@@ -96,7 +98,7 @@ def _decode(
         sink = tl.load(sinks + heads, mask=members < GROUP, other=0.0).to(tl.float32) * LOG2E
         top = tl.where(split == 0, sink, top)
         total = tl.where(split == 0, 1.0, total)
-    if PAIRS:
+    if NARROW:
         even = tl.zeros((GROUP_PAD, VALUE_PAD // 2), tl.float32)
         odd = even
     else:
@@ -113,19 +115,19 @@ def _decode(
         readable = position < seq_len
         if WINDOW > 0:
             readable &= position >= seq_len - WINDOW
-        if PAIRS:
+        if NARROW:
             even, odd, top, total = attend_pairs(
                 q, shares, keys, values, key_places, value_places, readable, even, odd, top, total, inner, factor,
-                KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP,
+                KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP, UPCAST,
             )  # fmt: skip
         else:
             acc, top, total = attend_tile(
                 q, shares, keys, values, key_places, value_places, readable, readable[None, :], acc, top, total,
-                inner, factor, KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP, True,
+                inner, factor, KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP, False, True,
             )  # fmt: skip
 
-    if PAIRS:
-        acc = tl.interleave(even, odd)
+    if NARROW:
+        acc = tl.interleave(even, odd) / HEADROOM
     share = tl.where(total == 0.0, 1.0, total)  # no key at all: zeros
     acc = acc / share[:, None] * value_scale
     lanes = tl.arange(0, VALUE_PAD)
@@ -180,8 +182,8 @@ def launch_of(
 
     As many programs should fit a multiprocessor as there are for it at 64 rows, four: else the last of them are alone
     at the end, and memory waits. So small ones, unless they are so few that each has to read fast by itself. Measured
-    on an H200 at dimension 128: 64 rows of 512 and of 2,048 tokens in 39 and 139 us, where four warps with tiles of 64
-    keys took 42 and 156 (three of those fit); over 8 bits in 21 and 67.
+    on an H200 at dimension 128: 64 rows of 512 and of 2,048 tokens in 38 and 137 us, where four warps with tiles of 64
+    keys took 42 and 156 (three of those fit); over 8 bits in 21 and 67. GPUs with less shared memory were not measured.
     """
     dim = max(padded(key_dim), padded(value_dim))
     num_warps = 8 if padded(group) >= 64 else 4
@@ -192,7 +194,7 @@ def launch_of(
     tile, large = max(32, min(128, 8192 // dim)), padded(group) > 16 or dim > 128
     if slab_itemsize == 1:
         return Launch(tile=tile, num_warps=num_warps if large else 2, num_stages=3)
-    if few or large:
+    if few or large or sm < 9:
         return Launch(tile=tile, num_warps=num_warps, num_stages=2)
     return Launch(tile=max(32, tile // 2), num_warps=2, num_stages=4)
 
@@ -267,7 +269,7 @@ def decode(
         SINKS=options.sinks is not None,
         TABLE_ROWS=has_lines,
         SPLIT=splits > 1,
-        PAIRS=cache.keys.itemsize == 1 and query.itemsize == 2 and not is_interpreted(),
+        NARROW=is_narrow(query, cache) and value_dim % 2 == 0,  # values are read in pairs
         UPCAST=is_interpreted(),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -293,7 +295,8 @@ def compile_cases() -> list[CompileCase]:
     """As Qwen3-0.6B (groups of 2) and Llama 3 8B (groups of 4) launch it, and what differs from them most."""
     return [
         *_cases("group of 2", group=2),
-        *_cases("group of 4", group=4, targets=(80, 90)),
+        *_cases("group of 4", group=4),
+        *_cases("group of 4, before Hopper", group=4, targets=(80,)),
         *_cases("group of 4, few", group=4, few=True),
         *_cases("group of 7, dim 64, window", group=7, key_dim=64, value_dim=64, WINDOW=128, SINKS=True),
         *_cases("dim 256, soft cap", group=2, key_dim=256, value_dim=256, SOFTCAP=True),
@@ -320,7 +323,9 @@ def _cases(
     **flags: object,
 ) -> list[CompileCase]:
     """Of one kind of layer: rows in one piece, rows in shares, and their combination."""
-    launch = launch_of(key_dim, value_dim, group, itemsize, 9, slab_itemsize=1 if slab else itemsize, few=few)
+    launch = launch_of(
+        key_dim, value_dim, group, itemsize, min(targets) // 10, slab_itemsize=1 if slab else itemsize, few=few
+    )
     values: dict[str, object] = {
         "BLOCK_SIZE": 16,
         "TILE": launch.tile,
@@ -335,7 +340,7 @@ def _cases(
         "KEY_PAD": padded(key_dim),
     }
     constants |= {
-        "PAIRS": bool(slab),
+        "NARROW": bool(slab),
         "SOFTCAP": False,
         "SINKS": False,
         "TABLE_ROWS": True,

@@ -16,9 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from executor.attention.protocol import LayerOptions
+from executor.kv_cache import LayerCache
 
 _LOG2E = math.log2(math.e)
 LOG2E = tl.constexpr(_LOG2E)
+HEADROOM = tl.constexpr(16384.0)
+"""What softmax weights are multiplied by where they become float16: the largest is 1, and 65,504 fits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,20 +83,21 @@ def load_tile(slab, places, readable, DIM: tl.constexpr, PAD: tl.constexpr, MASK
 
 
 @triton.jit
-def as_shares(q, keys, UPCAST: tl.constexpr):
+def as_shares(q, NARROW: tl.constexpr, UPCAST: tl.constexpr):
     """The queries as they are multiplied, and what each was divided by for that, (ROWS,), or 1.
 
-    K and V of 8 bits are multiplied in float16: a GPU makes two float16 of them in one instruction, where each bfloat16
-    takes a slow one more. They fit exactly, and so that a query does, it is divided by its largest number.
+    Where K and V of 8 bits are multiplied in float16 (NARROW): a GPU makes two float16 of them in one instruction,
+    where each bfloat16 takes a slow one more. They fit exactly, and so that a query does, it is divided by its largest
+    number.
     """
     shares = 1.0
-    if UPCAST:
-        q = q.to(tl.float32)
-    elif keys.dtype.element_ty.primitive_bitwidth == 8 and q.dtype != tl.float32:
+    if NARROW:
         q = q.to(tl.float32)
         largest = tl.max(tl.abs(q), 1)
         shares = tl.where(largest > 0.0, largest, 1.0)
         q = (q / shares[:, None]).to(tl.float16)
+    if UPCAST:
+        q = q.to(tl.float32)
     return q, shares
 
 
@@ -107,17 +111,81 @@ def tanh(x):
 def attend_tile(
     q, shares, keys, values, key_places, value_places, readable, visible, acc, top, total, inner, factor,
     KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr, NARROW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold one tile of keys into the running softmax: `acc` (ROWS, VALUE_PAD), `top` and `total` (ROWS,).
 
     `readable` (TILE,) says which keys may be loaded, `visible` (ROWS or 1, TILE) who sees them; both only if MASKED.
-    `shares` is what the queries were divided by (`as_shares`).
+    `shares` is what the queries were divided by (`as_shares`). Where NARROW, `acc` is to be divided by HEADROOM.
+    """
+    weights, top, total, fade = _weights(
+        q, shares, keys, key_places, readable, visible, top, total, inner, factor,
+        KEY_DIM, KEY_PAD, SOFTCAP, NARROW, MASKED,
+    )  # fmt: skip
+    v = load_tile(values, value_places, readable, VALUE_DIM, VALUE_PAD, MASKED).to(q.dtype)
+    acc = tl.dot(weights.to(q.dtype), v, acc=acc * fade[:, None], input_precision="ieee")
+    return acc, top, total
+
+
+@triton.jit
+def attend_pairs(
+    q, shares, keys, values, key_places, value_places, readable, even, odd, top, total, inner, factor,
+    KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
+    SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """`attend_tile` over 8 bits, masked, whose values are brought to tensor cores in pairs of lanes: `even` and `odd`.
+
+    What the cores multiply lies transposed for them, and no instruction transposes bytes: each would be loaded by
+    itself. So two neighbours in a row are loaded as one number of 16 bits, and taken apart in registers.
+    """
+    weights, top, total, fade = _weights(
+        q, shares, keys, key_places, readable, readable[None, :], top, total, inner, factor,
+        KEY_DIM, KEY_PAD, SOFTCAP, True, True,
+    )  # fmt: skip
+    pairs = load_tile(
+        values.to(tl.pointer_type(tl.int16)), value_places >> 1, readable, VALUE_DIM // 2, VALUE_PAD // 2, True
+    )
+    if UPCAST:  # the interpreter knows no assembler
+        first = pairs.to(tl.int8).to(values.dtype.element_ty, bitcast=True).to(tl.float32)
+        second = (pairs >> 8).to(tl.int8).to(values.dtype.element_ty, bitcast=True).to(tl.float32)
+    else:
+        first, second = tl.inline_asm_elementwise(
+            """{
+                .reg .b32 first, second;
+                .reg .b16 low, high, none;
+                prmt.b32 first, $2, 0, 0x4420;
+                prmt.b32 second, $2, 0, 0x4431;
+                mov.b32 {low, none}, first;
+                mov.b32 {high, none}, second;
+                cvt.rn.f16x2.e4m3x2 $0, low;
+                cvt.rn.f16x2.e4m3x2 $1, high;
+            }""",
+            "=r,=r,r",
+            [pairs],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    weights = weights.to(first.dtype)
+    even = tl.dot(weights, first, acc=even * fade[:, None], input_precision="ieee")
+    odd = tl.dot(weights, second, acc=odd * fade[:, None], input_precision="ieee")
+    return even, odd, top, total
+
+
+@triton.jit
+def _weights(
+    q, shares, keys, key_places, readable, visible, top, total, inner, factor,
+    KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, SOFTCAP: tl.constexpr, NARROW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """What the keys of a tile weigh, (ROWS, TILE), `top` and `total` with them, and what weighed before is to fade by.
+
+    Where NARROW, the weights are HEADROOM times as large: float16 holds no less than 2 ** -24, and many small weights
+    beside a large one, as of the first token of a long row, are much together.
     """
     # float32 is never rounded to TF32: whoever asks for float32 wants it
     k = load_tile(keys, key_places, readable, KEY_DIM, KEY_PAD, MASKED).to(q.dtype)
     raw = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if keys.dtype.element_ty.primitive_bitwidth == 8 and q.dtype == tl.float16:
+    if NARROW:
         raw *= shares[:, None]
     if SOFTCAP:
         raw = tanh(raw * inner)
@@ -130,61 +198,19 @@ def attend_tile(
     weights = tl.exp2(raw * factor - shift[:, None])
     fade = tl.exp2(top - shift)
     total = total * fade + tl.sum(weights, 1)
-    v = load_tile(values, value_places, readable, VALUE_DIM, VALUE_PAD, MASKED).to(q.dtype)
-    acc = tl.dot(weights.to(q.dtype), v, acc=acc * fade[:, None], input_precision="ieee")
-    return acc, higher, total
-
-
-@triton.jit
-def attend_pairs(
-    q, shares, keys, values, key_places, value_places, readable, even, odd, top, total, inner, factor,
-    KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """`attend_tile` over 8 bits, masked, whose values are brought to tensor cores in pairs of lanes: `even` and `odd`.
-
-    What the cores multiply lies transposed for them, and no instruction transposes bytes: each would be loaded by
-    itself. So two neighbours in a row are loaded as one number of 16 bits, and taken apart in registers.
-    """
-    k = load_tile(keys, key_places, readable, KEY_DIM, KEY_PAD, True).to(tl.float16)
-    raw = tl.dot(q, tl.trans(k)) * shares[:, None]
-    if SOFTCAP:
-        raw = tanh(raw * inner)
-    raw = tl.where(readable[None, :], raw, -float("inf"))
-    higher = tl.maximum(top, tl.max(raw, 1) * factor)
-    shift = tl.where(higher == -float("inf"), 0.0, higher)
-    weights = tl.exp2(raw * factor - shift[:, None])
-    fade = tl.exp2(top - shift)
-    total = total * fade + tl.sum(weights, 1)
-    pairs = load_tile(
-        values.to(tl.pointer_type(tl.int16)), value_places >> 1, readable, VALUE_DIM // 2, VALUE_PAD // 2, True
-    )
-    first, second = tl.inline_asm_elementwise(
-        """{
-            .reg .b32 first, second;
-            .reg .b16 low, high, none;
-            prmt.b32 first, $2, 0, 0x4420;
-            prmt.b32 second, $2, 0, 0x4431;
-            mov.b32 {low, none}, first;
-            mov.b32 {high, none}, second;
-            cvt.rn.f16x2.e4m3x2 $0, low;
-            cvt.rn.f16x2.e4m3x2 $1, high;
-        }""",
-        "=r,=r,r",
-        [pairs],
-        dtype=(tl.float16, tl.float16),
-        is_pure=True,
-        pack=2,
-    )
-    weights = weights.to(tl.float16)
-    even = tl.dot(weights, first, acc=even * fade[:, None])
-    odd = tl.dot(weights, second, acc=odd * fade[:, None])
-    return even, odd, higher, total
+    if NARROW:
+        weights = (weights * HEADROOM).to(tl.float16)
+    return weights, higher, total, fade
 
 
 def padded(dim: int) -> int:
     """The power of 2 that a dimension is worked in; a product needs at least 16."""
     return max(16, 1 << (dim - 1).bit_length())
+
+
+def is_narrow(query: Tensor, cache: LayerCache) -> bool:
+    """Whether K and V of 8 bits are multiplied in float16 (`as_shares`)."""
+    return cache.keys.itemsize == 1 and query.itemsize == 2
 
 
 def score_arguments(options: LayerOptions, key_scale: float) -> tuple[float, float]:

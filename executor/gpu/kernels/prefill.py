@@ -13,6 +13,7 @@ from torch import Tensor
 
 from executor.attention.protocol import LayerOptions
 from executor.gpu.kernels.paged import (
+    HEADROOM,
     LOG2E,
     Launch,
     PagedRows,
@@ -20,12 +21,16 @@ from executor.gpu.kernels.paged import (
     attend_tile,
     find_blocks,
     find_places,
+    is_narrow,
     padded,
     score_arguments,
     sm_major,
 )
 from executor.gpu.triton_case import CompileCase, is_interpreted
 from executor.kv_cache import LayerCache
+
+_WIDEST_NARROW = 128
+"""Wider queries, brought to float16, do not fit into the registers of Hopper."""
 
 
 @triton.jit
@@ -57,7 +62,7 @@ def _prefill(
     GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TABLE_ROWS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    NARROW: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS // GROUP tokens of one row, one K and V head. `num_rows` counts those behind `num_decodes`."""
     TOKENS: tl.constexpr = ROWS // GROUP
@@ -89,7 +94,7 @@ def _prefill(
         mask=real[:, None] & (lanes < KEY_DIM)[None, :],
         other=0.0,
     )
-    q, shares = as_shares(q, keys, UPCAST)
+    q, shares = as_shares(q, NARROW, UPCAST)
     position = seq_len - num_new + new  # (ROWS,)
     first = seq_len - num_new + first_new  # the first query's position
     end = tl.minimum(first + TOKENS, seq_len)
@@ -116,7 +121,7 @@ def _prefill(
             blocks = find_blocks(table, start + TILE, end - 1, TILE, BLOCK_SIZE)
             acc, top, total = attend_tile(
                 q, shares, keys, values, key_places, value_places, None, None, acc, top, total, inner, factor,
-                KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP, False,
+                KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP, NARROW, False,
             )  # fmt: skip
         begin = everyones
 
@@ -133,10 +138,12 @@ def _prefill(
             visible &= of_key[None, :] > position[:, None] - WINDOW
         acc, top, total = attend_tile(
             q, shares, keys, values, key_places, value_places, of_key < end, visible, acc, top, total, inner, factor,
-            KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP, True,
+            KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, SOFTCAP, NARROW, True,
         )  # fmt: skip
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None] * value_scale
+    if NARROW:
+        acc /= HEADROOM
     lanes = tl.arange(0, VALUE_PAD)
     place = out + (token * out_token_stride + head * out_head_stride)[:, None] + lanes[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=real[:, None] & (lanes < VALUE_DIM)[None, :])
@@ -212,6 +219,7 @@ def prefill(
         SOFTCAP=options.softcap is not None,
         SINKS=options.sinks is not None,
         TABLE_ROWS=has_lines,
+        NARROW=is_narrow(query, cache) and key_dim <= _WIDEST_NARROW,
         UPCAST=is_interpreted(),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -229,6 +237,8 @@ def compile_cases() -> list[CompileCase]:
         _case("dim 256, soft cap", group=2, key_dim=256, value_dim=256, SOFTCAP=True),
         _case("values narrower", group=1, key_dim=192, value_dim=128),
         _case("group of 4, fp8", group=4, slab="fp8e4nv"),
+        _case("dim 256, fp8", group=2, key_dim=256, value_dim=256, slab="fp8e4nv"),
+        _case("dim 256, fp8, soft cap", group=2, key_dim=256, value_dim=256, slab="fp8e4nv", SOFTCAP=True),
         _case("float32", group=2, dtype="fp32", itemsize=4, instructions=()),
     ]
 
@@ -260,6 +270,7 @@ def _case(
         "SOFTCAP": False,
         "SINKS": False,
         "TABLE_ROWS": True,
+        "NARROW": bool(slab) and key_dim <= _WIDEST_NARROW,
         "UPCAST": False,
     } | flags
     types = dict.fromkeys(("query", "sinks", "out"), f"*{dtype}") | dict.fromkeys(
