@@ -13,7 +13,10 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
 import numpy as np
@@ -303,9 +306,26 @@ def _why_not_here(device: torch.device) -> str | None:
         importlib.import_module("flashinfer")
     except (ImportError, OSError, RuntimeError) as error:
         return f"flashinfer cannot be imported: {error}"
+    if not _has_kernels():
+        return (
+            "flashinfer is to compile its kernels and finds no nvcc or no ninja: install CUDA's compiler and ninja, or "
+            "flashinfer-jit-cache of the same version, which brings them compiled"
+        )
     if (found := torch.cuda.get_device_capability(device)) < _OLDEST:
         return f"FlashInfer needs compute capability 8.0 (Ampere), the GPU's is {found[0]}.{found[1]}"
     return why_not_triton(device)  # K and V are stored by our kernel
+
+
+def _has_kernels() -> bool:
+    """Whether FlashInfer has kernels, or what it makes them with: its wheel brings none."""
+    if importlib.util.find_spec("flashinfer_jit_cache") is not None:
+        return True
+    spec = importlib.util.find_spec("flashinfer")
+    if spec is not None and spec.origin is not None and any((Path(spec.origin).parent / "data" / "aot").glob("*/*.so")):
+        return True
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    has_nvcc = shutil.which("nvcc") is not None or (Path(home) / "bin" / "nvcc").exists()
+    return has_nvcc and (shutil.which("ninja") is not None or importlib.util.find_spec("ninja") is not None)
 
 
 def _parts_bytes(shape: LayerShape, device: torch.device) -> int:

@@ -507,7 +507,7 @@ class GpuRunner:
             query_start_loc=loc,
             seq_lens=counts,
             block_tables=np.zeros((num_rows, blocks_for(int(counts.max()), self._block_size)), np.int32),
-            num_decodes=int((counts == 1).sum()),
+            num_decodes=num_decodes,
             logits_indices=np.concatenate((loc[1:] - 1, np.arange(num_scored))),
             sampled_slots=np.full(num_rows, self._padding.line),
             sampled_places=np.full(num_rows, self._padding.place),

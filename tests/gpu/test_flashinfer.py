@@ -6,7 +6,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import shutil
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,38 @@ def test_where_it_cannot_run_it_says_so(changes: dict[str, Any], reason: str) ->
 
 def unimportable(name: str) -> object:
     raise ImportError(f"{name} needs tvm_ffi")
+
+
+@pytest.mark.parametrize(
+    ("there", "can"),
+    [
+        (["flashinfer"], False),
+        (["flashinfer", "bin/nvcc"], False),
+        (["flashinfer", "bin/nvcc", "ninja"], True),
+        (["flashinfer", "flashinfer_jit_cache"], True),
+        (["flashinfer", "data/aot/decode/decode.so"], True),
+    ],
+    ids=lambda each: " ".join(each) if isinstance(each, list) else "",
+)
+def test_where_there_are_no_kernels_and_nothing_to_make_them_it_says_so(
+    there: list[str], can: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in there:
+        if "/" in name:
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).touch()
+    spec = ModuleSpec("flashinfer", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name in there else None)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.6.9")
+    monkeypatch.setattr(importlib, "import_module", lambda _: object())
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+
+    reason = FlashInferAttention().why_not(SERVED)
+
+    assert reason is not None
+    assert ("finds no nvcc or no ninja" in reason, "compute capability" in reason) == (not can, can)
 
 
 @pytest.mark.parametrize(

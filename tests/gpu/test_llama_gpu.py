@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.model_folder import read_model_folder
 from executor.gpu.kernels import rotary
-from executor.gpu.kernels.skinny import SkinnyLinears, thumb
+from executor.gpu.kernels.skinny import Cut, SkinnyLinears, padded_rows, thumb
 from executor.gpu.llama import GpuLlama, MatmulLinear, scratch_bytes, why_not
 from executor.llama_folder import open_llama
 from executor.paged_model import probe_layers
@@ -145,15 +145,46 @@ def test_a_slab_of_8_bits_gives_the_logits_of_keys_and_values_that_were_rounded_
 def test_our_own_products_give_the_same_logits_with_norms_and_additions_inside(name: str, tmp_path: Path) -> None:
     kind, changes = FAMILY[name]
     folder = save_tiny(kind, tmp_path, **changes)
-    model = opened(folder, linear=SkinnyLinears(DEVICE, cuts=thumb).make)
+    model = opened(folder, linear=SkinnyLinears(DEVICE, cuts=up_to_16).make)
 
     assert model._fuses_one
     assert worst(alone(Steps(model.forward, PROMPTS)), plain(folder)) < MOST["float32"]
 
 
-@pytest.mark.parametrize(("factor", "kept"), [(1.0, True), (1.5, False)])
+def in_splits(_outputs: int, _inputs: int, _rows: int) -> Cut:
+    return Cut(block_n=16, block_k=16, splits=2)
+
+
+def up_to_16(outputs: int, inputs: int, rows: int) -> Cut | None:
+    return thumb(outputs, inputs, rows) if rows <= 16 else None
+
+
+@pytest.mark.parametrize("name", ["llama with biases and a scaled rotary embedding", "qwen3"])
+def test_products_whose_parts_the_norms_behind_them_add_give_the_same_logits(name: str, tmp_path: Path) -> None:
+    kind, changes = FAMILY[name]
+    folder = save_tiny(kind, tmp_path, **changes)
+
+    found = mixed(Steps(opened(folder, linear=SkinnyLinears(DEVICE, cuts=in_splits).make).forward, PROMPTS))
+
+    assert worst(found, plain(folder)) < MOST["float32"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "which", "kept"),
+    [
+        ((), slice(None), {1, 16}),
+        ((1,), slice(None), {16}),
+        ((16,), slice(15, 16), {1}),
+    ],
+    ids=["none", "one row", "the last of sixteen"],
+)
 def test_own_products_that_compute_something_else_here_are_left_to_torch(
-    factor: float, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    rows: tuple[int, ...],
+    which: slice,
+    kept: set[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     launch = SkinnyLinears.launch
 
@@ -161,17 +192,19 @@ def test_own_products_that_compute_something_else_here_are_left_to_torch(
         self: SkinnyLinears, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, **told: Any
     ) -> None:
         launch(self, x, weight, bias, out, **told)
-        out *= factor
+        if padded_rows(len(x)) in rows:
+            out[which] *= 1.5
 
     monkeypatch.setattr(SkinnyLinears, "launch", miscompiled)
     folder = save_tiny("llama", tmp_path, num_hidden_layers=1)
-    model = opened(folder, linear=SkinnyLinears(DEVICE, cuts=thumb).make)
+    model = opened(folder, linear=SkinnyLinears(DEVICE, cuts=up_to_16).make)
 
     tables = Steps(model.forward, PROMPTS).tables()
     model.check_products(replace(tables, block_tables=torch.zeros_like(tables.block_tables)))
 
-    assert model._fuses_one is kept
-    assert ("torch does them all" in caplog.text) is not kept
+    assert all(linear.own_rows == kept for linear in model._linears())
+    assert model._fuses_one is (1 in kept)
+    assert [f"of up to {count} rows" in caplog.text for count in (1, 16)] == [count not in kept for count in (1, 16)]
     assert worst(alone(Steps(model.forward, PROMPTS)), plain(folder)) < MOST["float32"]
 
 

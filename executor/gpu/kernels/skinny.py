@@ -250,9 +250,9 @@ class SkinnyLinear:
         self._linears.launch(x, self._weight, self._bias, out, norm=norm, epsilon=epsilon, adds=adds, cut=cut)
         return out
 
-    def give_up(self) -> None:
-        """Leave every product to torch from now on. Not once a graph was captured: it keeps what it has."""
-        self._cuts.clear()
+    def give_up(self, rows: int) -> None:
+        """Leave these of `own_rows` to torch from now on. Not once a graph was captured: it keeps what it has."""
+        self._cuts.pop(rows, None)
 
     def _cut(self, count: int) -> Cut | None:
         return self._cuts.get(padded_rows(count)) if 0 < count <= MAX_ROWS else None

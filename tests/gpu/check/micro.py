@@ -367,7 +367,7 @@ def matrices(check: Check, *, shape: Shape) -> Found:
             "over_floor": round(seconds / floor, 3),
         }
     told = ", ".join(f"{rows} rows {each['over_floor']:.2f}" for rows, each in found.values.items())
-    found.lines.append(f"matrices of {shape.name}, times their floor: {told}")
+    found.lines.append(f"torch's products of {shape.name}, times their floor: {told}")
     return found
 
 
