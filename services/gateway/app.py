@@ -19,7 +19,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common import log
-from common.errors import DeadlineExceeded, InvalidRequest, Overloaded, PagewireError, Unauthenticated, Unavailable
+from common.errors import InvalidRequest, Overloaded, PagewireError, Unauthenticated, Unavailable
 from common.log import without_texts
 from protos import inference_pb2 as pb
 from services.gateway import chat, completions, openapi, positions, responses
@@ -39,7 +39,7 @@ from services.tracing import Tracer
 _log = logging.getLogger(__name__)
 
 _MAX_NAME: Final = 80  # characters of what a caller calls a request; what is longer is cut
-_KNOWN_KEY_S: Final = 1.0  # a scheduler that stands still takes no more of the time that a scrape has
+_KEY_S: Final = 1.0  # a scheduler that stands still takes no more of the time that a scrape has
 _NAMES: Final = "pagewire.names"
 """Where a request's scope holds what its caller calls the scheduler's fields."""
 
@@ -82,7 +82,8 @@ class Gateway:
     ) -> None:
         """With `metrics_need_key`, /metrics is for those whose API key the scheduler takes. `tracer` makes spans.
 
-        Where the scheduler is gone, the keys count that it took of late.
+        Where the scheduler cannot say so, the keys count that it took of late; who shows another one hears of this
+        process alone.
         """
         self.draining = False
         self._upstream = upstream
@@ -307,15 +308,21 @@ class Gateway:
         return _json({"status": "serving" if serving else "not_serving"}, 200 if serving else 503)
 
     async def _tell_metrics(self, request: Request) -> Response:
-        if self._metrics_need_key:
-            key = _key(request)
-            try:
-                async with asyncio.timeout(_KNOWN_KEY_S if key in self._known else None):
-                    await self._served("", key)
-            except (TimeoutError, Unavailable, Overloaded, DeadlineExceeded):  # just what somebody wants to hear of
-                if key not in self._known:
-                    raise
-        return Response(await self._metrics.text(), media_type="text/plain; version=0.0.4")
+        own = self._metrics_need_key and not await self._is_taken(_key(request))
+        return Response(await self._metrics.text(own=own), media_type="text/plain; version=0.0.4")
+
+    async def _is_taken(self, key: str) -> bool:
+        """Whether the scheduler takes this key, or where it does not say, took it of late. Raises Unauthenticated."""
+        if not key:
+            raise Unauthenticated("an API key is needed")
+        try:
+            async with asyncio.timeout(_KEY_S):
+                await self._served("", key)
+        except Unauthenticated:
+            raise
+        except (TimeoutError, PagewireError):  # just what somebody wants to hear of
+            return key in self._known
+        return True
 
     async def _describe(self, _: Request) -> Response:
         if not self._description:

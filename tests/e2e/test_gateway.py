@@ -246,6 +246,7 @@ def test_metrics_are_told_for_prometheus_and_under_the_names_of_vllm(gateway: Ga
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert float(values['pagewire_gateway_requests_total{path="/v1/chat/completions",status="200"}']) >= 1
     assert float(values["pagewire_gateway_time_to_first_token_seconds_count"]) >= 1
+    assert values["pagewire_gateway_scheduler_reachable"] == "1"
     assert float(values["pagewire_output_tokens_total"]) >= 1
     assert float(values['pagewire_executor_blocks{executor="executor-0"}']) == 4096
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
