@@ -295,6 +295,8 @@ def test_what_is_refused_names_its_parameter(
     assert reply.status == (404 if code == "model_not_found" else 400)
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
     assert error["message"]
+    is_too_long = "This model's maximum context length is" in error["message"]
+    assert is_too_long == (code == "context_length_exceeded"), "litellm knows it by these words"
 
 
 @pytest.mark.parametrize(
