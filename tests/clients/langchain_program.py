@@ -68,7 +68,7 @@ def main(url: str, name: str) -> None:
     tell("completion", OpenAI(**shared, max_tokens=12).invoke("The sea is"))
 
     roomy = ChatOpenAI(**shared, max_tokens=200)
-    able = roomy.bind_tools([WEATHER], tool_choice="any", strict=True)
+    able = roomy.bind_tools([WEATHER], tool_choice="any", strict=True, parallel_tool_calls=False)
     called = able.invoke(OSLO)
     tell("tool", [[call["name"], call["args"]] for call in called.tool_calls])
     streamed = reduce(add, able.stream(OSLO))

@@ -86,7 +86,12 @@ def main(url: str, name: str) -> None:
     )
     tell("completion", completion.choices[0].text)
 
-    tools: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 200}
+    tools: dict[str, Any] = {
+        "tools": [WEATHER],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_tokens": 200,
+    }
     called = chat(OSLO, **tools).choices[0].message
     tell("tool", calls(called))
     tell(
