@@ -183,6 +183,7 @@ class GrammarChecker:
                 self._no_tokenizer = await _frame(process)
         except BaseException:
             await _kill(process)
+            _log.info("the worker for grammars ended with exit code %s before it was ready", process.returncode)
             raise
         return process
 
