@@ -62,6 +62,7 @@ def read(body: Fields) -> AskedResponse:
         reasoning.refuse_unknown()
     stream = body.boolean("stream") or False
     if (options := body.fields("stream_options")) is not None:
+        options.boolean("include_usage")  # it always is, and aiperf asks for it all the same
         options.ignore("include_obfuscation")
         options.refuse_unknown()
     return AskedResponse(
