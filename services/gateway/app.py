@@ -50,6 +50,7 @@ _FAILED: Final = "pagewire.failed"
 """Where it holds the status of what a stream failed by after it had begun, which its reader is told in an event."""
 
 _ALREADY_TOLD: Final = b"data: [DONE]\n\n"
+_EVENTS: Final = "text/event-stream"
 
 UnknownFields = Literal["refuse", "ignore"]
 
@@ -226,7 +227,10 @@ class Gateway:
         request.scope[_CALLED] = asked.request_id
         log.about(request_id=asked.request_id)
         if position is not None and position.done:
-            return Response(_ALREADY_TOLD, media_type="text/event-stream")
+            return Response(_ALREADY_TOLD, media_type=_EVENTS)
+        has_ids = asked.manner.resumable
+        if has_ids is None:  # a line that is no data ends many a client that was written for OpenAI's servers alone
+            has_ids = position is not None or _EVENTS in request.headers.get("accept", "").lower()
         first_token = self._metrics.first_token()
 
         def on_first() -> None:
@@ -241,6 +245,7 @@ class Gateway:
             position=position,
             tokens=asked.manner.resume_token_ids,
             on_first=on_first,
+            has_ids=has_ids,
         )
         if not asked.manner.stream:
             return Response(
@@ -250,7 +255,7 @@ class Gateway:
         answers.linger = bool(asked.manner.resumable)
 
         def on_cut() -> None:  # the process ends before the answer: its reader may go on with another one
-            answers.linger = asked.manner.resumable is not False
+            answers.linger = has_ids
             request.scope[_FAILED] = 503
 
         return EventStream(
@@ -259,6 +264,7 @@ class Gateway:
             close=answers.close,
             tell=lambda error: telling.error(_told_late(error, request.scope), answers),
             on_cut=on_cut,
+            comes_back=has_ids,
         )
 
     # ---- the rest

@@ -124,10 +124,34 @@ def test_a_gateway_is_ready_until_it_drains_and_alive_even_then() -> None:
     assert ask(app, {}, path="/live", method="GET").status == 200
 
 
-def test_events_have_ids_unless_the_caller_wants_none() -> None:
-    for resumable, count in ((None, 2), (True, 2), (False, 0)):
-        call = ask(gateway(Scheduler(delta(0, 5, "a"), finish())), {**HI, "stream": True, "resumable": resumable})
-        assert b"".join(call.parts).count(b"id: ") == count
+@pytest.mark.parametrize(
+    ("accept", "resumable", "count"),
+    [
+        (b"text/event-stream", None, 2),
+        (b"application/json, Text/Event-Stream;q=0.5", None, 2),
+        (b"text/event-stream", False, 0),
+        (b"*/*", None, 0),  # as clients ask that know lines of data alone
+        (b"application/json", None, 0),  # as OpenAI's own do
+        (b"application/json", True, 2),
+    ],
+)
+def test_events_have_ids_for_who_takes_events_unless_the_caller_says_otherwise(
+    accept: bytes, resumable: bool | None, count: int
+) -> None:
+    asked = {**HI, "stream": True, "resumable": resumable}
+    call = ask(gateway(Scheduler(delta(0, 5, "a"), finish())), asked, accept=accept)
+
+    assert len(call.ids) == count
+    assert count or all(line.startswith(b"data: ") for line in b"".join(call.parts).splitlines() if line)
+
+
+def test_who_comes_back_with_an_id_gets_more_of_them() -> None:
+    asked = {**HI, "stream": True, "request_id": "mine", "seed": 7}
+    first = ask(gateway(Scheduler(delta(0, 5, "a"), then=Superseded("it breaks"))), asked)
+    said = (delta(0, 5, "a"), delta(1, 6, "b"), finish())
+    rest = ask(gateway(Scheduler(*said)), asked, headers=[(b"last-event-id", first.ids[-1])], accept=b"*/*")
+
+    assert rest.ids
 
 
 def test_half_a_character_is_told_with_the_rest_of_it() -> None:
