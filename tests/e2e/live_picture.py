@@ -48,11 +48,20 @@ def work(address: str, key: str, seed: int, over: threading.Event) -> None:
                     return
 
 
+def enter(page: Page, field: str, words: str) -> None:
+    """Fill in a field of the page, and leave it."""
+    page.ask(
+        f"{{ const at = document.querySelector('#{field}'); at.value = {words!r}; "
+        "at.dispatchEvent(new Event('change')); }"
+    )
+
+
 def talk(page: Page, key: str) -> None:
     """Two messages, and a look at a token of the second answer."""
-    page.ask(f"document.querySelector('#api-key').value = {key!r}; document.querySelector('#max-tokens').value = 40")
+    enter(page, "api-key", key)
+    enter(page, "max-tokens", "40")
     for number, words in enumerate(
-        ("What is the capital of France, and what is it known for?", "Which river is there?")
+        ("What is the capital of France, and what is it known for?", "Which river runs through it?")
     ):
         page.ask("document.querySelector('#message').focus()")
         page.type(words)
@@ -72,7 +81,7 @@ def take(out: Path, folder: Path, binary: str) -> None:
     over = threading.Event()
     cluster = Cluster(pull(DEFAULT_MODEL, lambda what, done, total: None), folder, flags=[f"--api-keys={folder}/keys"])
     try:
-        cluster.start_executor("--num-blocks=200", fake=False)
+        cluster.start_executor("--num-blocks=300", fake=False)
         flags = (f"--http-admin={cluster.admin}", f"--live-view={folder}/live-key")
         users = [name for name, count in TENANTS.items() for _ in range(count)]
         threads = [
@@ -82,10 +91,7 @@ def take(out: Path, folder: Path, binary: str) -> None:
         with Gateway(cluster.address, folder / "gateway.log", *flags) as gateway, Browser(binary, folder) as chromium:
             page = chromium.page(width=1280, height=1040)
             page.open(f"http://{gateway.http}/")
-            page.ask(
-                f"const key = document.querySelector('#live-key'); key.value = '{'p' * 32}'; "
-                "key.dispatchEvent(new Event('change'))"
-            )
+            enter(page, "live-key", "p" * 32)
             page.until("document.querySelector('#link').textContent.startsWith('live')")
             for thread in threads:
                 thread.start()
