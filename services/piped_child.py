@@ -1,7 +1,8 @@
 """A child process that is written to and read from, started by Python's own `subprocess`.
 
-Not by the loop's: uvloop forks with handlers that run Python in the child, which died there of SIGSEGV, one in four,
-where gRPC's threads had been busy in the parent. `subprocess` runs nothing between fork and exec.
+Not by the loop: of 44 children that uvloop started in a scheduler that had just answered requests, 14 died of a signal
+before they ran a line; of 56 that `subprocess` started in its place, none. What differs is what runs between fork and
+exec, beside the threads of gRPC.
 """
 
 from __future__ import annotations
