@@ -76,7 +76,7 @@ test-kernels: setup ## of these, the GPU's: kernels in Triton's interpreter and 
 test-compile: setup ## of these, that every kernel compiles for the GPUs it is for
 	$(BIN)/python -m pytest tests/gpu/test_compile.py $(ARGS)
 
-test-clients: .venv-clients/.ok ## clients of others that are too heavy for .venv, against live servers; ARGS="-k lm_eval"
+test-clients: .venv-clients/.ok .venv-litellm/.ok .venv-triton/.ok ## clients of others that are too heavy for .venv, against live servers; ARGS="-k lm_eval"
 	.venv-clients/bin/python -m pytest tests/clients $(ARGS)
 
 hostile-http: .venv-clients/.ok ## ask a live gateway what nobody would, for ten minutes; ARGS="--minutes 1"
@@ -89,6 +89,12 @@ hostile-http: .venv-clients/.ok ## ask a live gateway what nobody would, for ten
 		> $$(echo .venv-clients/lib/python3*/site-packages)/pagewire.pth
 	.venv-clients/bin/python -m pip --disable-pip-version-check install -q \
 		-c constraints.txt -r tests/clients/requirements.txt
+	@touch $@
+
+# Those that want other versions of what is in .venv, each alone; the tests run them as programs.
+.venv-litellm/.ok .venv-triton/.ok: .venv-%/.ok: tests/clients/%.txt .venv/.ok
+	$(BIN)/python -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip --disable-pip-version-check install -q -r $<
 	@touch $@
 
 soak: setup ## search for faults that hurt, an hour; ARGS="--minutes 600 --first 2000000"

@@ -12,7 +12,6 @@ import logging
 import os
 import struct
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import Counter, OrderedDict
 from contextvars import Context
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from common.model_folder import ModelFolder
 from common.sampling import Grammar
 from services.children import ROOT
 from services.codec_link import grammar_to_pb
+from services.piped_child import PipedChild
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class GrammarChecker:
         self._cpu_s = cpu_s
         self._memory_mib = memory_mib
         self._arguments = [str(model.path / "tokenizer.json"), str(model.vocab_size), *map(str, model.eos_token_ids)]
-        self._worker: asyncio.Task[Process] | None = None
+        self._worker: asyncio.Task[PipedChild] | None = None
         self._no_tokenizer = ""  # what is wrong with it: nothing will ever be compiled
         self._one_at_a_time = asyncio.Lock()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -117,7 +117,7 @@ class GrammarChecker:
         if self._worker is not None:
             self._worker.cancel()
             if self._worker.done() and not self._worker.cancelled() and self._worker.exception() is None:
-                await _kill(self._worker.result())
+                await self._worker.result().end()
 
     async def _ask(self, key: bytes, message: bytes, tenant: str) -> str:
         """What is wrong with the grammar; empty when nothing is. Raises Unavailable, Overloaded."""
@@ -133,7 +133,7 @@ class GrammarChecker:
             except Exception as error:  # noqa: BLE001 - whatever a transport raises whose process is gone
                 _log.error("the worker for grammars is lost: %s", type(error).__name__)
                 self._worker = None
-                await _kill(worker)
+                await worker.end()
                 raise Unavailable("structured output cannot be checked now") from None
             if problem == _LATE:
                 raise Overloaded("the machine is too busy to check structured output")
@@ -148,11 +148,12 @@ class GrammarChecker:
             _, oldest = self._known.popitem(last=False)
             self._known_bytes -= len(oldest) + _ENTRY_BYTES
 
-    async def _ready(self) -> Process:
+    async def _ready(self) -> PipedChild:
         worker = self._worker or self._start()
         try:
             process = await asyncio.shield(worker)
             if process.returncode is not None:  # it ended while nobody asked
+                await process.end()
                 process = await asyncio.shield(self._start())
             return process
         except (TimeoutError, asyncio.IncompleteReadError, OSError) as error:
@@ -160,31 +161,30 @@ class GrammarChecker:
             self._worker = None
             raise Unavailable("structured output cannot be checked now") from None
 
-    def _start(self) -> asyncio.Task[Process]:
+    def _start(self) -> asyncio.Task[PipedChild]:
         self._worker = asyncio.create_task(self._run())
         return self._worker
 
-    async def _run(self) -> Process:
+    async def _run(self) -> PipedChild:
         """A worker that has loaded the tokenizer."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "services.grammar_worker", *self._arguments),
-            *("--cpu-s", str(self._cpu_s), "--memory-mib", str(self._memory_mib)),
-            *("--die-with-parent", str(os.getpid())),
-            stdin=PIPE,
-            stdout=PIPE,
-            stderr=DEVNULL,  # a library that fails may print a caller's words
-            env={  # nothing of ours: no key, no failpoint
+        worker = await PipedChild.start(
+            [
+                *(sys.executable, "-m", "services.grammar_worker", *self._arguments),
+                *("--cpu-s", str(self._cpu_s), "--memory-mib", str(self._memory_mib)),
+                *("--die-with-parent", str(os.getpid())),
+            ],
+            {  # nothing of ours: no key, no failpoint
                 "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
             },
-            start_new_session=True,  # Ctrl-C is not for it
         )
         try:
             async with asyncio.timeout(_START_S):
-                self._no_tokenizer = await _frame(process)
+                self._no_tokenizer = await _frame(worker)
         except BaseException:
-            await _kill(process)
+            await worker.end()
+            _log.info("the worker for grammars ended with exit code %s before it was ready", worker.returncode)
             raise
-        return process
+        return worker
 
 
 def _key(tenant: str, message: bytes) -> bytes:
@@ -193,19 +193,11 @@ def _key(tenant: str, message: bytes) -> bytes:
     return blake2b(len(name).to_bytes(4, "little") + name + message, digest_size=32).digest()
 
 
-async def _exchange(process: Process, message: bytes) -> str:
-    assert process.stdin is not None
-    process.stdin.write(_LENGTH.pack(len(message)) + message)
-    return await _frame(process)
+async def _exchange(worker: PipedChild, message: bytes) -> str:
+    worker.write(_LENGTH.pack(len(message)) + message)
+    return await _frame(worker)
 
 
-async def _frame(process: Process) -> str:
-    assert process.stdout is not None
-    (length,) = _LENGTH.unpack(await process.stdout.readexactly(_LENGTH.size))
-    return (await process.stdout.readexactly(length)).decode()
-
-
-async def _kill(process: Process) -> None:
-    if process.returncode is None:
-        process.kill()
-    await process.wait()
+async def _frame(worker: PipedChild) -> str:
+    (length,) = _LENGTH.unpack(await worker.read(_LENGTH.size))
+    return (await worker.read(length)).decode()

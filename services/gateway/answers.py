@@ -51,11 +51,13 @@ class Answers:
         position: Position | None = None,
         tokens: Sequence[Sequence[int]] = (),
         on_first: Callable[[], None] = lambda: None,
+        has_ids: bool = True,
     ) -> None:
         """The requests are alike but for their prompts, and have a request id and a seed.
 
         With `position` what was told before is left out; with the `tokens` of each choice, too, it is not made again
-        either. `on_first` is called with the first piece. Raises InvalidRequest for tokens that do not fit.
+        either. `on_first` is called with the first piece. Without `has_ids` no event has one. Raises
+        InvalidRequest for tokens that do not fit.
         """
         self.n = requests[0].sampling.n if requests[0].sampling.HasField("n") else 1
         self._upstream = upstream
@@ -74,7 +76,7 @@ class Answers:
         self.begins_at = position.event + 1 if position else 0  # number of the first event that is told now
         self.next_event = self.begins_at  # where events are numbered: the number of the next one
         self._writer: Writer | None = None
-        if len(requests) * self.n <= MAX_CHOICES:
+        if has_ids and len(requests) * self.n <= MAX_CHOICES:
             first = requests[0]
             self._writer = Writer(first.request_id, first.sampling.seed, created, prompts=len(requests), choices=self.n)
         self._queue: asyncio.Queue[_Read] = asyncio.Queue(_AHEAD)
@@ -111,7 +113,7 @@ class Answers:
         return None
 
     def id(self, number: int, *, done: bool = False) -> str:
-        """The id of the event with this number, which tells what came last; empty where there are too many choices."""
+        """The id of the event with this number, which tells what came last; empty where events have none."""
         if self._writer is None:
             return ""
         parts: list[bytes] = []

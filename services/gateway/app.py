@@ -19,7 +19,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common import log
-from common.errors import DeadlineExceeded, InvalidRequest, Overloaded, PagewireError, Unauthenticated, Unavailable
+from common.errors import InvalidRequest, Overloaded, PagewireError, Unauthenticated, Unavailable
 from common.log import without_texts
 from protos import inference_pb2 as pb
 from services.gateway import chat, completions, openapi, positions, responses
@@ -39,7 +39,7 @@ from services.tracing import Tracer
 _log = logging.getLogger(__name__)
 
 _MAX_NAME: Final = 80  # characters of what a caller calls a request; what is longer is cut
-_KNOWN_KEY_S: Final = 1.0  # a scheduler that stands still takes no more of the time that a scrape has
+_KEY_S: Final = 1.0  # a scheduler that stands still takes no more of the time that a scrape has
 _NAMES: Final = "pagewire.names"
 """Where a request's scope holds what its caller calls the scheduler's fields."""
 
@@ -50,6 +50,7 @@ _FAILED: Final = "pagewire.failed"
 """Where it holds the status of what a stream failed by after it had begun, which its reader is told in an event."""
 
 _ALREADY_TOLD: Final = b"data: [DONE]\n\n"
+_EVENTS: Final = "text/event-stream"
 
 UnknownFields = Literal["refuse", "ignore"]
 
@@ -82,7 +83,8 @@ class Gateway:
     ) -> None:
         """With `metrics_need_key`, /metrics is for those whose API key the scheduler takes. `tracer` makes spans.
 
-        Where the scheduler is gone, the keys count that it took of late.
+        Where the scheduler cannot say so, the keys count that it took of late; who shows another one hears of this
+        process alone.
         """
         self.draining = False
         self._upstream = upstream
@@ -225,7 +227,10 @@ class Gateway:
         request.scope[_CALLED] = asked.request_id
         log.about(request_id=asked.request_id)
         if position is not None and position.done:
-            return Response(_ALREADY_TOLD, media_type="text/event-stream")
+            return Response(_ALREADY_TOLD, media_type=_EVENTS)
+        has_ids = asked.manner.resumable
+        if has_ids is None:  # a line that is no data ends many a client that was written for OpenAI's servers alone
+            has_ids = position is not None or _EVENTS in request.headers.get("accept", "").lower()
         first_token = self._metrics.first_token()
 
         def on_first() -> None:
@@ -240,6 +245,7 @@ class Gateway:
             position=position,
             tokens=asked.manner.resume_token_ids,
             on_first=on_first,
+            has_ids=has_ids,
         )
         if not asked.manner.stream:
             return Response(
@@ -249,7 +255,7 @@ class Gateway:
         answers.linger = bool(asked.manner.resumable)
 
         def on_cut() -> None:  # the process ends before the answer: its reader may go on with another one
-            answers.linger = asked.manner.resumable is not False
+            answers.linger = has_ids
             request.scope[_FAILED] = 503
 
         return EventStream(
@@ -258,6 +264,7 @@ class Gateway:
             close=answers.close,
             tell=lambda error: telling.error(_told_late(error, request.scope), answers),
             on_cut=on_cut,
+            comes_back=has_ids,
         )
 
     # ---- the rest
@@ -307,15 +314,21 @@ class Gateway:
         return _json({"status": "serving" if serving else "not_serving"}, 200 if serving else 503)
 
     async def _tell_metrics(self, request: Request) -> Response:
-        if self._metrics_need_key:
-            key = _key(request)
-            try:
-                async with asyncio.timeout(_KNOWN_KEY_S if key in self._known else None):
-                    await self._served("", key)
-            except (TimeoutError, Unavailable, Overloaded, DeadlineExceeded):  # just what somebody wants to hear of
-                if key not in self._known:
-                    raise
-        return Response(await self._metrics.text(), media_type="text/plain; version=0.0.4")
+        own = self._metrics_need_key and not await self._is_taken(_key(request))
+        return Response(await self._metrics.text(own=own), media_type="text/plain; version=0.0.4")
+
+    async def _is_taken(self, key: str) -> bool:
+        """Whether the scheduler takes this key, or where it does not say, took it of late. Raises Unauthenticated."""
+        if not key:
+            raise Unauthenticated("an API key is needed")
+        try:
+            async with asyncio.timeout(_KEY_S):
+                await self._served("", key)
+        except Unauthenticated:
+            raise
+        except (TimeoutError, PagewireError):  # just what somebody wants to hear of
+            return key in self._known
+        return True
 
     async def _describe(self, _: Request) -> Response:
         if not self._description:

@@ -25,7 +25,7 @@ class Manner:
     stream: bool = False
     include_usage: bool = False  # in an event of its own behind the last one
     return_token_ids: bool = False
-    resumable: bool | None = None  # True: waits for a reader who is lost; False: its events have no ids
+    resumable: bool | None = None  # True: waits for a reader who is lost; False: no ids; None: see app.py
     resume_token_ids: Sequence[Sequence[int]] = ()  # what the caller of a stream that broke has
 
 

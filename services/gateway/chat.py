@@ -196,7 +196,6 @@ class Chunks:
         self._asked = asked
         self._prefix = prefix
         self._kind = kind
-        self._has_ids = asked.manner.resumable is not False
         self._next = answers.begins_at
         self._new = new
         self._ends = "}" if new.count("{") else ""
@@ -229,7 +228,7 @@ class Chunks:
     def _id(self, *, done: bool = False) -> str:
         number = self._next
         self._next += 1
-        return self._answers.id(number, done=done) if self._has_ids else ""
+        return self._answers.id(number, done=done)
 
 
 def envelope(answers: Answers, asked: Asked, prefix: str, kind: str) -> dict[str, Any]:

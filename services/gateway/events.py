@@ -49,7 +49,7 @@ class EventStream:
     """An ASGI response. Until the first event, an error is raised and not told: it has a status of its own then.
 
     `tell` makes the last event of an error that comes later. `close` is called at the end, whoever makes it; `on_cut`
-    before that where it is this server.
+    before that where it is this server. A reader who `comes_back` is told when.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class EventStream:
         close: Callable[[], Awaitable[None]],
         tell: Callable[[Exception], bytes],
         on_cut: Callable[[], None],
+        comes_back: bool = True,
     ) -> None:
         self._events = events
         self._patience = patience
@@ -67,6 +68,7 @@ class EventStream:
         self._writing = asyncio.Lock()  # of events and comments, one at a time
         self._tell = tell
         self._on_cut = on_cut
+        self._head = _HEAD if comes_back else b""
         self._has_begun = False
         self._told_s = 0.0
         self._writing_since_s: float | None = None
@@ -129,7 +131,7 @@ class EventStream:
             if not self._has_begun:
                 self._has_begun = True
                 await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-                data = _HEAD + data
+                data = self._head + data
             await send({"type": "http.response.body", "body": data, "more_body": not last})
         self._writing_since_s = None
         self._told_s = loop.time()

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from common.errors import PagewireError
 from protos import monitoring_pb2 as pb
@@ -24,18 +24,25 @@ _FRESH_S: Final = 1.0  # what the scheduler said is told again for that long, ho
 
 AskStatus = Callable[[], Awaitable[pb.GetStatusResponse]]
 
+_T = TypeVar("_T")
+
 
 class Metrics:
-    """Counts. `ask_status` asks the scheduler; without it only this process is told of."""
+    """Counts. `ask_status` asks the scheduler, `ask_reachable` whether one is there; without them it is not told."""
 
-    def __init__(self, ask_status: AskStatus | None = None, clock_s: Callable[[], float] = time.monotonic) -> None:
-        self._ask_status = ask_status
+    def __init__(
+        self,
+        ask_status: AskStatus | None = None,
+        ask_reachable: Callable[[], Awaitable[bool]] | None = None,
+        *,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._status = None if ask_status is None else _Fresh(ask_status, clock_s)
+        self._reachable = None if ask_reachable is None else _Fresh(ask_reachable, clock_s)
         self._clock_s = clock_s
         self._requests: Counter[tuple[str, int]] = Counter()  # by path and status
         self._first_token = Histogram(FIRST_TOKEN_S)
         self._whole = Histogram(REQUEST_S)
-        self._asked: asyncio.Task[pb.GetStatusResponse | None] | None = None
-        self._asked_s = 0.0
         self.num_open = 0
         self.num_connections: Callable[[], int] = lambda: 0
 
@@ -66,8 +73,13 @@ class Metrics:
         began_s = self._clock_s()
         return lambda: self._first_token.add(self._clock_s() - began_s)
 
-    async def text(self) -> str:
-        """All of it, in Prometheus' text format."""
+    async def text(self, *, own: bool = False) -> str:
+        """All of it, in Prometheus' text format; with `own` nothing of what the scheduler tells its operator."""
+        asks_status = None if own else self._status
+        status, reachable = await asyncio.gather(
+            _nothing() if asks_status is None else asks_status.answer(),
+            _nothing() if self._reachable is None else self._reachable.answer(),
+        )
         lines = [
             *metric(
                 "pagewire_gateway_requests_total",
@@ -84,23 +96,39 @@ class Metrics:
             ),
             *_histogram("pagewire_gateway_request_duration_seconds", "from a request's head to its end", self._whole),
         ]
-        if self._ask_status is not None:
-            lines += of_status(await self._status(self._ask_status))
+        if self._reachable is not None:
+            text = "whether a scheduler answers this gateway, also one that can serve nobody now"
+            lines += metric("pagewire_gateway_scheduler_reachable", "gauge", text, {"": int(bool(reachable))})
+        if asks_status is not None:
+            lines += of_status(status)
         return "\n".join(lines) + "\n"
 
-    async def _status(self, ask: AskStatus) -> pb.GetStatusResponse | None:
-        """What the scheduler says of itself, None where it does not: asked once at a time, and once a second."""
 
-        async def told() -> pb.GetStatusResponse | None:
-            try:
-                return await ask()
-            except PagewireError:
-                return None
+class _Fresh(Generic[_T]):
+    """What a question is answered with: asked once at a time, and once in `_FRESH_S`, however many want to know."""
 
+    def __init__(self, ask: Callable[[], Awaitable[_T]], clock_s: Callable[[], float]) -> None:
+        self._ask = ask
+        self._clock_s = clock_s
+        self._asked: asyncio.Task[_T | None] | None = None
+        self._asked_s = 0.0
+
+    async def answer(self) -> _T | None:
+        """None where it failed."""
         now_s = self._clock_s()
         if self._asked is None or (self._asked.done() and now_s >= self._asked_s + _FRESH_S):
-            self._asked, self._asked_s = asyncio.create_task(told()), now_s
+            self._asked, self._asked_s = asyncio.create_task(self._told()), now_s
         return await asyncio.shield(self._asked)  # who leaves takes it from nobody else
+
+    async def _told(self) -> _T | None:
+        try:
+            return await self._ask()
+        except PagewireError:
+            return None
+
+
+async def _nothing() -> None:
+    pass
 
 
 def _histogram(name: str, text: str, measured: Histogram) -> Iterator[str]:

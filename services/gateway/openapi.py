@@ -13,7 +13,7 @@ from services.gateway.fields import Fields
 _ABOUT: Final = (
     "OpenAI's API, and every control of Pagewire's own by its name. What is not described is refused, and so is what "
     "is out of a control's range, which the scheduler knows: with 400 and the name of the member. A stream's events "
-    f"have ids: with the last one, as {LAST_EVENT_ID}, the same request goes on behind it."
+    f"have ids where text/event-stream is accepted: with the last one, as {LAST_EVENT_ID}, the same request goes on."
 )
 _ERROR: Final = {
     "type": "object",

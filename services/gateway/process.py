@@ -67,7 +67,7 @@ async def run(
         if needs_key:
             await _check_keys(upstream, http, stop)
         tracer = open_tracer("gateway", otlp_endpoint)
-        metrics = Metrics(_status_of(config.http_admin, addresses[0]))
+        metrics = Metrics(_status_of(config.http_admin, addresses[0]), upstream.is_reachable)
         gateway = Gateway(
             upstream,
             Bodies(

@@ -62,6 +62,7 @@ def read(body: Fields) -> AskedResponse:
         reasoning.refuse_unknown()
     stream = body.boolean("stream") or False
     if (options := body.fields("stream_options")) is not None:
+        options.boolean("include_usage")  # it always is, and aiperf asks for it all the same
         options.ignore("include_obfuscation")
         options.refuse_unknown()
     return AskedResponse(
@@ -151,13 +152,12 @@ async def stream(answers: Answers, asked: AskedResponse) -> AsyncGenerator[bytes
 class _Events:
     def __init__(self, answers: Answers, asked: AskedResponse) -> None:
         self._answers = answers
-        self._has_ids = asked.manner.resumable is not False
 
     def event(self, kind: str, more: dict[str, Any], *, has_id: bool = False) -> bytes:
         """An event. Only the last one of what came at once has an id: who comes back with it hears what comes next."""
         number = self._answers.next_event
         self._answers.next_event += 1
-        id = self._answers.id(number) if has_id and self._has_ids else ""
+        id = self._answers.id(number) if has_id else ""
         return event(json.dumps({"type": kind, "sequence_number": number, **more}), id, kind)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, TypeVar
@@ -23,6 +24,7 @@ from services.tls import Dialer, PemFiles
 
 _NO_HURRY_S: Final = 86_400.0  # whoever reads the answer ends it
 _UNARY_S: Final = 5.0
+_LOOK_S: Final = 2.0  # one that stands still is told of within the 5 s that a scrape often has
 
 _T = TypeVar("_T")
 
@@ -63,12 +65,7 @@ class Upstream:
         """Whether one says that it can answer requests. Raises Unavailable where none is there."""
 
         async def ask(channel: aio.Channel) -> health_pb2.HealthCheckResponse:
-            check = channel.unary_unary(
-                "/grpc.health.v1.Health/Check",
-                request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-                response_deserializer=health_pb2.HealthCheckResponse.FromString,
-            )
-            answer = await check(health_pb2.HealthCheckRequest(), timeout=_UNARY_S)
+            answer = await _health(channel, _UNARY_S)
             if answer.status != health_pb2.HealthCheckResponse.SERVING:
                 raise Unavailable("no executor is connected, or the scheduler drains")
             return answer
@@ -78,6 +75,18 @@ class Upstream:
         except Unavailable:
             return False
         return True
+
+    async def is_reachable(self) -> bool:
+        """Whether one answers, also one that can answer no requests now."""
+
+        async def answers(channel: aio.Channel) -> bool:
+            try:
+                await _health(channel, _LOOK_S)
+            except aio.AioRpcError:
+                return False
+            return True
+
+        return any(await asyncio.gather(*map(answers, self._channels)))
 
     async def asks_for_keys(self) -> bool:
         """Whether the scheduler refuses who shows no API key. Raises Unavailable where none is there."""
@@ -142,6 +151,15 @@ async def connect(
     finally:
         for channel in channels:
             await channel.close()
+
+
+async def _health(channel: aio.Channel, limit_s: float) -> health_pb2.HealthCheckResponse:
+    check = channel.unary_unary(
+        "/grpc.health.v1.Health/Check",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
+    return await check(health_pb2.HealthCheckRequest(), timeout=limit_s)
 
 
 def _meaning(error: aio.AioRpcError) -> PagewireError:

@@ -100,7 +100,7 @@ def over_http(address: str) -> Ask:
         body = json.dumps(asked).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\n\r\n"
+            f"accept: text/event-stream\r\ncontent-length: {len(body)}\r\n\r\n"
         )
         writer.write(head.encode() + body)
         begun = False
@@ -177,11 +177,12 @@ def serialising_us(count: int = 20_000) -> dict[str, float]:
 
             return Stream()
 
-    answers = Answers(Nowhere(), [request], "", created=1_800_000_000)  # type: ignore[arg-type]
-    told = answers._told[0][0]
+    asked = Asked(requests=[request], manner=Manner())
     found: dict[str, float] = {}
-    for name, resumable in (("from text, with an id", None), ("from text, without", False)):
-        chunks = Chunks(answers, Asked(requests=[request], manner=Manner(resumable=resumable)), "chatcmpl", "chunk")
+    for name, has_ids in (("from text, with an id", True), ("from text, without", False)):
+        answers = Answers(Nowhere(), [request], "", created=1_800_000_000, has_ids=has_ids)  # type: ignore[arg-type]
+        told = answers._told[0][0]
+        chunks = Chunks(answers, asked, "chatcmpl", "chunk")
         piece = Piece(0, " word", (42,), (), None)
         began = time.process_time()
         for number in range(count):

@@ -51,10 +51,8 @@ class Smg(NamedTuple):
     metrics: str
     scheduler: Cluster
     model: str
+    client: openai.OpenAI
     log: Path
-
-    def openai(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def status(self) -> monitoring_pb2.GetStatusResponse:
         with grpc.insecure_channel(self.scheduler.admin) as channel:
@@ -85,6 +83,17 @@ def get(url: str) -> str:
         return ""
 
 
+def answers(client: openai.OpenAI, model: str) -> bool:
+    """Whether SMG has the tokenizer by now, which it asks the scheduler for after it has told of the model."""
+    try:
+        client.chat.completions.create(model=model, messages=COLOURS, max_completion_tokens=1)
+    except openai.InternalServerError as error:  # 503: retry shortly
+        if error.status_code != 503:
+            raise
+        return False
+    return True
+
+
 @pytest.fixture(scope="module")
 def smg(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Smg]:
     folder = tmp_path_factory.mktemp("smg")
@@ -108,7 +117,9 @@ def smg(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         url = f"http://127.0.0.1:{port}"
         until(lambda: '"id"' in get(f"{url}/v1/models"), process)
         model = json.loads(get(f"{url}/v1/models"))["data"][0]["id"]
-        yield Smg(url, f"http://127.0.0.1:{metrics}/metrics", scheduler, model, log)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            until(lambda: answers(client, model), process)
+            yield Smg(url, f"http://127.0.0.1:{metrics}/metrics", scheduler, model, client, log)
     finally:
         if process is not None:
             process.send_signal(signal.SIGTERM)
@@ -133,8 +144,12 @@ def ours(smg: Smg, prompt: str, max_tokens: int) -> str:
 # ---- OpenAI's client
 
 
+def test_the_model_has_the_name_that_the_scheduler_serves_it_by(smg: Smg, default_model: Path) -> None:
+    assert smg.model == default_model.name
+
+
 def test_a_chat_says_what_pagewire_says(smg: Smg) -> None:
-    answer = smg.openai().chat.completions.create(
+    answer = smg.client.chat.completions.create(
         model=smg.model, messages=COLOURS, max_completion_tokens=16, temperature=0
     )
 
@@ -145,7 +160,7 @@ def test_a_chat_says_what_pagewire_says(smg: Smg) -> None:
 
 def test_a_stream_adds_up_to_the_same_and_tells_its_usage(smg: Smg) -> None:
     chunks = list(
-        smg.openai().chat.completions.create(
+        smg.client.chat.completions.create(
             model=smg.model,
             messages=COLOURS,
             max_completion_tokens=16,
@@ -162,7 +177,7 @@ def test_a_stream_adds_up_to_the_same_and_tells_its_usage(smg: Smg) -> None:
 
 
 def test_choices_differ_and_tell_how_likely_their_tokens_were(smg: Smg) -> None:
-    answer = smg.openai().chat.completions.create(
+    answer = smg.client.chat.completions.create(
         model=smg.model, messages=COLOURS, max_completion_tokens=12, n=2, seed=3, logprobs=True, top_logprobs=2
     )
 
@@ -176,7 +191,7 @@ def test_choices_differ_and_tell_how_likely_their_tokens_were(smg: Smg) -> None:
 
 def test_a_completion_goes_on_with_its_prompt_and_stops_where_it_was_told_to(smg: Smg) -> None:
     def complete(**asked: Any) -> Any:
-        return smg.openai().completions.create(model=smg.model, prompt="The sea is", temperature=0, **asked)
+        return smg.client.completions.create(model=smg.model, prompt="The sea is", temperature=0, **asked)
 
     text = complete(max_tokens=12).choices[0].text
     request = pb.GenerateRequest(
@@ -196,7 +211,7 @@ def test_an_answer_keeps_to_a_schema(smg: Smg) -> None:
         "required": ["colour"],
         "additionalProperties": False,
     }
-    answer = smg.openai().chat.completions.create(
+    answer = smg.client.chat.completions.create(
         model=smg.model,
         messages=COLOURS,
         max_completion_tokens=64,
@@ -207,7 +222,7 @@ def test_an_answer_keeps_to_a_schema(smg: Smg) -> None:
 
 
 def test_a_tool_that_must_be_called_is(smg: Smg) -> None:
-    answer = smg.openai().chat.completions.create(
+    answer = smg.client.chat.completions.create(
         model=smg.model,
         messages=[{"role": "user", "content": "How is the weather in Oslo?"}],
         tools=[WEATHER],
@@ -222,7 +237,7 @@ def test_a_tool_that_must_be_called_is(smg: Smg) -> None:
 
 
 def test_what_cannot_be_served_is_an_error_of_the_caller_s(smg: Smg) -> None:
-    asking = smg.openai().chat.completions
+    asking = smg.client.chat.completions
     with pytest.raises(openai.BadRequestError):  # a penalty that the scheduler refuses
         asking.create(model=smg.model, messages=COLOURS, extra_body={"repetition_penalty": 1000.0})
     with pytest.raises(openai.BadRequestError):  # longer than the context
@@ -230,7 +245,7 @@ def test_what_cannot_be_served_is_an_error_of_the_caller_s(smg: Smg) -> None:
 
 
 def test_who_leaves_ends_the_request(smg: Smg) -> None:
-    stream = smg.openai().chat.completions.create(
+    stream = smg.client.chat.completions.create(
         model=smg.model,
         messages=[{"role": "user", "content": "Count to a thousand."}],
         max_completion_tokens=4000,
@@ -248,16 +263,16 @@ def test_who_leaves_ends_the_request(smg: Smg) -> None:
 
 def test_anthropic_s_messages_and_their_stream_say_the_same(smg: Smg) -> None:
     anthropic: Any = importlib.import_module("anthropic")
-    client = anthropic.Anthropic(base_url=smg.url, api_key="none", max_retries=0, timeout=60)
     asked: Any = {
         "model": smg.model,
         "max_tokens": 16,
         "messages": COLOURS,
         "extra_body": {"temperature": 0},
     }
-    message: Any = client.messages.create(**asked)
-    with client.messages.stream(**asked) as stream:
-        streamed = "".join(stream.text_stream)
+    with anthropic.Anthropic(base_url=smg.url, api_key="none", max_retries=0, timeout=60) as client:
+        message: Any = client.messages.create(**asked)
+        with client.messages.stream(**asked) as stream:
+            streamed = "".join(stream.text_stream)
 
     assert message.content[0].text == streamed == ours(smg, "Name three colours.", 16)
     assert (message.stop_reason, message.usage.output_tokens) == ("max_tokens", 16)
@@ -268,7 +283,7 @@ def test_anthropic_s_messages_and_their_stream_say_the_same(smg: Smg) -> None:
 
 def test_it_knows_the_blocks_that_are_cached(smg: Smg) -> None:
     prompt = "The quick brown fox jumps over the lazy dog. " * 8
-    smg.openai().completions.create(model=smg.model, prompt=prompt, max_tokens=1)
+    smg.client.completions.create(model=smg.model, prompt=prompt, max_tokens=1)
 
     def blocks() -> int:
         found = re.findall(r"^smg_kv_index_blocks(?:\{.*\})? (\d+)", get(smg.metrics), re.MULTILINE)
@@ -279,7 +294,7 @@ def test_it_knows_the_blocks_that_are_cached(smg: Smg) -> None:
 
 def test_a_stream_outlives_the_executor_that_computed_it(smg: Smg) -> None:
     smg.scheduler.start_executor("--dtype=float32", fake=False)
-    stream = smg.openai().chat.completions.create(
+    stream = smg.client.chat.completions.create(
         model=smg.model, messages=COLOURS, max_completion_tokens=64, temperature=0, stream=True
     )
     chunks = iter(stream)

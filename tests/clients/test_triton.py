@@ -14,7 +14,7 @@ from tests.e2e.cluster import ROOT, Cluster
 from tests.e2e.programs import run
 
 PROGRAM = str(ROOT / "tests" / "clients" / "triton_program.py")
-# Its protobuf is older: python -m venv .venv-triton; .venv-triton/bin/pip install "tritonclient[grpc]==2.73.0"
+# Its protobuf is older: make test-clients has it in an environment of its own.
 PYTHON = os.environ.get("PAGEWIRE_TRITON_PYTHON", str(ROOT / ".venv-triton" / "bin" / "python"))
 
 pytestmark = pytest.mark.skipif(not Path(PYTHON).exists(), reason="tritonclient is not in .venv-triton")

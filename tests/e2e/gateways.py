@@ -13,6 +13,8 @@ from openai import OpenAI
 
 from tests.e2e.cluster import Process
 
+EVENTS = {"content-type": "application/json", "accept": "text/event-stream"}
+
 ASK = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 """How a request begins that a test writes byte by byte."""
 
@@ -30,10 +32,10 @@ class Gateway:
         return OpenAI(**{"base_url": f"http://{self.http}/v1", "api_key": "any", "max_retries": 0, **settings})
 
     def post(self, path: str, body: object, headers: Mapping[str, str] | None = None) -> Reply:
-        """Ask, and hear the answer's head; bytes are sent as they are."""
+        """Ask for events with ids, unless `headers` say otherwise, and hear the head; bytes are sent as they are."""
         connection = http.client.HTTPConnection(self.http, timeout=60)
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("POST", path, data, {"content-type": "application/json", **(headers or {})})
+        connection.request("POST", path, data, {**EVENTS, **(headers or {})})
         return self._reply(connection)
 
     def get(self, path: str) -> Reply:

@@ -246,6 +246,7 @@ def test_metrics_are_told_for_prometheus_and_under_the_names_of_vllm(gateway: Ga
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert float(values['pagewire_gateway_requests_total{path="/v1/chat/completions",status="200"}']) >= 1
     assert float(values["pagewire_gateway_time_to_first_token_seconds_count"]) >= 1
+    assert values["pagewire_gateway_scheduler_reachable"] == "1"
     assert float(values["pagewire_output_tokens_total"]) >= 1
     assert float(values['pagewire_executor_blocks{executor="executor-0"}']) == 4096
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
@@ -294,6 +295,8 @@ def test_what_is_refused_names_its_parameter(
     assert reply.status == (404 if code == "model_not_found" else 400)
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
     assert error["message"]
+    is_too_long = "This model's maximum context length is" in error["message"]
+    assert is_too_long == (code == "context_length_exceeded"), "litellm knows it by these words"
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,32 @@ def test_an_address_that_others_can_reach_needs_tls_and_a_scheduler_that_asks_fo
         assert gateway.process.wait() == 0
 
 
+def test_a_gateway_that_never_saw_a_good_key_tells_prometheus_that_its_scheduler_is_gone(
+    fake_folder: Path, authority: Authority, tmp_path: Path
+) -> None:
+    pair, key = authority.issue("gateway"), new_key()
+    tls = (f"--http-tls-cert={pair.cert}", f"--http-tls-key={pair.key}")
+    (tmp_path / "keys").write_text(f"{line_of('acme', key)}\n")
+    trust = ssl.create_default_context(cafile=str(authority.ca))
+    flags = [f"--api-keys={tmp_path / 'keys'}"]
+    with (
+        cluster(fake_folder, tmp_path, executors=0, flags=flags) as running,
+        Gateway(
+            running.address, tmp_path / "log", "--http=0.0.0.0:0", f"--http-admin={running.admin}", *tls
+        ) as gateway,
+    ):
+        running.scheduler.signal(signal.SIGKILL)
+        running.scheduler.wait()
+        raw = http.client.HTTPSConnection("localhost", int(gateway.http.rpartition(":")[2]), context=trust, timeout=30)
+        raw.request("GET", "/metrics", headers={"authorization": f"Bearer {key}"})
+        with raw.getresponse() as answer:
+            assert answer.status == 200
+            lines = answer.read().decode().splitlines()
+        raw.close()
+
+    assert "pagewire_gateway_scheduler_reachable 0" in lines and "pagewire_gateway_open_requests 0" in lines
+
+
 def test_keys_are_not_passed_on_in_the_clear(tmp_path: Path) -> None:
     ended = run(*PAGEWIRE, "gateway", "--address", "192.0.2.1:50051", "--http=127.0.0.1:0")
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OBSERVABILITY = ROOT / "deploy" / "observability"
 DASHBOARDS = sorted((OBSERVABILITY / "grafana" / "dashboards").glob("*.json"))
 
-_WORDS = frozenset({"sum", "rate", "increase", "histogram_quantile", "by", "label_values"})
+_WORDS = frozenset({"sum", "rate", "increase", "histogram_quantile", "by", "label_values", "or"})
 """Of Prometheus' language, and Grafana's, as far as they are used."""
 
 _OWN = frozenset({"up"})

@@ -94,7 +94,12 @@ class Call:
     """One call of the application."""
 
     def __init__(
-        self, body: object, path: str = CHAT, headers: Sequence[tuple[bytes, bytes]] = (), method: str = "POST"
+        self,
+        body: object,
+        path: str = CHAT,
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        method: str = "POST",
+        accept: bytes = b"text/event-stream",
     ) -> None:
         self.scope: dict[str, Any] = {
             "type": "http",
@@ -103,7 +108,7 @@ class Call:
             "raw_path": path.encode(),
             "root_path": "",
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json"), *headers],
+            "headers": [(b"content-type", b"application/json"), (b"accept", accept), *headers],
         }
         self._body = json.dumps(body).encode()
         self._asked = False

@@ -124,10 +124,34 @@ def test_a_gateway_is_ready_until_it_drains_and_alive_even_then() -> None:
     assert ask(app, {}, path="/live", method="GET").status == 200
 
 
-def test_events_have_ids_unless_the_caller_wants_none() -> None:
-    for resumable, count in ((None, 2), (True, 2), (False, 0)):
-        call = ask(gateway(Scheduler(delta(0, 5, "a"), finish())), {**HI, "stream": True, "resumable": resumable})
-        assert b"".join(call.parts).count(b"id: ") == count
+@pytest.mark.parametrize(
+    ("accept", "resumable", "count"),
+    [
+        (b"text/event-stream", None, 2),
+        (b"application/json, Text/Event-Stream;q=0.5", None, 2),
+        (b"text/event-stream", False, 0),
+        (b"*/*", None, 0),  # as clients ask that know lines of data alone
+        (b"application/json", None, 0),  # as OpenAI's own do
+        (b"application/json", True, 2),
+    ],
+)
+def test_events_have_ids_for_who_takes_events_unless_the_caller_says_otherwise(
+    accept: bytes, resumable: bool | None, count: int
+) -> None:
+    asked = {**HI, "stream": True, "resumable": resumable}
+    call = ask(gateway(Scheduler(delta(0, 5, "a"), finish())), asked, accept=accept)
+
+    assert len(call.ids) == count
+    assert count or all(line.startswith(b"data: ") for line in b"".join(call.parts).splitlines() if line)
+
+
+def test_who_comes_back_with_an_id_gets_more_of_them() -> None:
+    asked = {**HI, "stream": True, "request_id": "mine", "seed": 7}
+    first = ask(gateway(Scheduler(delta(0, 5, "a"), then=Superseded("it breaks"))), asked)
+    said = (delta(0, 5, "a"), delta(1, 6, "b"), finish())
+    rest = ask(gateway(Scheduler(*said)), asked, headers=[(b"last-event-id", first.ids[-1])], accept=b"*/*")
+
+    assert rest.ids
 
 
 def test_half_a_character_is_told_with_the_rest_of_it() -> None:
@@ -212,7 +236,7 @@ def test_who_asks_for_metrics_at_once_or_soon_asks_the_scheduler_once() -> None:
         return GetStatusResponse()
 
     async def run() -> list[bool]:
-        metrics = Metrics(ask_status, lambda: now_s[0])
+        metrics = Metrics(ask_status, clock_s=lambda: now_s[0])
         texts = [*await asyncio.gather(metrics.text(), metrics.text()), await metrics.text()]
         now_s[0] = 1.0
         texts += [await metrics.text(), await metrics.text()]
@@ -252,36 +276,50 @@ def test_metrics_are_for_those_with_a_key_where_it_is_needed(
 
 
 @pytest.mark.parametrize("problem", [Unavailable("gone"), Overloaded("full"), DeadlineExceeded("late")])
-def test_who_has_a_key_hears_that_the_scheduler_is_gone_and_a_stranger_does_not(problem: PagewireError) -> None:
+def test_beside_a_scheduler_that_is_gone_a_known_key_hears_of_both_and_another_of_the_gateway_alone(
+    problem: PagewireError,
+) -> None:
     keeper = Keeper()
 
     async def ask_status() -> GetStatusResponse:
         raise problem
 
-    app = gateway(keeper, metrics=Metrics(ask_status), metrics_need_key=True)
+    async def ask_reachable() -> bool:
+        return False
+
+    app = gateway(keeper, metrics=Metrics(ask_status, ask_reachable), metrics_need_key=True)
     known, stranger = ([(b"authorization", b"Bearer " + key)] for key in (b"mine", b"other"))
     for headers in (known, stranger):
         ask(app, {}, path="/v1/models", headers=headers, method="GET")
     keeper.problem = problem
 
-    told = ask(app, {}, path="/metrics", headers=known, method="GET")
-    assert told.status == 200 and b"pagewire_up 0" in b"".join(told.parts).splitlines()
-    assert ask(app, {}, path="/metrics", headers=stranger, method="GET").status in (429, 503, 504)
+    told = [ask(app, {}, path="/metrics", headers=headers, method="GET") for headers in (known, stranger, ())]
+    assert [call.status for call in told] == [200, 200, 401]
+    lines = [b"".join(call.parts).splitlines() for call in told]
+    assert all(b"pagewire_gateway_scheduler_reachable 0" in each for each in lines[:2])
+    assert [b"pagewire_up 0" in each for each in lines] == [True, False, False]
+    names = {line.split()[2] for line in lines[1] if line.startswith(b"# TYPE")}
+    assert b"pagewire_gateway_open_requests" in names
+    assert all(name.startswith(b"pagewire_gateway_") for name in names)
 
 
 def test_a_scheduler_that_stands_still_keeps_nobody_from_hearing_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app_module, "_KNOWN_KEY_S", 0.01)
+    monkeypatch.setattr(app_module, "_KEY_S", 0.01)
     keeper = Keeper()
 
     async def run() -> list[int]:
         app = gateway(keeper, metrics_need_key=True)
-        calls = [Call({}, path="/metrics", headers=[(b"authorization", b"Bearer mine")], method="GET") for _ in "12"]
+        keys = (b"mine", b"mine", b"other")
+        calls = [
+            Call({}, path="/metrics", headers=[(b"authorization", b"Bearer " + key)], method="GET") for key in keys
+        ]
         await app(calls[0].scope, calls[0].receive, calls[0].send)
         keeper.go_on.clear()
-        await asyncio.wait_for(app(calls[1].scope, calls[1].receive, calls[1].send), 20)
+        for call in calls[1:]:
+            await asyncio.wait_for(app(call.scope, call.receive, call.send), 20)
         return [call.status for call in calls]
 
-    assert asyncio.run(run()) == [200, 200]
+    assert asyncio.run(run()) == [200, 200, 200]
 
 
 def test_a_key_is_known_for_a_while_and_until_it_is_refused_or_others_were_taken() -> None:

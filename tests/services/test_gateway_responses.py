@@ -51,6 +51,13 @@ def kinds(call: Call) -> list[str]:
     return [event["type"].removeprefix("response.") for event in call.events]
 
 
+def test_a_stream_tells_its_usage_also_where_that_is_asked_for() -> None:
+    call = told(*TWO_CALLS, stream_options={"include_usage": True})
+
+    assert call.status == 200
+    assert call.events[-1]["response"]["usage"]["input_tokens"] == 3
+
+
 def test_text_and_calls_are_items_that_begin_and_end_one_after_the_other() -> None:
     call = told(*TWO_CALLS)
     whole = ask(gateway(Scheduler(*TWO_CALLS, finish(pb.FINISH_REASON_TOOL_CALLS))), ASKED, path=PATH).json

@@ -133,7 +133,7 @@ def test_a_worker_that_ended_while_nobody_asked_is_started_anew(model: ModelFold
         await checker.check("regex", GOOD, "")
         assert checker._worker is not None
         worker = await checker._worker
-        worker.kill()
+        os.kill(worker.pid, signal.SIGKILL)
         await worker.wait()
 
         assert await problem_with(checker, BAD) == "unclosed group"
