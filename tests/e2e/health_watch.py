@@ -13,15 +13,18 @@ SERVING, NOT_SERVING = "SERVING", "NOT_SERVING"
 
 
 class HealthWatch:
-    """Watches from its first answer on, until the server ends it."""
+    """Watches from its first answer on, or from the first that is `once`, until the server ends it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, once: str = "") -> None:
         # a connection of its own, which nobody has seen break
         self._channel = grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
         method: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream("/grpc.health.v1.Health/Watch")
         self._call = method(b"", wait_for_ready=True, timeout=120)
         self._changed = threading.Condition()
-        self._heard = [_status(next(self._call))]
+        first = _status(next(self._call))
+        while once and first != once:
+            first = _status(next(self._call))
+        self._heard = [first]
         self._is_over = False
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()

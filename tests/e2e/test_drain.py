@@ -88,7 +88,7 @@ def moved(messages: Messages) -> tuple[list[pb.Delta], float]:
 
 def test_what_runs_and_what_waits_finishes_while_health_says_no_and_nothing_new_is_taken(patient: Cluster) -> None:
     patient.start_executor(SLOW)
-    with HealthWatch(patient.address) as health:
+    with HealthWatch(patient.address, once=SERVING) as health:
         assert health.heard == [SERVING]
         running, waiting = begun(patient, 60), stream(patient, 5)
         assert next(waiting).HasField("prompt"), "it waits: there is room for one"
@@ -146,7 +146,7 @@ def test_what_no_executor_can_run_goes_elsewhere_and_holds_nobody_up(patient: Cl
 
 def test_a_second_signal_ends_it_at_once_but_an_echo_does_not(patient: Cluster) -> None:
     patient.start_executor(SLOW)
-    with HealthWatch(patient.address) as health:
+    with HealthWatch(patient.address, once=SERVING) as health:
         messages = begun(patient, 500)
         patient.scheduler.signal(signal.SIGTERM)
         patient.scheduler.signal(signal.SIGTERM)  # as one who stops a whole service sends it
@@ -162,7 +162,7 @@ def test_a_second_signal_ends_it_at_once_but_an_echo_does_not(patient: Cluster) 
 
 def test_a_second_ctrl_c_is_never_an_echo(patient: Cluster) -> None:
     patient.start_executor(SLOW)
-    with HealthWatch(patient.address) as health:
+    with HealthWatch(patient.address, once=SERVING) as health:
         begun(patient, 500)
         patient.scheduler.signal(signal.SIGINT)
         health.wait_for(NOT_SERVING)
@@ -191,7 +191,7 @@ def test_an_executor_finishes_what_it_has_and_health_says_that_nobody_is_left(
     cluster = running(fake_folder, tmp_path)
     try:
         executor = cluster.start_executor(SLOW, f"--drain-s={FAR_OFF_S}")
-        with HealthWatch(cluster.address) as health:
+        with HealthWatch(cluster.address, once=SERVING) as health:
             messages = begun(cluster, 60)
             executor.signal(signal.SIGTERM)
             health.wait_for(NOT_SERVING)
@@ -214,7 +214,7 @@ def test_what_an_executor_cannot_finish_in_its_grace_moves_and_is_not_suspected(
     cluster = running(fake_folder, tmp_path)
     try:
         executor = cluster.start_executor("--fake-step-s=0.05", "--drain-s=0.3")
-        with HealthWatch(cluster.address) as health:
+        with HealthWatch(cluster.address, once=SERVING) as health:
             messages = begun(cluster, 400)
             cluster.start_executor()
             executor.signal(signal.SIGTERM)

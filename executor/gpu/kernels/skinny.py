@@ -444,8 +444,8 @@ def _finish(sums, bias, out, rows, columns, asked, N: tl.constexpr, ADDS: tl.con
 
 
 def compile_cases() -> list[CompileCase]:
-    """The matrices of Qwen3-0.6B and of Llama-3-8B, for each number of rows."""
-    cases = []
+    """The matrices of Qwen3-0.6B and of Llama-3-8B, for each number of rows; of those that are cut alike the first."""
+    cases, seen = [], set[tuple[object, ...]]()
     for outputs, inputs, has_bias in (
         (4096, 1024, False), (1024, 2048, True), (6144, 1024, False), (1024, 3072, False), (151936, 1024, False),
         (6144, 4096, True), (4096, 4096, False), (28672, 4096, False), (4096, 14336, False), (128256, 4096, False),
@@ -455,6 +455,10 @@ def compile_cases() -> list[CompileCase]:
             adds = rows == 1 and closes  # as the products behind attention and the gate do
             leaves = rows > 1 and closes and cut.splits > 1 and not has_bias
             normed = rows == 1 and not closes
+            alike = (rows, cut, has_bias, adds, leaves, normed, cut.held and cut.steps(inputs))
+            if alike in seen:
+                continue
+            seen.add(alike)
             cases.append(
                 case_of(outputs, inputs, rows, cut, has_bias=has_bias, adds=adds, leaves=leaves, normed=normed)
             )
