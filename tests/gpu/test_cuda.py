@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from common.sampling import Grammar, SamplingParams
-from common.step import StepPlan
 from executor.gpu.device import CudaDevice, HostDevice
 from executor.gpu.models import open_gpu_model
 from executor.guide import Guide
-from executor.runner import Runner, execute
+from executor.runner import Runner
 from tests.executor.guides import save_letters
 from tests.executor.tiny_models import VOCAB_SIZE, save_tiny
 from tests.gpu.story import Story
-from tests.gpu.test_runner import CONTROLLED, PLAIN, PROMPT, A, B, C, Host, plain_for, play, sequence
+from tests.gpu.test_runner import CONTROLLED, PLAIN, Host, check_beams, plain_for, play
 
 pytestmark = pytest.mark.gpu
 GUIDED = (
@@ -76,22 +75,4 @@ def test_rows_of_every_kind_have_the_tokens_of_the_other_runner(
 
 
 def test_beams_are_ranked_as_the_other_runner_ranks_them(plain: Runner, host: Host) -> None:
-    new = [
-        sequence(A, PROMPT, [3, 9, 10], num_candidates=6),
-        sequence(B, PROMPT, [4, 5, 6], num_candidates=6, sampling=CONTROLLED[0]),
-        sequence(C, PROMPT, [1, 2, 7]),
-    ]
-    plans = [
-        StepPlan(step=0, refs=[A, B, C], num_scheduled=[7, 7, 7], new=new),
-        StepPlan(step=1, refs=[A, B, C], num_scheduled=[1, 1, 1], told_refs=[A, B], told_tokens=[11, 12]),
-        StepPlan(step=2, refs=[B, C], num_scheduled=[1, 1], told_refs=[B], told_tokens=[13]),
-    ]
-    plain.begin_session()
-    host.runner.begin_session()
-    for plan in plans:
-        ours, theirs = execute(host.runner, plan), execute(plain, plan)
-
-        assert (ours.refs, ours.tokens) == (theirs.refs, theirs.tokens)
-        assert [each[:3] for each in ours.ranked] == [each[:3] for each in theirs.ranked]
-        for mine, other in zip(ours.ranked, theirs.ranked, strict=True):
-            assert list(mine.logprobs) == pytest.approx(list(other.logprobs), abs=1e-4)
+    check_beams(plain, host)

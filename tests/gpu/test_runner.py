@@ -244,7 +244,8 @@ def test_rows_that_need_the_host_run_among_the_others(plain: Runner, host: Host,
     assert play(story, plain, host.runner, num_steps=36, depth=depth) > 36
 
 
-def test_beams_are_ranked_among_the_others_and_go_on_from_what_they_are_told(plain: Runner, host: Host) -> None:
+def check_beams(plain: Runner, host: Host) -> None:
+    """Both rank the same candidates of two beams, beside a row that samples, and go on from what they are told."""
     new = [
         sequence(A, PROMPT, [3, 9, 10], num_candidates=6),
         sequence(B, PROMPT, [4, 5, 6], num_candidates=6, sampling=CONTROLLED[0]),
@@ -265,6 +266,10 @@ def test_beams_are_ranked_among_the_others_and_go_on_from_what_they_are_told(pla
         assert [each[:3] for each in ours.ranked] == [each[:3] for each in theirs.ranked]
         for mine, other in zip(ours.ranked, theirs.ranked, strict=True):
             assert list(mine.logprobs) == pytest.approx(list(other.logprobs), abs=1e-4)
+
+
+def test_beams_are_ranked_among_the_others_and_go_on_from_what_they_are_told(plain: Runner, host: Host) -> None:
+    check_beams(plain, host)
 
 
 def test_rows_with_a_grammar_run_among_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
