@@ -19,12 +19,14 @@ def says(model: Path, prompts: list[list[int]], outputs: list[list[int]]) -> lis
     Outputs that are what comes back are those of `generate`, token for token: the first because it is the likeliest
     behind the prompt, and so each, because all before it are. One pass over a text costs a hundredth of its steps.
     """
-    return _elsewhere(_says, model, prompts, outputs)
+    said: list[list[int]] = _elsewhere(_says, model, prompts, outputs)
+    return said
 
 
 def generates(model: Path, prompt: list[int], num_new: int) -> list[int]:
     """The next `num_new` tokens by Transformers' own loop and cache."""
-    return _elsewhere(_generates, model, prompt, num_new)
+    tokens: list[int] = _elsewhere(_generates, model, prompt, num_new)
+    return tokens
 
 
 def _elsewhere(work: Any, *arguments: Any) -> Any:
