@@ -242,13 +242,14 @@ class Answers:
 class _Told:
     """What the caller was told of one choice, and what of that comes again."""
 
-    __slots__ = ("_again", "_arguments", "_digest", "_heard", "calls", "characters", "ended", "ticket", "tokens")
+    __slots__ = ("_again", "_arguments", "_begun", "_digest", "_heard", "calls", "characters", "ended", "ticket", "tokens")
 
     def __init__(self, heard: Heard, *, again: bool) -> None:
         """With `again` all of it comes from the beginning, and what was heard is left out."""
         self.tokens = 0 if again else heard.tokens
         self.characters = 0 if again else heard.characters
         self.calls = heard.calls  # that have begun; a part of one of these that comes again is not its first
+        self._begun = 0 if again else heard.calls  # the same, of those that came
         self._arguments = 0 if again else heard.arguments
         self.ended = heard.ended
         self.ticket = heard.ticket  # of what was told
@@ -307,7 +308,7 @@ class _Told:
 
     def end(self) -> bool:
         """It has ended; False where its caller knows. Raises TicketRefused where more was told than there is."""
-        if self.tokens < self._heard.tokens:
+        if self.tokens < self._heard.tokens or self._begun < self._heard.calls:
             raise _not_the_same()
         known, self.ended = self.ended, True
         return not known
@@ -345,6 +346,7 @@ class _Told:
         for part in parts:
             begins = part.index >= self.calls
             self.calls = max(self.calls, part.index + 1)
+            self._begun = max(self._begun, part.index + 1)
             known = max(0, min(len(part.arguments), self._heard.arguments - self._arguments))
             self._arguments += len(part.arguments)
             if begins:
