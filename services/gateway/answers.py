@@ -87,8 +87,13 @@ class Answers:
 
     @property
     def model(self) -> str:
-        """What answers; known with the first piece."""
-        return self.streams[0].continuation.model
+        """What answers; known with the first piece, of whichever prompt that is."""
+        return next((model for stream in self.streams if (model := stream.continuation.model)), "")
+
+    @property
+    def determinism(self) -> str:
+        """The class of the executors that answer; empty where they promise nothing, or none is known yet."""
+        return next((told for stream in self.streams if (told := stream.continuation.determinism)), "")
 
     async def next(self) -> Piece | None:
         """What comes next; None when all choices have ended. Raises PagewireErrors."""
@@ -242,7 +247,18 @@ class Answers:
 class _Told:
     """What the caller was told of one choice, and what of that comes again."""
 
-    __slots__ = ("_again", "_arguments", "_begun", "_digest", "_heard", "calls", "characters", "ended", "ticket", "tokens")
+    __slots__ = (
+        "_again",
+        "_arguments",
+        "_begun",
+        "_digest",
+        "_heard",
+        "calls",
+        "characters",
+        "ended",
+        "ticket",
+        "tokens",
+    )
 
     def __init__(self, heard: Heard, *, again: bool) -> None:
         """With `again` all of it comes from the beginning, and what was heard is left out."""

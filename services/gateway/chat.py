@@ -233,7 +233,7 @@ class Chunks:
 
 def envelope(answers: Answers, asked: Asked, prefix: str, kind: str) -> dict[str, Any]:
     """What every answer begins with. The fingerprint is the executors' class: in one, a seed gives the same answer."""
-    determinism = answers.streams[0].continuation.determinism
+    determinism = answers.determinism
     return {
         "id": f"{prefix}-{asked.request_id}",
         "object": kind,

@@ -18,6 +18,7 @@ from common.errors import (
     Unauthenticated,
     Unavailable,
 )
+from pagewire.answers import Delta, Finish
 from protos import inference_pb2 as pb
 from protos.monitoring_pb2 import GetStatusResponse
 from services.gateway import app as app_module
@@ -27,7 +28,7 @@ from services.gateway.events import ABORT
 from services.gateway.known_keys import KnownKeys
 from services.gateway.metrics import Metrics
 from services.gateway.positions import Heard, Writer, pack_prompt
-from tests.services.gateway_calls import HI, Call, Scheduler, ask, delta, finish, gateway
+from tests.services.gateway_calls import HI, Call, Scheduler, Stream, ask, delta, finish, gateway
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -435,6 +436,28 @@ def test_the_tickets_of_an_id_are_of_what_was_told_and_not_of_what_was_read_ahea
     told = [choice for id in ids for choices in positions.read(id).choices for choice in choices]
     assert {heard.tokens for heard in told} == {0, 1, 2, 3, 4}
     assert [heard.ticket for heard in told] == [b"%d" % heard.tokens for heard in told]
+
+
+def test_what_answers_is_told_also_where_a_later_prompt_begins_first() -> None:
+    begun = pb.GenerateStreamResponse(prompt=pb.PromptInfo(model="m", determinism="d"))
+
+    class Late(Stream):
+        async def next(self) -> Delta | Finish | None:
+            for _ in range(50):
+                await asyncio.sleep(0)
+            return await super().next()
+
+    class Unequal(Scheduler):
+        def ask(self, request: pb.GenerateStreamRequest, key: str) -> Stream:
+            kind = Stream if self.streams else Late
+            self.streams.append(kind(request, [begun, delta(0, 5, "a"), delta(1, 6, "b"), finish()], None))
+            return self.streams[-1]
+
+    call = ask(gateway(Unequal()), {"prompt": ["a", "b"], "stream": True}, path="/v1/completions")
+
+    chunks = call.events[:-1]
+    assert [chunk["choices"][0]["index"] for chunk in chunks] == [1, 1, 1, 0, 0, 0]
+    assert {(chunk["model"], chunk["system_fingerprint"]) for chunk in chunks} == {("m", "fp_d")}
 
 
 @pytest.mark.parametrize("tokens", [None, [[5]]], ids=["again", "resumed"])
