@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
-from common.errors import InvalidRequest, RequestFailed, TicketRefused, Unavailable
+from common.errors import InvalidRequest, RequestFailed, TicketRefused, TicketStale, Unavailable
 from pagewire.aio import AsyncStream
 from pagewire.answers import Delta, Finish, FinishReason, TokenLogprobs, Usage
 from pagewire.tools import ToolCallDelta
@@ -97,7 +97,7 @@ class Answers:
 
     async def next(self) -> Piece | None:
         """What comes next; None when all choices have ended. Raises PagewireErrors."""
-        while (read := await self._read()) is not None:
+        while (read := await self._read_on()) is not None:
             prompt, new, ticket = read
             if self._on_first is not None:
                 self._on_first()
@@ -194,6 +194,15 @@ class Answers:
         if self._readers:
             self._read_ahead(prompt)
         await ended.close(linger=True)
+
+    async def _read_on(self) -> tuple[int, Delta | Finish, bytes] | None:
+        """As `_read`; the tickets of a caller who has sent none are the schedulers' business, and not his mistake."""
+        try:
+            return await self._read()
+        except (TicketRefused, TicketStale) as error:
+            if self._goes_on:
+                raise
+            raise Unavailable(f"no scheduler goes on with the answer that another one began: {error}") from error
 
     async def _read(self) -> tuple[int, Delta | Finish, bytes] | None:
         if len(self.streams) == 1:

@@ -15,6 +15,8 @@ from common.errors import (
     PagewireError,
     RequestFailed,
     Superseded,
+    TicketRefused,
+    TicketStale,
     Unauthenticated,
     Unavailable,
 )
@@ -57,6 +59,16 @@ def test_an_error_behind_the_first_token_is_the_last_event() -> None:
     assert call.status == 200
     assert call.events[0]["choices"][0]["delta"]["content"] == "a"
     assert call.events[-1]["error"]["code"] == "superseded"
+
+
+@pytest.mark.parametrize("error", [TicketRefused("another key"), TicketStale("another model")])
+def test_who_sent_no_id_is_not_told_that_it_was_refused(error: PagewireError) -> None:
+    begun = [delta(0, 5, "a")]
+    stream = ask(gateway(Scheduler(*begun, then=error)), {**HI, "stream": True})
+    whole = ask(gateway(Scheduler(*begun, then=error)), HI)
+
+    assert stream.events[-1]["error"]["code"] == "unavailable" and str(error) in stream.events[-1]["error"]["message"]
+    assert (whole.status, whole.json["error"]["type"]) == (503, "server_error")
 
 
 def test_a_stream_that_fails_midway_is_counted_as_a_failure() -> None:
