@@ -49,6 +49,7 @@ _CALLED: Final = "pagewire.request_id"
 _FAILED: Final = "pagewire.failed"
 """Where it holds the status of what a stream failed by after it had begun, which its reader is told in an event."""
 
+_STOPS: Final = "the gateway stops; another one may answer"
 _ALREADY_TOLD: Final = b"data: [DONE]\n\n"
 _EVENTS: Final = "text/event-stream"
 
@@ -155,6 +156,12 @@ class Gateway:
                 await self._router(scope, receive, sending)
             except ClientDisconnect:
                 status = status or 499  # as nginx counts them
+            except (
+                asyncio.CancelledError
+            ):  # the process ends before the answer; without a head it would be told as a bug
+                if not status:
+                    await _told(Unavailable(_STOPS), scope).response()(scope, receive, sending)
+                raise
             except Exception as error:  # noqa: BLE001  the edge: whatever it is, the caller gets a status and no more
                 failed = _told(error, scope)
                 if not status:
@@ -205,7 +212,7 @@ class Gateway:
 
     async def _body(self, request: Request) -> Fields:
         if self.draining:
-            raise Unavailable("the gateway stops; another one may answer")
+            raise Unavailable(_STOPS)
         return parse(await self._bodies.read(request.scope, request.receive))
 
     def _refuse_unknown(self, body: Fields) -> None:
@@ -341,7 +348,7 @@ class Gateway:
     async def _live_state(self, request: Request) -> ASGIApp:
         self._view.check(request, _key(request))
         if self.draining:
-            raise Unavailable("the gateway stops; another one may answer")
+            raise Unavailable(_STOPS)
         return EventStream(
             self._view.states(interval_ms(request)),
             self._patience,

@@ -124,6 +124,23 @@ def test_a_reader_who_leaves_before_the_whole_answer_is_there_ends_it() -> None:
     assert scheduler.streams[0].closed == [False]
 
 
+def test_a_whole_answer_that_the_gateway_s_end_cuts_off_may_be_asked_for_elsewhere() -> None:
+    async def run() -> tuple[Call, Scheduler]:
+        scheduler = Scheduler(delta(0, 5, "a"))
+        app, call = gateway(scheduler), Call(HI)
+        answering = asyncio.create_task(app(call.scope, call.receive, call.send))
+        while not scheduler.streams:
+            await asyncio.sleep(0)
+        answering.cancel()
+        await asyncio.gather(answering, return_exceptions=True)
+        assert answering.cancelled()
+        return call, scheduler
+
+    call, scheduler = asyncio.run(run())
+    assert (call.status, call.json["error"]["code"]) == (503, "unavailable")
+    assert scheduler.streams[0].closed == [False]
+
+
 def test_a_gateway_is_ready_until_it_drains_and_alive_even_then() -> None:
     app = gateway(Scheduler(then=Unavailable("none is there")))
 
