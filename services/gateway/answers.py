@@ -52,18 +52,22 @@ class Answers:
         tokens: Sequence[Sequence[int]] = (),
         on_first: Callable[[], None] = lambda: None,
         has_ids: bool = True,
+        keeps_logprobs: bool = True,
     ) -> None:
         """The requests are alike but for their prompts, and have a request id and a seed.
 
         With `position` what was told before is left out; with the `tokens` of each choice, too, it is not made again
-        either. `on_first` is called with the first piece. Without `has_ids` no event has one. Raises
-        InvalidRequest for tokens that do not fit.
+        either. `on_first` is called with the first piece. Without `has_ids` no event has one. Without
+        `keeps_logprobs` only pieces have those of the answer: of twenty tokens beside each they are kilobytes a token.
+
+        Raises InvalidRequest for tokens that do not fit.
         """
         self.n = requests[0].sampling.n if requests[0].sampling.HasField("n") else 1
         self._upstream = upstream
         self._requests = requests
         self._key = key
         self._goes_on = position is not None
+        self._keeps_logprobs = keeps_logprobs
         self.streams = [self._ask(prompt) for prompt in range(len(requests))]
         self.created = created
         self.linger = False  # whether what still runs when the reader has left waits for him
@@ -176,7 +180,9 @@ class Answers:
         await self.close()
 
     def _ask(self, prompt: int) -> AsyncStream:
-        return self._upstream.ask(self._requests[prompt], self._key)
+        stream = self._upstream.ask(self._requests[prompt], self._key)
+        stream.continuation.keeps_logprobs = self._keeps_logprobs
+        return stream
 
     async def _ask_again(self, prompt: int) -> None:
         """A stream that goes on was ended: its reader left, and the word of that came behind him coming back.

@@ -63,6 +63,7 @@ class Telling:
     whole: Callable[[Answers], Awaitable[dict[str, Any]]]
     stream: Callable[[Answers], AsyncGenerator[bytes, None]]
     error: Callable[[Told, Answers], bytes]
+    repeats: bool = False  # the last events of a stream have all of it once more
 
 
 class Gateway:
@@ -207,6 +208,7 @@ class Gateway:
             whole=lambda answers: responses.whole(answers, asked),
             stream=lambda answers: responses.stream(answers, asked),
             error=responses.error_event,
+            repeats=True,
         )
         return await self._answer(request, body, asked, telling)
 
@@ -253,6 +255,7 @@ class Gateway:
             tokens=asked.manner.resume_token_ids,
             on_first=on_first,
             has_ids=has_ids,
+            keeps_logprobs=telling.repeats or not asked.manner.stream,
         )
         if not asked.manner.stream:
             return Response(

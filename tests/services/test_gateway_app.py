@@ -30,7 +30,7 @@ from services.gateway.events import ABORT
 from services.gateway.known_keys import KnownKeys
 from services.gateway.metrics import Metrics
 from services.gateway.positions import Heard, Writer, pack_prompt
-from tests.services.gateway_calls import HI, Call, Scheduler, Stream, ask, delta, finish, gateway
+from tests.services.gateway_calls import CHAT, HI, Call, Scheduler, Stream, ask, delta, finish, gateway
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -182,6 +182,29 @@ def test_who_comes_back_with_an_id_gets_more_of_them() -> None:
     rest = ask(gateway(Scheduler(*said)), asked, headers=[(b"last-event-id", first.ids[-1])], accept=b"*/*")
 
     assert rest.ids
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kept"),
+    [
+        (CHAT, {**HI, "logprobs": True, "stream": True}, 0),
+        ("/v1/completions", {"prompt": "a", "logprobs": 0, "stream": True}, 0),
+        (CHAT, {**HI, "logprobs": True}, 2),
+        ("/v1/responses", {"input": "a", "include": ["message.output_text.logprobs"], "stream": True}, 2),
+    ],
+)
+def test_log_probabilities_that_were_told_are_kept_only_where_the_end_tells_them_again(
+    path: str, body: dict[str, Any], kept: int
+) -> None:
+    said = [delta(0, 5, "a"), delta(1, 6, "b")]
+    for each in said:
+        each.delta.logprobs.add(token=pb.TokenLogprob(token_id=5, logprob=-1.0, text=each.delta.text.encode()))
+    scheduler = Scheduler(*said, finish())
+
+    call = ask(gateway(scheduler), body, path=path)
+
+    assert b"".join(call.parts).count(b"-1.0") >= 2
+    assert len(scheduler.streams[0].continuation.heard(0)[1]) == kept
 
 
 def test_half_a_character_is_told_with_the_rest_of_it() -> None:
