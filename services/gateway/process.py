@@ -164,27 +164,38 @@ def _tls(files: tls.PemFiles | None) -> tuple[ssl.SSLContext | None, Follow]:
     if files is None:
         return None, _nothing
     watched = WatchedFiles([path for path in (files.cert, files.key, files.ca) if path], lambda: tls.read(files))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    assert files.cert is not None, "a server without a certificate"
-    cert, key = files.cert, files.key
-    context.load_cert_chain(cert, key)
-    if files.ca is not None:
-        context.load_verify_locations(files.ca)
-        context.verify_mode = ssl.CERT_REQUIRED
+    known = watched.current()
+    first = newest = _context(files)
+
+    def choose(connection: ssl.SSLObject, _name: str | None, _first: ssl.SSLContext) -> None:
+        connection.context = newest  # nothing else takes an authority out of what is trusted
+
+    first.sni_callback = choose  # at each handshake, also of one that names no server
 
     async def follow() -> None:
-        known = watched.current()
+        nonlocal known, newest
         while True:
             await asyncio.sleep(_LOOK_S)
             if (found := watched.current()) is not known:
                 known = found
                 try:
-                    context.load_cert_chain(cert, key)  # for handshakes from now on
+                    newest = _context(files)
                 except (OSError, ssl.SSLError):
-                    log.error("%s changed while it was read; what was read before stays in force", cert)
+                    log.error("%s changed while it was read; what was read before stays in force", files.cert)
 
-    return context, follow
+    return first, follow
+
+
+def _context(files: tls.PemFiles) -> ssl.SSLContext:
+    """What the files say now."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    assert files.cert is not None, "a server without a certificate"
+    context.load_cert_chain(files.cert, files.key)
+    if files.ca is not None:
+        context.load_verify_locations(files.ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 async def _nothing() -> None:
