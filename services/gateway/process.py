@@ -7,7 +7,7 @@ import json
 import logging
 import ssl
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from common.config import GatewayConfig
 from common.errors import PagewireError, Unavailable
@@ -165,25 +165,39 @@ def _tls(files: tls.PemFiles | None) -> tuple[ssl.SSLContext | None, Follow]:
         return None, _nothing
     watched = WatchedFiles([path for path in (files.cert, files.key, files.ca) if path], lambda: tls.read(files))
     known = watched.current()
-    first = newest = _context(files)
-
-    def choose(connection: ssl.SSLObject, _name: str | None, _first: ssl.SSLContext) -> None:
-        connection.context = newest  # nothing else takes an authority out of what is trusted
-
-    first.sni_callback = choose  # at each handshake, also of one that names no server
+    context = _Newest(_context(files))
 
     async def follow() -> None:
-        nonlocal known, newest
+        nonlocal known
         while True:
             await asyncio.sleep(_LOOK_S)
             if (found := watched.current()) is not known:
                 known = found
                 try:
-                    newest = _context(files)
+                    context.newest = _context(files)
                 except (OSError, ssl.SSLError):
                     log.error("%s changed while it was read; what was read before stays in force", files.cert)
 
-    return first, follow
+    return context, follow
+
+
+class _Newest(ssl.SSLContext):
+    """In place of the newest context at each handshake.
+
+    Nothing takes an authority out of what a context trusts, and a session that began under one is taken up by it alone.
+    """
+
+    newest: ssl.SSLContext
+
+    def __new__(cls, newest: ssl.SSLContext) -> Self:
+        """Begin with this one."""
+        self = super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
+        self.newest = newest
+        return self
+
+    def wrap_bio(self, *arguments: Any, **named: Any) -> ssl.SSLObject:
+        """As asyncio calls it for each connection."""
+        return self.newest.wrap_bio(*arguments, **named)
 
 
 def _context(files: tls.PemFiles) -> ssl.SSLContext:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 import ssl
 from pathlib import Path
 
@@ -14,9 +15,13 @@ from services.gateway import process
 from tests.certificates import Authority, Pair
 
 
-async def _is_let_in(port: int, server_ca: Path, pair: Pair) -> bool:
+def _context(server_ca: Path, pair: Pair) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=server_ca)
     context.load_cert_chain(pair.cert, pair.key)
+    return context
+
+
+async def _is_let_in(context: ssl.SSLContext, port: int) -> bool:
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="localhost")
         writer.write(b"x")
@@ -25,6 +30,19 @@ async def _is_let_in(port: int, server_ca: Path, pair: Pair) -> bool:
     except (OSError, ssl.SSLError):
         return False
     return is_let_in
+
+
+def _session(context: ssl.SSLContext, port: int, session: ssl.SSLSession | None = None) -> ssl.SSLSession | None:
+    """What another connection can begin with in place of a certificate; None where this one was not let in."""
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="localhost", session=session) as secret,
+    ):
+        try:
+            secret.sendall(b"x")
+            return secret.session if secret.recv(1) == b"y" else None
+        except OSError:
+            return None
 
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -39,7 +57,8 @@ def test_an_authority_that_is_replaced_is_not_trusted_any_more(tmp_path: Path, m
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
     old, new, trusted = Authority(tmp_path / "old"), Authority(tmp_path / "new"), tmp_path / "trusted.crt"
-    server, of_old, of_new = old.issue("server"), old.issue("client"), new.issue("client")
+    server = old.issue("server")
+    olds, news = _context(old.ca, old.issue("client")), _context(old.ca, new.issue("client"))
     shutil.copy(old.ca, trusted)
 
     async def run() -> None:
@@ -50,12 +69,15 @@ def test_an_authority_that_is_replaced_is_not_trusted_any_more(tmp_path: Path, m
             port = listening.sockets[0].getsockname()[1]
 
             async def let_in() -> tuple[bool, bool]:
-                return await _is_let_in(port, old.ca, of_old), await _is_let_in(port, old.ca, of_new)
+                return await _is_let_in(olds, port), await _is_let_in(news, port)
 
             assert await let_in() == (True, False)
+            session = await asyncio.to_thread(_session, olds, port)
+            assert session is not None
             shutil.copy(new.ca, trusted)
             await asyncio.sleep(0.5)
             assert await let_in() == (False, True)
+            assert await asyncio.to_thread(_session, olds, port, session) is None
         following.cancel()
 
     asyncio.run(run())
