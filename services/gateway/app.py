@@ -157,10 +157,8 @@ class Gateway:
                 await self._router(scope, receive, sending)
             except ClientDisconnect:
                 status = status or 499  # as nginx counts them
-            except (
-                asyncio.CancelledError
-            ):  # the process ends before the answer; without a head it would be told as a bug
-                if not status:
+            except asyncio.CancelledError:  # the process ends
+                if not status:  # without an answer uvicorn would tell a bug
                     await _told(Unavailable(_STOPS), scope).response()(scope, receive, sending)
                 raise
             except Exception as error:  # noqa: BLE001  the edge: whatever it is, the caller gets a status and no more
