@@ -188,3 +188,20 @@ def test_the_scheduler_stops_before_its_executors() -> None:
 
     assert "executor" in found["scheduler"]["depends_on"]
     assert not any("scheduler" in found[name]["depends_on"] for name in ("executor", "executor-gpu"))
+
+
+def test_a_gpu_executor_can_compile_its_kernels_and_load_them() -> None:
+    """Triton wants a C compiler, and a folder that can be written to and run from; the container's own is read-only."""
+    stages = re.split(r"^FROM (?=\S+ AS )", DOCKERFILE, flags=re.MULTILINE)
+    (stage,) = [stage for stage in stages if stage.split()[2:3] == ["executor-gpu"]]
+    (cache,) = re.findall(r"\bTRITON_CACHE_DIR=(\S+)$", stage, flags=re.MULTILINE)
+    folders = {folder: options.split(",") for mount in services()["executor-gpu"]["tmpfs"]
+               for folder, _, options in [mount.partition(":")]}  # fmt: skip
+
+    assert re.search(r"apt-get install .*\bgcc libc6-dev\b", stage)
+    assert "exec" in folders[str(Path(cache).parent)], "Docker mounts a tmpfs with noexec"
+
+
+def test_an_image_without_kernels_is_not_made() -> None:
+    """Where they do not compile, torch stands in, and says so. Nobody reads what the making of an image says."""
+    assert "RUN python -m executor.native.build && ls executor/native/built/*.so" in DOCKERFILE
