@@ -89,6 +89,15 @@ def test_what_other_machines_can_reach_has_tls_and_keys() -> None:
     assert set(file["services"]) <= set(services())
 
 
+@pytest.mark.parametrize("name", ["scheduler", "gateway"])
+def test_with_tls_a_command_says_whatever_it_says_without(name: str) -> None:
+    """Compose does not merge commands: what one file says and the other does not, TLS would take away."""
+    plain, tls = set(services()[name]["command"]), set(services("docker-compose.tls.yml")[name]["command"])
+
+    assert plain - tls == {"--insecure"}
+    assert all("-tls-" in word or word.startswith("--api-keys=") for word in tls - plain)
+
+
 def test_a_container_is_killed_only_after_its_drain_and_hears_its_signal_at_once() -> None:
     last_words_s = 10  # after the drain: ends of calls, the step that runs
     drain_s = max(SchedulerConfig().drain_s, ExecutorConfig().drain_s)
