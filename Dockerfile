@@ -21,9 +21,11 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -r
 WORKDIR /src
 COPY constraints.txt ./
 RUN pip install -c constraints.txt setuptools
-COPY . .
-# a machine without kernels serves slowly; an image without them is not made
+# Minutes, and so before the rest is there. A machine without kernels serves slowly; an image without them is not made
+COPY executor/__init__.py executor/
+COPY executor/native executor/native
 RUN python -m executor.native.build && ls executor/native/built/*.so
+COPY . .
 RUN pip wheel --no-build-isolation --no-deps --wheel-dir /wheel .
 
 
