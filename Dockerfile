@@ -21,8 +21,11 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -r
 WORKDIR /src
 COPY constraints.txt ./
 RUN pip install -c constraints.txt setuptools
+# Minutes, and so before the rest is there. A machine without kernels serves slowly; an image without them is not made
+COPY executor/__init__.py executor/
+COPY executor/native executor/native
+RUN python -m executor.native.build && ls executor/native/built/*.so
 COPY . .
-RUN python -m executor.native.build
 RUN pip wheel --no-build-isolation --no-deps --wheel-dir /wheel .
 
 
@@ -72,7 +75,10 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
 
 FROM base AS executor-gpu
 ENV NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    TRITON_CACHE_DIR=/tmp/triton
+# Triton makes its bridge to the driver in C, where it runs
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY --from=executor-gpu-dependencies /opt/pagewire /opt/pagewire
 COPY --from=wheel /wheel /wheel
 RUN pip install --no-deps /wheel/*.whl && pip check

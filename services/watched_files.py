@@ -58,6 +58,12 @@ class WatchedFiles(Generic[_T]):
         if stamp == self._seen:
             return
         self._seen = stamp
+        for path in filter(_is_unlinked, self._paths):
+            log.error(
+                "%s: outside of this container another file has taken its place, which a restart would let it see. "
+                "Write into the file instead of replacing it: cat NEW > FILE",
+                path,
+            )
         try:
             self._value = self._read()
         except PagewireError as error:
@@ -76,3 +82,11 @@ def _stamp_of(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _is_unlinked(path: Path) -> bool:
+    """Whether a file is found by its path and lies in no folder: one that is mounted alone stays that one."""
+    try:
+        return path.stat().st_nlink == 0
+    except OSError:
+        return False

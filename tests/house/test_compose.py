@@ -89,6 +89,15 @@ def test_what_other_machines_can_reach_has_tls_and_keys() -> None:
     assert set(file["services"]) <= set(services())
 
 
+@pytest.mark.parametrize("name", ["scheduler", "gateway"])
+def test_with_tls_a_command_says_whatever_it_says_without(name: str) -> None:
+    """Compose does not merge commands: what one file says and the other does not, TLS would take away."""
+    plain, tls = set(services()[name]["command"]), set(services("docker-compose.tls.yml")[name]["command"])
+
+    assert plain - tls == {"--insecure"}
+    assert all("-tls-" in word or word.startswith("--api-keys=") for word in tls - plain)
+
+
 def test_a_container_is_killed_only_after_its_drain_and_hears_its_signal_at_once() -> None:
     last_words_s = 10  # after the drain: ends of calls, the step that runs
     drain_s = max(SchedulerConfig().drain_s, ExecutorConfig().drain_s)
@@ -188,3 +197,20 @@ def test_the_scheduler_stops_before_its_executors() -> None:
 
     assert "executor" in found["scheduler"]["depends_on"]
     assert not any("scheduler" in found[name]["depends_on"] for name in ("executor", "executor-gpu"))
+
+
+def test_a_gpu_executor_can_compile_its_kernels_and_load_them() -> None:
+    """Triton wants a C compiler, and a folder that can be written to and run from; the container's own is read-only."""
+    stages = re.split(r"^FROM (?=\S+ AS )", DOCKERFILE, flags=re.MULTILINE)
+    (stage,) = [stage for stage in stages if stage.split()[2:3] == ["executor-gpu"]]
+    (cache,) = re.findall(r"\bTRITON_CACHE_DIR=(\S+)$", stage, flags=re.MULTILINE)
+    folders = {folder: options.split(",") for mount in services()["executor-gpu"]["tmpfs"]
+               for folder, _, options in [mount.partition(":")]}  # fmt: skip
+
+    assert re.search(r"apt-get install .*\bgcc libc6-dev\b", stage)
+    assert "exec" in folders[str(Path(cache).parent)], "Docker mounts a tmpfs with noexec"
+
+
+def test_an_image_without_kernels_is_not_made() -> None:
+    """Where they do not compile, torch stands in, and says so. Nobody reads what the making of an image says."""
+    assert "RUN python -m executor.native.build && ls executor/native/built/*.so" in DOCKERFILE

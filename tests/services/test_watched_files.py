@@ -87,6 +87,22 @@ def test_a_file_that_is_swapped_behind_a_link_is_seen(tmp_path: Path) -> None:
     assert files.current() == "2"
 
 
+def test_a_mounted_file_whose_place_another_took_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As Docker mounts secrets, each by itself: who was taken out of the other file would go on being let in."""
+    file, clock = tmp_path / "keys", Clock()
+    file.write_text("1")
+    with file.open() as mounted:
+        path = Path(f"/proc/self/fd/{mounted.fileno()}")  # found by its path, wherever its folder has gone
+        files = WatchedFiles([path], path.read_text, clock=clock)
+        (tmp_path / "new").write_text("2")
+        (tmp_path / "new").replace(file)
+        clock.now_s = 1.0
+
+        assert files.current() == "1"
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert told.startswith(f"{path}: outside of this container another file") and "cat NEW > FILE" in told
+
+
 def test_what_cannot_be_used_at_first_is_the_makers_to_hear(tmp_path: Path) -> None:
     def read() -> int:
         raise PagewireError("no number")
