@@ -365,3 +365,18 @@ def test_without_the_interpreter_a_cpu_is_no_device_for_it(tmp_path: Path, monke
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
     assert why_not(model) == "Triton's kernels are for CUDA, not for cpu"
+
+
+@pytest.mark.parametrize("counts", [{0: 9, 1: 1}, {1: 1}], ids=["in company", "alone, with norms inside the products"])
+def test_rows_that_embed_tell_what_their_logits_are_made_of(counts: dict[int, int], tmp_path: Path) -> None:
+    folder = save_tiny("qwen3", tmp_path, num_hidden_layers=1)
+    model = opened(folder, linear=SkinnyLinears(DEVICE, cuts=up_to_16).make)
+    steps = Steps(model.forward, PROMPTS)
+    inputs, _ = steps.inputs(counts, every=False)
+    rows = torch.arange(len(counts), device=DEVICE)
+
+    logits = model.forward(inputs, steps.tables(), rows).cpu()
+
+    assert model.hidden is not None
+    made = load_plain(folder).lm_head(model.hidden.cpu())
+    assert worst([made], [logits]) < MOST["float32"]

@@ -65,6 +65,11 @@ class Machine(RuleBasedStateMachine):
             prompt, n=n, stop=stop, sampling=sampling, tenant=tenant, priority=priority, salt=salt, caches=caches
         )
 
+    @rule(prompt=PROMPTS, tenant=st.sampled_from("ab"))
+    def embed(self, prompt: list[int], tenant: str) -> None:
+        stop = StopConditions(max_tokens=1, ignore_eos=True)
+        self.world.request(prompt, n=1, stop=stop, tenant=tenant, embeds=True)
+
     @rule(prompt=PROMPTS, tenant=st.sampled_from("ab"), salt=st.sampled_from(["", "salt"]), seconds=st.integers(1, 20))
     def pin(self, prompt: list[int], tenant: str, salt: str, seconds: int) -> None:
         self.world.pin(prompt, tenant=tenant, salt=salt, seconds=seconds)
