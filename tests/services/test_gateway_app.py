@@ -11,6 +11,7 @@ import pytest
 
 from common.errors import (
     DeadlineExceeded,
+    InvalidRequest,
     Overloaded,
     PagewireError,
     RequestFailed,
@@ -463,3 +464,20 @@ def test_a_client_without_a_key_is_let_through_to_a_scheduler_that_asks_for_none
     call = ask(gateway(scheduler), HI, headers=[(b"authorization", shown)])
 
     assert (call.status, scheduler.keys) == (200, [key])
+
+
+class NoVectors:
+    """In place of an Upstream whose model makes text."""
+
+    async def embed(self, request: pb.EmbedRequest, key: str) -> pb.EmbedResponse:
+        assert (request.inputs[0].text, key) == ("hi", "")
+        raise InvalidRequest("model", "m makes text, and no embeddings: modules.json is not there")
+
+
+def test_embeddings_of_a_model_that_makes_none_are_refused_as_what_is_not_served() -> None:
+    told = ask(gateway(NoVectors()), {"input": "hi"}, path="/v1/embeddings")
+
+    assert told.status == 400
+    error = told.json["error"]
+    assert (error["param"], error["code"]) == ("model", "unsupported")
+    assert error["message"] == "model: m makes text, and no embeddings: modules.json is not there"
