@@ -15,7 +15,6 @@ from common.sampling import Grammar, SamplingParams, StopConditions
 from common.types import Priority
 from scheduler.suspicion import End
 from tests.scheduler.witness import VOCAB_SIZE, Witness
-from tests.scheduler.world import GREEDY
 
 _FAMILIES = [[(7 * family + 3 * i) % (VOCAB_SIZE - 1) + 1 for i in range(48)] for family in range(2)]
 
@@ -126,20 +125,10 @@ def _ask(world: Witness, draw: random.Random, prompt: list[int], tenant: str) ->
     # drawn apart, so that the stories are otherwise what they were
     apart = random.Random(f"cache {len(world.names)} {prompt}")
     salt, caches = "salt" if apart.random() < 0.1 else "", apart.random() >= 0.1
-    embeds = random.Random(f"embeds {len(world.names)} {prompt}").random() < 0.15
-    if embeds:
-        n, sampling, stop = 1, GREEDY, StopConditions(max_tokens=1, ignore_eos=True)
-    world.request(
-        prompt,
-        n=n,
-        stop=stop,
-        sampling=sampling,
-        tenant=tenant,
-        priority=priority,
-        salt=salt,
-        caches=caches,
-        embeds=embeds,
-    )
+    world.request(prompt, n=n, stop=stop, sampling=sampling, tenant=tenant, priority=priority, salt=salt, caches=caches)
+    if random.Random(f"embeds {len(world.names)} {prompt}").random() < 0.15:
+        alone = StopConditions(max_tokens=1, ignore_eos=True)
+        world.request(prompt, n=1, stop=alone, tenant=tenant, salt=salt, caches=caches, embeds=True)
     if apart.random() < 0.25:
         pinned = prompt[: apart.randint(1, len(prompt))]
         world.pin(pinned, tenant=tenant, salt=salt, seconds=apart.choice([1, 3, 20]))
