@@ -105,6 +105,8 @@ class Embedder:
                 tokens = await self._answerer.prompt(each, max_tokens=most)
             except InvalidRequest as error:
                 raise InvalidRequest(f"inputs[{i}]", error.problem) from error
+            if not tokens:
+                raise InvalidRequest(f"inputs[{i}]", "is empty")
             if isinstance(each, Text) and self._eos is not None and tokens[-1] != self._eos:
                 tokens.append(self._eos)
             if len(tokens) > most:

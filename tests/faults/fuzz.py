@@ -705,7 +705,8 @@ async def run_sockets(*, messages: int, seed: int, folder: Path, hang_s: float =
     """Send at least so many messages to real processes."""
     report = Report()
     sent, number = 0, 0
-    running = await asyncio.to_thread(Cluster, fake_model.write(folder / "fake"), folder)
+    model = fake_model.add_vectors(fake_model.write(folder / "fake"))
+    running = await asyncio.to_thread(Cluster, model, folder)
     try:
         await asyncio.to_thread(running.start_executor)
         digest = read_model_folder(folder / "fake").digest
