@@ -60,9 +60,9 @@ def _read(path: Path, config: Mapping[str, object], tokenizer_config: Mapping[st
             "the last token"
         )
     pooling, normalizes = _read_modules(path)
-    sentence = _read_object(path, "sentence_bert_config.json") if (path / "sentence_bert_config.json").exists() else {}
-    if sentence.get("do_lower_case"):
-        raise _NotServed('sentence_bert_config.json: "do_lower_case" must be false: a text is taken as it is')
+    own = "sentence_bert_config.json"
+    if (path / own).exists() and _read_object(path, own).get("do_lower_case"):
+        raise _NotServed(f'{own}: "do_lower_case" must be false: a text is taken as it is')
     return Embedding(
         dimensions=_read_pooling(path, f"{pooling}/config.json", config),
         normalizes=normalizes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,11 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fused(qwen3: Path) -> ModelRunner:
-    runner = make_runner(qwen3)
+    return make_fused(qwen3)
+
+
+def make_fused(folder: Path, **settings: Any) -> ModelRunner:
+    runner = make_runner(folder, block_size=16, **settings)  # a smaller one is none of the kernels'
     assert isinstance(runner._model, LlamaModel)
     return runner
 
@@ -75,14 +79,12 @@ def check(sequences: Sequence[CoreSequence], truth: Sequence[np.ndarray[Any, Any
         assert float(np.abs(found - expected).max() / np.abs(expected).max()) < 1e-4
 
 
-@pytest.mark.parametrize("attention", ["auto", "torch"])
+@pytest.mark.parametrize("make", [make_fused, make_runner], ids=["fused", "Transformers' own"])
 @pytest.mark.parametrize("most", [256, 3])
 def test_vectors_are_the_last_hidden_states_of_transformers(
-    qwen3: Path, fused: ModelRunner, truth: list[np.ndarray[Any, Any]], attention: str, most: int
+    qwen3: Path, truth: list[np.ndarray[Any, Any]], make: Callable[..., ModelRunner], most: int
 ) -> None:
-    is_made = attention == "auto" and most == 256
-    runner = fused if is_made else make_runner(qwen3, attention_backend=attention, max_step_tokens=most)
-    cluster = Cluster(runner)
+    cluster = Cluster(make(qwen3, max_step_tokens=most))
     sequences = [embed(cluster, prompt) for prompt in PROMPTS]
     cluster.run()
 
@@ -119,13 +121,13 @@ def test_a_prefix_that_is_cached_is_not_computed_and_changes_no_vector(
     cluster.run()
 
     check([first, again, longer], [truth[0], truth[0], truth[2]])
-    assert (again.num_cached_prompt, longer.num_cached_prompt) == (6, 5)
+    assert (again.num_cached_prompt, longer.num_cached_prompt) == (6, 5)  # parts of a block are found, too
 
 
 def test_what_a_lost_executor_had_begun_is_computed_by_another(
     fused: ModelRunner, qwen3: Path, truth: list[np.ndarray[Any, Any]]
 ) -> None:
-    cluster = Cluster(make_runner(qwen3, max_step_tokens=3), fused)
+    cluster = Cluster(make_fused(qwen3, max_step_tokens=3), fused)
     cluster.scheduler.leave(1)
     sequence = embed(cluster, PROMPTS[2])
     cluster.step()
@@ -139,8 +141,10 @@ def test_what_a_lost_executor_had_begun_is_computed_by_another(
     check([sequence], [truth[2]])
 
 
-@pytest.mark.parametrize("attention", ["auto", "torch"])
-def test_a_folder_without_an_output_matrix_makes_vectors_alone(tmp_path: Path, attention: str) -> None:
+@pytest.mark.parametrize("make", [make_fused, make_runner], ids=["fused", "Transformers' own"])
+def test_a_folder_without_an_output_matrix_makes_vectors_alone(
+    tmp_path: Path, make: Callable[..., ModelRunner]
+) -> None:
     auto: Any = AutoModel
     body = auto.from_pretrained(save_tiny("qwen3", tmp_path / "whole"), dtype=torch.float32)
     folder = tmp_path / "body"
@@ -151,7 +155,7 @@ def test_a_folder_without_an_output_matrix_makes_vectors_alone(tmp_path: Path, a
     (folder / "modules.json").write_text(json.dumps(MODULES))
     assert not read_model_folder(folder).makes_text
 
-    cluster = Cluster(make_runner(folder, attention_backend=attention))
+    cluster = Cluster(make(folder))
     sequences = [embed(cluster, prompt) for prompt in PROMPTS]
     cluster.run()
 
