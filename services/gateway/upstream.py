@@ -60,13 +60,14 @@ class Upstream:
             stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
             return await stub.Embed(request, timeout=_NO_HURRY_S, metadata=metadata)
 
-        loop = asyncio.get_running_loop()
-        until_s = loop.time() + self._begin_patience_s
+        until_s: float | None = None  # none was lost yet
         while True:
             try:
                 return await self._first(ask)
             except Unavailable:
-                if loop.time() >= until_s:
+                now_s = asyncio.get_running_loop().time()
+                until_s = now_s + self._begin_patience_s if until_s is None else until_s
+                if now_s >= until_s:
                     raise
             await asyncio.sleep(_LOOK_AGAIN_S)
 
