@@ -68,25 +68,28 @@ class Embedder:
         with self._answerer.refusals(spec.request_id, caller.tenant):
             engine.check_room(ask)  # for all of them, before the first is computed
         vectors: list[TextVector] = []
-        open_streams: deque[RequestStream] = deque()
+        streams: deque[RequestStream] = deque()  # of those that wait or run, in order
+
+        async def take_oldest() -> None:
+            vectors.append(await _vector(streams[0], dimensions, normalizes=embedding.normalizes))
+            streams.popleft().close()
+
         try:
             for i, prompt in enumerate(prompts):
-                while len(open_streams) >= _AT_ONCE:
-                    vectors.append(await _vector(open_streams, dimensions, normalizes=embedding.normalizes))
+                if len(streams) == _AT_ONCE:
+                    await take_oldest()
                 while True:
                     try:
-                        stream = self._submit(spec, i, prompt, caller, deadline_ns, embedding.dimensions)
-                    except Overloaded:
-                        if not open_streams:
-                            raise
-                        vectors.append(await _vector(open_streams, dimensions, normalizes=embedding.normalizes))
-                    else:
-                        open_streams.append(stream)
+                        streams.append(self._submit(spec, i, prompt, caller, deadline_ns, embedding.dimensions))
                         break
-            while open_streams:
-                vectors.append(await _vector(open_streams, dimensions, normalizes=embedding.normalizes))
+                    except Overloaded:
+                        if not streams:
+                            raise
+                    await take_oldest()  # there may be room then
+            while streams:
+                await take_oldest()
         finally:
-            for stream in open_streams:
+            for stream in streams:
                 stream.close()
         return vectors
 
@@ -135,13 +138,10 @@ class Embedder:
             )
 
 
-async def _vector(open_streams: deque[RequestStream], dimensions: int, *, normalizes: bool) -> TextVector:
-    """That of the oldest stream, which is taken off when it has ended."""
-    stream = open_streams[0]
+async def _vector(stream: RequestStream, dimensions: int, *, normalizes: bool) -> TextVector:
+    """What the request came to, when it has ended."""
     while stream.is_open:
         await stream.take()
-    open_streams.popleft()
-    stream.close()
     sequence = stream.sequences[0]
     if sequence.reason is not FinishReason.EMBEDDED:
         raise RequestFailed(f"a text of {sequence.num_prompt} tokens has no vector of finite numbers")
