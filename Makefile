@@ -13,7 +13,7 @@ STUBS := .venv/stubs
 stubs = $(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/*.proto
 
-.PHONY: help setup protos check check-style check-mypy check-pyright check-protos test test-kernels test-compile test-clients hostile-http soak kill-run demo serve up bench bench-gateway bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming gpu-check
+.PHONY: help setup protos check check-style check-mypy check-pyright check-protos test test-kernels test-compile test-clients clients hostile-http soak kill-run demo serve up bench bench-gateway bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming gpu-check
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,7 +22,7 @@ help: ## list the targets
 setup: .venv/.kernels ## make .venv with everything at its pinned version, and the C++ kernels (once; then offline)
 
 # torch comes alone: its index is asked for nothing else, and what it holds outranks PyPI's CUDA build of the same version.
-# Which of them it will be is said before it is downloaded.
+# Which of them it will be is said before it is downloaded. What is imported is compiled then: all would take a minute.
 torch = --no-deps -c constraints.txt $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) torch
 
 .venv/.ok: pyproject.toml constraints.txt
@@ -32,8 +32,8 @@ torch = --no-deps -c constraints.txt $(if $(TORCH_INDEX),--retries 2 --extra-ind
 	$(PIP) install -q -c constraints.txt setuptools
 	@$(PIP) install -qq --dry-run --ignore-installed --report - $(torch) \
 		| TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python tests/house/torch_build.py
-	$(PIP) install -q $(torch)
-	$(PIP) install -q --no-build-isolation -c constraints.txt -e ".[dev]"
+	$(PIP) install -q --no-compile $(torch)
+	$(PIP) install -q --no-compile --no-build-isolation -c constraints.txt -e ".[dev]"
 	$(PIP) check
 	@touch $@
 
@@ -67,7 +67,7 @@ check-protos: .venv/.ok
 	$(call stubs,$(STUBS))
 	@cd $(STUBS) && for stub in protos/*; do diff -u $(CURDIR)/$$stub $$stub || { echo "$$stub is stale: make protos"; exit 1; }; done
 
-test: setup ## run every test; ARGS="-k preemption" some
+test: setup $(if $(ARGS),,clients) ## run every test; ARGS="-k preemption" some
 	$(BIN)/python -m tests.run_all $(ARGS)
 
 test-kernels: setup ## of these, the GPU's: kernels in Triton's interpreter and what drives them
@@ -76,25 +76,35 @@ test-kernels: setup ## of these, the GPU's: kernels in Triton's interpreter and 
 test-compile: setup ## of these, that every kernel compiles for the GPUs it is for
 	$(BIN)/python -m pytest tests/gpu/test_compile.py $(ARGS)
 
-test-clients: .venv-clients/.ok .venv-litellm/.ok .venv-triton/.ok ## clients of others that are too heavy for .venv, against live servers; ARGS="-k lm_eval"
+test-clients: .venv-clients/.more .venv-triton/.ok .venv-litellm/.ok ## clients of others against live servers, also those that `make test` has not; ARGS="-k envoy"
 	.venv-clients/bin/python -m pytest tests/clients $(ARGS)
 
-hostile-http: .venv-clients/.ok ## ask a live gateway what nobody would, for ten minutes; ARGS="--minutes 1"
+hostile-http: .venv-clients/.more ## ask a live gateway what nobody would, for ten minutes; ARGS="--minutes 1"
 	.venv-clients/bin/python -m tests.clients.hostile_http $(ARGS)
 
+clients: .venv-clients/.ok .venv-triton/.ok
+
+# Every list is whole, so nothing is resolved, and they are made while .venv is.
+into = @echo "Making .venv-$(1) for the clients of tests/clients/$(2).txt."; \
+	.venv-$(1)/bin/python -m pip --disable-pip-version-check install -q --no-compile --no-deps -r tests/clients/$(2).txt
+
 # Beside .venv, whose packages it sees and none of which it changes.
-.venv-clients/.ok: .venv/.kernels constraints.txt tests/clients/requirements.txt
-	$(BIN)/python -m venv --clear .venv-clients
-	@echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python3*/site-packages)')" \
+.venv-clients/.ok: tests/clients/requirements.txt
+	$(PYTHON) -m venv --clear .venv-clients
+	@echo "import site, sys; site.addsitedir('$(CURDIR)/.venv/lib/python%d.%d/site-packages' % sys.version_info[:2])" \
 		> $$(echo .venv-clients/lib/python3*/site-packages)/pagewire.pth
-	.venv-clients/bin/python -m pip --disable-pip-version-check install -q \
-		-c constraints.txt -r tests/clients/requirements.txt
+	$(call into,clients,requirements)
+	@touch $@
+
+.venv-clients/.more: .venv-clients/.ok .venv/.kernels tests/clients/more.txt
+	$(call into,clients,more)
+	.venv-clients/bin/python -m pip --disable-pip-version-check check
 	@touch $@
 
 # Those that want other versions of what is in .venv, each alone; the tests run them as programs.
-.venv-litellm/.ok .venv-triton/.ok: .venv-%/.ok: tests/clients/%.txt .venv/.ok
-	$(BIN)/python -m venv --clear .venv-$*
-	.venv-$*/bin/python -m pip --disable-pip-version-check install -q -r $<
+.venv-litellm/.ok .venv-triton/.ok: .venv-%/.ok: tests/clients/%.txt
+	$(PYTHON) -m venv --clear .venv-$*
+	$(call into,$*,$*)
 	@touch $@
 
 soak: setup ## search for faults that hurt, an hour; ARGS="--minutes 600 --first 2000000"

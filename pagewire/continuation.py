@@ -49,6 +49,7 @@ class Continuation:
         self._texts: list[list[str]] = [[] for _ in range(n)]
         self._tickets = [b""] * n
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in range(n)]
+        self.keeps_logprobs = True  # those of the answer, until its end; who has told them needs them no more
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._tool_calls: list[list[ToolCall]] = [[] for _ in range(n)]
         self.finishes: dict[int, Finish] = {}
@@ -194,7 +195,8 @@ class Continuation:
         self._texts[delta.choice].append(delta.text)
         self._tickets[delta.choice] = delta.ticket
         logprobs = tuple(_logprobs(delta.logprobs))
-        self._logprobs[delta.choice] += logprobs
+        if self.keeps_logprobs:
+            self._logprobs[delta.choice] += logprobs
         add_to(self._tool_calls[delta.choice], calls)
         return Delta(
             choice=delta.choice,

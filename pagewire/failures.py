@@ -32,6 +32,9 @@ _LOST: Final = frozenset({
     grpc.StatusCode.CANCELLED,
 })  # fmt: skip
 
+# gRPC's own word for a message that its server does not even take; one of an answer begins with CLIENT.
+_TOO_LARGE: Final = re.compile(r"^(?:SERVER: )?Received message larger than max \((\d+) vs\. (\d+)\)")
+
 Trailers = Iterable[tuple[str, str | bytes]]
 
 
@@ -69,6 +72,9 @@ def judge(code: grpc.StatusCode, message: str, trailers: Trailers, address: str)
         # gRPC tells the whole story in one line, from general to particular; the last part is what a person can use
         reason = message.rsplit(": ", 1)[-1].rstrip("]") or code.name
         return lost(f"{NO_CONNECTION} {address}: {reason}")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(message)):
+        problem = f"has {sizes[1]} bytes, and the server takes {sizes[2]}"
+        return Failure(error=errors.InvalidRequest("request", problem), may_pass=False)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Failure(error=errors.DeadlineExceeded("the answer took longer than timeout_s"), may_pass=False)
     if code is grpc.StatusCode.UNIMPLEMENTED:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
-from common.errors import InvalidRequest, RequestFailed, TicketRefused, Unavailable
+from common.errors import InvalidRequest, RequestFailed, TicketRefused, TicketStale, Unavailable
 from pagewire.aio import AsyncStream
 from pagewire.answers import Delta, Finish, FinishReason, TokenLogprobs, Usage
 from pagewire.tools import ToolCallDelta
@@ -52,18 +52,22 @@ class Answers:
         tokens: Sequence[Sequence[int]] = (),
         on_first: Callable[[], None] = lambda: None,
         has_ids: bool = True,
+        keeps_logprobs: bool = True,
     ) -> None:
         """The requests are alike but for their prompts, and have a request id and a seed.
 
         With `position` what was told before is left out; with the `tokens` of each choice, too, it is not made again
-        either. `on_first` is called with the first piece. Without `has_ids` no event has one. Raises
-        InvalidRequest for tokens that do not fit.
+        either. `on_first` is called with the first piece. Without `has_ids` no event has one. Without
+        `keeps_logprobs` only pieces have those of the answer: of twenty tokens beside each they are kilobytes a token.
+
+        Raises InvalidRequest for tokens that do not fit.
         """
         self.n = requests[0].sampling.n if requests[0].sampling.HasField("n") else 1
         self._upstream = upstream
         self._requests = requests
         self._key = key
         self._goes_on = position is not None
+        self._keeps_logprobs = keeps_logprobs
         self.streams = [self._ask(prompt) for prompt in range(len(requests))]
         self.created = created
         self.linger = False  # whether what still runs when the reader has left waits for him
@@ -87,12 +91,17 @@ class Answers:
 
     @property
     def model(self) -> str:
-        """What answers; known with the first piece."""
-        return self.streams[0].continuation.model
+        """What answers; known with the first piece, of whichever prompt that is."""
+        return next((model for stream in self.streams if (model := stream.continuation.model)), "")
+
+    @property
+    def determinism(self) -> str:
+        """The class of the executors that answer; empty where they promise nothing, or none is known yet."""
+        return next((told for stream in self.streams if (told := stream.continuation.determinism)), "")
 
     async def next(self) -> Piece | None:
         """What comes next; None when all choices have ended. Raises PagewireErrors."""
-        while (read := await self._read()) is not None:
+        while (read := await self._read_on()) is not None:
             prompt, new, ticket = read
             if self._on_first is not None:
                 self._on_first()
@@ -171,7 +180,9 @@ class Answers:
         await self.close()
 
     def _ask(self, prompt: int) -> AsyncStream:
-        return self._upstream.ask(self._requests[prompt], self._key)
+        stream = self._upstream.ask(self._requests[prompt], self._key)
+        stream.continuation.keeps_logprobs = self._keeps_logprobs
+        return stream
 
     async def _ask_again(self, prompt: int) -> None:
         """A stream that goes on was ended: its reader left, and the word of that came behind him coming back.
@@ -189,6 +200,15 @@ class Answers:
         if self._readers:
             self._read_ahead(prompt)
         await ended.close(linger=True)
+
+    async def _read_on(self) -> tuple[int, Delta | Finish, bytes] | None:
+        """As `_read`; the tickets of a caller who has sent none are the schedulers' business, and not his mistake."""
+        try:
+            return await self._read()
+        except (TicketRefused, TicketStale) as error:
+            if self._goes_on:
+                raise
+            raise Unavailable(f"no scheduler goes on with the answer that another one began: {error}") from error
 
     async def _read(self) -> tuple[int, Delta | Finish, bytes] | None:
         if len(self.streams) == 1:
@@ -242,13 +262,25 @@ class Answers:
 class _Told:
     """What the caller was told of one choice, and what of that comes again."""
 
-    __slots__ = ("_again", "_arguments", "_digest", "_heard", "calls", "characters", "ended", "ticket", "tokens")
+    __slots__ = (
+        "_again",
+        "_arguments",
+        "_begun",
+        "_digest",
+        "_heard",
+        "calls",
+        "characters",
+        "ended",
+        "ticket",
+        "tokens",
+    )
 
     def __init__(self, heard: Heard, *, again: bool) -> None:
         """With `again` all of it comes from the beginning, and what was heard is left out."""
         self.tokens = 0 if again else heard.tokens
         self.characters = 0 if again else heard.characters
         self.calls = heard.calls  # that have begun; a part of one of these that comes again is not its first
+        self._begun = 0 if again else heard.calls  # the same, of those that came
         self._arguments = 0 if again else heard.arguments
         self.ended = heard.ended
         self.ticket = heard.ticket  # of what was told
@@ -307,7 +339,7 @@ class _Told:
 
     def end(self) -> bool:
         """It has ended; False where its caller knows. Raises TicketRefused where more was told than there is."""
-        if self.tokens < self._heard.tokens:
+        if self.tokens < self._heard.tokens or self._begun < self._heard.calls:
             raise _not_the_same()
         known, self.ended = self.ended, True
         return not known
@@ -345,6 +377,7 @@ class _Told:
         for part in parts:
             begins = part.index >= self.calls
             self.calls = max(self.calls, part.index + 1)
+            self._begun = max(self._begun, part.index + 1)
             known = max(0, min(len(part.arguments), self._heard.arguments - self._arguments))
             self._arguments += len(part.arguments)
             if begins:

@@ -49,6 +49,7 @@ _CALLED: Final = "pagewire.request_id"
 _FAILED: Final = "pagewire.failed"
 """Where it holds the status of what a stream failed by after it had begun, which its reader is told in an event."""
 
+_STOPS: Final = "the gateway stops; another one may answer"
 _ALREADY_TOLD: Final = b"data: [DONE]\n\n"
 _EVENTS: Final = "text/event-stream"
 
@@ -62,6 +63,7 @@ class Telling:
     whole: Callable[[Answers], Awaitable[dict[str, Any]]]
     stream: Callable[[Answers], AsyncGenerator[bytes, None]]
     error: Callable[[Told, Answers], bytes]
+    repeats: bool = False  # the last events of a stream have all of it once more
 
 
 class Gateway:
@@ -155,6 +157,10 @@ class Gateway:
                 await self._router(scope, receive, sending)
             except ClientDisconnect:
                 status = status or 499  # as nginx counts them
+            except asyncio.CancelledError:  # the process ends
+                if not status:  # without an answer uvicorn would tell a bug
+                    await _told(Unavailable(_STOPS), scope).response()(scope, receive, sending)
+                raise
             except Exception as error:  # noqa: BLE001  the edge: whatever it is, the caller gets a status and no more
                 failed = _told(error, scope)
                 if not status:
@@ -200,12 +206,13 @@ class Gateway:
             whole=lambda answers: responses.whole(answers, asked),
             stream=lambda answers: responses.stream(answers, asked),
             error=responses.error_event,
+            repeats=True,
         )
         return await self._answer(request, body, asked, telling)
 
     async def _body(self, request: Request) -> Fields:
         if self.draining:
-            raise Unavailable("the gateway stops; another one may answer")
+            raise Unavailable(_STOPS)
         return parse(await self._bodies.read(request.scope, request.receive))
 
     def _refuse_unknown(self, body: Fields) -> None:
@@ -246,6 +253,7 @@ class Gateway:
             tokens=asked.manner.resume_token_ids,
             on_first=on_first,
             has_ids=has_ids,
+            keeps_logprobs=telling.repeats or not asked.manner.stream,
         )
         if not asked.manner.stream:
             return Response(
@@ -355,7 +363,7 @@ class Gateway:
     async def _live_state(self, request: Request) -> ASGIApp:
         self._view.check(request, _key(request))
         if self.draining:
-            raise Unavailable("the gateway stops; another one may answer")
+            raise Unavailable(_STOPS)
         return EventStream(
             self._view.states(interval_ms(request)),
             self._patience,

@@ -10,7 +10,7 @@ from typing import Final
 from common.errors import InvalidRequest, TicketRefused
 from protos import inference_pb2 as pb
 from services.gateway.fields import TOKEN_IDS, Fields, array, integers
-from services.gateway.positions import Position
+from services.gateway.positions import MAX_CHOICES, Position
 
 _MAX_REQUEST_ID: Final = 100  # with the number of its prompt behind it, it is one for the scheduler
 
@@ -97,7 +97,7 @@ def read_manner(fields: Fields) -> Manner:
         options.refuse_unknown()
     tokens = [
         integers(each, f"resume_token_ids[{i}]")
-        for i, each in enumerate(array(fields.take("resume_token_ids", _TOKEN_LISTS), "resume_token_ids"))
+        for i, each in enumerate(array(fields.take("resume_token_ids", _TOKEN_LISTS), "resume_token_ids", MAX_CHOICES))
     ]
     return Manner(
         stream=stream,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from itertools import islice
 from typing import Final
 
 from starlette.requests import ClientDisconnect
@@ -19,6 +20,9 @@ _MOST_DIGITS: Final = 400  # no number that anybody means has more; Python itsel
 
 # A string may lack its end, and is never looked at twice: what cannot match would be tried from each of its quotes.
 _TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
+
+_TOO_DEEP: Final = 1000  # as Python has it
+_LOOKED_AT: Final = 20_000  # parts of a body that is nested too deep
 
 _FREE_BYTES: Final = 1 << 16
 """The beginning of each body, which the bound of all together leaves out: the number of connections bounds it."""
@@ -105,9 +109,12 @@ def _loads(document: str) -> object:
 
 
 def _deepest(document: str) -> str:
-    """The member of the outermost object in which lists and objects lie deepest within each other."""
+    """The member of the outermost object in which lists and objects lie too deep within each other.
+
+    Where it is not among the first thousands of them it is not looked for: others wait meanwhile.
+    """
     depth, most, name, deepest = 0, 0, "body", "body"
-    for match in _TOKEN.finditer(document):
+    for match in islice(_TOKEN.finditer(document), _LOOKED_AT):
         part = match[0]
         if part[0] == '"':
             if depth == 1:
@@ -116,6 +123,8 @@ def _deepest(document: str) -> str:
             depth += 1
             if depth > most:
                 most, deepest = depth, name
+                if depth >= _TOO_DEEP:
+                    break
         else:
             depth -= 1
-    return cut(deepest)
+    return cut(deepest) if most > _TOO_DEEP // 2 else "body"

@@ -14,7 +14,7 @@ from services.gateway.answers import Answers, Piece
 from services.gateway.asked import Asked, read_manner
 from services.gateway.errors import NotServed
 from services.gateway.events import event
-from services.gateway.fields import Fields, array, fields, shown, text
+from services.gateway.fields import MOST_LISTED, Fields, array, fields, shown, text
 from services.gateway.options import read_options, read_structured
 from services.gateway.tools import read_tool_message, read_tools, told_calls, told_deltas
 
@@ -86,7 +86,7 @@ def content_text(content: object, path: str) -> str:
         raise InvalidRequest(path, "must be a string or a list of parts, and is not there")
     if not isinstance(content, list):
         raise InvalidRequest(path, f"must be a string or a list of parts, got {shown(content)}")
-    return "".join(_part(fields(part, f"{path}[{i}]")) for i, part in enumerate(array(content, path)))
+    return "".join(_part(fields(part, f"{path}[{i}]")) for i, part in enumerate(array(content, path, MOST_LISTED)))
 
 
 def _part(part: Fields) -> str:
@@ -233,7 +233,7 @@ class Chunks:
 
 def envelope(answers: Answers, asked: Asked, prefix: str, kind: str) -> dict[str, Any]:
     """What every answer begins with. The fingerprint is the executors' class: in one, a seed gives the same answer."""
-    determinism = answers.streams[0].continuation.determinism
+    determinism = answers.determinism
     return {
         "id": f"{prefix}-{asked.request_id}",
         "object": kind,

@@ -18,6 +18,9 @@ MAX_U32: Final = (1 << 32) - 1
 MAX_FLOAT: Final = 3.4028234663852886e38
 """The largest number that a float32 holds."""
 
+MOST_LISTED: Final = 4096
+"""Objects, or texts, in one list. The scheduler takes no more, and a body of nothing else would hold up all others."""
+
 _EXACT: Final = 1 << 53  # from here on a float may stand for a neighbour
 
 Form = Mapping[str, Any]
@@ -123,7 +126,8 @@ class Fields:
         value = self.take(name)
         if isinstance(value, str):
             return [text(value, self.path(name))]
-        return [text(each, f"{self.path(name)}[{i}]") for i, each in enumerate(array(value, self.path(name)))]
+        found = array(value, self.path(name), MOST_LISTED)
+        return [text(each, f"{self.path(name)}[{i}]") for i, each in enumerate(found)]
 
     def integers(self, name: str) -> list[int]:
         """Token ids."""
@@ -157,7 +161,7 @@ class Fields:
     def list_of_fields(self, name: str) -> list[Fields]:
         """Objects; none where it is not there."""
         path = self.path(name)
-        return [fields(each, f"{path}[{i}]") for i, each in enumerate(array(self.take(name), path))]
+        return [fields(each, f"{path}[{i}]") for i, each in enumerate(array(self.take(name), path, MOST_LISTED))]
 
     def ignore(self, *names: str) -> None:
         """Take what has no effect here."""
@@ -236,12 +240,14 @@ def schema_text(schema: object, path: str) -> str:
     return source
 
 
-def array(value: object, path: str) -> list[object]:
-    """A list; an empty one where there is none."""
+def array(value: object, path: str, most: int | None = None) -> list[object]:
+    """A list, of at most `most`; an empty one where there is none."""
     if value is None:
         return []
     if not is_array(value):
         raise InvalidRequest(path, f"must be a list, got {shown(value)}")
+    if most is not None and len(value) > most:
+        raise InvalidRequest(path, f"at most {most}, got {len(value)}")
     return value
 
 

@@ -8,10 +8,11 @@ from common.errors import InvalidRequest
 from protos import inference_pb2 as pb
 from services.gateway.chat import CONTENT, add_message, content_text
 from services.gateway.errors import NotServed
-from services.gateway.fields import Fields, array, fields, shown, text
+from services.gateway.fields import MOST_LISTED, Fields, array, fields, shown, text
 
 _KINDS: Final = ("message", "function_call", "function_call_output")
 _OF_ITEMS: Final = ("id", "status")  # what items bring along when they are sent back as they came
+_MOST_ITEMS: Final = 2 * MOST_LISTED  # an answer's calls are one message, and what came of each is one more
 _OF_CHATS: Final = ("tool_calls", "tool_call_id")
 
 _ITEM: Final[dict[str, Any]] = {
@@ -43,7 +44,7 @@ def read_input(body: Fields, chat: pb.ChatMessages) -> tuple[str | None, dict[st
     if isinstance(value, str):
         reading.add_text("user", text(value, "input"), "input")
         return instructions, reading.names
-    items = array(value, "input")
+    items = array(value, "input", _MOST_ITEMS)
     if not items:
         raise InvalidRequest("input", "must be a string or a list of items, and is empty")
     for i, each in enumerate(items):

@@ -7,7 +7,7 @@ import json
 import logging
 import ssl
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from common.config import GatewayConfig
 from common.errors import PagewireError, Unavailable
@@ -164,27 +164,52 @@ def _tls(files: tls.PemFiles | None) -> tuple[ssl.SSLContext | None, Follow]:
     if files is None:
         return None, _nothing
     watched = WatchedFiles([path for path in (files.cert, files.key, files.ca) if path], lambda: tls.read(files))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    assert files.cert is not None, "a server without a certificate"
-    cert, key = files.cert, files.key
-    context.load_cert_chain(cert, key)
-    if files.ca is not None:
-        context.load_verify_locations(files.ca)
-        context.verify_mode = ssl.CERT_REQUIRED
+    known = watched.current()
+    context = _Newest(_context(files))
 
     async def follow() -> None:
-        known = watched.current()
+        nonlocal known
         while True:
             await asyncio.sleep(_LOOK_S)
             if (found := watched.current()) is not known:
                 known = found
                 try:
-                    context.load_cert_chain(cert, key)  # for handshakes from now on
+                    context.newest = _context(files)
                 except (OSError, ssl.SSLError):
-                    log.error("%s changed while it was read; what was read before stays in force", cert)
+                    log.error("%s changed while it was read; what was read before stays in force", files.cert)
 
     return context, follow
+
+
+class _Newest(ssl.SSLContext):
+    """In place of the newest context at each handshake.
+
+    Nothing takes an authority out of what a context trusts, and a session that began under one is taken up by it alone.
+    """
+
+    newest: ssl.SSLContext
+
+    def __new__(cls, newest: ssl.SSLContext) -> Self:
+        """Begin with this one."""
+        self = super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
+        self.newest = newest
+        return self
+
+    def wrap_bio(self, *arguments: Any, **named: Any) -> ssl.SSLObject:
+        """As asyncio calls it for each connection."""
+        return self.newest.wrap_bio(*arguments, **named)
+
+
+def _context(files: tls.PemFiles) -> ssl.SSLContext:
+    """What the files say now."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    assert files.cert is not None, "a server without a certificate"
+    context.load_cert_chain(files.cert, files.key)
+    if files.ca is not None:
+        context.load_verify_locations(files.ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 async def _nothing() -> None:

@@ -1,4 +1,4 @@
-"""Live processes for clients that nobody here wrote. Those that are too heavy for .venv run by `make test-clients`."""
+"""Live processes for clients that nobody here wrote. Those that are too heavy for .venv have .venv-clients."""
 
 from __future__ import annotations
 

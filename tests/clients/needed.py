@@ -1,4 +1,4 @@
-"""Whether a client that is too heavy for .venv is here. `make test-clients` makes an environment that has them."""
+"""Whether a client that is too heavy for .venv is here. `make test` makes an environment that has most of them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from tests.e2e.programs import run
 K6 = Path(sys.executable).with_name("k6")
 LOAD = str(ROOT / "tests" / "clients" / "load.js")
 
-pytestmark = pytest.mark.skipif(not K6.exists(), reason="k6 is not installed: make test-clients has it")
+pytestmark = pytest.mark.skipif(not K6.exists(), reason="k6 is not installed: make clients")
 
 
 def test_k6_finds_no_call_and_no_stream_that_fails(shared: Cluster, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from tests.e2e.cluster import ROOT, Cluster
 from tests.e2e.programs import run
 
 PROGRAM = str(ROOT / "tests" / "clients" / "triton_program.py")
-# Its protobuf is older: make test-clients has it in an environment of its own.
+# Its protobuf is older: make clients has it in an environment of its own.
 PYTHON = os.environ.get("PAGEWIRE_TRITON_PYTHON", str(ROOT / ".venv-triton" / "bin" / "python"))
 
-pytestmark = pytest.mark.skipif(not Path(PYTHON).exists(), reason="tritonclient is not in .venv-triton")
+pytestmark = pytest.mark.skipif(not Path(PYTHON).exists(), reason="tritonclient is not in .venv-triton: make clients")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The examples, ready to run: each is built as its first lines say, in a folder of its own, or skipped with the reason.
 
-What they are built with is Debian's, and heavy; CI has Python and Node alone.
+What they are built with is Debian's, and heavy; Python and Node are in .venv.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final
 import pytest
 
 from tests.e2e.cluster import ROOT
-from tests.e2e.npm import node_modules
+from tests.e2e.npm import NODE, node_modules
 
 Command = tuple[str, ...]
 """What runs an example. It takes an address and a prompt."""
@@ -40,7 +40,7 @@ def node(folder: Path) -> Command:
     (copy / "protos").mkdir()
     shutil.copy(_PROTOS / "inference.proto", copy / "protos")
     (copy / "examples" / "node" / "node_modules").symlink_to(modules)
-    return "node", str(copy / "examples" / "node" / "stream.mjs")
+    return NODE, str(copy / "examples" / "node" / "stream.mjs")
 
 
 def go(folder: Path) -> Command:

@@ -15,7 +15,7 @@ from pagewire import Client
 from tests.e2e import openai_python
 from tests.e2e.cluster import Cluster
 from tests.e2e.gateways import Gateway
-from tests.e2e.npm import node_modules
+from tests.e2e.npm import NODE, node_modules
 from tests.executor.schemas import problem
 
 HERE = Path(__file__).parent
@@ -106,7 +106,7 @@ def ask_with_node(gateway: Gateway, model: str, folder: Path) -> dict[str, Any]:
     (folder / "node_modules").symlink_to(node_modules(source))
     said = json.dumps({"baseURL": f"http://{gateway.http}/v1", "asked": asked(model)})
     done = subprocess.run(
-        ["node", "ask.mjs"], cwd=folder, input=said, capture_output=True, text=True, timeout=120, check=False
+        [NODE, "ask.mjs"], cwd=folder, input=said, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     told: dict[str, Any] = json.loads(done.stdout)

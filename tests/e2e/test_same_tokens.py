@@ -39,14 +39,6 @@ def prompts(default_model: Path) -> list[list[int]]:
     return [ids[:n] if i % 2 else ids[37 * i : 37 * i + n] for i, n in enumerate(LENGTHS)]
 
 
-@pytest.fixture(scope="module")
-def expected(default_model: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """What `model.generate` says, one prompt at a time."""
-    outputs = reference.generate(default_model, prompts, NUM_NEW)
-    assert all(len(output) == NUM_NEW for output in outputs)
-    return outputs
-
-
 @contextmanager
 def serving(
     model: Path, folder: Path, *, scheduler: Sequence[str] = (), executor: Sequence[str] = (), executors: int = 1
@@ -65,19 +57,27 @@ def all_at_once(running: Cluster, prompts: list[list[int]], **sampling: float) -
         return list(pool.map(lambda p: running.tokens(p, NUM_NEW, **sampling), prompts))
 
 
-def test_one_at_a_time(
-    default_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
-) -> None:
+@pytest.fixture(scope="module")
+def expected(
+    default_model: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> list[list[int]]:
+    """What is served one at a time, by two servers: half the minutes. The first test asks whether that is right."""
+
     def serve(share: int) -> list[list[int]]:
-        folder = tmp_path / str(share)
-        folder.mkdir()
-        with serving(default_model, folder, executor=ONE_THREAD) as running:
+        with serving(default_model, tmp_path_factory.mktemp("alone"), executor=ONE_THREAD) as running:
             return [running.tokens(prompt, NUM_NEW) for prompt in prompts[share::2]]
 
-    with ThreadPoolExecutor(2) as pool:  # two servers, each with one request at a time: half the minutes
-        even, odd = pool.map(serve, range(2))
-    assert even == expected[::2]
-    assert odd == expected[1::2]
+    with ThreadPoolExecutor(2) as pool:
+        shares = list(pool.map(serve, range(2)))
+    return [shares[i % 2][i // 2] for i in range(len(prompts))]
+
+
+def test_one_at_a_time_they_are_what_transformers_says(
+    default_model: Path, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    assert all(len(tokens) == NUM_NEW for tokens in expected)
+    assert reference.says(default_model, prompts, expected) == expected
+    assert reference.generates(default_model, prompts[4], NUM_NEW) == expected[4], "by its own loop"
 
 
 def test_all_at_once(default_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:

@@ -385,6 +385,16 @@ def test_an_error_of_a_later_version_is_not_tried_again() -> None:
     assert not judge(grpc.StatusCode.UNAVAILABLE, "new", trailers, "a:1").may_pass
 
 
+def test_a_request_that_is_too_large_for_the_server_is_its_caller_s_mistake() -> None:
+    told = "SERVER: Received message larger than max (5700082 vs. 4194304)"
+    failure = judge(grpc.StatusCode.RESOURCE_EXHAUSTED, told, (), "a:1")
+
+    assert isinstance(failure.error, InvalidRequest) and not failure.may_pass
+    assert failure.error.problem == "has 5700082 bytes, and the server takes 4194304"
+    of_answer = judge(grpc.StatusCode.RESOURCE_EXHAUSTED, told.replace("SERVER", "CLIENT"), (), "a:1")
+    assert not isinstance(of_answer.error, InvalidRequest)
+
+
 def test_mangled_details_leave_the_code_to_go_by() -> None:
     assert judge(grpc.StatusCode.UNAVAILABLE, "x", (("grpc-status-details-bin", b"\xff"),), "a:1").may_pass
     assert not judge(grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max", (), "a:1").may_pass

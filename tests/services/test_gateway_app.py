@@ -16,9 +16,12 @@ from common.errors import (
     PagewireError,
     RequestFailed,
     Superseded,
+    TicketRefused,
+    TicketStale,
     Unauthenticated,
     Unavailable,
 )
+from pagewire.answers import Delta, Finish
 from protos import inference_pb2 as pb
 from protos.monitoring_pb2 import GetStatusResponse
 from services.gateway import app as app_module
@@ -29,7 +32,7 @@ from services.gateway.known_keys import KnownKeys
 from services.gateway.metrics import Metrics
 from services.gateway.positions import Heard, Writer, pack_prompt
 from services.gateway.upstream import Upstream
-from tests.services.gateway_calls import HI, Call, Scheduler, ask, delta, finish, gateway
+from tests.services.gateway_calls import CHAT, HI, Call, Scheduler, Stream, ask, delta, finish, gateway
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -58,6 +61,16 @@ def test_an_error_behind_the_first_token_is_the_last_event() -> None:
     assert call.status == 200
     assert call.events[0]["choices"][0]["delta"]["content"] == "a"
     assert call.events[-1]["error"]["code"] == "superseded"
+
+
+@pytest.mark.parametrize("error", [TicketRefused("another key"), TicketStale("another model")])
+def test_who_sent_no_id_is_not_told_that_it_was_refused(error: PagewireError) -> None:
+    begun = [delta(0, 5, "a")]
+    stream = ask(gateway(Scheduler(*begun, then=error)), {**HI, "stream": True})
+    whole = ask(gateway(Scheduler(*begun, then=error)), HI)
+
+    assert stream.events[-1]["error"]["code"] == "unavailable" and str(error) in stream.events[-1]["error"]["message"]
+    assert (whole.status, whole.json["error"]["type"]) == (503, "server_error")
 
 
 def test_a_stream_that_fails_midway_is_counted_as_a_failure() -> None:
@@ -113,6 +126,23 @@ def test_a_reader_who_leaves_before_the_whole_answer_is_there_ends_it() -> None:
     assert scheduler.streams[0].closed == [False]
 
 
+def test_a_whole_answer_that_the_gateway_s_end_cuts_off_may_be_asked_for_elsewhere() -> None:
+    async def run() -> tuple[Call, Scheduler]:
+        scheduler = Scheduler(delta(0, 5, "a"))
+        app, call = gateway(scheduler), Call(HI)
+        answering = asyncio.create_task(app(call.scope, call.receive, call.send))
+        while not scheduler.streams:
+            await asyncio.sleep(0)
+        answering.cancel()
+        await asyncio.gather(answering, return_exceptions=True)
+        assert answering.cancelled()
+        return call, scheduler
+
+    call, scheduler = asyncio.run(run())
+    assert (call.status, call.json["error"]["code"]) == (503, "unavailable")
+    assert scheduler.streams[0].closed == [False]
+
+
 def test_a_gateway_is_ready_until_it_drains_and_alive_even_then() -> None:
     app = gateway(Scheduler(then=Unavailable("none is there")))
 
@@ -154,6 +184,29 @@ def test_who_comes_back_with_an_id_gets_more_of_them() -> None:
     rest = ask(gateway(Scheduler(*said)), asked, headers=[(b"last-event-id", first.ids[-1])], accept=b"*/*")
 
     assert rest.ids
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kept"),
+    [
+        (CHAT, {**HI, "logprobs": True, "stream": True}, 0),
+        ("/v1/completions", {"prompt": "a", "logprobs": 0, "stream": True}, 0),
+        (CHAT, {**HI, "logprobs": True}, 2),
+        ("/v1/responses", {"input": "a", "include": ["message.output_text.logprobs"], "stream": True}, 2),
+    ],
+)
+def test_log_probabilities_that_were_told_are_kept_only_where_the_end_tells_them_again(
+    path: str, body: dict[str, Any], kept: int
+) -> None:
+    said = [delta(0, 5, "a"), delta(1, 6, "b")]
+    for each in said:
+        each.delta.logprobs.add(token=pb.TokenLogprob(token_id=5, logprob=-1.0, text=each.delta.text.encode()))
+    scheduler = Scheduler(*said, finish())
+
+    call = ask(gateway(scheduler), body, path=path)
+
+    assert b"".join(call.parts).count(b"-1.0") >= 2
+    assert len(scheduler.streams[0].continuation.heard(0)[1]) == kept
 
 
 def test_half_a_character_is_told_with_the_rest_of_it() -> None:
@@ -437,6 +490,28 @@ def test_the_tickets_of_an_id_are_of_what_was_told_and_not_of_what_was_read_ahea
     told = [choice for id in ids for choices in positions.read(id).choices for choice in choices]
     assert {heard.tokens for heard in told} == {0, 1, 2, 3, 4}
     assert [heard.ticket for heard in told] == [b"%d" % heard.tokens for heard in told]
+
+
+def test_what_answers_is_told_also_where_a_later_prompt_begins_first() -> None:
+    begun = pb.GenerateStreamResponse(prompt=pb.PromptInfo(model="m", determinism="d"))
+
+    class Late(Stream):
+        async def next(self) -> Delta | Finish | None:
+            for _ in range(50):
+                await asyncio.sleep(0)
+            return await super().next()
+
+    class Unequal(Scheduler):
+        def ask(self, request: pb.GenerateStreamRequest, key: str) -> Stream:
+            kind = Stream if self.streams else Late
+            self.streams.append(kind(request, [begun, delta(0, 5, "a"), delta(1, 6, "b"), finish()], None))
+            return self.streams[-1]
+
+    call = ask(gateway(Unequal()), {"prompt": ["a", "b"], "stream": True}, path="/v1/completions")
+
+    chunks = call.events[:-1]
+    assert [chunk["choices"][0]["index"] for chunk in chunks] == [1, 1, 1, 0, 0, 0]
+    assert {(chunk["model"], chunk["system_fingerprint"]) for chunk in chunks} == {("m", "fp_d")}
 
 
 @pytest.mark.parametrize("tokens", [None, [[5]]], ids=["again", "resumed"])

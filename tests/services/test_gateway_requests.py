@@ -409,6 +409,34 @@ def test_the_member_that_is_nested_too_deep_is_named() -> None:
     assert refused.value.field == "b"
 
 
+def test_a_body_that_is_nested_too_deep_is_not_looked_through_to_its_end() -> None:
+    deep = '{"a": [' + "[]," * 1_000_000 + "[" * 100_000
+
+    with pytest.raises(InvalidRequest, match=r"^body: .* nested too deep"):  # a millisecond, and not a second
+        parse(deep.encode())
+
+
+@pytest.mark.parametrize(
+    ("read", "body", "field"),
+    [
+        (chat.read, {"messages": [{}] * 4097}, "messages"),
+        (chat.read, {"messages": [{"role": "user", "content": [{}] * 4097}]}, "messages[0].content"),
+        (chat.read, {"messages": [{"role": "assistant", "tool_calls": [{}] * 4097}]}, "messages[0].tool_calls"),
+        (chat.read, {"messages": HI, "tools": [{}] * 4097}, "tools"),
+        (chat.read, {"messages": HI, "stop": ["a"] * 4097}, "stop"),
+        (chat.read, {"messages": HI, "resume_token_ids": [[]] * 17}, "resume_token_ids"),
+        (responses.read, {"input": [{}] * 8193}, "input"),
+    ],
+)
+def test_a_list_of_more_than_anybody_means_is_refused_before_it_is_taken_apart(
+    read: Callable[[Fields], object], body: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidRequest, match="at most") as caught:
+        read(Fields(body))
+
+    assert caught.value.field == field
+
+
 def test_a_string_without_an_end_behind_it_costs_one_look() -> None:
     deep = '{"a": ' + "[" * 100_000 + "]" * 100_000 + ', "b": "' + '\\"' * 200_000 + "[" * 100_001
     with pytest.raises(InvalidRequest) as refused:

@@ -8,6 +8,7 @@ import pytest
 
 from common.errors import Unavailable
 from protos import inference_pb2 as pb
+from services.gateway.positions import Heard, Writer, pack_prompt
 from tests.services.gateway_calls import Call, Scheduler, ask, finish, gateway
 
 PATH = "/v1/responses"
@@ -131,6 +132,15 @@ def test_a_stream_goes_on_behind_any_event_that_has_an_id(
         heard = sum(line.startswith(b"data: ") for line in lines[: at + 2])
         rest = told(*messages, last=id, **asked)
         assert whole.events[:heard] + rest.events == whole.events
+
+
+def test_an_id_with_calls_that_were_never_told_is_refused_and_no_bug() -> None:
+    forged = Heard(calls=3, digest=bytes(8))
+    id = Writer("mine", 7, 0, prompts=1, choices=1).id(1, pack_prompt(9) + forged.packed())
+
+    call = told(*TWO_CALLS, last=id)
+
+    assert call.events[-1]["code"] == "resume_refused"
 
 
 def test_tokens_that_open_a_call_are_no_part_of_the_text_that_is_scored() -> None:
