@@ -18,6 +18,7 @@ from typing import Final, NoReturn
 from common.errors import ModelFolderError
 from common.json_value import is_array, is_natural, is_object
 from common.safetensors_header import MalformedSafetensors, SafetensorsHeader, read_safetensors_header
+from common.sentence_folder import Embedding, read_embedding
 
 MAX_JSON_BYTES: Final = 64 << 20
 MAX_TOKENIZER_BYTES: Final = 512 << 20
@@ -32,6 +33,7 @@ _CONTEXT_KEYS: Final = (
     "seq_length",
 )
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_HEADS: Final = ("lm_head.weight", "embed_out.weight")  # what the matrix that makes logits is called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,8 @@ class ModelFolder:
     special_tokens: Mapping[str, str]  # "bos_token" → its text, and so on, as chat templates name them
     weight_files: tuple[Path, ...]
     digest: str  # hex; equal where config.json, tokenizer.json and the weights' headers and sizes are equal
+    embedding: Embedding | str = ""  # the vector that it makes of a text, or why it makes none
+    makes_text: bool = True  # False: it makes vectors, and has no matrix that makes logits
 
     @property
     def has_chat_template(self) -> bool:
@@ -76,6 +80,7 @@ def read_model_folder(path: Path) -> ModelFolder:
     generation_config = _read_optional_json(path / "generation_config.json", name)
     headers = _read_weight_headers(path, name)
     vocab_size = _positive(path, name, text_config, ("vocab_size",))
+    embedding = read_embedding(path, text_config, tokenizer_config)
     return ModelFolder(
         path=path,
         name=name,
@@ -88,6 +93,8 @@ def read_model_folder(path: Path) -> ModelFolder:
         special_tokens=_special_tokens(tokenizer_config),
         weight_files=tuple(path / file for file in headers),
         digest=_digest(config_bytes, tokenizer, headers),
+        embedding=embedding,
+        makes_text=isinstance(embedding, str) or _has_head(text_config, headers),
     )
 
 
@@ -231,6 +238,12 @@ def _read_weight_headers(path: Path, name: str) -> dict[str, SafetensorsHeader]:
             if tensor not in headers[shard].tensors:
                 _refuse(path / shard, f"tensor {tensor!r} is missing, which the index places here", name)
     return headers
+
+
+def _has_head(config: Mapping[str, object], headers: Mapping[str, SafetensorsHeader]) -> bool:
+    """Whether logits can be made: by a matrix of their own, or by that of the token embeddings."""
+    tensors = (tensor for header in headers.values() for tensor in header.tensors)
+    return config.get("tie_word_embeddings") is True or any(tensor.endswith(_HEADS) for tensor in tensors)
 
 
 def _read_header(file: Path, name: str) -> SafetensorsHeader:

@@ -103,6 +103,7 @@ class RequestLimits:
     max_length_penalty: float = 5.0  # of a beam search, either sign
     max_tools: int = 128  # that a chat offers; and calls of one message
     max_tools_bytes: int = 131_072  # of their names, descriptions and schemas together
+    max_embedding_inputs: int = 2048  # of one request for embeddings
 
 
 def check_sampling(params: SamplingParams, limits: RequestLimits) -> None:

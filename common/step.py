@@ -12,6 +12,8 @@ Both sides derive the rest by the same rules, in the same order:
   - A sequence that met a token stop condition is finished on the executor: its later rows are skipped.
   - A sequence with `num_candidates` is a beam: its row never samples. Where it reaches the end of the known tokens, the
     result ranks that many of the likeliest next tokens, and a later plan tells which of them it is (`told_tokens`).
+  - A sequence that `embeds` has one row that samples, and what that brings is no token but a vector: the hidden state
+    of its last token, behind the model's last norm. It is finished then.
   - A row that samples may carry *drafts*: tokens that the executor guesses behind the known ones, and computes with
     them. It samples behind each for as long as what it sampled is what was guessed, so one row brings 1 to 1 + drafts
     tokens, which are those that as many rows would have brought. Until its result is there nothing follows it.
@@ -28,6 +30,9 @@ from common.types import BlockId, SlotRef
 
 MAX_DRAFTS: Final = 32
 """That any row may carry: as many tokens as one sequence can win in one step."""
+
+EMBEDS: Final = "embeddings"
+"""The capability of an executor that takes sequences which embed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +53,7 @@ class NewSequence:
     domain: bytes = b""  # what is kept of a grammar is kept for one domain alone; it says nothing else of its tenant
     num_candidates: int = 0  # not 0: a beam, of which so many continuations are ranked
     trace: str = ""  # whose trace its request is part of, where that is recorded; means nothing to the compute
+    embeds: bool = False  # it ends with its prompt, in a vector; max_tokens is 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +117,13 @@ class Ranked(NamedTuple):
         return Logprobs(self.raw[self.token_ids.index(token)], self.top_ids, self.top)
 
 
+class Embedded(NamedTuple):
+    """What a sequence that embeds brought. H numbers, the model's hidden size."""
+
+    ref: SlotRef
+    vector: bytes  # (H,) float32, little-endian
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What came out of one plan. S sampled rows. Every step has a result, also one that samples nothing."""
@@ -126,6 +139,7 @@ class StepResult:
     scored: Sequence[Scored] = ()  # where a sequence asks for it; positions in order within each
     ranked: Sequence[Ranked] = ()  # beams that reached the end of their known tokens
     drafted: Sequence[tuple[SlotRef, int]] = ()  # rows that might carry drafts, and how many they did
+    embedded: Sequence[Embedded] = ()  # sequences that embed, and are computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

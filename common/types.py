@@ -61,3 +61,4 @@ class FinishReason(enum.IntEnum):
     ABORTED = 5  # the caller left, or its deadline passed
     ERROR = 6  # this choice failed; the status says why
     TOOL_CALLS = 7  # EOS behind complete calls of tools; only who reads the text knows, so the core never says it
+    EMBEDDED = 8  # its prompt is computed, and its vector is there: nothing is generated

@@ -44,6 +44,7 @@ class InputBatch:
     scored_slots: NDArray[np.int64] = field(default_factory=_nothing)  # (P,) lines in the resident tables
     scored_positions: NDArray[np.int64] = field(default_factory=_nothing)  # (P,) at least 1
     table_rows: NDArray[np.int64] = field(default_factory=_nothing)  # (N,) each row's line in the resident tables
+    embedded_rows: NDArray[np.int64] = field(default_factory=_nothing)  # (E,) which of the sampled rows embed
 
 
 def build_batch(
@@ -87,6 +88,9 @@ def build_batch(
         scored_slots, scored_positions = token_slots[tells], positions[tells] + 1
     sampled = rows.slots[rows.samples]
     known = resident.num_tokens[sampled]
+    embedded = _nothing()
+    if resident.embeds:
+        embedded = np.flatnonzero([slot in resident.embeds for slot in sampled.tolist()])
     return InputBatch(
         token_places=slots * resident.max_model_len + positions,
         positions=positions,
@@ -104,4 +108,5 @@ def build_batch(
         scored_slots=scored_slots,
         scored_positions=scored_positions,
         table_rows=ordered.slots,
+        embedded_rows=embedded,
     )

@@ -8,6 +8,7 @@ step in which it would first have changed a token.
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ import numpy as np
 
 from common import failpoints
 from common.determinism import determinism_class
-from common.step import ExecutorFacts, Logprobs, Ranked, Scored, StepPlan, StepResult
+from common.step import EMBEDS, Embedded, ExecutorFacts, Logprobs, Ranked, Scored, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_of
 from executor.resident import Resident, Rows, Sampled, spread
 from executor.runner import Done, Launched, Report
@@ -83,6 +84,15 @@ def fake_logprobs(token: int, num_top: int) -> Logprobs:
     return Logprobs(-float(token), tuple(range(num_top)), tuple(-float(id) for id in range(num_top)))
 
 
+def fake_vector(digest: int, dimensions: int) -> bytes:
+    """The vector of a prefix, float32: a hash of it. In 64ths between -2 and 2, and never all of them 0."""
+    values: list[float] = []
+    for place in range(dimensions):
+        digest = _mix(digest, place)
+        values.append(((digest >> 32) % 255 - 127) / 64 or 1.0)
+    return struct.pack(f"<{dimensions}f", *values)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computed:
     """What a step left on the device. S sampled rows."""
@@ -95,6 +105,7 @@ class Computed:
     scored: list[Scored]
     ranked: list[Ranked]
     drafted: list[tuple[SlotRef, int]]
+    embedded: list[Embedded]
 
 
 class FakeRunner:
@@ -124,6 +135,7 @@ class FakeRunner:
         guess: NextToken | None = None,
         max_drafts: int = 4,
         step_overhead_tokens: int = 64,
+        embedding_dimensions: int = 8,
     ) -> None:
         """With `guess`, rows may carry drafts: what it says of a prefix, or None for no guess."""
         self._facts = ExecutorFacts(
@@ -141,8 +153,10 @@ class FakeRunner:
             device="none",
             max_drafts=max_drafts if guess is not None else 0,
             step_overhead_tokens=step_overhead_tokens,
+            capabilities=(EMBEDS,),
             determinism=determinism_class("fake", model_digest, next_token.__qualname__, str(vocab_size)),
         )
+        self._embedding_dimensions = embedding_dimensions
         self._resident = Resident(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -233,6 +247,7 @@ class FakeRunner:
             scored=self._score(rows, runs),
             ranked=self._rank(rows, tokens),
             drafted=drafted(self._resident, rows),
+            embedded=self._embed(rows, tokens),
         )
 
     def _is_put_off(self, slot: int) -> bool:
@@ -315,6 +330,18 @@ class FakeRunner:
                 ranked.append(row)
         return ranked
 
+    def _embed(self, rows: Rows, tokens: list[int | None]) -> list[Embedded]:
+        """The vectors of prefixes, but of those for which there is no token."""
+        held = self._resident
+        return [
+            Embedded(
+                SlotRef(int(held.refs[slot])),
+                fake_vector(int(self._digests[slot, held.num_prompt[slot] - 1]), self._embedding_dimensions),
+            )
+            for slot, token in zip(rows.slots[rows.samples].tolist(), tokens, strict=True)
+            if slot in held.embeds and token is not None
+        ]
+
     def _block(self, block: BlockId) -> slice:
         return slice(block * self._facts.block_size, (block + 1) * self._facts.block_size)
 
@@ -386,6 +413,7 @@ def result_of(plan: StepPlan, sampled: Sampled, computed: Computed) -> StepResul
         scored=computed.scored,
         ranked=computed.ranked,
         drafted=computed.drafted,
+        embedded=computed.embedded,
     )
 
 

@@ -108,6 +108,7 @@ class LlamaModel:
         )
         self._kept += [embedding, layers]
         self._logits = torch.empty(0, self.vocab_size)
+        self.hidden: Tensor | None = None  # (E, hidden) float32, of the rows of a batch that embed
 
     def forward(self, batch: InputBatch, token_ids: Tensor) -> Tensor:
         """Compute every token of the batch; return logits (S, vocab_size) float32, void at the next call.
@@ -121,7 +122,9 @@ class LlamaModel:
             if num_sampled > len(self._logits):
                 self._logits = torch.empty(num_sampled, self.vocab_size)
             logits = self._logits[:num_sampled]
-        self._native.llama_forward(self._model, step_struct(batch, token_ids), logits)
+        normed = torch.empty(num_sampled, self._model.hidden) if len(batch.embedded_rows) else None
+        self._native.llama_forward(self._model, step_struct(batch, token_ids), logits, normed)
+        self.hidden = None if normed is None else normed[torch.from_numpy(batch.embedded_rows)]
         return logits
 
     def _layer(self, layer: Any, cache: KvCache, needs: LayerNeeds, index: int) -> LlamaLayerStruct:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 class Forward(Protocol):
     """A model over the slab: one batch in, logits out."""
 
+    hidden: Tensor | None  # (E, H) behind the last norm, of the last batch's rows that embed; void at the next call
+
     def forward(self, batch: InputBatch, token_ids: Tensor, /) -> Tensor:
         """Compute every token of the batch; return logits (S, vocab_size), void at the next call."""
         ...
@@ -69,7 +71,7 @@ def open_model(
     from executor.paged_model import probe_layers
     from executor.weights import load_model, max_positions
 
-    model = load_model(folder.path, dtype=dtype, device=device)
+    model = load_model(folder.path, dtype=dtype, device=device, has_head=folder.makes_text)
     needs = [replace(layer, block_size=block_size) for layer in probe_layers(model, folder.vocab_size)]
     return Loaded(model, needs, max_positions(model.config.get_text_config()))
 

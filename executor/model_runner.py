@@ -16,7 +16,7 @@ import torch
 from common import failpoints
 from common.errors import ModelFolderError
 from common.model_folder import ModelFolder, read_model_folder
-from common.step import ExecutorFacts, StepPlan, StepResult
+from common.step import EMBEDS, Embedded, ExecutorFacts, StepPlan, StepResult
 from common.types import SlotRef, slot_of
 from executor.attention import choose
 from executor.attention.protocol import AttentionBackend, LayerNeeds
@@ -24,6 +24,7 @@ from executor.batch import build_batch
 from executor.choosing import NO_RUN, choose_run
 from executor.determinism import class_of
 from executor.devices import device_of
+from executor.embedding import embedded, who_embeds
 from executor.guide import Grammars
 from executor.kv_cache import KvCache, LayerShape, SlabFormat, block_bytes, fit_slab, free_bytes
 from executor.llama import LlamaModel
@@ -194,6 +195,7 @@ class ModelRunner:
             draft_cost=1 + (1 + self._step_overhead_tokens) * share_of_work,
             dtype=str(loaded.model.dtype).removeprefix("torch."),
             device=self._device.type,
+            capabilities=(EMBEDS,),
             determinism=class_of(
                 self._model,
                 folder,
@@ -235,7 +237,7 @@ class ModelRunner:
             self._proposer.begin_step(rows, plan.copies)
             rows = draft(held, rows, self._proposer)
             guessed = drafted(held, rows)
-        run = NO_RUN
+        run, vectors = NO_RUN, list[Embedded]()
         if len(rows.slots):
             batch = build_batch(held, rows)
             logits = self._model.forward(batch, self._pool.take(batch.token_places))
@@ -246,6 +248,8 @@ class ModelRunner:
             if len(batch.scored_slots):
                 prompts = logits[len(values) :]
                 run.scored.extend(score_prompts(prompts, held, batch.scored_slots, batch.scored_positions))
+            if self._model.hidden is not None and (embedding := who_embeds(held, batch)):
+                vectors = embedded(embedding, self._model.hidden, run.first.failed)
             self._pool.put(batch.sampled_places, run.first.tokens)
         sampled = held.advance(rows, run.first.tokens, run.first.failed, unready=run.unready, more=run.more)
         return Done(
@@ -260,6 +264,7 @@ class ModelRunner:
                 scored=run.scored,
                 ranked=run.ranked,
                 drafted=guessed,
+                embedded=vectors,
             )
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ class PagedModel:
         self._model = model
         self._cache = cache
         self._backends = backends
+        self.hidden: Tensor | None = None  # (E, hidden) of the rows of a batch that embed
 
     def forward(self, batch: InputBatch, token_ids: Tensor) -> Tensor:
         """Compute every token of the batch; return logits (S, vocab_size) in the model's dtype.
@@ -34,14 +37,25 @@ class PagedModel:
             torch.from_numpy(batch.positions).to(device),
             torch.from_numpy(batch.logits_indices).to(device),
             AttentionStep.of(batch, device),
+            torch.from_numpy(batch.embedded_rows).to(device) if len(batch.embedded_rows) else None,
         )
 
     def forward_on_device(
-        self, token_ids: Tensor, positions: Tensor, logits_indices: Tensor, step: AttentionStep
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        logits_indices: Tensor,
+        step: AttentionStep,
+        embedded_rows: Tensor | None = None,
     ) -> Tensor:
         """The same for columns that are there already, all int64."""
         calls = _SlabCalls(self._cache, self._backends, step)
-        return run(self._model, token_ids, positions, logits_indices, calls)
+        if embedded_rows is None:
+            return run(self._model, token_ids, positions, logits_indices, calls)
+        with keeping_hidden(self._model) as states:
+            logits = run(self._model, token_ids, positions, logits_indices, calls)
+        self.hidden = states[0][logits_indices[embedded_rows]]
+        return logits
 
 
 class _SlabCalls:
@@ -95,6 +109,21 @@ def run(
     logits = out.logits[0]
     assert isinstance(logits, Tensor)
     return logits
+
+
+@contextmanager
+def keeping_hidden(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Keep what comes out of the model's body, behind its last norm: (T, hidden) of each forward that runs inside."""
+    states: list[Tensor] = []
+
+    def keep(_module: object, _inputs: object, out: Any) -> None:
+        states.append(out[0][0])
+
+    handle = model.base_model.register_forward_hook(keep)
+    try:
+        yield states
+    finally:
+        handle.remove()
 
 
 def probe_layers(model: PreTrainedModel, vocab_size: int) -> list[LayerNeeds]:

@@ -74,7 +74,7 @@ class Reserved:
     indices: NDArray[np.int64]  # (S,) its output index: 0 is the first after the prompt
     ended: set[SlotRef]  # whose end was seen in an earlier step since: nothing of them counts
     unready: list[SlotRef]  # for which nothing is chosen in this step
-    ranked: frozenset[int] = frozenset()  # which of the rows are beams: they have no token
+    ranked: frozenset[int] = frozenset()  # which of the rows are beams, or embed: they have no token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +145,7 @@ class Resident:
         self.scored_prompts: set[int] = set()  # slots whose prompts are scored
         self.num_candidates = np.zeros(slots, np.int64)  # (L,) continuations that are ranked of a beam; 0: it is none
         self.beams: set[int] = set()  # slots of beams
+        self.embeds: set[int] = set()  # slots of sequences that embed
         self._reserved: deque[Reserved] = deque()  # steps that are launched and not settled
 
     def clear(self) -> None:
@@ -156,6 +157,7 @@ class Resident:
         self.scored.clear()
         self.scored_prompts.clear()
         self.beams.clear()
+        self.embeds.clear()
 
     def slot_mapping(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Place in the slab of each (slot, position): common.blocks.slot_mapping over columns."""
@@ -214,8 +216,8 @@ class Resident:
         indices = places - self.num_prompt[slots]
         late = list(unready)
         ranked = frozenset[int]()
-        if self.beams:
-            ranked = frozenset(n for n, slot in enumerate(slots.tolist()) if slot in self.beams)
+        if self.beams or self.embeds:
+            ranked = frozenset(n for n, slot in enumerate(slots.tolist()) if slot in self.beams or slot in self.embeds)
         reserved = Reserved(
             slots=slots,
             refs=refs,
@@ -230,10 +232,10 @@ class Resident:
             slots, places, indices = (np.delete(column, late) for column in (slots, places, indices))
         self.num_tokens[slots] = places + 1
         self.finished[slots] = (indices + 1 >= self.max_tokens[slots]) | (places + 1 >= self.max_model_len)
-        if ranked:  # their tokens, and their end, are told
-            beams = reserved.slots[sorted(ranked.difference(late))]
-            self.num_tokens[beams] -= 1
-            self.finished[beams] = False
+        if ranked:  # the tokens of beams, and their end, are told
+            without = reserved.slots[sorted(ranked.difference(late))]
+            self.num_tokens[without] -= 1
+            self.finished[without] = [slot in self.embeds for slot in without.tolist()]
         self._reserved.append(reserved)
         return reserved
 
@@ -333,6 +335,7 @@ class Resident:
         self.scored.discard(slot)
         self.scored_prompts.discard(slot)
         self.beams.discard(slot)
+        self.embeds.discard(slot)
 
     def _admit(self, sequence: NewSequence) -> None:
         slot, known, table = slot_of(sequence.ref), len(sequence.token_ids), len(sequence.block_table)
@@ -395,6 +398,7 @@ class Resident:
             (self.scored, sampling.logprobs is not None),
             (self.scored_prompts, sampling.prompt_logprobs is not None),
             (self.beams, sequence.num_candidates > 0),
+            (self.embeds, sequence.embeds),
         ):
             if belongs:
                 slots.add(slot)

@@ -59,8 +59,10 @@ def answering(calls: PagedCalls) -> Iterator[None]:
         _calls.reset(before)
 
 
-def load_model(folder: Path, *, dtype: str, device: torch.device) -> PreTrainedModel:
+def load_model(folder: Path, *, dtype: str, device: torch.device, has_head: bool = True) -> PreTrainedModel:
     """Load weights and architecture. `dtype` is auto (the folder's own), float32, bfloat16 or float16.
+
+    A model without a head makes vectors alone: it is given the token embeddings for one, and its logits mean nothing.
 
     Raises ModelFolderError when files are missing or do not fit, or the architecture cannot be served by paged
     attention.
@@ -86,6 +88,8 @@ def load_model(folder: Path, *, dtype: str, device: torch.device) -> PreTrainedM
         problem = f"{type(error).__name__}: {error}"
         raise ModelFolderError(f"{folder}: {_architecture(config)} cannot be served: {problem}") from error
     model, loading = loaded
+    if not has_head:
+        loading = _with_any_head(model, loading)
     _check_weights(folder, loading)
     if getattr(model, "_is_stateful", False):
         raise ModelFolderError(f"{_architecture(config)} keeps recurrent state, which a KV cache does not hold")
@@ -131,6 +135,17 @@ def _check_config(config: PretrainedConfig) -> None:
     unknown = set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYER_TYPES
     if unknown:
         raise ModelFolderError(f"{_architecture(config)} has layers that are not served: {', '.join(sorted(unknown))}")
+
+
+def _with_any_head(model: Any, loading: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What was loaded, with the token embeddings for the output matrix that is missing."""
+    head = model.get_output_embeddings()
+    name = next((f"{name}.weight" for name, module in model.named_modules() if module is head), "")
+    missing = set(loading.get("missing_keys", ()))
+    if name in missing and head.weight.shape == model.get_input_embeddings().weight.shape:
+        head.weight = model.get_input_embeddings().weight
+        missing.discard(name)
+    return {**loading, "missing_keys": missing}
 
 
 def _check_weights(folder: Path, loading: Mapping[str, Any]) -> None:

@@ -405,6 +405,7 @@ class NewSequence(_message.Message):
     DOMAIN_FIELD_NUMBER: _builtins.int
     NUM_CANDIDATES_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    EMBEDS_FIELD_NUMBER: _builtins.int
     ref: _builtins.int
     attempt: _builtins.int
     token_ids: _builtins.bytes
@@ -423,6 +424,8 @@ class NewSequence(_message.Message):
     """not 0: a beam; so many continuations are ranked where another sequence would sample"""
     trace: _builtins.str
     """of a request that is traced: W3C's traceparent, for the links of this executor's spans"""
+    embeds: _builtins.bool
+    """it ends with its prompt, in a vector; for executors with the capability "embeddings" """
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...
     @_builtins.property
@@ -444,10 +447,11 @@ class NewSequence(_message.Message):
         domain: _builtins.bytes = ...,
         num_candidates: _builtins.int = ...,
         trace: _builtins.str = ...,
+        embeds: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_table", b"block_table", "choice", b"choice", "domain", b"domain", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "num_candidates", b"num_candidates", "num_computed", b"num_computed", "num_prompt", b"num_prompt", "ref", b"ref", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_table", b"block_table", "choice", b"choice", "domain", b"domain", "embeds", b"embeds", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "num_candidates", b"num_candidates", "num_computed", b"num_computed", "num_prompt", b"num_prompt", "ref", b"ref", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -557,6 +561,8 @@ class StepResult(_message.Message):
     RANKED_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     DRAFTED_REFS_FIELD_NUMBER: _builtins.int
     NUM_DRAFTED_FIELD_NUMBER: _builtins.int
+    EMBEDDED_REFS_FIELD_NUMBER: _builtins.int
+    VECTORS_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     step: _builtins.int
     refs: _builtins.bytes
@@ -607,6 +613,12 @@ class StepResult(_message.Message):
     drafted_refs: _builtins.bytes
     """Rows that carried drafts, and how many. Columns of u32."""
     num_drafted: _builtins.bytes
+    embedded_refs: _builtins.bytes
+    """Sequences that embed, E of them, and their vectors of H numbers one behind the other.
+    (E,)
+    """
+    vectors: _builtins.bytes
+    """(E, H) f32"""
     def __init__(
         self,
         *,
@@ -636,10 +648,12 @@ class StepResult(_message.Message):
         ranked_top_logprobs: _builtins.bytes = ...,
         drafted_refs: _builtins.bytes = ...,
         num_drafted: _builtins.bytes = ...,
+        embedded_refs: _builtins.bytes = ...,
+        vectors: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "drafted_refs", b"drafted_refs", "failed", b"failed", "idle_ns", b"idle_ns", "indices", b"indices", "num_drafted", b"num_drafted", "ranked_counts", b"ranked_counts", "ranked_indices", b"ranked_indices", "ranked_logprobs", b"ranked_logprobs", "ranked_raw", b"ranked_raw", "ranked_refs", b"ranked_refs", "ranked_token_ids", b"ranked_token_ids", "ranked_told", b"ranked_told", "ranked_top_logprobs", b"ranked_top_logprobs", "ranked_top_token_ids", b"ranked_top_token_ids", "refs", b"refs", "scored_logprobs", b"scored_logprobs", "scored_positions", b"scored_positions", "scored_refs", b"scored_refs", "session", b"session", "step", b"step", "tokens", b"tokens", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids", "unready", b"unready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "drafted_refs", b"drafted_refs", "embedded_refs", b"embedded_refs", "failed", b"failed", "idle_ns", b"idle_ns", "indices", b"indices", "num_drafted", b"num_drafted", "ranked_counts", b"ranked_counts", "ranked_indices", b"ranked_indices", "ranked_logprobs", b"ranked_logprobs", "ranked_raw", b"ranked_raw", "ranked_refs", b"ranked_refs", "ranked_token_ids", b"ranked_token_ids", "ranked_told", b"ranked_told", "ranked_top_logprobs", b"ranked_top_logprobs", "ranked_top_token_ids", b"ranked_top_token_ids", "refs", b"refs", "scored_logprobs", b"scored_logprobs", "scored_positions", b"scored_positions", "scored_refs", b"scored_refs", "session", b"session", "step", b"step", "tokens", b"tokens", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids", "unready", b"unready", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -52,6 +52,10 @@ class InferenceServiceStub:
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     """
+    Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
+    """A vector for each text, by a model that makes any. The same texts get the same ones again, so a call that failed is
+    asked anew.
+    """
     Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
     """End a resumable request now. Cancelling its call alone leaves it running for a while, for a Resume to find."""
     Unpin: _grpc.UnaryUnaryMultiCallable[_inference_pb2.UnpinRequest, _inference_pb2.UnpinResponse]
@@ -76,6 +80,10 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     A stream goes on, so its messages are those of GenerateStream.
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+    """
+    Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
+    """A vector for each text, by a model that makes any. The same texts get the same ones again, so a call that failed is
+    asked anew.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
     """End a resumable request now. Cancelling its call alone leaves it running for a while, for a Resume to find."""
@@ -116,6 +124,16 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         A stream goes on, so its messages are those of GenerateStream.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        """
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _inference_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
+        """A vector for each text, by a model that makes any. The same texts get the same ones again, so a call that failed is
+        asked anew.
         """
 
     @_abc_1.abstractmethod

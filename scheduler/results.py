@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections import Counter
 
 from common.step import Logprobs, Ranked, StepResult
@@ -28,14 +29,17 @@ def read_result(
     """Tokens to commit, and sequences whose row failed. Raises ProtocolError when any row is not as it must be."""
     rows = flight.rows
     answered = {*result.refs, *result.failed, *result.unready}
+    num_answers = len(result.refs) + len(result.failed) + len(result.unready) + len(result.embedded)
+    if result.embedded:
+        answered.update(embedded.ref for embedded in result.embedded)
     runs: dict[SlotRef, int] = {}  # tokens so far of each row that is there several times
-    if len(answered) != len(result.refs) + len(result.failed) + len(result.unready):
+    if len(answered) != num_answers:
         _check_runs(flight, result)
         runs = dict.fromkeys(result.refs, 0)
     tokens: list[tuple[Sequence, int]] = []
     for ref, token, index in zip(result.refs, result.tokens, result.indices, strict=True):
         row = rows.get(ref)
-        if row is None or not row.samples:
+        if row is None or not row.samples or row.sequence.dimensions:
             raise ProtocolError(f"step {result.step}: row {ref:#x} was not asked for a token")
         if not 0 <= token < vocab_size:
             problem = f"step {result.step}: row {ref:#x} has a token that is none of {vocab_size}"
@@ -109,13 +113,32 @@ def _problem_of(ranked: Ranked, sequence: Sequence, *, asked: bool, vocab_size: 
 def _check_runs(flight: Outstanding, result: StepResult) -> None:
     """A row may bring one token more than it may carry drafts, side by side, and none where it failed or is unready."""
     brought = Counter(result.refs)
-    without = {*result.failed, *result.unready}
-    if len(without) < len(result.failed) + len(result.unready) or not without.isdisjoint(brought):
+    without = {*result.failed, *result.unready, *(embedded.ref for embedded in result.embedded)}
+    num_without = len(result.failed) + len(result.unready) + len(result.embedded)
+    if len(without) < num_without or not without.isdisjoint(brought):
         raise ProtocolError(f"step {result.step}: a row is answered twice")
     for ref, count in brought.items():
         row = flight.rows.get(ref)
         if count > 1 + (row.max_drafts if row is not None else 0):
             raise ProtocolError(f"step {result.step}: a row is answered twice")
+
+
+def read_embedded(flight: Outstanding, result: StepResult) -> list[tuple[Sequence, bytes]]:
+    """The vectors to keep. Raises ProtocolError for one that was not asked for, or is not as it must be."""
+    found: list[tuple[Sequence, bytes]] = []
+    for ref, vector in result.embedded:
+        row = flight.rows.get(ref)
+        if row is None or not row.samples or not row.sequence.dimensions:
+            raise ProtocolError(f"step {result.step}: row {ref:#x} was not asked for a vector")
+        if not row.is_current:
+            continue
+        sequence = row.sequence
+        count = sequence.dimensions
+        if len(vector) != 4 * count or not all(map(math.isfinite, struct.unpack(f"<{count}f", vector))):
+            problem = f"step {result.step}: row {ref:#x} has a vector that is not {count} finite numbers"
+            raise ProtocolError(problem, sequence)
+        found.append((sequence, vector))
+    return found
 
 
 def read_drafts(flight: Outstanding, result: StepResult) -> list[tuple[Row, int, int]]:

@@ -32,7 +32,7 @@ from scheduler.prefixes import Prefixes
 from scheduler.recorder import Recorder
 from scheduler.replays import Replays
 from scheduler.reputation import Patience, Reputations
-from scheduler.results import ProtocolError, read_drafts, read_ranked, read_result, read_scores
+from scheduler.results import ProtocolError, read_drafts, read_embedded, read_ranked, read_result, read_scores
 from scheduler.sequence import Begun, Request, Sequence, Status, any_begun
 from scheduler.session import Session
 from scheduler.steps import Outstanding, Row
@@ -184,6 +184,7 @@ class Scheduler:
         max_drafts: int | None = None,
         resumed: bool | None = None,
         timeline: Timeline | None = None,
+        dimensions: int = 0,
     ) -> list[Sequence]:
         """Queue one request: `choices` sequences that share the prompt.
 
@@ -196,7 +197,8 @@ class Scheduler:
         `expected_output`: tokens that each is expected to generate; max_tokens unless told. From `deadline_ns` on, if
         that is not 0, it is not begun: whoever set the deadline then finishes it. `follow`: where the text of a beam
         search ends, besides its tokens; it stands behind the prompt. `max_drafts`: that one row may carry; as many as
-        pay unless told. `timeline` hears what happens to the request.
+        pay unless told. `timeline` hears what happens to the request. With `dimensions` nothing is generated: each ends
+        with its prompt, in a vector of so many numbers; max_tokens is 1 then.
 
         Raises InvalidRequest when it could never run: the prompt, or prompt and max_tokens together, are longer than
         the largest joined executor can hold.
@@ -249,6 +251,7 @@ class Scheduler:
                 logprobs_from=len(before.tokens),
                 scores_prompt=sampling.prompt_logprobs is not None and choice == 0 and not before.tokens,
                 arrived_ns=now_ns,
+                dimensions=dimensions,
             )
             is_whole = sequence.num_output >= stop.max_tokens  # an answer of a search may be: it is only read
             assert sampling.beams or not is_whole, f"choice {choice} has ended with {sequence.num_output} tokens"
@@ -437,6 +440,7 @@ class Scheduler:
         scores = read_scores(flight, result) if result.scored else ()
         ranked = read_ranked(flight, result, session.facts.vocab_size) if session.groups or result.ranked else ()
         drafted = read_drafts(flight, result) if flight.max_drafts else ()
+        vectors = read_embedded(flight, result) if result.embedded else ()
         session.outstanding.popleft()
         for ref, (sequence, _, num_scheduled, _, _, _) in flight.rows.items():
             if sequence.ref == ref and sequence.session is session:
@@ -458,6 +462,10 @@ class Scheduler:
                 outputs += self._unusable(session, sequence, now_ns)
         for sequence, likeliest in ranked:
             outputs += self._rank(sequence, likeliest, now_ns)
+        for sequence, vector in vectors:
+            sequence.vector, sequence.last_token_ns = vector, now_ns
+            self._end(sequence, FinishReason.EMBEDDED)
+            outputs.append(TokenOutput(sequence.id, None, FinishReason.EMBEDDED))
         session.timed(flight, result, now_ns)
         session.answered(flight.step)
         return outputs

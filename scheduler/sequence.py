@@ -89,6 +89,8 @@ class Sequence:
     caches: bool = True  # it reads the prefix cache, and leaves there what it computes
     beams: BeamGroup | None = None  # it is one of these beams: computed, and never read (scheduler/beams.py)
     score: float | None = None  # of an answer that a beam search found
+    dimensions: int = 0  # numbers of the vector that it is computed for; 0: it generates
+    vector: bytes = b""  # that vector, float32, once it is EMBEDDED
 
     status: Status = Status.WAITING
     reason: FinishReason = FinishReason.NONE  # not NONE: FINISHED

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from common import failpoints
 from common.blocks import blocks_for
-from common.step import ExecutorFacts, StepPlan, StepResult
+from common.step import EMBEDS, ExecutorFacts, StepPlan, StepResult
 from common.types import BlockId, SlotRef, slot_of, slot_ref
 from scheduler import policy
 from scheduler.beams import BeamGroup
@@ -94,7 +94,7 @@ class Session:
 
     def could_hold(self, sequence: Sequence) -> bool:
         """Whether all that the sequence, or its group of beams, may come to need fits when nothing else is here."""
-        if sequence.max_length > self.max_length:
+        if sequence.max_length > self.max_length or (sequence.dimensions and EMBEDS not in self.facts.capabilities):
             return False
         group = sequence.request.beams
         if group is None:

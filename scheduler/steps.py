@@ -111,4 +111,5 @@ def _told_whole(new: Admission) -> NewSequence:
         domain=sequence.domain,
         num_candidates=sequence.beams.search.num_kept if sequence.beams is not None else 0,
         trace=timeline.trace if timeline is not None and timeline.is_recorded else "",
+        embeds=sequence.dimensions > 0,
     )

@@ -83,6 +83,11 @@ class Answerer:
         self._grammars = grammars
         self._clock_s = clock_s
 
+    @property
+    def engine(self) -> Engine:
+        """What computes the answers."""
+        return self._engine
+
     def check_model(self, name: str) -> None:
         """Raise UnknownModel unless `name` is empty or the served model's."""
         if name not in ("", self.model.name):
@@ -157,7 +162,7 @@ class Answerer:
             deadline_ns=self._engine.deadline_after(time_left_s),
             resumed=size.resumed,
         )
-        with self._refusals(size.request_id, tenant):
+        with self.refusals(size.request_id, tenant):
             self._engine.check_room(ask)
 
     async def start(self, spec: GenerateSpec, caller: Caller, *, time_left_s: float | None = None) -> Answer:
@@ -247,7 +252,7 @@ class Answerer:
         sampling = spec.sampling
         if spec.best_of and sampling.logprobs is None:
             sampling = replace(sampling, logprobs=0)  # of the chosen tokens alone
-        with self._refusals(spec.request_id, caller.tenant):
+        with self.refusals(spec.request_id, caller.tenant):
             return self._engine.submit(
                 prompt,
                 sampling,
@@ -270,7 +275,7 @@ class Answerer:
         return self._engine.timeline(spec.request_id, tenant=tenant, is_chat=isinstance(spec.input, Chat))
 
     @contextmanager
-    def _refusals(self, request_id: str, tenant: str) -> Iterator[None]:
+    def refusals(self, request_id: str, tenant: str) -> Iterator[None]:
         """What is refused meanwhile is remembered for who asks why."""
         try:
             yield
@@ -281,6 +286,10 @@ class Answerer:
     async def _understand(self, spec: GenerateSpec, tenant: str) -> tuple[GenerateSpec, list[int], Scope]:
         """The request with its max_tokens, its prompt's tokens, and what its tickets are for."""
         self.check_model(spec.model)
+        if not self.model.makes_text:
+            raise InvalidRequest(
+                "model", f"{self.model.name} makes vectors alone, and no text: it has no output matrix"
+            )
         prompt = await self.prompt(spec.input, max_tokens=self.max_length)
         room = self.max_length - len(prompt)
         if room < 1:

@@ -18,7 +18,17 @@ from typing import Any, Final
 from common.determinism import is_determinism_class
 from common.errors import ExecutorRejected, InvalidRequest
 from common.sampling import Grammar, RequestLimits, SamplingParams, check_sampling
-from common.step import MAX_DRAFTS, ExecutorFacts, Logprobs, NewSequence, Ranked, Scored, StepPlan, StepResult
+from common.step import (
+    MAX_DRAFTS,
+    Embedded,
+    ExecutorFacts,
+    Logprobs,
+    NewSequence,
+    Ranked,
+    Scored,
+    StepPlan,
+    StepResult,
+)
 from common.types import MAX_SLOTS, BlockId, SlotRef
 from protos import executor_pb2 as pb
 
@@ -156,6 +166,9 @@ def result_to_pb(result: StepResult, session: int) -> pb.StepResult:
     if result.drafted:
         message.drafted_refs = _pack([ref for ref, _ in result.drafted])
         message.num_drafted = _pack([count for _, count in result.drafted])
+    if result.embedded:
+        message.embedded_refs = _pack([each.ref for each in result.embedded])
+        message.vectors = b"".join(each.vector for each in result.embedded)
     return message
 
 
@@ -178,6 +191,7 @@ def result_from_pb(message: pb.StepResult) -> StepResult:
         scored=_scored_from_pb(message) if message.scored_refs else (),
         ranked=_ranked_from_pb(message) if message.ranked_refs else (),
         drafted=_drafted_from_pb(message) if message.drafted_refs else (),
+        embedded=_embedded_from_pb(message) if message.embedded_refs else (),
     )
 
 
@@ -282,6 +296,7 @@ def _new_to_pb(new: NewSequence) -> pb.NewSequence:
         domain=new.domain,
         num_candidates=new.num_candidates,
         trace=new.trace,
+        embeds=new.embeds,
     )
 
 
@@ -306,6 +321,7 @@ def _new_from_pb(message: pb.NewSequence, path: str) -> NewSequence:
         domain=message.domain,
         num_candidates=message.num_candidates,
         trace=message.trace,
+        embeds=message.embeds,
     )
 
 
@@ -423,6 +439,14 @@ def _drafted_from_pb(message: pb.StepResult) -> list[tuple[SlotRef, int]]:
     refs, counts = _list("drafted_refs", message.drafted_refs), _list("num_drafted", message.num_drafted)
     _check_lengths("num_drafted", counts, "drafted_refs", refs)
     return [(SlotRef(ref), count) for ref, count in zip(refs, counts, strict=True)]
+
+
+def _embedded_from_pb(message: pb.StepResult) -> list[Embedded]:
+    refs, vectors = _list("embedded_refs", message.embedded_refs), message.vectors
+    if not vectors or len(vectors) % (4 * len(refs)):
+        raise WireError("vectors", f"has {len(vectors)} bytes, not as many f32 for each of {len(refs)} embedded_refs")
+    size = len(vectors) // len(refs)
+    return [Embedded(SlotRef(ref), vectors[n * size : (n + 1) * size]) for n, ref in enumerate(refs)]
 
 
 def _copies_from_pb(data: bytes) -> list[tuple[BlockId, BlockId]]:

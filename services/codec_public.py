@@ -40,6 +40,7 @@ from services.answer import Delta, Finish, PinnedPrefix, PromptLogprobs
 from services.request import (
     CHARACTERS_A_TOKEN,
     Chat,
+    EmbedSpec,
     GenerateSpec,
     Input,
     Message,
@@ -272,7 +273,58 @@ def best_of_from_pb(sampling: pb.SamplingParams, n: int, limits: RequestLimits) 
     return sampling.best_of if sampling.best_of > 1 else 0
 
 
-def cache_from_pb(request: pb.GenerateRequest | pb.GenerateStreamRequest, limits: RequestLimits) -> CacheControl | None:
+def embed_size_from_pb(request: pb.EmbedRequest, limits: RequestLimits, *, max_length: int) -> RequestSize:
+    """What it would take to serve the request. Raises nothing."""
+    fewest = sum(
+        len(each.token_ids.ids) or len(each.text) // CHARACTERS_A_TOKEN
+        for each in islice(request.inputs, limits.max_embedding_inputs)
+    )
+    return RequestSize(
+        request_id=request.request_id,
+        resumable=False,
+        resumed=False,
+        priority=Priority(request.priority) if int(request.priority) in _PRIORITIES else Priority.NORMAL,
+        num_sequences=1,
+        max_tokens=1,
+        fewest_tokens=min(fewest, max_length),
+    )
+
+
+def embed_from_pb(request: pb.EmbedRequest, limits: RequestLimits, *, vocab_size: int) -> EmbedSpec:
+    """The request as a checked value. Raises InvalidRequest naming the field and its limit."""
+    most = limits.max_embedding_inputs
+    if not 1 <= len(request.inputs) <= most:
+        raise InvalidRequest("inputs", f"must be 1 to {most} texts, got {len(request.inputs)}")
+    if request.HasField("dimensions") and not request.dimensions:
+        raise InvalidRequest("dimensions", "must be at least 1, or not set, got 0")
+    cache = cache_from_pb(request, limits)
+    if cache is not None and cache.pin_seconds:
+        raise InvalidRequest("pin_seconds", "must not be set: texts that are embedded are not pinned")
+    return EmbedSpec(
+        request_id=_request_id(request.request_id),
+        model=request.model,
+        inputs=tuple(_embed_input(f"inputs[{i}]", each, vocab_size) for i, each in enumerate(request.inputs)),
+        dimensions=request.dimensions if request.HasField("dimensions") else None,
+        priority=_priority(request.priority),
+        cache=cache,
+    )
+
+
+def _embed_input(path: str, message: pb.EmbedInput, vocab_size: int) -> Text | TokenIds:
+    match message.WhichOneof("input"):
+        case "text":
+            if not message.text.strip():
+                raise InvalidRequest(path, "is empty")
+            return Text(text=message.text.strip())
+        case "token_ids":
+            return TokenIds(ids=token_ids(path, tuple(message.token_ids.ids), vocab_size))
+        case None:
+            raise InvalidRequest(path, "one of text or token_ids must be set")
+
+
+def cache_from_pb(
+    request: pb.GenerateRequest | pb.GenerateStreamRequest | pb.EmbedRequest, limits: RequestLimits
+) -> CacheControl | None:
     """What is said of the prefix cache; None where that is nothing. Raises InvalidRequest as `request_from_pb` does."""
     asked = request.cache
     for field in ("pin_seconds", "pin_tokens"):

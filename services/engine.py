@@ -143,11 +143,12 @@ class Engine:
         resumed: bool | None = None,
         max_drafts: int | None = None,
         timeline: Timeline | None = None,
+        dimensions: int = 0,
     ) -> RequestStream:
         """Queue a request, or the rest of one: `begun` is what its choices have already.
 
         `follow` is for a beam search that stop strings end. `resumed`: its reader has some of it; unless told, where
-        any choice has begun.
+        any choice has begun. With `dimensions` it ends in a vector of so many numbers, which its sequence has then.
 
         Raises InvalidRequest, Overloaded, Unavailable while draining, DeadlineExceeded. The rest of one is not refused
         because too much is pinned: it then goes on without its pin.
@@ -184,6 +185,7 @@ class Engine:
             resumed=resumed,
             max_drafts=max_drafts,
             timeline=timeline,
+            dimensions=dimensions,
         )
         self.admission.take(ask, now)
         if timeline is not None:

@@ -55,9 +55,10 @@ SMOLLM2: Final = PackagedModel(
 
 _ROOT: Final = Path(__file__).resolve().parent.parent
 _REPOSITORY_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Weights, configuration and tokenizer; never code, never pickles, nothing out of folders (other formats lie there).
+# Weights, configuration and tokenizer; never code, never pickles, nothing out of folders (other formats lie there) but
+# the Pooling of a model that makes vectors.
 _WANTED: Final = ("*.safetensors", "*.json", "*.jinja")
-_UNWANTED: Final = ("*/*", "consolidated*")
+_UNWANTED: Final = ("[!1]*/*", "1[!_]*/*", "consolidated*")
 _CHUNK_BYTES: Final = 1 << 20
 _LOOK_EVERY_S: Final = 0.2
 

@@ -84,6 +84,18 @@ class GenerateSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedSpec:
+    """What one request for embeddings asks for."""
+
+    request_id: str
+    model: str  # empty is the one that is served
+    inputs: tuple[Text | TokenIds, ...]
+    dimensions: int | None  # None: all that the model makes
+    priority: Priority = Priority.NORMAL
+    cache: CacheControl | None = None  # None: nothing is said of it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestSize:
     """What one request asks for, as far as it matters whether there is room: not checked, but nowhere impossible.
 

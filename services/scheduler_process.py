@@ -140,6 +140,7 @@ async def run(
     )
     request_limits = RequestLimits(
         max_choices=config.max_choices,
+        max_embedding_inputs=config.max_embedding_inputs,
         max_structured_bytes=config.max_grammar_bytes,
         max_pin_seconds=config.max_pin_seconds,
     )
@@ -303,7 +304,7 @@ def _vllm_engine(service: SchedulerService, answerer: Answerer, engine: Engine, 
     """SMG's way in. Raises StartupError where its messages are not installed."""
     from services.vllm_api.service import VllmEngine
 
-    return VllmEngine(service.start, answerer, engine, max_kv_streams=config.max_kv_streams)
+    return VllmEngine(service.start, service.Embed, answerer, engine, max_kv_streams=config.max_kv_streams)
 
 
 def _ticket_keys(path: str) -> list[TicketKey]:

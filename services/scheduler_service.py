@@ -13,6 +13,7 @@ from services import codec_public
 from services.answer import Answer, Delta, PromptLogprobs
 from services.answering import Answerer
 from services.caller import current_caller
+from services.embedding import Embedder
 from services.handlers import Context
 from services.tools.codec import add_calls
 
@@ -27,6 +28,7 @@ class SchedulerService:
         num_executors: Callable[[], int],
     ) -> None:
         self._answerer = answerer
+        self._embedder = Embedder(answerer)
         self._limits = limits
         self._num_executors = num_executors
         self._spell = answerer.tokenizer.bytes_of
@@ -69,6 +71,28 @@ class SchedulerService:
         """The rest of an answer."""
         return self._tell(self._resume(request, context), context)
 
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:  # noqa: N802
+        """A vector for each text."""
+        answerer, tenant = self._answerer, current_caller().tenant
+        size = codec_public.embed_size_from_pb(request, self._limits, max_length=answerer.max_length)
+        answerer.check_room(size, tenant, time_left_s=context.time_remaining())
+        spec = codec_public.embed_from_pb(request, self._limits, vocab_size=answerer.model.vocab_size)
+        log.about(request_id=spec.request_id)
+        vectors = await self._embedder.embed(spec, current_caller(), time_left_s=context.time_remaining())
+        return pb.EmbedResponse(
+            request_id=spec.request_id,
+            model=answerer.model.name,
+            dimensions=len(vectors[0].values) // 4,
+            embeddings=[
+                pb.Embedding(
+                    values=vector.values,
+                    prompt_tokens=vector.prompt_tokens,
+                    cached_prompt_tokens=vector.cached_prompt_tokens,
+                )
+                for vector in vectors
+            ],
+        )
+
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:  # noqa: N802
         """End a resumable request now."""
         return pb.CancelResponse(found=self._answerer.cancel(request.request_id, tenant=current_caller().tenant))
@@ -104,6 +128,7 @@ class SchedulerService:
             max_choices=self._limits.max_choices,
             chat=model.has_chat_template,
             num_executors=self._num_executors(),
+            embedding_dimensions=0 if isinstance(model.embedding, str) else model.embedding.dimensions,
         )
 
     async def start(self, request: pb.GenerateRequest | pb.GenerateStreamRequest, context: Context) -> Answer:

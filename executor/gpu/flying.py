@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from common.step import Ranked, Scored, StepResult
+from common.step import Embedded, Ranked, Scored, StepResult
+from executor.embedding import Embedding, embedded
 from executor.gpu.inputs import StepInputs
 from executor.gpu.packing import StagingBuffer
 from executor.resident import Reserved
@@ -35,6 +36,7 @@ class FlyingStep:
         self.unready: list[int] = []  # sampled rows for which none can be chosen yet
         self.scored: list[Scored] = []  # tokens of prompts
         self.ranked: list[Ranked] = []  # beams
+        self.embedding: list[Embedding] = []  # sampled rows that embed
         self.settled: StepResult | None = None
         # on the device, while it is launched
         self.inputs: StepInputs | None = None
@@ -42,6 +44,7 @@ class FlyingStep:
         self._owner = owner
         self._asking = asking
         self._raw: Tensor | None = None  # their logits, in page-locked memory, once `buffer.done` has come
+        self._vectors: Tensor | None = None  # of rows that embed, likewise
 
     def wait(self) -> None:
         """Block until the device has computed it."""
@@ -51,11 +54,20 @@ class FlyingStep:
         """What came out."""
         return self._owner.result_of(self)
 
-    def give(self, tokens: Tensor, logits: Tensor, pinned: Callable[[int, torch.dtype], Tensor]) -> None:
+    def give(
+        self,
+        tokens: Tensor,
+        logits: Tensor,
+        pinned: Callable[[int, torch.dtype], Tensor],
+        hidden: Tensor | None = None,
+    ) -> None:
         """Bring to the host what it will read of the step. Inside of queued work."""
         count = self.num_sampled
         self.buffer.tokens[:count].copy_(tokens[:count], non_blocking=True)
         self.logits = logits
+        if hidden is not None:
+            self._vectors = pinned(hidden.numel(), hidden.dtype).view(hidden.shape)
+            self._vectors.copy_(hidden, non_blocking=True)
         if self._asking:
             vocab_size = logits.shape[1]
             self._raw = pinned(len(self._asking) * vocab_size, logits.dtype).view(-1, vocab_size)
@@ -69,6 +81,10 @@ class FlyingStep:
         assert self._raw is not None
         return score_sampled(self._asking, self._raw.float().numpy(), tokens)
 
+    def embedded(self, failed: list[int]) -> list[Embedded]:
+        """The vectors of the rows that embed, but for those that failed."""
+        return embedded(self.embedding, self._vectors, failed) if self._vectors is not None else []
+
     def forget(self) -> None:
         """Let go of everything but the result."""
-        self.inputs = self.logits = self._raw = None
+        self.inputs = self.logits = self._raw = self._vectors = None

@@ -168,6 +168,7 @@ class GpuLlama:
         self._logits = head.new_empty(max_rows, len(head))
         self._scratch = _Scratch.take(self._widths, max_tokens, self._embedding)
         self._workspace = Workspace([layer.shape for layer in needs], max_rows=max_rows, device=self._device)
+        self.hidden: Tensor | None = None  # (E, hidden) of the rows of a step that embed
 
     def check_products(self, tables: DeviceTables) -> None:
         """Hold steps of few rows, where products may be our own, against one of more, where they are torch's.
@@ -201,11 +202,11 @@ class GpuLlama:
                     linear.give_up(rows)
         self._fuses_one = all(1 in each.own_rows for each in self._linears())
 
-    def forward(self, inputs: StepInputs, tables: DeviceTables) -> Tensor:
+    def forward(self, inputs: StepInputs, tables: DeviceTables, embedded_rows: Tensor | None = None) -> Tensor:
         """Compute every token of the step; return logits (S + P, vocab_size) in the model's dtype.
 
         They are void at the next call. Up to `max_rows` of them lie always at the same address; more, where a prompt is
-        scored, in memory of their own.
+        scored, in memory of their own. `hidden` is what those of `embedded_rows` (E,) int64 are made of.
         """
         num_logits = len(inputs.logits_indices)
         if num_logits > len(self._logits):
@@ -213,10 +214,12 @@ class GpuLlama:
         else:
             logits = self._logits[:num_logits]
         with torch.inference_mode():
-            self._compute(inputs, tables, logits)
+            self._compute(inputs, tables, logits, embedded_rows)
         return logits
 
-    def _compute(self, inputs: StepInputs, tables: DeviceTables, logits: Tensor) -> None:
+    def _compute(
+        self, inputs: StepInputs, tables: DeviceTables, logits: Tensor, embedded_rows: Tensor | None = None
+    ) -> None:
         from executor.gpu.kernels.embedding import embed
         from executor.gpu.kernels.norm import rms_norm
 
@@ -239,6 +242,8 @@ class GpuLlama:
             rows = rows.pick(inputs.logits_indices)
             self._project(last, rows)
             self._multiply(self._head, last.next_norm, rows, logits)
+            if embedded_rows is not None:
+                self.hidden = rms_norm(rows.residual[embedded_rows], last.next_norm, self._epsilon)
 
     def _store(self, layer: _Layer, norm: Tensor, cache: LayerCache, rows: _Scratch, inputs: StepInputs) -> None:
         """From the residual, or what is normed of it, to the query, and to K and V in the slab."""

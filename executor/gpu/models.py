@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
 
+import torch
 from torch import Tensor
 
 from executor.attention.protocol import AttentionBackend, AttentionStep
@@ -29,6 +30,7 @@ class GpuModel(Protocol):
 
     reads_host: bool  # whether it needs the columns of the host beside those of the device: then it is never captured
     keeps_logits: bool  # whether logits lie at one place, whatever the step
+    hidden: Tensor | None  # (E, H) behind the last norm, of the rows of a `batch` that embed; void at the next call
 
     def forward(self, inputs: StepInputs, tables: DeviceTables, batch: InputBatch | None = None) -> Tensor:
         """Compute every token of the step; return logits (S + P, V), void at the next call. Waits for nothing."""
@@ -94,9 +96,18 @@ def open_gpu_model(
 
 
 class _Fused(Protocol):
-    def forward(self, inputs: StepInputs, tables: DeviceTables, /) -> Tensor: ...
+    hidden: Tensor | None
+
+    def forward(self, inputs: StepInputs, tables: DeviceTables, embedded_rows: Tensor | None = None, /) -> Tensor: ...
 
     def check_products(self, tables: DeviceTables, /) -> None: ...
+
+
+def embedded_rows(batch: InputBatch | None, inputs: StepInputs) -> Tensor | None:
+    """Those of the sampled rows that embed, on the device (E,) int64; None where there is none."""
+    if batch is None or not len(batch.embedded_rows):
+        return None
+    return torch.from_numpy(batch.embedded_rows).to(inputs.positions.device)
 
 
 class FusedForward:
@@ -107,10 +118,13 @@ class FusedForward:
 
     def __init__(self, model: _Fused) -> None:
         self._model = model
+        self.hidden: Tensor | None = None
 
     def forward(self, inputs: StepInputs, tables: DeviceTables, batch: InputBatch | None = None) -> Tensor:
         """As in GpuModel."""
-        return self._model.forward(inputs, tables)
+        logits = self._model.forward(inputs, tables, embedded_rows(batch, inputs))
+        self.hidden = self._model.hidden
+        return logits
 
     def check(self, tables: DeviceTables) -> None:
         """As in GpuModel."""
@@ -124,6 +138,7 @@ class PagedForward:
 
     def __init__(self, model: PagedModel, backends: Sequence[AttentionBackend]) -> None:
         self._model = model
+        self.hidden: Tensor | None = None
         self.reads_host = any(backend.name not in _READS_TABLES_BY_LINE for backend in backends)
 
     @classmethod
@@ -139,9 +154,15 @@ class PagedForward:
     def forward(self, inputs: StepInputs, tables: DeviceTables, batch: InputBatch | None = None) -> Tensor:
         """As in GpuModel."""
         token_ids = tables.token_ids.view(-1)[inputs.token_places].long()
-        return self._model.forward_on_device(
-            token_ids, inputs.positions.long(), inputs.logits_indices.long(), self._step(inputs, tables, batch)
+        logits = self._model.forward_on_device(
+            token_ids,
+            inputs.positions.long(),
+            inputs.logits_indices.long(),
+            self._step(inputs, tables, batch),
+            embedded_rows(batch, inputs),
         )
+        self.hidden = self._model.hidden
+        return logits
 
     def check(self, tables: DeviceTables) -> None:
         """What was swapped was held against the model's own modules when it was."""

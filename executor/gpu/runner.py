@@ -27,13 +27,14 @@ from common import failpoints
 from common.blocks import blocks_for
 from common.errors import ModelFolderError
 from common.model_folder import read_model_folder
-from common.step import ExecutorFacts, StepPlan, StepResult
+from common.step import EMBEDS, ExecutorFacts, StepPlan, StepResult
 from common.types import BlockId, slot_of
 from executor.attention import choose
 from executor.attention.protocol import AttentionBackend, LayerNeeds
 from executor.batch import InputBatch, build_batch
 from executor.choosing import pick
 from executor.controls import unready
+from executor.embedding import who_embeds
 from executor.gpu.device import CudaDevice, Device
 from executor.gpu.flying import FlyingStep
 from executor.gpu.graphs import StepGraph, StepGraphs, buckets_for, mixed_shapes
@@ -200,6 +201,7 @@ class GpuRunner:
             credit=self._credit,
             dtype=str(dtype).removeprefix("torch."),
             device=where.type,
+            capabilities=(EMBEDS,),
         )
         _log.info(
             "%s: %s on %s, %d blocks of %d tokens (%.1f GiB), at most %d tokens a sequence",
@@ -238,6 +240,7 @@ class GpuRunner:
         batch = build_batch(held, rows, gathers_tables=self._model.reads_host) if len(rows.slots) else NO_ROWS
         asking = who_asks(held, batch.sampled_slots)
         step = FlyingStep(self, plan.step, self._staging.take(), asking, len(batch.sampled_slots))
+        step.embedding = who_embeds(held, batch)
         step.buffer.begun.record()
         if plan.copies:
             failpoints.hit("before_block_copy")
@@ -259,7 +262,7 @@ class GpuRunner:
     ) -> None:
         """Queue what the device does for `step`: one copy to it, what the plan changed, forward, sampling, tokens."""
         poisoned = bool(len(batch.seq_lens)) and failpoints.hit("after_forward_before_sample") == "nan"
-        graph = None if poisoned else self._graph_for(Shape.of(batch))
+        graph = None if poisoned or step.embedding else self._graph_for(Shape.of(batch))
         shape = Shape.of(batch) if graph is None else graph.shape
         layout = Layout(shape, num_updates=len(updates.places), num_copies=len(copies))
         layout.write(step.buffer.room(layout.size), batch, self._padding, updates, copies)
@@ -286,7 +289,7 @@ class GpuRunner:
                 step.inputs = _inputs(layout, on_device, batch)
                 tokens = torch.empty(step.num_sampled, dtype=torch.int32, device=on_device.device)
                 logits = self._compute(_first_scored(step.inputs, step.num_sampled), tokens, batch, poisoned=poisoned)
-                step.give(tokens, logits, self._device.pinned)
+                step.give(tokens, logits, self._device.pinned, self._model.hidden if step.embedding else None)
 
         self._device.queue(work)
 
@@ -364,7 +367,7 @@ class GpuRunner:
             sampled_slots=none, sampled_places=none, sampled_indices=none,
         )  # fmt: skip
         step.logits = None  # before there are as many again
-        step.logits = self._compute(inputs, none, batch)
+        step.logits = self._compute(inputs, none, replace(batch, embedded_rows=batch.embedded_rows[:0]))
 
     # ---- its result
 
@@ -414,6 +417,7 @@ class GpuRunner:
             idle_ns=idle_ns,
             scored=scored,
             ranked=step.ranked,
+            embedded=step.embedded(failed),
         )
         step.forget()
 

@@ -141,9 +141,10 @@ class Native:
         """Do all work that may be done twice twice, the second time late: for tests."""
         self._library.pagewire_rehearse(int(on))
 
-    def llama_forward(self, model: LlamaStruct, step: StepStruct, logits: Tensor) -> None:
-        """Run the whole forward; `logits` (S, vocab) float32, dense."""
-        self._library.pagewire_llama_forward(c.byref(model), c.byref(step), c.c_void_p(logits.data_ptr()))
+    def llama_forward(self, model: LlamaStruct, step: StepStruct, logits: Tensor, normed: Tensor | None = None) -> None:
+        """Run the whole forward; `logits` (S, vocab) float32, dense, and with `normed` (S, hidden) what they are of."""
+        hidden = None if normed is None else c.c_void_p(normed.data_ptr())
+        self._library.pagewire_llama_forward(c.byref(model), c.byref(step), c.c_void_p(logits.data_ptr()), hidden)
 
     def linear(self, linear: LinearStruct, x: Tensor, y: Tensor) -> None:
         """Y = x @ w.T + bias: x (rows, k), y (rows, n), in float32 or bfloat16."""

@@ -22,9 +22,9 @@ from common import log
 from common.errors import InvalidRequest, Overloaded, PagewireError, Unauthenticated, Unavailable
 from common.log import without_texts
 from protos import inference_pb2 as pb
-from services.gateway import chat, completions, openapi, positions, responses
+from services.gateway import chat, completions, embeddings, openapi, positions, responses
 from services.gateway.answers import Answers
-from services.gateway.asked import Asked
+from services.gateway.asked import Asked, check_request_id
 from services.gateway.bodies import Bodies, parse
 from services.gateway.errors import LAST_EVENT_ID, NotServed, Told, told, told_of_bug, told_of_http
 from services.gateway.events import EventStream, Patience, event, while_connected
@@ -278,9 +278,23 @@ class Gateway:
     # ---- the rest
 
     async def _embeddings(self, request: Request) -> Response:
-        name = (await self._body(request)).string("model") or ""
-        served = await self._served(name, _key(request))
-        raise NotServed("model", f"model: {served.model} makes text, and no embeddings")
+        body = await self._body(request)
+        asked = embeddings.read(body)
+        self._refuse_unknown(body)
+        request.scope[_NAMES] = asked.names
+        key, message = _key(request), asked.request
+        message.request_id = message.request_id or request.scope[_CALLED]
+        check_request_id(message.request_id)
+        request.scope[_CALLED] = message.request_id
+        log.about(request_id=message.request_id)
+        try:
+            answer = await while_connected(request.receive, self._upstream.embed(message, key))
+        except InvalidRequest as error:
+            if error.field == "model":
+                raise NotServed("model", str(error)) from error
+            raise
+        self._known.taken(key)
+        return Response(await embeddings.told(answer, asked), media_type="application/json")
 
     async def _models(self, request: Request) -> Response:
         served = await self._served("", _key(request))

@@ -58,10 +58,7 @@ class Asked:
         first = self.requests[0]
         given = first.sampling.seed if first.sampling.HasField("seed") else None
         request_id = first.request_id or (position.request_id if position else name or secrets.token_hex(12))
-        if len(request_id) > _MAX_REQUEST_ID:
-            raise InvalidRequest("request_id", f"at most {_MAX_REQUEST_ID} characters, got {len(request_id)}")
-        if not all("!" <= character <= "~" for character in request_id):
-            raise InvalidRequest("request_id", "must be printable ASCII without spaces")
+        check_request_id(request_id)
         seed = secrets.randbits(62) if given is None else given
         if position is not None:
             if request_id != position.request_id or (given is not None and given != position.seed):
@@ -77,6 +74,14 @@ class Asked:
             request.sampling.seed = seed if given is not None else seed + i
             if position is not None and position.max_tokens[i] and not request.stopping.HasField("max_tokens"):
                 request.stopping.max_tokens = position.max_tokens[i]
+
+
+def check_request_id(request_id: str) -> None:
+    """Raise InvalidRequest for one that no header and no log line should have."""
+    if len(request_id) > _MAX_REQUEST_ID:
+        raise InvalidRequest("request_id", f"at most {_MAX_REQUEST_ID} characters, got {len(request_id)}")
+    if not all("!" <= character <= "~" for character in request_id):
+        raise InvalidRequest("request_id", "must be printable ASCII without spaces")
 
 
 def read_manner(fields: Fields) -> Manner:

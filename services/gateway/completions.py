@@ -48,7 +48,7 @@ def read(body: Fields, *, max_prompts: int) -> AskedCompletion:
             names["prompt_logprobs"] = "logprobs"
     if body.string("suffix"):
         raise InvalidRequest("suffix", "is not served: text is made behind a prompt, not before something")
-    prompts = read_prompts(body.take("prompt", _form(max_prompts)), max_prompts)
+    prompts = read_prompts(body.take("prompt", prompts_form(max_prompts)), max_prompts, "prompt")
     if len(prompts) * like.ByteSize() > _MAX_COPIED_BYTES:  # each prompt is a request, with all that they share
         problem = f"{len(prompts)} prompts times {like.ByteSize()} bytes of other fields are over {_MAX_COPIED_BYTES}"
         raise InvalidRequest("prompt", f"{problem}: ask in several requests")
@@ -65,27 +65,27 @@ def read(body: Fields, *, max_prompts: int) -> AskedCompletion:
     return AskedCompletion(requests=requests, manner=read_manner(body), names=names, echo=echo, drop=drop)
 
 
-def _form(max_prompts: int) -> dict[str, Any]:
+def prompts_form(most: int) -> dict[str, Any]:
     """What prompts may be."""
     words, ids = {"type": "string", "minLength": 1}, {**TOKEN_IDS, "minItems": 1}
-    several = {"type": "array", "items": {"anyOf": [words, ids]}, "minItems": 1, "maxItems": max_prompts}
+    several = {"type": "array", "items": {"anyOf": [words, ids]}, "minItems": 1, "maxItems": most}
     return {"anyOf": [words, ids, several]}
 
 
-def read_prompts(value: object, most: int) -> list[str | list[int]]:
-    """One text, several, the tokens of one, or of several. Raises InvalidRequest."""
+def read_prompts(value: object, most: int, name: str) -> list[str | list[int]]:
+    """One text, several, the tokens of one, or of several, in the member `name`. Raises InvalidRequest."""
     if isinstance(value, str):
-        return [_not_empty(text(value, "prompt"), "prompt")]
-    found = array(value, "prompt")
+        return [_not_empty(text(value, name), name)]
+    found = array(value, name)
     if not found:
-        raise InvalidRequest("prompt", "must be a string, a list of token ids, or a list of these, and is empty")
+        raise InvalidRequest(name, "must be a string, a list of token ids, or a list of these, and is empty")
     if not isinstance(found[0], str | list):
-        return [integers(found, "prompt")]
+        return [integers(found, name)]
     if len(found) > most:
-        raise InvalidRequest("prompt", f"at most {most} prompts at once, got {len(found)}")
+        raise InvalidRequest(name, f"at most {most} {name}s at once, got {len(found)}")
     prompts: list[str | list[int]] = []
     for i, each in enumerate(found):
-        path = f"prompt[{i}]"
+        path = f"{name}[{i}]"
         if isinstance(each, str):
             prompts.append(_not_empty(text(each, path), path))
         elif isinstance(each, list):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from services.gateway import chat, completions, responses
+from services.gateway import chat, completions, embeddings, responses
 from services.gateway.description import described
 from services.gateway.errors import LAST_EVENT_ID, statuses
 from services.gateway.fields import Fields
@@ -40,6 +40,25 @@ _MODEL: Final = {
         "created": {"type": "integer"},
         "owned_by": {"type": "string"},
         "max_model_len": {"type": "integer"},
+    },
+}
+_VECTOR: Final = {
+    "type": "object",
+    "required": ["object", "index", "embedding"],
+    "properties": {
+        "object": {"const": "embedding"},
+        "index": {"type": "integer"},
+        "embedding": {"anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string"}]},
+    },
+}
+_VECTORS: Final = {
+    "type": "object",
+    "required": ["object", "data", "model", "usage"],
+    "properties": {
+        "object": {"const": "list"},
+        "data": {"type": "array", "items": _VECTOR},
+        "model": {"type": "string"},
+        "usage": {"type": "object"},
     },
 }
 _LIST: Final = {
@@ -121,12 +140,12 @@ def _asked(read: Callable[[Fields], object], needed: Mapping[str, object], what:
 
 
 def _embeddings() -> dict[str, Any]:
-    schema = {"type": "object", "properties": {"model": _WORDS}}
-    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    asked = {"application/json": {"schema": described(embeddings.read, {"input": "a"})}}
+    answer = {"application/json": {"schema": _VECTORS}}
     return {
-        "summary": "Refused: what is served makes text",
-        "requestBody": body,
-        "responses": _failures(statuses()),
+        "summary": "A vector for each text, by a model that makes any",
+        "requestBody": {"required": True, "content": asked},
+        "responses": {"200": {"description": "The vectors", "content": answer}, **_failures(statuses())},
     }
 
 

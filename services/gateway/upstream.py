@@ -25,6 +25,7 @@ from services.tls import Dialer, PemFiles
 _NO_HURRY_S: Final = 86_400.0  # whoever reads the answer ends it
 _UNARY_S: Final = 5.0
 _LOOK_S: Final = 2.0  # one that stands still is told of within the 5 s that a scrape often has
+_LOOK_AGAIN_S: Final = 0.1
 
 _T = TypeVar("_T")
 
@@ -50,6 +51,25 @@ class Upstream:
             return await stub.GetModel(pb.GetModelRequest(model=name), timeout=_UNARY_S, metadata=bearer(key))
 
         return await self._first(ask)
+
+    async def embed(self, request: pb.EmbedRequest, key: str) -> pb.EmbedResponse:
+        """Vectors, also by a scheduler that was started again meanwhile: it makes the same. Raises PagewireErrors."""
+        metadata = (*bearer(key), *trace_context.outgoing())
+
+        async def ask(channel: aio.Channel) -> pb.EmbedResponse:
+            stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
+            return await stub.Embed(request, timeout=_NO_HURRY_S, metadata=metadata)
+
+        until_s: float | None = None  # none was lost yet
+        while True:
+            try:
+                return await self._first(ask)
+            except Unavailable:
+                now_s = asyncio.get_running_loop().time()
+                until_s = now_s + self._begin_patience_s if until_s is None else until_s
+                if now_s >= until_s:
+                    raise
+            await asyncio.sleep(_LOOK_AGAIN_S)
 
     async def text(self, ids: Sequence[int], key: str) -> str:
         """The text of tokens, also of special ones. Raises PagewireErrors."""

@@ -23,7 +23,7 @@ def model_info(model: ModelFolder, max_length: int) -> vllm.GetModelInfoResponse
     config = json.loads((model.path / "config.json").read_bytes())
     return vllm.GetModelInfoResponse(
         model_path=model.name,
-        is_generation=True,
+        is_generation=model.makes_text,
         max_context_length=max_length,
         vocab_size=model.vocab_size,
         served_model_name=model.name,

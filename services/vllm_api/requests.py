@@ -18,6 +18,7 @@ from protos import inference_pb2 as pb
 from services.vllm_api.stubs import vllm_pb2 as vllm
 
 _SERVED: Final = frozenset({"request_id", "tokenized", "text", "sampling_params", "stream", "data_parallel_rank"})
+_EMBED_SERVED: Final = frozenset({"request_id", "tokenized"})
 _SAMPLING_SERVED: Final = frozenset(
     {
         *("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"),
@@ -63,6 +64,23 @@ def request_from_vllm(message: vllm.GenerateRequest) -> pb.GenerateRequest:
         case "text":
             request.text = message.text
     return request
+
+
+def embed_from_vllm(message: vllm.EmbedRequest) -> pb.EmbedRequest:
+    """The same request in our words. Raises InvalidRequest for what cannot be said in them."""
+    _refuse_unserved(message, _EMBED_SERVED)
+    ids = pb.TokenIds(ids=message.tokenized.input_ids)
+    return pb.EmbedRequest(request_id=message.request_id, inputs=[pb.EmbedInput(token_ids=ids)])
+
+
+@contextmanager
+def embed_in_their_words() -> Iterator[None]:
+    """What is wrong with the one input is told by the name that it has in theirs."""
+    try:
+        yield
+    except InvalidRequest as error:
+        field = "tokenized.input_ids" if error.field.startswith("inputs") else error.field
+        raise InvalidRequest(field, error.problem) from error
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import closing
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from services.engine import Engine
 from services.handlers import Context
 from services.vllm_api.facts import Loads, model_info
 from services.vllm_api.kv_events import KvEvents
-from services.vllm_api.requests import in_their_words, request_from_vllm
+from services.vllm_api.requests import embed_from_vllm, embed_in_their_words, in_their_words, request_from_vllm
 from services.vllm_api.responses import Streamed, Told, Whole
 from services.vllm_api.running import Running
 from services.vllm_api.stubs import common_pb2 as common
@@ -29,6 +30,9 @@ from services.vllm_api.tokenizer_zip import TokenizerZip
 Start = Callable[[inference_pb2.GenerateRequest, Context], Awaitable[Answer]]
 """Our own service's way from a message to an answer."""
 
+Embed = Callable[[inference_pb2.EmbedRequest, Context], Awaitable[inference_pb2.EmbedResponse]]
+"""And to vectors."""
+
 
 class VllmEngine:
     """What of it is served; `methods` has the others, too."""
@@ -36,8 +40,11 @@ class VllmEngine:
     file: Final = vllm.DESCRIPTOR
     name: Final = "vllm.grpc.engine.VllmEngine"
 
-    def __init__(self, start: Start, answerer: Answerer, engine: Engine, *, max_kv_streams: int = 16) -> None:
+    def __init__(
+        self, start: Start, embed: Embed, answerer: Answerer, engine: Engine, *, max_kv_streams: int = 16
+    ) -> None:
         self._start = start
+        self._embed = embed
         self._answerer = answerer
         self._engine = engine
         self._running = Running()
@@ -63,6 +70,17 @@ class VllmEngine:
                             yield message
                         if isinstance(event, PromptLogprobs):  # of a long prompt they are many, and all there at once
                             await asyncio.sleep(0)
+
+    async def Embed(self, request: vllm.EmbedRequest, context: Context) -> vllm.EmbedResponse:  # noqa: N802
+        """The vector of one text, which comes as tokens."""
+        with embed_in_their_words():
+            answer = await self._embed(embed_from_vllm(request), context)
+        [vector] = answer.embeddings
+        return vllm.EmbedResponse(
+            embedding=struct.unpack(f"<{answer.dimensions}f", vector.values),
+            prompt_tokens=vector.prompt_tokens,
+            embedding_dim=answer.dimensions,
+        )
 
     async def Abort(self, request: vllm.AbortRequest, context: Context) -> vllm.AbortResponse:  # noqa: N802
         """End requests of the caller's tenant. Those that are not there have ended already."""

@@ -13,8 +13,8 @@ from tests.e2e.cluster import Cluster, cluster
 
 @pytest.fixture(scope="session")
 def fake_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder that only the fake runner can serve."""
-    return fake_model.write(tmp_path_factory.mktemp("model") / "fake")
+    """A model folder that only the fake runner can serve; it makes vectors, too."""
+    return fake_model.add_vectors(fake_model.write(tmp_path_factory.mktemp("model") / "fake"))
 
 
 @pytest.fixture(scope="module")

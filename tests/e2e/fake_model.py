@@ -6,7 +6,7 @@ import json
 import struct
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 VOCAB_SIZE = 320
 MAX_MODEL_LEN = 512
@@ -44,4 +44,39 @@ def write(folder: Path) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(template))
     header = json.dumps({"w": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(32))
+    return folder
+
+
+def add_vectors(
+    folder: Path,
+    *,
+    dimensions: int = 8,
+    normalizes: bool = True,
+    makes_text: bool = True,
+    ends_texts: bool = False,
+) -> Path:
+    """Make the folder one in sentence-transformers' form. The fake runner makes vectors of 8 numbers.
+
+    With `ends_texts` its tokenizer puts EOS behind each text.
+    """
+    kinds = ["Transformer", "Pooling", *(["Normalize"] if normalizes else [])]
+    paths = ["", "1_Pooling", "2_Normalize"]
+    modules = [
+        {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for n, (kind, path) in enumerate(zip(kinds, paths, strict=False))
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    pooling = {
+        "word_embedding_dimension": dimensions,
+        "pooling_mode_mean_tokens": False,
+        "pooling_mode_lasttoken": True,
+    }
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": makes_text}))
+    if ends_texts:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", EOS)])
+        tokenizer.save(str(folder / "tokenizer.json"))
     return folder

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import base64
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from openai import OpenAI
 
+from executor.fake_runner import digests_of, fake_vector
 from pagewire import Answer, Client
+from services.text import Tokenizer
 from tests.e2e.cluster import Cluster
 from tests.e2e.gateways import Gateway, Reply
 
@@ -233,10 +239,65 @@ def test_health_and_paths_that_are_not_there(gateway: Gateway) -> None:
     refused.close()
 
 
-def test_embeddings_are_refused_in_words(client: OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="no embeddings") as refused:
-        client.embeddings.create(model=MODEL, input="hi")
-    assert (refused.value.param, refused.value.code) == ("model", "unsupported")
+# ---- embeddings
+
+TEXTS = ["The sea", " is wide. ", "x"]
+
+
+def vector_of(ids: Sequence[int], dimensions: int = 8) -> Any:
+    """The fake model's, which becomes 1 long."""
+    values = struct.unpack("<8f", fake_vector(digests_of(ids)[-1], 8))[:dimensions]
+    return pytest.approx([value / math.hypot(*values) for value in values], abs=1e-6)
+
+
+def test_every_text_has_its_vector(client: OpenAI, fake_folder: Path) -> None:
+    ids = [Tokenizer(fake_folder / "tokenizer.json").encode(text.strip()) for text in TEXTS]
+
+    told = client.embeddings.create(model=MODEL, input=TEXTS)  # the client asks for base64, and unpacks it
+    numbers = client.embeddings.create(model=MODEL, input=TEXTS[1], encoding_format="float", user="me")
+    encoded: Any = client.embeddings.create(model="", input=ids, encoding_format="base64", dimensions=3)
+    one = client.embeddings.create(model="", input=ids[0], extra_body={"priority": "low", "request_id": "mine"})
+
+    assert (told.object, told.model, [each.index for each in told.data]) == ("list", MODEL, [0, 1, 2])
+    assert [each.embedding for each in told.data] == [vector_of(each) for each in ids]
+    num_tokens = sum(map(len, ids))
+    assert (told.usage.prompt_tokens, told.usage.total_tokens) == (num_tokens, num_tokens)
+    assert numbers.data[0].embedding == vector_of(ids[1])
+    unpacked = [list(struct.unpack("<3f", base64.b64decode(each.embedding))) for each in encoded.data]
+    assert unpacked == [vector_of(each, 3) for each in ids]
+    assert one.data[0].embedding == vector_of(ids[0])
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "problem"),
+    [
+        ({"input": []}, "input", "must be a string, a list of token ids, or a list of these, and is empty"),
+        ({"input": ""}, "input", "is empty"),
+        ({"input": "  "}, "input", "is empty"),
+        ({"input": ["a", ""]}, "input[1]", "is empty"),
+        ({"input": ["a", {}]}, "input[1]", "must be a string or a list of token ids"),
+        ({"input": ["a"] * 2049}, "input", "must be 1 to 2048 texts, got 2049"),
+        ({"input": [[1], [999]]}, "input[1]", "must be in [0, 320), got 999"),
+        ({"input": "a" * 600}, "input", "This model's maximum context length"),
+        ({"input": "a", "dimensions": 9}, "dimensions", "must be in [1, 8], got 9"),
+        ({"input": "a", "dimensions": 0}, "dimensions", "must be at least 1"),
+        ({"input": "a", "encoding_format": "int8"}, "encoding_format", "must be one of float, base64"),
+        ({"input": "a", "extra_body": {"pooling": "mean"}}, "pooling", "is not known here"),
+        ({"input": "a", "extra_body": {"request_id": "a\nb"}}, "request_id", "must be printable ASCII"),
+    ],
+)
+def test_what_is_wrong_with_a_request_for_embeddings_is_told_by_its_member(
+    client: OpenAI, asked: dict[str, Any], param: str, problem: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.embeddings.create(model="", **{"encoding_format": "float", **asked})
+    assert refused.value.param == param and problem in refused.value.message
+
+
+def test_an_embedding_of_a_model_that_is_not_there_is_not_found(client: OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.embeddings.create(model="text-embedding-3-small", input="a")
+    assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
 
 
 def test_metrics_are_told_for_prometheus_and_under_the_names_of_vllm(gateway: Gateway, client: OpenAI) -> None:

@@ -132,6 +132,7 @@ _LIKELY: Final[Mapping[str, tuple[Any, ...]]] = {  # what gets a request past th
     "min_p": (0.0, 0.1),
     "top_k": (0, 5),
     "n": (1, 2),
+    "dimensions": (1, 8),
     "max_tokens": (1, 2, 5),
     "pin_seconds": (1, 60, 3600),
     "pin_tokens": (1, 4),
@@ -414,7 +415,7 @@ class Server:
     """All services with what is behind them, and one executor that does what it is told."""
 
     def __init__(self, folder: Path) -> None:
-        model = read_model_folder(fake_model.write(folder))
+        model = read_model_folder(fake_model.add_vectors(fake_model.write(folder)))
         core = Scheduler(SchedulerLimits(), model=model.digest, eos=set(model.eos_token_ids), secret=bytes(32))
         admission = Admission()
         self.digest = model.digest
@@ -704,7 +705,8 @@ async def run_sockets(*, messages: int, seed: int, folder: Path, hang_s: float =
     """Send at least so many messages to real processes."""
     report = Report()
     sent, number = 0, 0
-    running = await asyncio.to_thread(Cluster, fake_model.write(folder / "fake"), folder)
+    model = fake_model.add_vectors(fake_model.write(folder / "fake"))
+    running = await asyncio.to_thread(Cluster, model, folder)
     try:
         await asyncio.to_thread(running.start_executor)
         digest = read_model_folder(folder / "fake").digest

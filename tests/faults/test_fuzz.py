@@ -26,6 +26,7 @@ from tests.faults.fuzz import Draw, Session
 ALL = {
     "Cancel",
     "Detokenize",
+    "Embed",
     "Explain",
     "Generate",
     "GenerateStream",

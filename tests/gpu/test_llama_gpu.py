@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.model_folder import read_model_folder
+from executor.gpu.inputs import DeviceTables, StepInputs
 from executor.gpu.kernels import rotary
 from executor.gpu.kernels.skinny import Cut, SkinnyLinears, padded_rows, thumb
 from executor.gpu.llama import GpuLlama, MatmulLinear, scratch_bytes, why_not
@@ -21,7 +22,7 @@ from executor.llama_folder import open_llama
 from executor.paged_model import probe_layers
 from executor.weights import load_model
 from tests.executor.tiny_models import VOCAB_SIZE, load_plain, save_tiny
-from tests.gpu.steps import BLOCK_SIZE, DEVICE, MAX_LEN, Steps, slab_of_nan
+from tests.gpu.steps import BLOCK_SIZE, DEVICE, MAX_LEN, Forward, Steps, slab_of_nan
 from tests.gpu.watching import Watch
 
 FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -148,7 +149,28 @@ def test_our_own_products_give_the_same_logits_with_norms_and_additions_inside(n
     model = opened(folder, linear=SkinnyLinears(DEVICE, cuts=up_to_16).make)
 
     assert model._fuses_one
-    assert worst(alone(Steps(model.forward, PROMPTS)), plain(folder)) < MOST["float32"]
+    assert worst(alone(Steps(telling_hidden(model, folder), PROMPTS)), plain(folder)) < MOST["float32"]
+
+
+def telling_hidden(model: GpuLlama, folder: Path) -> Forward:
+    """Its forward, in which every row embeds: what it tells of each is what the logits are made of."""
+    head = load_plain(folder).lm_head
+
+    def forward(inputs: StepInputs, tables: DeviceTables) -> Tensor:
+        rows = torch.arange(len(inputs.logits_indices), device=DEVICE)
+        logits = model.forward(inputs, tables, rows)
+        assert model.hidden is not None
+        with torch.inference_mode():
+            assert worst([head(model.hidden.cpu())], [logits.cpu()]) < MOST["float32"]
+        return logits
+
+    return forward
+
+
+def test_rows_that_embed_tell_what_their_logits_are_made_of_in_any_company(tmp_path: Path) -> None:
+    folder = save_tiny("qwen3", tmp_path, num_hidden_layers=1)
+
+    Steps(telling_hidden(opened(folder), folder), PROMPTS).every({0: 9, 1: 1})
 
 
 def in_splits(_outputs: int, _inputs: int, _rows: int) -> Cut:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -637,3 +638,26 @@ def test_an_fp8_cache_needs_attention_that_reads_it(folder: Path) -> None:
 def test_what_is_for_the_cpu_is_refused(folder: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ModelFolderError, match="--device cpu"):
         Host(folder, **settings)
+
+
+def test_vectors_are_the_other_runners_whoever_has_the_slot_when_they_are_read(plain: Runner, host: Host) -> None:
+    told = sequence(A, PROMPT, [3, 9], embeds=True, max_tokens=1)
+    beside, next_here = sequence(B, PROMPT[2:], [5, 6]), sequence(slot_ref(0, 1), PROMPT[3:], [7])
+    steps: list[dict[str, Any]] = [
+        {"refs": [A, B], "num_scheduled": [4, 5], "new": [told, beside]},
+        {"refs": [A, B], "num_scheduled": [3, 1]},
+        {"refs": [next_here.ref, B], "num_scheduled": [4, 1], "released": [A], "new": [next_here]},
+    ]
+    plans = [StepPlan(step=n, **columns) for n, columns in enumerate(steps)]
+    plain.begin_session()
+    host.runner.begin_session()
+
+    expected = [plain.launch(plan).result() for plan in plans]
+    found = [launched.result() for launched in [host.runner.launch(plan) for plan in plans]]
+
+    for ours, theirs in zip(found, expected, strict=True):
+        check_same(ours, theirs)
+    assert [[each.ref for each in result.embedded] for result in found] == [[], [A], []]
+    [(_, vector)], [(_, wanted)] = found[1].embedded, expected[1].embedded
+    assert np.frombuffer(vector, "<f4") == pytest.approx(np.frombuffer(wanted, "<f4"), abs=1e-4)
+    assert A not in found[1].refs

@@ -14,9 +14,10 @@ from torch import Tensor
 from executor.attention.protocol import AttentionBackend, LayerOptions
 from executor.batch import InputBatch
 from executor.gpu.inputs import DeviceTables, StepInputs
+from executor.gpu.models import embedded_rows
 from executor.kv_cache import KvCache
 from executor.loading import Loaded
-from executor.paged_model import run
+from executor.paged_model import keeping_hidden, run
 from executor.sampler import SamplingColumns, sample
 
 
@@ -30,6 +31,7 @@ class TorchForward:
         self._model = model
         self._cache = cache
         self.seen: list[StepInputs] = []  # of every forward
+        self.hidden: Tensor | None = None
 
     def check(self, tables: DeviceTables) -> None:
         """There is nothing to doubt."""
@@ -38,7 +40,13 @@ class TorchForward:
         self.seen.append(inputs)
         token_ids = tables.token_ids.view(-1)[inputs.token_places].long()
         calls = _Attention(inputs, tables, self._cache)
-        return run(self._model, token_ids, inputs.positions.long(), inputs.logits_indices.long(), calls)
+        rows = embedded_rows(batch, inputs)
+        if rows is None:
+            return run(self._model, token_ids, inputs.positions.long(), inputs.logits_indices.long(), calls)
+        with keeping_hidden(self._model) as states:
+            logits = run(self._model, token_ids, inputs.positions.long(), inputs.logits_indices.long(), calls)
+        self.hidden = states[0][inputs.logits_indices.long()[rows]]
+        return logits
 
 
 class _Attention:

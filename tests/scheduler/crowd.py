@@ -126,6 +126,9 @@ def _ask(world: Witness, draw: random.Random, prompt: list[int], tenant: str) ->
     apart = random.Random(f"cache {len(world.names)} {prompt}")
     salt, caches = "salt" if apart.random() < 0.1 else "", apart.random() >= 0.1
     world.request(prompt, n=n, stop=stop, sampling=sampling, tenant=tenant, priority=priority, salt=salt, caches=caches)
+    if random.Random(f"embeds {len(world.names)} {prompt}").random() < 0.15:
+        alone = StopConditions(max_tokens=1, ignore_eos=True)
+        world.request(prompt, n=1, stop=alone, tenant=tenant, salt=salt, caches=caches, embeds=True)
     if apart.random() < 0.25:
         pinned = prompt[: apart.randint(1, len(prompt))]
         world.pin(pinned, tenant=tenant, salt=salt, seconds=apart.choice([1, 3, 20]))

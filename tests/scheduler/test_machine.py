@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from common.sampling import Grammar, SamplingParams, StopConditions
-from common.types import Priority
+from common.types import FinishReason, Priority
 from scheduler.suspicion import End
 from tests.scheduler.crowd import prompt_of, stories
 from tests.scheduler.witness import VOCAB_SIZE, Witness
@@ -64,6 +64,11 @@ class Machine(RuleBasedStateMachine):
         self.world.request(
             prompt, n=n, stop=stop, sampling=sampling, tenant=tenant, priority=priority, salt=salt, caches=caches
         )
+
+    @rule(prompt=PROMPTS, tenant=st.sampled_from("ab"))
+    def embed(self, prompt: list[int], tenant: str) -> None:
+        stop = StopConditions(max_tokens=1, ignore_eos=True)
+        self.world.request(prompt, n=1, stop=stop, tenant=tenant, embeds=True)
 
     @rule(prompt=PROMPTS, tenant=st.sampled_from("ab"), salt=st.sampled_from(["", "salt"]), seconds=st.integers(1, 20))
     def pin(self, prompt: list[int], tenant: str, salt: str, seconds: int) -> None:
@@ -209,3 +214,5 @@ def test_a_crowd_on_tiny_executors_ends_with_the_tokens_each_would_have_had_alon
     assert sum(w.scheduler.counters.given_up for w in worlds) > 1, "no request was ever given up"
     assert sum(w.scheduler.counters.quarantines for w in worlds) > 20, "no executor was ever quarantined"
     assert sum(w.scheduler.counters.rows_unready for w in worlds) > 500, "no grammar was ever late"
+    embedded = sum(w.scheduler.counters.finished.get(FinishReason.EMBEDDED, 0) for w in worlds)
+    assert embedded > 300, "nothing was ever embedded"

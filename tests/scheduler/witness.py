@@ -17,7 +17,7 @@ from common.errors import InvalidRequest, Overloaded
 from common.sampling import SamplingParams, StopConditions
 from common.step import StepPlan, StepResult
 from common.types import BlockId, FinishReason, Priority, SequenceId, SlotRef, slot_of
-from executor.fake_runner import NextToken, Prefix, digests_of, prefix_hash_token
+from executor.fake_runner import NextToken, Prefix, digests_of, fake_vector, prefix_hash_token
 from executor.runner import execute
 from scheduler.pins import PinLimits
 from scheduler.prefix_cache import BlockKey, CachedBlock
@@ -28,6 +28,7 @@ from scheduler.suspicion import End
 from tests.scheduler.world import GREEDY, World
 
 VOCAB_SIZE: Final = 32
+DIMENSIONS: Final = 8
 EOS: Final = frozenset({0})
 
 
@@ -253,8 +254,9 @@ class Witness(World):
         priority: Priority = Priority.NORMAL,
         salt: str = "",
         caches: bool = True,
+        embeds: bool = False,
     ) -> None:
-        """A request by the name of its number, with what each choice must generate."""
+        """A request by the name of its number, with what each choice must generate, or that it ends in a vector."""
         name = f"{len(self.names)}:"
         try:
             made = self.add(
@@ -267,6 +269,7 @@ class Witness(World):
                 salt=salt,
                 caches=caches,
                 stop=stop,
+                dimensions=DIMENSIONS if embeds else 0,
             )
         except InvalidRequest:
             return
@@ -276,6 +279,8 @@ class Witness(World):
             self.scopes[id] = f"{tenant} and {salt}" if caches else f"{name} alone"
             self.prompts[label] = prompt
             self.oracles[label] = alone(prompt, sampling, choice, stop)
+            if embeds and self.oracles[label].tokens:
+                self.oracles[label] = Alone([], FinishReason.EMBEDDED)
         self.check()
 
     def pin(self, tokens: list[int], *, tenant: str, salt: str, seconds: int) -> None:
@@ -419,6 +424,9 @@ class Witness(World):
                 assert self.reasons[name] in (FinishReason.ERROR, FinishReason.ABORTED, oracle.reason)
             elif name not in self.aborted:
                 assert Alone(self.tokens[name], self.reasons[name]) == oracle
+                if oracle.reason is FinishReason.EMBEDDED:
+                    vector = fake_vector(digests_of(self.prompts[name])[-1], DIMENSIONS)
+                    assert self.embedded[name].vector == vector, f"{name} has another vector than alone"
         for session in self.scheduler.sessions:
             if not session.outstanding:
                 assert session.pool.num_free == session.pool.num_blocks, "blocks are lost"

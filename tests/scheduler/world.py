@@ -14,6 +14,7 @@ from executor.runner import execute
 from scheduler.pins import PinLimits
 from scheduler.reputation import Patience
 from scheduler.scheduler import Losses, Scheduler, SchedulerLimits
+from scheduler.sequence import Sequence as CoreSequence
 from scheduler.suspicion import End
 from scheduler.timeline import Timeline
 
@@ -67,6 +68,7 @@ class World:
         self.tokens: dict[str, list[int]] = {}
         self.reasons: dict[str, FinishReason] = {}
         self.timelines: dict[str, Timeline] = {}
+        self.embedded: dict[str, CoreSequence] = {}  # those that end in a vector
         self.names: dict[SequenceId, str] = {}
         self.now_ns = 0
         for _ in range(executors):
@@ -119,11 +121,14 @@ class World:
         caches: bool = True,
         max_drafts: int | None = None,
         stop: StopConditions | None = None,
+        dimensions: int = 0,
     ) -> list[SequenceId]:
         """A request. A number is a prompt of that many tokens that no other request shares.
 
-        `stop` is instead of `max_tokens` and `stop_token_ids`.
+        `stop` is instead of `max_tokens` and `stop_token_ids`. With `dimensions` it ends in a vector, which is kept.
         """
+        if dimensions:
+            stop = StopConditions(max_tokens=1, ignore_eos=True)
         if isinstance(prompt, int):
             start = 100 + 97 * len(self.names)
             prompt = [(start + i) % 1000 for i in range(prompt)]
@@ -141,8 +146,11 @@ class World:
             deadline_ns=deadline_ns,
             max_drafts=max_drafts,
             timeline=timeline,
+            dimensions=dimensions,
         )
         self.timelines[name] = timeline
+        if dimensions:
+            self.embedded[name] = made[0]
         for choice, sequence in enumerate(made):
             label = name if n == 1 else f"{name}{choice}"
             self.names[sequence.id] = label

@@ -549,7 +549,7 @@ class Scripted:
             raise InvalidRequest("which", "is bad")
         return pb.UnpinResponse(tokens=7 if request.all else 3)
 
-    Generate = Tokenize = Detokenize = GetModel = Cancel
+    Generate = Tokenize = Detokenize = GetModel = Embed = Cancel
 
 
 def saying(*messages: pb.GenerateStreamResponse, then: PagewireError | None = None) -> Script:

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 
 from common.errors import ExecutorRejected
 from common.sampling import Grammar, SamplingParams
-from common.step import MAX_DRAFTS, ExecutorFacts, Logprobs, NewSequence, Ranked, Scored, StepPlan, StepResult
+from common.step import (
+    MAX_DRAFTS,
+    Embedded,
+    ExecutorFacts,
+    Logprobs,
+    NewSequence,
+    Ranked,
+    Scored,
+    StepPlan,
+    StepResult,
+)
 from common.types import MAX_SLOTS, BlockId, SlotRef, slot_ref
 from protos import executor_pb2 as pb
 from services import codec_link
@@ -99,6 +109,7 @@ def new_sequences(draw: st.DrawFn) -> NewSequence:
         min_tokens=draw(U32),
         domain=draw(st.binary(max_size=16)),
         num_candidates=draw(U32),
+        embeds=draw(st.booleans()),
     )
 
 
@@ -124,6 +135,10 @@ def plans(draw: st.DrawFn) -> StepPlan:
     )
 
 
+VECTORS = st.integers(1, 3).flatmap(lambda size: st.lists(st.binary(min_size=4 * size, max_size=4 * size), max_size=3))
+EMBEDDED = VECTORS.flatmap(lambda vectors: st.tuples(*(st.builds(Embedded, U32, st.just(each)) for each in vectors)))
+
+
 @st.composite
 def results(draw: st.DrawFn) -> StepResult:
     num_rows = draw(st.integers(0, 8))
@@ -139,6 +154,7 @@ def results(draw: st.DrawFn) -> StepResult:
         scored=draw(st.lists(SCORED, min_size=1, max_size=4)) if draw(st.booleans()) else (),
         ranked=draw(st.lists(ranked_rows(), min_size=1, max_size=4)) if draw(st.booleans()) else (),
         drafted=draw(st.lists(st.tuples(U32, U32), max_size=4)) or (),
+        embedded=list(draw(EMBEDDED)) or (),
     )
 
 
@@ -523,3 +539,11 @@ def test_a_result_that_scores_nothing_carries_no_column_for_it() -> None:
     message = result_to_pb(StepResult(step=0, refs=[slot_ref(1, 0)], tokens=[3], indices=[0]), session=1)
 
     assert message.ByteSize() == len(b"\x08\x01") + 3 * 6
+
+
+@pytest.mark.parametrize("size", [0, 7, 12])
+def test_vectors_that_are_not_as_long_as_each_other_are_refused(size: int) -> None:
+    refs = struct.pack("<2I", 1, 2)
+
+    with pytest.raises(WireError, match=f"vectors: has {size} bytes"):
+        result_from_pb(pb.StepResult(embedded_refs=refs, vectors=bytes(size)))

@@ -257,7 +257,7 @@ class Patient:
             self.left.append(current_caller().tenant)
         return pb.GenerateResponse()
 
-    Tokenize = Detokenize = GetModel = Cancel = Unpin = Generate
+    Tokenize = Detokenize = GetModel = Cancel = Unpin = Embed = Generate
 
 
 @asynccontextmanager

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from common.errors import (
     DeadlineExceeded,
+    InvalidRequest,
     Overloaded,
     PagewireError,
     RequestFailed,
@@ -24,12 +25,13 @@ from pagewire.answers import Delta, Finish
 from protos import inference_pb2 as pb
 from protos.monitoring_pb2 import GetStatusResponse
 from services.gateway import app as app_module
-from services.gateway import positions
+from services.gateway import positions, upstream
 from services.gateway.bodies import Bodies
 from services.gateway.events import ABORT
 from services.gateway.known_keys import KnownKeys
 from services.gateway.metrics import Metrics
 from services.gateway.positions import Heard, Writer, pack_prompt
+from services.gateway.upstream import Upstream
 from tests.services.gateway_calls import CHAT, HI, Call, Scheduler, Stream, ask, delta, finish, gateway
 
 
@@ -538,3 +540,47 @@ def test_a_client_without_a_key_is_let_through_to_a_scheduler_that_asks_for_none
     call = ask(gateway(scheduler), HI, headers=[(b"authorization", shown)])
 
     assert (call.status, scheduler.keys) == (200, [key])
+
+
+class NoVectors:
+    """In place of an Upstream whose model makes text."""
+
+    async def embed(self, request: pb.EmbedRequest, key: str) -> pb.EmbedResponse:
+        assert (request.inputs[0].text, key) == ("hi", "")
+        raise InvalidRequest("model", "m makes text, and no embeddings: modules.json is not there")
+
+
+def test_embeddings_of_a_model_that_makes_none_are_refused_as_what_is_not_served() -> None:
+    told = ask(gateway(NoVectors()), {"input": "hi"}, path="/v1/embeddings")
+
+    assert told.status == 400
+    error = told.json["error"]
+    assert (error["param"], error["code"]) == ("model", "unsupported")
+    assert error["message"] == "model: m makes text, and no embeddings: modules.json is not there"
+
+
+class Restarted(Upstream):
+    """Its scheduler is gone until `answers` is 0."""
+
+    def __init__(self, answers: int, patience_s: float) -> None:
+        super().__init__(cast("Any", None), [], begin_patience_s=patience_s)
+        self.answers = answers
+
+    async def _first(self, ask: Any) -> Any:
+        self.answers -= 1
+        if self.answers >= 0:
+            raise Unavailable("no scheduler is there")
+        return pb.EmbedResponse(model="m")
+
+
+def test_vectors_are_asked_for_again_where_a_scheduler_was_lost_on_the_way_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(upstream, "_LOOK_AGAIN_S", 0.0)
+
+    async def test() -> None:
+        assert (await Restarted(2, patience_s=60).embed(pb.EmbedRequest(), "")).model == "m"
+        with pytest.raises(Unavailable):
+            await Restarted(2, patience_s=0).embed(pb.EmbedRequest(), "")
+
+    asyncio.run(test())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.errors import InvalidRequest
-from services.gateway import chat, completions, openapi, responses
+from services.gateway import chat, completions, embeddings, openapi, responses
 from services.gateway.bodies import parse
 from services.gateway.description import described
 from services.gateway.fields import Fields
@@ -61,6 +61,18 @@ def understand(path: str, body: Fields) -> None:
 def schema(path: str) -> dict[str, Any]:
     body: dict[str, Any] = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     return body
+
+
+@pytest.mark.parametrize("asked", [{"input": "a"}, {"input": [[1], "b"], "dimensions": 3, "encoding_format": "base64"}])
+def test_what_is_understood_of_a_request_for_embeddings_is_described(asked: dict[str, Any]) -> None:
+    body = parse(json.dumps({"model": "m", "priority": "low", "cache_salt": "s", "user": "me", **asked}).encode())
+    described_as = schema("/v1/embeddings")
+
+    embeddings.read(body)
+    body.refuse_unknown()
+    assert problem({"model": "m", "priority": "low", "cache_salt": "s", "user": "me", **asked}, described_as) is None
+    assert problem({"input": []}, described_as) is not None
+    assert problem({**asked, "stream": True}, described_as) is not None
 
 
 @pytest.mark.parametrize("path", list(READERS))

@@ -56,7 +56,7 @@ class Service:
         yield GenerateStreamResponse(delta=Delta(text="end"))
 
     Resume = GenerateStream
-    Cancel = Unpin = Generate
+    Cancel = Unpin = Embed = Generate
 
     async def Tokenize(self, request: Any, context: Context) -> TokenizeResponse:
         await self.act(context)

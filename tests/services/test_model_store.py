@@ -386,17 +386,21 @@ def test_from_the_hub_come_weights_and_words_but_never_code(
         "config.json",
         "tokenizer.json",
         "chat_template.jinja",
+        "modules.json",
+        "1_Pooling/config.json",
         "modeling_own.py",
         "pytorch_model.bin",
         "consolidated.safetensors",
         "onnx/model.safetensors",
+        "2_Dense/model.safetensors",
+        "1b/model.safetensors",
     ]
     wanted = filter_repo_objects(
         names,
         allow_patterns=[*model_store._WANTED],
         ignore_patterns=[*model_store._UNWANTED],
     )
-    assert [*wanted] == names[:6]
+    assert [*wanted] == names[:8]
     assert (asked["allow_patterns"], asked["ignore_patterns"]) == ([*model_store._WANTED], [*model_store._UNWANTED])
 
 

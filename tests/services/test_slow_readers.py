@@ -169,7 +169,7 @@ class Flood:
         finally:
             self.ended.set()
 
-    Generate = Resume = Cancel = Unpin = Tokenize = Detokenize = GetModel = GenerateStream
+    Generate = Resume = Cancel = Unpin = Tokenize = Detokenize = GetModel = Embed = GenerateStream
 
 
 class Patient(Flood):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import struct
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -20,7 +21,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 from common.errors import InvalidRequest
 from common.model_folder import ModelFolder, read_model_folder
 from common.sampling import RequestLimits
-from executor.fake_runner import FakeRunner, position_token
+from executor.fake_runner import FakeRunner, digests_of, fake_vector, position_token
 from protos import inference_pb2
 from scheduler.scheduler import Scheduler, SchedulerLimits
 from services.admission import Admission, AdmissionLimits
@@ -91,8 +92,8 @@ async def serving(model: ModelFolder, *, max_waiting: int = 100, max_kv_streams:
     answerer = Answerer(
         engine, model, Tokenizer(model.path / "tokenizer.json"), ChatTemplate.of(model), grammars=grammars
     )  # fmt: skip
-    start = SchedulerService(answerer, RequestLimits(), lambda: 0).start
-    service = VllmEngine(start, answerer, engine, max_kv_streams=max_kv_streams)
+    ours = SchedulerService(answerer, RequestLimits(), lambda: 0)
+    service = VllmEngine(ours.start, ours.Embed, answerer, engine, max_kv_streams=max_kv_streams)
     server = aio.server(interceptors=(ByHeader(),))
     server.add_generic_rpc_handlers((service_handler(service.name, service.file, service.methods()),))
     try:
@@ -499,7 +500,28 @@ def test_cache_events_can_be_switched_off(model: ModelFolder) -> None:
 
 def test_methods_that_are_not_served_say_so(model: ModelFolder) -> None:
     async def test(server: Server) -> None:
-        error = await refused(server.stub.Embed(vllm.EmbedRequest()))
-        assert error.code() is grpc.StatusCode.UNIMPLEMENTED and "Embed is not served here" in (error.details() or "")
+        error = await refused(server.stub.StartProfile(common.StartProfileRequest()))
+        assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert "StartProfile is not served here" in (error.details() or "")
 
     run(model, test)
+
+
+def test_a_vector_is_made_of_tokens_where_the_model_makes_any(model: ModelFolder, tmp_path: Path) -> None:
+    vectors = read_model_folder(fake_model.add_vectors(fake_model.write(tmp_path / "fake"), normalizes=False))
+    asked = vllm.EmbedRequest(request_id="a", tokenized=vllm.TokenizedInput(input_ids=PROMPT))
+
+    async def makes(server: Server) -> None:
+        told = await server.stub.Embed(asked)
+        assert struct.pack("<8f", *told.embedding) == fake_vector(digests_of(PROMPT)[-1], 8)
+        assert (told.prompt_tokens, told.embedding_dim) == (len(PROMPT), 8)
+        error = await refused(server.stub.Embed(vllm.EmbedRequest()))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "tokenized.input_ids: is empty" in (error.details() or "")
+
+    async def makes_none(server: Server) -> None:
+        error = await refused(server.stub.Embed(asked))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and "no embeddings" in (error.details() or "")
+
+    run(vectors, makes)
+    run(model, makes_none)

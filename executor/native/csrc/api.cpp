@@ -145,7 +145,9 @@ void pagewire_use_threads(int count, void* gomp_parallel, void* omp_get_num_thre
   threads = borrowed && team_size && count > 1 ? count : 1;
 }
 void pagewire_rehearse(int on) { Team::rehearse() = on != 0; }
-void pagewire_llama_forward(const Llama* m, const Step* s, float* logits) { table(isa).llama_forward(*m, *s, logits); }
+void pagewire_llama_forward(const Llama* m, const Step* s, float* logits, float* normed) {
+  table(isa).llama_forward(*m, *s, logits, normed);
+}
 void pagewire_linear(const Linear* l, const Rows* x, const Rows* y, int64_t rows) { table(isa).linear(*l, *x, *y, rows); }
 void pagewire_attention(const AttentionLayer* a, const Step* s, const Rows* q, const Rows* k, const Rows* v, const Rows* out) {
   table(isa).attention(*a, *s, *q, *k, *v, *out);

@@ -17,7 +17,7 @@
 namespace pagewire {
 
 struct Kernels {
-  void (*llama_forward)(const Llama&, const Step&, float* logits);
+  void (*llama_forward)(const Llama&, const Step&, float* logits, float* normed);
   void (*linear)(const Linear&, const Rows& x, const Rows& y, int64_t rows);
   void (*attention)(const AttentionLayer&, const Step&, const Rows& query, const Rows& key, const Rows& value,
                     const Rows& out);

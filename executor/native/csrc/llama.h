@@ -148,8 +148,8 @@ static void place_token(const Llama& m, const LlamaLayer& layer, const Step& s, 
   }
 }
 
-// logits (num_sampled, vocab) float32.
-static void llama_forward(const Llama& m, const Step& s, float* logits) {
+// logits (num_sampled, vocab) float32; normed (num_sampled, hidden) what they are made of, where that is not null.
+static void llama_forward(const Llama& m, const Step& s, float* logits, float* normed) {
   constexpr int kPhases = 13;
   const int64_t T = s.num_tokens, hidden = m.hidden;
   const int threads = num_threads();
@@ -231,5 +231,10 @@ static void llama_forward(const Llama& m, const Step& s, float* logits) {
       return row;
     });
     multiply(team, phase + 1, m.head, in, s.num_sampled, {Epilogue::kStore, logits, nullptr, m.vocab, 0, nullptr, 0});
+    if (!normed) return;
+    team.share(phase + 2, s.num_sampled, 16, [&](int64_t from, int64_t to) {
+      for (; from < to; from++)
+        rms_norm(x + s.logits_indices[from] * hidden, m.final_norm, hidden, m.epsilon, normed + from * hidden);
+    });
   });
 }
