@@ -75,8 +75,11 @@ def _package(name: str, mend: str) -> Finding:
 
 
 def _gpu() -> Finding:
-    driver = shutil.which("nvidia-smi")
-    return Finding("GPU", True, "NVIDIA driver found" if driver else "none; the CPU is used")
+    if not shutil.which("nvidia-smi"):
+        return Finding("GPU", True, "none; the CPU is used")
+    if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang"))):  # makes what launches Triton's kernels
+        return Finding("GPU", False, "NVIDIA driver found, but no C compiler; Triton needs one", "apt-get install gcc")
+    return Finding("GPU", True, "NVIDIA driver found")
 
 
 def _model(model: str, path: Path | None) -> Finding:
