@@ -26,9 +26,10 @@ from services.gateway import chat, completions, openapi, positions, responses
 from services.gateway.answers import Answers
 from services.gateway.asked import Asked
 from services.gateway.bodies import Bodies, parse
-from services.gateway.errors import LAST_EVENT_ID, NotServed, Told, told, told_of_bug, told_of_http
+from services.gateway.errors import LAST_EVENT_ID, NotServed, Told, WrongHost, told, told_of_bug, told_of_http
 from services.gateway.events import EventStream, Patience, event, while_connected
 from services.gateway.fields import Fields
+from services.gateway.hosts import Hosts
 from services.gateway.known_keys import KnownKeys
 from services.gateway.live import MAX_KEY, LiveAccess, LiveView, interval_ms, nothing_to_close
 from services.gateway.metrics import Metrics
@@ -80,6 +81,7 @@ class Gateway:
         max_prompts: int,
         unknown_fields: UnknownFields = "refuse",
         metrics_need_key: bool = False,
+        hosts: Hosts | None = None,
         live: LiveView | None = None,
         tracer: Tracer | None = None,
     ) -> None:
@@ -97,6 +99,7 @@ class Gateway:
         self._max_prompts = max_prompts
         self._unknown_fields = unknown_fields
         self._metrics_need_key = metrics_need_key
+        self._hosts = hosts or Hosts()
         self._view = live or LiveView(LiveAccess(), lambda: None)
         self._tracer = tracer
         self._known = KnownKeys()
@@ -151,6 +154,8 @@ class Gateway:
             traced(self._tracer if counts else None, scope, lambda: Ending(status, scope.get(_FAILED, 0), is_known())),
         ):
             try:
+                if not self._hosts.allow(scope):
+                    raise WrongHost
                 # apart, so that /health answers where all is busy, and who only looks keeps nobody from an answer
                 if (self._metrics.num_open if counts else self._num_looking) > self._max_requests:
                     raise Overloaded(f"{self._max_requests} requests are open, which is all there may be")
