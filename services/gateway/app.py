@@ -267,15 +267,18 @@ class Gateway:
             )
         answers.linger = bool(asked.manner.resumable)
 
-        def on_cut() -> None:  # the process ends before the answer: its reader may go on with another one
+        def tell(error: Exception) -> bytes:
+            return telling.error(_told_late(error, request.scope), answers)
+
+        def on_cut() -> bytes:  # the process ends before the answer: its reader may go on with another one
             answers.linger = has_ids
-            request.scope[_FAILED] = 503
+            return tell(Unavailable(_STOPS))
 
         return EventStream(
             telling.stream(answers),
             self._patience,
             close=answers.close,
-            tell=lambda error: telling.error(_told_late(error, request.scope), answers),
+            tell=tell,
             on_cut=on_cut,
             comes_back=has_ids,
         )
@@ -355,12 +358,16 @@ class Gateway:
         self._view.check(request, _key(request))
         if self.draining:
             raise Unavailable(_STOPS)
+
+        def tell(error: Exception) -> bytes:
+            return _error_event(_told_late(error, request.scope))
+
         return EventStream(
             self._view.states(interval_ms(request)),
             self._patience,
             close=nothing_to_close,
-            tell=lambda error: _error_event(_told_late(error, request.scope)),
-            on_cut=lambda: None,
+            tell=tell,
+            on_cut=lambda: tell(Unavailable(_STOPS)),
         )
 
 

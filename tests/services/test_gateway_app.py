@@ -141,6 +141,52 @@ def test_a_whole_answer_that_the_gateway_s_end_cuts_off_may_be_asked_for_elsewhe
     assert scheduler.streams[0].closed == [False]
 
 
+def cut(body: dict[str, Any], path: str, send: Callable[[Call, Any], Awaitable[None]] = Call.send) -> Call:
+    """A stream that the gateway's end cuts off behind its first event."""
+
+    async def run() -> Call:
+        scheduler = Scheduler(delta(0, 5, "a"))
+        call = Call({**body, "stream": True}, path)
+        answering = asyncio.create_task(
+            gateway(scheduler)(call.scope, call.receive, lambda message: send(call, message))
+        )
+        async with asyncio.timeout(20):
+            while b'"a"' not in b"".join(call.parts):
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)  # it waits for the next one
+            answering.cancel()
+            await asyncio.gather(answering, return_exceptions=True)
+        assert answering.cancelled()
+        assert scheduler.streams[0].closed == [True], "it goes on for who comes back"
+        return call
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [(CHAT, HI), ("/v1/completions", {"prompt": "a"}), ("/v1/responses", {"input": "a"})]
+)
+def test_a_stream_that_the_gateway_s_end_cuts_off_ends_with_an_error_and_its_last_id_is_good(
+    path: str, body: dict[str, Any]
+) -> None:
+    call = cut({**body, "request_id": "mine", "seed": 7}, path)
+
+    *told, last = call.events
+    assert told and last.get("error", last)["code"] == "unavailable"
+    assert last.get("sequence_number") == (len(told) if path == "/v1/responses" else None)
+    assert b"id: " not in b"".join(call.parts).split(b"\n\n")[-2], "who comes back does so behind what he was told"
+
+
+def test_a_reader_who_is_slow_when_the_gateway_ends_does_not_keep_it() -> None:
+    async def first_only(call: Call, message: Any) -> None:
+        if b'"unavailable"' in message.get("body", b""):
+            await asyncio.Event().wait()
+        await call.send(message)
+
+    call = cut(HI, CHAT, first_only)
+    assert all("error" not in event for event in call.events)
+
+
 def test_a_gateway_is_ready_until_it_drains_and_alive_even_then() -> None:
     app = gateway(Scheduler(then=Unavailable("none is there")))
 
