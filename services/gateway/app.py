@@ -165,6 +165,7 @@ class Gateway:
             except asyncio.CancelledError:  # the process ends
                 if not status:  # without an answer uvicorn would tell a bug
                     await _told(Unavailable(_STOPS), scope).response()(scope, receive, sending)
+                scope.setdefault(_FAILED, 503)  # of an answer that had begun, too
                 raise
             except Exception as error:  # noqa: BLE001  the edge: whatever it is, the caller gets a status and no more
                 failed = _told(error, scope)
@@ -172,7 +173,7 @@ class Gateway:
                     await failed.response()(scope, receive, sending)
             finally:
                 self._num_looking -= not counts
-            ended(scope.get(_FAILED, status))
+                ended(scope.get(_FAILED, status))
 
     def drain(self) -> None:
         """Take nothing new, and end what has no end of its own."""

@@ -141,6 +141,37 @@ def test_a_whole_answer_that_the_gateway_s_end_cuts_off_may_be_asked_for_elsewhe
     assert scheduler.streams[0].closed == [False]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("is_read", [True, False], ids=["made", "written"])
+def test_what_is_cut_off_by_the_gateway_s_end_while_it_is_made_or_written_is_counted_as_a_failure(
+    stream: bool, is_read: bool
+) -> None:
+    async def run() -> list[str]:
+        scheduler = Scheduler(delta(0, 5, "a"), *(() if is_read else (finish(),)))
+        app, call, writes = gateway(scheduler), Call({**HI, "stream": stream}), asyncio.Event()
+
+        async def send(message: Any) -> None:
+            writes.set()
+            if not is_read:
+                await asyncio.Event().wait()
+            await call.send(message)
+
+        answering = asyncio.create_task(app(call.scope, call.receive, send))
+        async with asyncio.timeout(20):
+            while not (scheduler.streams if is_read and not stream else writes.is_set()):
+                await asyncio.sleep(0)
+        answering.cancel()
+        await asyncio.gather(answering, return_exceptions=True)
+        look = Call({}, "/metrics", method="GET")
+        await app(look.scope, look.receive, look.send)
+        return b"".join(look.parts).decode().splitlines()
+
+    lines = asyncio.run(run())
+    counted = [line for line in lines if line.startswith("pagewire_gateway_requests_total{")]
+    assert counted == ['pagewire_gateway_requests_total{path="/v1/chat/completions",status="503"} 1']
+    assert "pagewire_gateway_request_duration_seconds_count 1" in lines
+
+
 def cut(body: dict[str, Any], path: str, send: Callable[[Call, Any], Awaitable[None]] = Call.send) -> Call:
     """A stream that the gateway's end cuts off behind its first event."""
 
