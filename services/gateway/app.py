@@ -197,7 +197,10 @@ class Gateway:
         asked = completions.read(body, max_prompts=self._max_prompts)
         self._refuse_unknown(body)
         request.scope[_NAMES] = asked.names
-        prompts = await completions.echoes(self._upstream, asked, _key(request))
+        prompts = [""] * len(asked.requests)
+        if asked.echo:
+            echoing = completions.echoes(self._upstream, asked, _key(request))
+            prompts = await while_connected(request.receive, echoing)
         telling = Telling(
             whole=lambda answers: completions.whole(answers, asked, prompts),
             stream=lambda answers: completions.stream(answers, asked, prompts),

@@ -302,6 +302,72 @@ def test_an_echoed_prompt_is_told_once_though_its_reader_comes_back_after_half_a
     assert [event["choices"][0]["text"] for event in call.events[:-1]] == ["é", ""]
 
 
+class Reader(Scheduler):
+    """Tells the text of tokens when a test says so."""
+
+    def __init__(self) -> None:
+        super().__init__(delta(0, 5, "a"), finish())
+        self.go_on = asyncio.Event()
+        self.problem: PagewireError | None = None
+        self.num_asked = self.num_open = 0
+
+    async def text(self, ids: Sequence[int], key: str) -> str:
+        self.num_asked += 1
+        self.num_open += 1
+        try:
+            await self.go_on.wait()
+            if self.problem is not None:
+                raise self.problem
+            return f"<{ids[0]}>"
+        finally:
+            self.num_open -= 1
+
+
+ECHO: dict[str, Any] = {"prompt": [*([i] for i in range(19)), "words"], "echo": True, "max_tokens": 0}
+
+
+async def echoing(then: Callable[[Reader, Call], None]) -> tuple[Reader, Call]:
+    """A request for many echoes, of which the first ones are asked for when `then` is called."""
+    reader, call = Reader(), Call(ECHO, "/v1/completions")
+    answering = asyncio.create_task(gateway(reader, max_prompts=20)(call.scope, call.receive, call.send))
+    async with asyncio.timeout(20):
+        while reader.num_open < 8:
+            await asyncio.sleep(0)
+        then(reader, call)
+        await answering
+    assert reader.num_open == 0
+    return reader, call
+
+
+def test_the_texts_of_prompts_are_asked_for_a_few_at_once_and_told_in_their_order() -> None:
+    open_at_once: list[int] = []
+
+    def go_on(reader: Reader, call: Call) -> None:
+        open_at_once.append(reader.num_open)
+        reader.go_on.set()
+
+    reader, call = asyncio.run(echoing(go_on))
+
+    assert [choice["text"] for choice in call.json["choices"]] == [*(f"<{i}>" for i in range(19)), "words"]
+    assert (open_at_once, reader.num_asked) == ([8], 19)
+
+
+def test_who_leaves_before_his_prompts_are_read_is_asked_for_no_more() -> None:
+    reader, call = asyncio.run(echoing(lambda reader, call: call.left.set()))
+
+    assert (reader.num_asked, reader.streams, call.status) == (8, [], 0)
+
+
+def test_a_prompt_whose_text_is_not_to_be_had_ends_its_request_and_the_other_questions() -> None:
+    def fail(reader: Reader, call: Call) -> None:
+        reader.problem = Unavailable("gone")
+        reader.go_on.set()
+
+    reader, call = asyncio.run(echoing(fail))
+
+    assert (call.status, reader.streams) == (503, []) and reader.num_asked < 19
+
+
 def test_an_id_with_more_calls_than_tokens_is_refused_before_room_is_made_for_them() -> None:
     forged = Heard(calls=1000, digest=bytes(8))
     id = Writer("mine", 7, 0, prompts=1, choices=1).id(1, pack_prompt(9) + forged.packed())
