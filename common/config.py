@@ -229,6 +229,11 @@ class GatewayConfig:
     http_tls_cert: str = option("", "certificate that they are shown, PEM; empty: no TLS")
     http_tls_key: str = option("", "its private key, PEM")
     http_tls_client_ca: str = option("", "authorities, PEM: they must show a certificate from one of them")
+    http_hosts: str = option(
+        "",
+        "names that the gateway may be called by, as the Host of a request: NAME,NAME besides those of loopback, or * "
+        "for any; empty: none besides where --http is on loopback, else any. For a proxy that keeps the public name",
+    )
     http_admin: str = option(
         "",
         "unix:PATH of the scheduler's --admin-listen, for /metrics; empty: where it is by default; none: not asked",

@@ -26,9 +26,10 @@ from services.gateway import chat, completions, embeddings, openapi, positions, 
 from services.gateway.answers import Answers
 from services.gateway.asked import Asked, check_request_id
 from services.gateway.bodies import Bodies, parse
-from services.gateway.errors import LAST_EVENT_ID, NotServed, Told, told, told_of_bug, told_of_http
+from services.gateway.errors import LAST_EVENT_ID, NotServed, Told, WrongHost, told, told_of_bug, told_of_http
 from services.gateway.events import EventStream, Patience, event, while_connected
 from services.gateway.fields import Fields
+from services.gateway.hosts import Hosts
 from services.gateway.known_keys import KnownKeys
 from services.gateway.live import MAX_KEY, LiveAccess, LiveView, interval_ms, nothing_to_close
 from services.gateway.metrics import Metrics
@@ -80,6 +81,7 @@ class Gateway:
         max_prompts: int,
         unknown_fields: UnknownFields = "refuse",
         metrics_need_key: bool = False,
+        hosts: Hosts | None = None,
         live: LiveView | None = None,
         tracer: Tracer | None = None,
     ) -> None:
@@ -97,6 +99,7 @@ class Gateway:
         self._max_prompts = max_prompts
         self._unknown_fields = unknown_fields
         self._metrics_need_key = metrics_need_key
+        self._hosts = hosts or Hosts()
         self._view = live or LiveView(LiveAccess(), lambda: None)
         self._tracer = tracer
         self._known = KnownKeys()
@@ -151,6 +154,8 @@ class Gateway:
             traced(self._tracer if counts else None, scope, lambda: Ending(status, scope.get(_FAILED, 0), is_known())),
         ):
             try:
+                if not self._hosts.allow(scope):
+                    raise WrongHost
                 # apart, so that /health answers where all is busy, and who only looks keeps nobody from an answer
                 if (self._metrics.num_open if counts else self._num_looking) > self._max_requests:
                     raise Overloaded(f"{self._max_requests} requests are open, which is all there may be")
@@ -160,6 +165,7 @@ class Gateway:
             except asyncio.CancelledError:  # the process ends
                 if not status:  # without an answer uvicorn would tell a bug
                     await _told(Unavailable(_STOPS), scope).response()(scope, receive, sending)
+                scope.setdefault(_FAILED, 503)  # of an answer that had begun, too
                 raise
             except Exception as error:  # noqa: BLE001  the edge: whatever it is, the caller gets a status and no more
                 failed = _told(error, scope)
@@ -167,7 +173,7 @@ class Gateway:
                     await failed.response()(scope, receive, sending)
             finally:
                 self._num_looking -= not counts
-            ended(scope.get(_FAILED, status))
+                ended(scope.get(_FAILED, status))
 
     def drain(self) -> None:
         """Take nothing new, and end what has no end of its own."""
@@ -191,7 +197,10 @@ class Gateway:
         asked = completions.read(body, max_prompts=self._max_prompts)
         self._refuse_unknown(body)
         request.scope[_NAMES] = asked.names
-        prompts = await completions.echoes(self._upstream, asked, _key(request))
+        prompts = [""] * len(asked.requests)
+        if asked.echo:
+            echoing = completions.echoes(self._upstream, asked, _key(request))
+            prompts = await while_connected(request.receive, echoing)
         telling = Telling(
             whole=lambda answers: completions.whole(answers, asked, prompts),
             stream=lambda answers: completions.stream(answers, asked, prompts),
@@ -262,15 +271,18 @@ class Gateway:
             )
         answers.linger = bool(asked.manner.resumable)
 
-        def on_cut() -> None:  # the process ends before the answer: its reader may go on with another one
+        def tell(error: Exception) -> bytes:
+            return telling.error(_told_late(error, request.scope), answers)
+
+        def on_cut() -> bytes:  # the process ends before the answer: its reader may go on with another one
             answers.linger = has_ids
-            request.scope[_FAILED] = 503
+            return tell(Unavailable(_STOPS))
 
         return EventStream(
             telling.stream(answers),
             self._patience,
             close=answers.close,
-            tell=lambda error: telling.error(_told_late(error, request.scope), answers),
+            tell=tell,
             on_cut=on_cut,
             comes_back=has_ids,
         )
@@ -364,12 +376,16 @@ class Gateway:
         self._view.check(request, _key(request))
         if self.draining:
             raise Unavailable(_STOPS)
+
+        def tell(error: Exception) -> bytes:
+            return _error_event(_told_late(error, request.scope))
+
         return EventStream(
             self._view.states(interval_ms(request)),
             self._patience,
             close=nothing_to_close,
-            tell=lambda error: _error_event(_told_late(error, request.scope)),
-            on_cut=lambda: None,
+            tell=tell,
+            on_cut=lambda: tell(Unavailable(_STOPS)),
         )
 
 

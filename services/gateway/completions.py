@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,6 +19,7 @@ from services.gateway.options import read_options, read_structured
 from services.gateway.upstream import Upstream
 
 _DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
+_MOST_ECHOES: Final = 8  # prompts of one request whose texts are asked for at once
 _MAX_COPIED_BYTES: Final = 8_000_000  # of all that several prompts share, once for each
 
 
@@ -102,13 +104,22 @@ def _not_empty(prompt: Any, path: str) -> Any:
 
 
 async def echoes(upstream: Upstream, asked: AskedCompletion, key: str) -> list[str]:
-    """The texts of the prompts, to be told before their answers; empty ones where that was not asked for."""
-    if not asked.echo:
-        return [""] * len(asked.requests)
-    return [
-        request.text if request.HasField("text") else await upstream.text(request.token_ids.ids, key)
-        for request in asked.requests
-    ]
+    """The texts of the prompts, to be told before their answers. Raises PagewireErrors; it asks for no more then."""
+    turns = asyncio.Semaphore(_MOST_ECHOES)
+
+    async def echo(request: pb.GenerateStreamRequest) -> str:
+        if request.HasField("text"):
+            return request.text
+        async with turns:
+            return await upstream.text(request.token_ids.ids, key)
+
+    echoing = [asyncio.create_task(echo(request)) for request in asked.requests]
+    try:
+        return await asyncio.gather(*echoing)
+    finally:
+        for each in echoing:
+            each.cancel()
+        await asyncio.gather(*echoing, return_exceptions=True)
 
 
 # ---- telling

@@ -70,6 +70,16 @@ class NotShown(PagewireError):
     """The live view, to somebody who may not look."""
 
 
+class WrongHost(PagewireError):
+    """A request that calls the gateway by another's name: a page's, perhaps, that had it mean this machine."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the Host of this request is no name of this gateway, which is called localhost, by an address of "
+            "loopback, or as --http-hosts NAME,NAME says: if callers come through a proxy, start it with what they type"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
     """An error as it goes out."""
@@ -116,6 +126,7 @@ _TABLE: Final[Mapping[type[PagewireError], tuple[int, str, str | None]]] = {
     BodyTooSlow: (408, _INVALID, "request_timeout"),
     NotJson: (415, _INVALID, "unsupported_media_type"),
     NotShown: (403, _INVALID, "not_shown"),
+    WrongHost: (403, _INVALID, "host_not_allowed"),
     Unauthenticated: (401, _INVALID, "invalid_api_key"),
     UnknownModel: (404, _INVALID, "model_not_found"),
     AlreadyRunning: (409, _INVALID, "already_running"),
@@ -137,6 +148,7 @@ _PARAMS: Final[Mapping[type[PagewireError], str]] = {
     BodyTooLarge: "body",
     BodyTooSlow: "body",
     NotJson: "Content-Type",
+    WrongHost: "Host",
 }
 
 # How the scheduler says that prompt and answer do not fit, which OpenAI has a code of its own for.

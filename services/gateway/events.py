@@ -49,7 +49,7 @@ class EventStream:
     """An ASGI response. Until the first event, an error is raised and not told: it has a status of its own then.
 
     `tell` makes the last event of an error that comes later. `close` is called at the end, whoever makes it; `on_cut`
-    before that where it is this server. A reader who `comes_back` is told when.
+    before that where it is this server, and makes the last event. A reader who `comes_back` is told when.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class EventStream:
         *,
         close: Callable[[], Awaitable[None]],
         tell: Callable[[Exception], bytes],
-        on_cut: Callable[[], None],
+        on_cut: Callable[[], bytes],
         comes_back: bool = True,
     ) -> None:
         self._events = events
@@ -69,7 +69,7 @@ class EventStream:
         self._tell = tell
         self._on_cut = on_cut
         self._head = _HEAD if comes_back else b""
-        self._has_begun = False
+        self._has_begun = self._has_ended = False
         self._told_s = 0.0
         self._writing_since_s: float | None = None
 
@@ -80,6 +80,7 @@ class EventStream:
         work = asyncio.create_task(self._work(send))
         gone = asyncio.create_task(_until_gone(receive))
         clock = asyncio.create_task(self._watch(send))
+        last = b""
         try:
             await asyncio.wait({work, gone, clock}, return_when=asyncio.FIRST_COMPLETED)
             if clock.done():
@@ -87,12 +88,14 @@ class EventStream:
                 _log.warning("a stream ended: its reader took nothing for %g s", self._patience.reader_s)
                 scope["extensions"][ABORT]["now"]()
         except asyncio.CancelledError:
-            self._on_cut()
+            last = self._on_cut()
             raise
         finally:
             for task in (work, gone, clock):
                 task.cancel()
             await asyncio.gather(work, gone, clock, return_exceptions=True)
+            if last and self._has_begun and not self._has_ended:
+                await self._tell_cut(send, last)
             await self._close()
         if not work.cancelled():
             work.result()
@@ -107,6 +110,12 @@ class EventStream:
                     raise
                 await self._write(send, self._tell(error))
         await self._write(send, b"", last=True)
+
+    async def _tell_cut(self, send: Send, last: bytes) -> None:
+        """Write the last event if it is taken at once: who is slow to read keeps no process from its end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0):
+                await self._write(send, last)
 
     async def _watch(self, send: Send) -> None:
         """Comment on silence; return when the reader has been slow for too long."""
@@ -129,10 +138,11 @@ class EventStream:
         self._writing_since_s = loop.time()
         async with self._writing:
             if not self._has_begun:
-                self._has_begun = True
                 await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+                self._has_begun = True
                 data = self._head + data
             await send({"type": "http.response.body", "body": data, "more_body": not last})
+            self._has_ended = last
         self._writing_since_s = None
         self._told_s = loop.time()
 

@@ -27,6 +27,7 @@ from common.types import Priority
 from protos import monitoring_pb2 as pb
 from services.gateway.errors import NotShown
 from services.gateway.events import event
+from services.gateway.hosts import is_loopback, name_of
 
 Watch = Callable[[int], AsyncGenerator[pb.WatchStateResponse, None]]
 
@@ -43,7 +44,6 @@ NOT_SHOWN: Final = (
     "others, too, write a key into a file and start the gateway with --live-view FILE"
 )
 
-_LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _OF_PROXIES: Final = ("x-forwarded-for", "x-forwarded-host", "forwarded", "x-real-ip", "via")
 _OWN_PAGE: Final = ("", "same-origin", "none")  # what a browser says of who asks: nothing, this page, its user
 
@@ -133,18 +133,18 @@ class LiveView:
     def _check_shown(self, request: Request) -> None:
         """Without a key: that this machine asks itself, by its own name, through nobody and for no other page.
 
-        A page of any site can have its name mean 127.0.0.1, and would then be of the same origin. A proxy on this
-        machine asks from here for whoever asks it, and may call the gateway 127.0.0.1: many say so in a header, and
-        one that says nothing (nginx, as it comes) speaks HTTP/1.0. A page that cannot read an answer can still ask, and
-        take the places of those who look.
+        Its names are those of hosts.py, without what --http-hosts adds: that is for proxies. A proxy on this machine
+        asks from here for whoever asks it, and may call the gateway 127.0.0.1: many say so in a header, and one that
+        says nothing (nginx, as it comes) speaks HTTP/1.0. A page that cannot read an answer can still ask, and take the
+        places of those who look.
         """
         if self._access.key:
             return
         headers = request.headers
-        host = re.sub(r":\d+$", "", headers.get("host", "").lower())
+        itself = is_loopback(name_of(headers.get("host", "")))
         through = request.scope.get("http_version") == "1.0" or any(name in headers for name in _OF_PROXIES)
         own = headers.get("sec-fetch-site", "") in _OWN_PAGE
-        if not self._access.local or host not in _LOOPBACK or through or not own:
+        if not self._access.local or not itself or through or not own:
             raise NotShown(NOT_SHOWN)
 
 

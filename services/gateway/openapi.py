@@ -112,7 +112,7 @@ def document(*, max_prompts: int) -> dict[str, Any]:
                 "get": {**_looked("Whether it takes requests, or drains", _READY, (503,), _READY), "security": []}
             },
             "/metrics": {"get": _looked("For Prometheus", _WORDS, kind="text/plain")},
-            "/openapi.json": {"get": {**_looked("This", {"type": "object"}, ()), "security": []}},
+            "/openapi.json": {"get": {**_looked("This", {"type": "object"}, (403,)), "security": []}},
         },
         "components": {
             "schemas": {"Error": _ERROR},
@@ -152,7 +152,7 @@ def _embeddings() -> dict[str, Any]:
 def _looked(
     what: str,
     schema: Mapping[str, Any],
-    failing: tuple[int, ...] = (400, 401, 404, 429, 503, 504),
+    failing: tuple[int, ...] = (400, 401, 403, 404, 429, 503, 504),
     failed: Mapping[str, Any] | None = None,
     *,
     kind: str = "application/json",

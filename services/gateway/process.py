@@ -17,6 +17,7 @@ from services.gateway.app import Gateway
 from services.gateway.bodies import Bodies
 from services.gateway.connection import ConnectionLimits
 from services.gateway.events import Patience
+from services.gateway.hosts import read_hosts
 from services.gateway.live import LiveView, Watch, read_access
 from services.gateway.metrics import AskStatus, Metrics
 from services.gateway.server import HttpServer
@@ -52,6 +53,7 @@ async def run(
     served = tls.server_files(config.http_tls_cert, config.http_tls_key, config.http_tls_client_ca, flags="--http-tls")
     missing = [] if served else ["--http-tls-cert", "--http-tls-key"]
     lifecycle.check_bind(http, insecure=insecure, missing=missing)
+    hosts = read_hosts(config.http_hosts, is_local=lifecycle.is_local(http))
     access = read_access(config.live_view, is_local=lifecycle.is_local(http))
     lifecycle.keep_secrets()
     lifecycle.take_descriptors()
@@ -81,6 +83,7 @@ async def run(
             max_prompts=config.http_max_prompts,
             unknown_fields=config.http_unknown_fields,
             metrics_need_key=needs_key,
+            hosts=hosts,
             live=LiveView(access, lambda: _watch_of(config.http_admin, addresses[0])),
             tracer=tracer,
         )

@@ -15,7 +15,7 @@ from tests.e2e.cluster import Process
 
 EVENTS = {"content-type": "application/json", "accept": "text/event-stream"}
 
-ASK = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+ASK = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 """How a request begins that a test writes byte by byte."""
 
 
@@ -38,10 +38,10 @@ class Gateway:
         connection.request("POST", path, data, {**EVENTS, **(headers or {})})
         return self._reply(connection)
 
-    def get(self, path: str) -> Reply:
+    def get(self, path: str, headers: Mapping[str, str] | None = None) -> Reply:
         """Ask for what is there."""
         connection = http.client.HTTPConnection(self.http, timeout=60)
-        connection.request("GET", path)
+        connection.request("GET", path, headers=headers or {})
         return self._reply(connection)
 
     def close(self) -> None:

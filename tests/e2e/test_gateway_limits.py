@@ -32,6 +32,7 @@ LIMITS = (
     "--http-reader-timeout-s=0.5",
     "--http-comment-s=0.1",
     "--http-unknown-fields=ignore",
+    "--http-hosts=gpu.example",
 )
 
 
@@ -120,6 +121,19 @@ def test_an_idle_connection_makes_room_and_a_busy_one_does_not(narrow: Gateway) 
 
 def test_what_is_not_known_can_be_ignored(narrow: Gateway) -> None:
     assert narrow.post("/v1/chat/completions", {**CHAT, "temprature": 1}).status == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "statuses"), [("rebind.evil.example", [403, 403, 403, 200]), ("gpu.example", [200, 200, 200, 200])]
+)
+def test_on_loopback_it_answers_to_its_own_names_alone(narrow: Gateway, name: str, statuses: list[int]) -> None:
+    called = {"host": f"{name}:8000", "origin": f"http://{name}:8000"}  # as of a page that has its name mean 127.0.0.1
+    replies = [narrow.post("/v1/chat/completions", CHAT, {**JSON, **called})]
+    replies += [narrow.get(path, called) for path in ("/v1/models", "/metrics", "/health")]
+
+    assert [reply.status for reply in replies] == statuses
+    for reply in replies:
+        reply.close()
 
 
 def test_a_stream_that_nobody_reads_is_cut(narrow: Gateway) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import openai
 import pytest
 
 from protos import monitoring_pb2, monitoring_pb2_grpc
@@ -262,9 +263,19 @@ def test_a_gateway_that_may_not_wait_leaves_its_streams_to_the_next(
     stopping = start("--http-drain-s=0")
     events = stopping.post("/v1/chat/completions", asked).events()
     heard = list(islice(events, 3))
-    stopping.process.signal(signal.SIGTERM)
+    with stopping.client() as client:
+        others = client.completions.create(
+            model="", prompt="hi", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(others)
+        stopping.process.signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="the gateway stops") as broken:
+            for _ in others:
+                pass
     heard += events
-    assert heard[-1].data != "[DONE]"
+    last = heard.pop()
+    assert (last.id, last.data["error"]["code"]) == ("", "unavailable")
+    assert not isinstance(broken.value, openai.APIConnectionError) and broken.value.code == "unavailable"
     assert stopping.process.wait() == 0
 
     heard += gateway.post("/v1/chat/completions", asked, {"last-event-id": heard[-1].id}).events()

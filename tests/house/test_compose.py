@@ -40,6 +40,12 @@ def test_only_the_clients_ports_are_published_and_only_to_this_machine() -> None
     }
 
 
+def test_a_gateway_that_asks_nobody_for_a_key_is_called_by_names_of_this_machine_and_of_its_network_alone() -> None:
+    command = services()["gateway"]["command"]
+
+    assert "--insecure" in command and "--http-hosts=gateway" in command
+
+
 def test_every_container_gives_up_its_privileges() -> None:
     for service in services().values():
         assert service["cap_drop"] == ["ALL"]

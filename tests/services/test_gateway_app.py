@@ -143,6 +143,83 @@ def test_a_whole_answer_that_the_gateway_s_end_cuts_off_may_be_asked_for_elsewhe
     assert scheduler.streams[0].closed == [False]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("is_read", [True, False], ids=["made", "written"])
+def test_what_is_cut_off_by_the_gateway_s_end_while_it_is_made_or_written_is_counted_as_a_failure(
+    stream: bool, is_read: bool
+) -> None:
+    async def run() -> list[str]:
+        scheduler = Scheduler(delta(0, 5, "a"), *(() if is_read else (finish(),)))
+        app, call, writes = gateway(scheduler), Call({**HI, "stream": stream}), asyncio.Event()
+
+        async def send(message: Any) -> None:
+            writes.set()
+            if not is_read:
+                await asyncio.Event().wait()
+            await call.send(message)
+
+        answering = asyncio.create_task(app(call.scope, call.receive, send))
+        async with asyncio.timeout(20):
+            while not (scheduler.streams if is_read and not stream else writes.is_set()):
+                await asyncio.sleep(0)
+        answering.cancel()
+        await asyncio.gather(answering, return_exceptions=True)
+        look = Call({}, "/metrics", method="GET")
+        await app(look.scope, look.receive, look.send)
+        return b"".join(look.parts).decode().splitlines()
+
+    lines = asyncio.run(run())
+    counted = [line for line in lines if line.startswith("pagewire_gateway_requests_total{")]
+    assert counted == ['pagewire_gateway_requests_total{path="/v1/chat/completions",status="503"} 1']
+    assert "pagewire_gateway_request_duration_seconds_count 1" in lines
+
+
+def cut(body: dict[str, Any], path: str, send: Callable[[Call, Any], Awaitable[None]] = Call.send) -> Call:
+    """A stream that the gateway's end cuts off behind its first event."""
+
+    async def run() -> Call:
+        scheduler = Scheduler(delta(0, 5, "a"))
+        call = Call({**body, "stream": True}, path)
+        answering = asyncio.create_task(
+            gateway(scheduler)(call.scope, call.receive, lambda message: send(call, message))
+        )
+        async with asyncio.timeout(20):
+            while b'"a"' not in b"".join(call.parts):
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)  # it waits for the next one
+            answering.cancel()
+            await asyncio.gather(answering, return_exceptions=True)
+        assert answering.cancelled()
+        assert scheduler.streams[0].closed == [True], "it goes on for who comes back"
+        return call
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [(CHAT, HI), ("/v1/completions", {"prompt": "a"}), ("/v1/responses", {"input": "a"})]
+)
+def test_a_stream_that_the_gateway_s_end_cuts_off_ends_with_an_error_and_its_last_id_is_good(
+    path: str, body: dict[str, Any]
+) -> None:
+    call = cut({**body, "request_id": "mine", "seed": 7}, path)
+
+    *told, last = call.events
+    assert told and last.get("error", last)["code"] == "unavailable"
+    assert last.get("sequence_number") == (len(told) if path == "/v1/responses" else None)
+    assert b"id: " not in b"".join(call.parts).split(b"\n\n")[-2], "who comes back does so behind what he was told"
+
+
+def test_a_reader_who_is_slow_when_the_gateway_ends_does_not_keep_it() -> None:
+    async def first_only(call: Call, message: Any) -> None:
+        if b'"unavailable"' in message.get("body", b""):
+            await asyncio.Event().wait()
+        await call.send(message)
+
+    call = cut(HI, CHAT, first_only)
+    assert all("error" not in event for event in call.events)
+
+
 def test_a_gateway_is_ready_until_it_drains_and_alive_even_then() -> None:
     app = gateway(Scheduler(then=Unavailable("none is there")))
 
@@ -225,6 +302,72 @@ def test_an_echoed_prompt_is_told_once_though_its_reader_comes_back_after_half_a
     call = ask(again, asked, path="/v1/completions", headers=[(b"last-event-id", broken.ids[0])])
 
     assert [event["choices"][0]["text"] for event in call.events[:-1]] == ["é", ""]
+
+
+class Reader(Scheduler):
+    """Tells the text of tokens when a test says so."""
+
+    def __init__(self) -> None:
+        super().__init__(delta(0, 5, "a"), finish())
+        self.go_on = asyncio.Event()
+        self.problem: PagewireError | None = None
+        self.num_asked = self.num_open = 0
+
+    async def text(self, ids: Sequence[int], key: str) -> str:
+        self.num_asked += 1
+        self.num_open += 1
+        try:
+            await self.go_on.wait()
+            if self.problem is not None:
+                raise self.problem
+            return f"<{ids[0]}>"
+        finally:
+            self.num_open -= 1
+
+
+ECHO: dict[str, Any] = {"prompt": [*([i] for i in range(19)), "words"], "echo": True, "max_tokens": 0}
+
+
+async def echoing(then: Callable[[Reader, Call], None]) -> tuple[Reader, Call]:
+    """A request for many echoes, of which the first ones are asked for when `then` is called."""
+    reader, call = Reader(), Call(ECHO, "/v1/completions")
+    answering = asyncio.create_task(gateway(reader, max_prompts=20)(call.scope, call.receive, call.send))
+    async with asyncio.timeout(20):
+        while reader.num_open < 8:
+            await asyncio.sleep(0)
+        then(reader, call)
+        await answering
+    assert reader.num_open == 0
+    return reader, call
+
+
+def test_the_texts_of_prompts_are_asked_for_a_few_at_once_and_told_in_their_order() -> None:
+    open_at_once: list[int] = []
+
+    def go_on(reader: Reader, call: Call) -> None:
+        open_at_once.append(reader.num_open)
+        reader.go_on.set()
+
+    reader, call = asyncio.run(echoing(go_on))
+
+    assert [choice["text"] for choice in call.json["choices"]] == [*(f"<{i}>" for i in range(19)), "words"]
+    assert (open_at_once, reader.num_asked) == ([8], 19)
+
+
+def test_who_leaves_before_his_prompts_are_read_is_asked_for_no_more() -> None:
+    reader, call = asyncio.run(echoing(lambda reader, call: call.left.set()))
+
+    assert (reader.num_asked, reader.streams, call.status) == (8, [], 0)
+
+
+def test_a_prompt_whose_text_is_not_to_be_had_ends_its_request_and_the_other_questions() -> None:
+    def fail(reader: Reader, call: Call) -> None:
+        reader.problem = Unavailable("gone")
+        reader.go_on.set()
+
+    reader, call = asyncio.run(echoing(fail))
+
+    assert (call.status, reader.streams) == (503, []) and reader.num_asked < 19
 
 
 def test_an_id_with_more_calls_than_tokens_is_refused_before_room_is_made_for_them() -> None:

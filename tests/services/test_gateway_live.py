@@ -138,7 +138,7 @@ def test_nobody_else_is_shown_anything_and_hears_which_flag_would_allow_it(
     assert watched.intervals == []
 
 
-@pytest.mark.parametrize("host", [b"localhost:8000", b"127.0.0.1", b"[::1]:8000", b"LOCALHOST"])
+@pytest.mark.parametrize("host", [b"localhost:8000", b"127.0.0.1", b"[::1]:8000", b"LOCALHOST", b"localhost."])
 def test_this_machine_is_shown_it_by_each_of_its_own_names(host: bytes) -> None:
     assert get(served(LOCAL, Watched()), "/live/state", [(b"host", host)]).status == 200
 
