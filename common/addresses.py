@@ -1,8 +1,9 @@
-"""Addresses of servers, as people type them: HOST:PORT, [V6]:PORT, unix:PATH."""
+"""Addresses of servers, as people type them: HOST:PORT, [V6]:PORT, unix:PATH; and their names, as HTTP has them."""
 
 from __future__ import annotations
 
 import ipaddress
+import re
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -22,4 +23,19 @@ def is_local(address: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name
+        return False
+
+
+def name_of(host: str) -> str:
+    """The name, or the address, in a Host header: without its port, and as it is compared."""
+    return re.sub(r":\d*$", "", host.lower()).removesuffix(".")
+
+
+def is_loopback(name: str) -> bool:
+    """Whether what `name_of` gave means this machine for everybody: no browser asks others what localhost is."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
         return False

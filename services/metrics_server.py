@@ -1,22 +1,26 @@
 """/metrics of a scheduler without a gateway: one path over HTTP/1.1, for Prometheus and nobody else.
 
 Whoever connects has a few seconds and a small head; one answer, and the connection is closed. What it tells is about
-all tenants together, so it is for this machine, unless --insecure.
+all tenants together, so it is for this machine, unless --insecure; and there for who calls it by loopback's names: a
+page of another site, whose own name can mean 127.0.0.1, does not.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from common.addresses import is_loopback, name_of
 from common.log import without_texts
-from services.lifecycle import StartupError, split_address
+from services.lifecycle import StartupError, is_local, split_address
 from services.prometheus import CONTENT_TYPE
 
 _log = logging.getLogger(__name__)
 
+_HOST: Final = re.compile(rb"^host:[ \t]*([^\r\n]*?)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 _MAX_HEAD: Final = 8192  # bytes
 _PATIENCE_S: Final = 5.0  # for a head, and for a reader
 _MAX_OPEN: Final = 16  # connections
@@ -30,11 +34,13 @@ class MetricsServer:
     def __init__(self, text: Text) -> None:
         self._text = text
         self._server: asyncio.Server | None = None
+        self._is_local = True
         self._num_open = 0
 
     async def listen(self, address: str) -> str:
         """Begin; returns the address with the port that was taken. Raises StartupError."""
         host, port = split_address(address)
+        self._is_local = is_local(address)
         try:
             self._server = await asyncio.start_server(self._answer, host, port, limit=_MAX_HEAD)
         except (OSError, UnicodeError) as error:
@@ -71,9 +77,13 @@ class MetricsServer:
         except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             _say(writer, "400 Bad Request", "this is no request\n")
             return
-        method, _, rest = head.partition(b"\r\n")[0].partition(b" ")
+        first, _, headers = head.partition(b"\r\n")
+        method, _, rest = first.partition(b" ")
         path = rest.partition(b" ")[0].partition(b"?")[0]
-        if path != b"/metrics":
+        called = [name_of(host.decode("latin-1")) for host in _HOST.findall(headers)]
+        if self._is_local and not all(map(is_loopback, called)):
+            _say(writer, "403 Forbidden", "call it localhost, or by its address\n")
+        elif path != b"/metrics":
             _say(writer, "404 Not Found", "there is /metrics\n")
         elif method not in (b"GET", b"HEAD"):
             _say(writer, "405 Method Not Allowed", "GET it\n", "allow: GET, HEAD\r\n")

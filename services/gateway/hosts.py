@@ -13,6 +13,7 @@ from typing import Final
 
 from starlette.types import Scope
 
+from common.addresses import is_loopback, name_of
 from common.errors import PagewireError
 
 ANY: Final = "*"
@@ -43,21 +44,6 @@ def read_hosts(setting: str, *, is_local: bool) -> Hosts:
         return Hosts(names=frozenset() if is_local else None)
     parts = [part.strip() for part in setting.split(",")]
     return Hosts(names=None if ANY in parts else frozenset(map(_read, parts)))
-
-
-def name_of(host: str) -> str:
-    """The name, or the address, in a Host header: without its port, and as it is compared."""
-    return re.sub(r":\d*$", "", host.lower()).removesuffix(".")
-
-
-def is_loopback(name: str) -> bool:
-    """Whether what `name_of` gave means this machine for everybody: no browser asks others what localhost is."""
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _read(part: str) -> str:

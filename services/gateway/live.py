@@ -22,12 +22,12 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
+from common.addresses import is_loopback, name_of
 from common.errors import InvalidRequest, Overloaded, PagewireError, Unauthenticated, Unavailable
 from common.types import Priority
 from protos import monitoring_pb2 as pb
 from services.gateway.errors import NotShown
 from services.gateway.events import event
-from services.gateway.hosts import is_loopback, name_of
 
 Watch = Callable[[int], AsyncGenerator[pb.WatchStateResponse, None]]
 

@@ -147,7 +147,7 @@ def exchange(*requests: bytes, text: str = "pagewire_up 1\n") -> list[bytes]:
 
 def test_a_scheduler_serves_its_metrics_and_nothing_else() -> None:
     answers = exchange(
-        b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nhost: localhost:9100\r\n\r\n",
         b"HEAD /metrics?name=a HTTP/1.1\r\n\r\n",
         b"GET / HTTP/1.1\r\n\r\n",
         b"POST /metrics HTTP/1.1\r\n\r\n",
@@ -159,6 +159,20 @@ def test_a_scheduler_serves_its_metrics_and_nothing_else() -> None:
     head, _, body = answers[0].partition(b"\r\n\r\n")
     assert body == b"pagewire_up 1\n" and b"content-length: 14" in head and b"version=0.0.4" in head
     assert answers[1].endswith(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("host", [b"127.0.0.1:9100", b"[::1]:9100", b"LOCALHOST.", b"pagewire.localhost"])
+def test_it_is_called_by_names_that_mean_this_machine_for_everybody(host: bytes) -> None:
+    (answer,) = exchange(b"GET /metrics HTTP/1.1\r\nuser-agent: p\r\nHost:\t" + host + b" \r\n\r\n")
+
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("host", [b"rebind.example:9100", b"", b"localhost\r\nhost: rebind.example", b"10.0.0.1"])
+def test_a_page_whose_name_was_made_to_mean_this_machine_reads_nothing(host: bytes) -> None:
+    (answer,) = exchange(b"GET /metrics HTTP/1.1\r\nhost: " + host + b"\r\n\r\n")
+
+    assert answer.startswith(b"HTTP/1.1 403 ") and b"pagewire_up" not in answer
 
 
 def test_a_reader_who_takes_nothing_keeps_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
