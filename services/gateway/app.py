@@ -29,8 +29,10 @@ from services.gateway.bodies import Bodies, parse
 from services.gateway.errors import LAST_EVENT_ID, NotServed, Told, told, told_of_bug, told_of_http
 from services.gateway.events import EventStream, Patience, event, while_connected
 from services.gateway.fields import Fields
+from services.gateway.held_scores import HeldScores
 from services.gateway.known_keys import KnownKeys
 from services.gateway.live import MAX_KEY, LiveAccess, LiveView, interval_ms, nothing_to_close
+from services.gateway.long_json import WholeAnswer
 from services.gateway.metrics import Metrics
 from services.gateway.traced import Ending, traced
 from services.gateway.upstream import Upstream
@@ -78,6 +80,7 @@ class Gateway:
         *,
         max_requests: int,
         max_prompts: int,
+        max_scores_bytes: int = 128 << 20,
         unknown_fields: UnknownFields = "refuse",
         metrics_need_key: bool = False,
         live: LiveView | None = None,
@@ -95,6 +98,7 @@ class Gateway:
         self._metrics = metrics
         self._max_requests = max_requests
         self._max_prompts = max_prompts
+        self._held_scores = HeldScores(max_bytes=max_scores_bytes)
         self._unknown_fields = unknown_fields
         self._metrics_need_key = metrics_need_key
         self._view = live or LiveView(LiveAccess(), lambda: None)
@@ -254,12 +258,10 @@ class Gateway:
             on_first=on_first,
             has_ids=has_ids,
             keeps_logprobs=telling.repeats or not asked.manner.stream,
+            share=self._held_scores.share("logprobs" if chat.wants_logprobs(asked) else "prompt_logprobs"),
         )
         if not asked.manner.stream:
-            return Response(
-                json.dumps(await while_connected(request.receive, _whole(answers, telling))).encode(),
-                media_type="application/json",
-            )
+            return WholeAnswer(answers, telling.whole)
         answers.linger = bool(asked.manner.resumable)
 
         def on_cut() -> None:  # the process ends before the answer: its reader may go on with another one
@@ -371,11 +373,6 @@ class Gateway:
             tell=lambda error: _error_event(_told_late(error, request.scope)),
             on_cut=lambda: None,
         )
-
-
-async def _whole(answers: Answers, telling: Telling) -> dict[str, Any]:
-    async with answers:
-        return await telling.whole(answers)
 
 
 def _json(value: Mapping[str, Any], status: int = 200) -> Response:
