@@ -217,7 +217,13 @@ class Gateway:
     async def _body(self, request: Request) -> Fields:
         if self.draining:
             raise Unavailable(_STOPS)
-        return parse(await self._bodies.read(request.scope, request.receive))
+        key = _key(request)
+
+        async def may_be_large() -> None:  # nobody else has an answer while megabytes are parsed
+            if key not in self._known:
+                await self._served("", key)
+
+        return parse(await self._bodies.read(request.scope, request.receive, may_be_large))
 
     def _refuse_unknown(self, body: Fields) -> None:
         if self._unknown_fields == "refuse":
