@@ -252,6 +252,11 @@ class GatewayConfig:
     http_max_head_bytes: int = option(65_536, "largest head of a request", least=1024)
     http_max_body_bytes: int = option(4_000_000, "largest body of a request; the scheduler takes 4 MiB", least=1024)
     http_max_bodies_bytes: int = option(64 << 20, "bytes of all bodies that are being read", least=1024)
+    http_max_scores_bytes: int = option(
+        128 << 20,
+        "bytes of all log-probabilities that are held until they are told; one answer's take half of that at most",
+        least=1024,
+    )
     http_head_s: float = option(10.0, "seconds that a connection may take to send the head of a request", least=0.1)
     http_body_s: float = option(30.0, "seconds that the body of a request may take", least=0.1)
     http_idle_s: float = option(75.0, "seconds between two requests of a connection", least=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pagewire.answers import (
@@ -13,11 +13,10 @@ from pagewire.answers import (
     Finish,
     FinishReason,
     PinnedPrefix,
-    TokenLogprob,
-    TokenLogprobs,
     Usage,
 )
 from pagewire.borrowed import borrow
+from pagewire.scores import Scores, of_message
 from pagewire.tools import ToolCall, ToolCallDelta, add_to, fits
 
 if TYPE_CHECKING:
@@ -48,9 +47,12 @@ class Continuation:
         self._tokens: list[list[int]] = [[] for _ in range(n)]
         self._texts: list[list[str]] = [[] for _ in range(n)]
         self._tickets = [b""] * n
-        self._logprobs: list[list[TokenLogprobs]] = [[] for _ in range(n)]
+        self._logprobs = [Scores() for _ in range(n)]
         self.keeps_logprobs = True  # those of the answer, until its end; who has told them needs them no more
-        self._prompt_logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs = Scores()
+        self.on_kept: Callable[[int], None] = lambda num_bytes: None
+        """Hears how many bytes more, or fewer, are kept for log-probabilities. What it raises ends the answer."""
+
         self._tool_calls: list[list[ToolCall]] = [[] for _ in range(n)]
         self.finishes: dict[int, Finish] = {}
         self.model = ""
@@ -75,15 +77,23 @@ class Continuation:
         return self._request.stopping.max_tokens
 
     @property
-    def prompt_logprobs(self) -> Sequence[TokenLogprobs]:
+    def prompt_logprobs(self) -> Scores:
         """Those of the prompt, where they were asked for: whole with the first delta of choice 0."""
         return self._prompt_logprobs
+
+    def forget_prompt_logprobs(self) -> None:
+        """They were told."""
+        self.on_kept(-self._prompt_logprobs.clear())
 
     def ticket(self, choice: int) -> bytes:
         """The newest one of a choice; empty before its first."""
         return self._tickets[choice]
 
-    def heard(self, choice: int) -> tuple[str, Sequence[TokenLogprobs], Sequence[ToolCall]]:
+    def token_ids(self, choice: int) -> Sequence[int]:
+        """The tokens of a choice so far."""
+        return self._tokens[choice]
+
+    def heard(self, choice: int) -> tuple[str, Scores, Sequence[ToolCall]]:
         """Text, log-probabilities and calls of a choice so far."""
         return "".join(self._texts[choice]), self._logprobs[choice], self._tool_calls[choice]
 
@@ -135,7 +145,7 @@ class Continuation:
                 return self._end(message.finish)
             case "prompt_logprobs":
                 part = message.prompt_logprobs
-                self._prompt_logprobs[part.index :] = _logprobs(part.logprobs)  # a part may come again
+                self.on_kept(self._prompt_logprobs.put(part.index, part.logprobs))  # a part may come again
             case _:  # of a later version of the API
                 pass
         return None
@@ -194,16 +204,16 @@ class Continuation:
         tokens += delta.token_ids
         self._texts[delta.choice].append(delta.text)
         self._tickets[delta.choice] = delta.ticket
-        logprobs = tuple(_logprobs(delta.logprobs))
-        if self.keeps_logprobs:
-            self._logprobs[delta.choice] += logprobs
+        if self.keeps_logprobs and delta.logprobs:
+            kept = self._logprobs[delta.choice]
+            self.on_kept(kept.put(len(kept), delta.logprobs))
         add_to(self._tool_calls[delta.choice], calls)
         return Delta(
             choice=delta.choice,
             index=delta.index,
             token_ids=tuple(delta.token_ids),
             text=delta.text,
-            logprobs=logprobs,
+            logprobs=tuple(map(of_message, delta.logprobs)),
             tool_calls=calls,
         )
 
@@ -238,13 +248,3 @@ class Continuation:
         if number >= len(self._tokens):
             raise OutOfStep(f"choice {number} was not asked for")
         return self._tokens[number]
-
-
-def _logprobs(told: Iterable[pb.TokenLogprobs]) -> Iterator[TokenLogprobs]:
-    for each in told:
-        yield TokenLogprobs(token=_logprob(each.token), top=tuple(map(_logprob, each.top)))
-
-
-def _logprob(told: pb.TokenLogprob) -> TokenLogprob:
-    logprob = told.logprob if told.HasField("logprob") else None
-    return TokenLogprob(token_id=told.token_id, logprob=logprob, text=told.text)

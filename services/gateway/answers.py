@@ -12,6 +12,7 @@ from pagewire.aio import AsyncStream
 from pagewire.answers import Delta, Finish, FinishReason, TokenLogprobs, Usage
 from pagewire.tools import ToolCallDelta
 from protos import inference_pb2 as pb
+from services.gateway.held_scores import Share
 from services.gateway.positions import MAX_CHOICES, Digest, Heard, Position, Writer, pack_heard, pack_prompt
 from services.gateway.upstream import Upstream
 
@@ -53,12 +54,14 @@ class Answers:
         on_first: Callable[[], None] = lambda: None,
         has_ids: bool = True,
         keeps_logprobs: bool = True,
+        share: Share | None = None,
     ) -> None:
         """The requests are alike but for their prompts, and have a request id and a seed.
 
         With `position` what was told before is left out; with the `tokens` of each choice, too, it is not made again
         either. `on_first` is called with the first piece. Without `has_ids` no event has one. Without
         `keeps_logprobs` only pieces have those of the answer: of twenty tokens beside each they are kilobytes a token.
+        What is kept of them is taken from `share`, and given back when this is closed.
 
         Raises InvalidRequest for tokens that do not fit.
         """
@@ -68,6 +71,7 @@ class Answers:
         self._key = key
         self._goes_on = position is not None
         self._keeps_logprobs = keeps_logprobs
+        self._share = share
         self.streams = [self._ask(prompt) for prompt in range(len(requests))]
         self.created = created
         self.linger = False  # whether what still runs when the reader has left waits for him
@@ -166,10 +170,14 @@ class Answers:
 
     async def close(self) -> None:
         """Read no more."""
-        for reader in self._readers:
-            reader.cancel()
-        await asyncio.gather(*self._readers, return_exceptions=True)
-        await asyncio.gather(*(stream.close(linger=self.linger) for stream in self.streams))
+        try:
+            for reader in self._readers:
+                reader.cancel()
+            await asyncio.gather(*self._readers, return_exceptions=True)
+            await asyncio.gather(*(stream.close(linger=self.linger) for stream in self.streams))
+        finally:
+            if self._share is not None:
+                self._share.give_back()
 
     async def __aenter__(self) -> Self:
         return self
@@ -182,6 +190,8 @@ class Answers:
     def _ask(self, prompt: int) -> AsyncStream:
         stream = self._upstream.ask(self._requests[prompt], self._key)
         stream.continuation.keeps_logprobs = self._keeps_logprobs
+        if self._share is not None:
+            stream.continuation.on_kept = self._share.take
         return stream
 
     async def _ask_again(self, prompt: int) -> None:

@@ -29,9 +29,11 @@ from services.gateway.bodies import Bodies, parse
 from services.gateway.errors import LAST_EVENT_ID, NotServed, Told, WrongHost, told, told_of_bug, told_of_http
 from services.gateway.events import EventStream, Patience, event, while_connected
 from services.gateway.fields import Fields
+from services.gateway.held_scores import HeldScores
 from services.gateway.hosts import Hosts
 from services.gateway.known_keys import KnownKeys
 from services.gateway.live import MAX_KEY, LiveAccess, LiveView, interval_ms, nothing_to_close
+from services.gateway.long_json import WholeAnswer
 from services.gateway.metrics import Metrics
 from services.gateway.traced import Ending, traced
 from services.gateway.upstream import Upstream
@@ -79,6 +81,7 @@ class Gateway:
         *,
         max_requests: int,
         max_prompts: int,
+        max_scores_bytes: int = 128 << 20,
         unknown_fields: UnknownFields = "refuse",
         metrics_need_key: bool = False,
         hosts: Hosts | None = None,
@@ -97,6 +100,7 @@ class Gateway:
         self._metrics = metrics
         self._max_requests = max_requests
         self._max_prompts = max_prompts
+        self._held_scores = HeldScores(max_bytes=max_scores_bytes)
         self._unknown_fields = unknown_fields
         self._metrics_need_key = metrics_need_key
         self._hosts = hosts or Hosts()
@@ -222,7 +226,13 @@ class Gateway:
     async def _body(self, request: Request) -> Fields:
         if self.draining:
             raise Unavailable(_STOPS)
-        return parse(await self._bodies.read(request.scope, request.receive))
+        key = _key(request)
+
+        async def may_be_large() -> None:  # nobody else has an answer while megabytes are parsed
+            if key not in self._known:
+                await self._served("", key)
+
+        return parse(await self._bodies.read(request.scope, request.receive, may_be_large))
 
     def _refuse_unknown(self, body: Fields) -> None:
         if self._unknown_fields == "refuse":
@@ -263,12 +273,10 @@ class Gateway:
             on_first=on_first,
             has_ids=has_ids,
             keeps_logprobs=telling.repeats or not asked.manner.stream,
+            share=self._held_scores.share("logprobs" if chat.wants_logprobs(asked) else "prompt_logprobs"),
         )
         if not asked.manner.stream:
-            return Response(
-                json.dumps(await while_connected(request.receive, _whole(answers, telling))).encode(),
-                media_type="application/json",
-            )
+            return WholeAnswer(answers, telling.whole)
         answers.linger = bool(asked.manner.resumable)
 
         def tell(error: Exception) -> bytes:
@@ -387,11 +395,6 @@ class Gateway:
             tell=tell,
             on_cut=lambda: tell(Unavailable(_STOPS)),
         )
-
-
-async def _whole(answers: Answers, telling: Telling) -> dict[str, Any]:
-    async with answers:
-        return await telling.whole(answers)
 
 
 def _json(value: Mapping[str, Any], status: int = 200) -> Response:

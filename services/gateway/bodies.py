@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Awaitable, Callable
 from itertools import islice
 from typing import Final
 
@@ -40,8 +41,10 @@ class Bodies:
         self._max_total_bytes = max_total_bytes
         self._total_bytes = 0
 
-    async def read(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body.
+    async def read(
+        self, scope: Scope, receive: Receive, may_be_large: Callable[[], Awaitable[None]] | None = None
+    ) -> bytes:
+        """The whole body. `may_be_large` is awaited where it has more than 64 KiB, before the rest; it may raise.
 
         Raises NotJson, BodyTooLarge (also where that is only announced), BodyTooSlow, Overloaded where too much is
         being read at once, and ClientDisconnect.
@@ -65,10 +68,13 @@ class Bodies:
                     if size > self._max_bytes:
                         raise BodyTooLarge(self._max_bytes)
                     more = max(0, size - _FREE_BYTES) - counted
+                    is_first = more > 0 == counted
                     counted += more
                     self._total_bytes += more
                     if more and self._total_bytes > self._max_total_bytes:
                         raise Overloaded("too many large requests arrive at once")
+                    if is_first and may_be_large is not None:
+                        await may_be_large()
                     chunks.append(chunk)
                     if not message.get("more_body", False):
                         return b"".join(chunks)

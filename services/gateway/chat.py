@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Final
 
 from common.errors import InvalidRequest
@@ -15,6 +15,7 @@ from services.gateway.asked import Asked, read_manner
 from services.gateway.errors import NotServed
 from services.gateway.events import event
 from services.gateway.fields import MOST_LISTED, Fields, array, fields, shown, text
+from services.gateway.long_json import in_turns
 from services.gateway.options import read_options, read_structured
 from services.gateway.tools import read_tool_message, read_tools, told_calls, told_deltas
 
@@ -120,28 +121,29 @@ async def whole(answers: Answers, asked: Asked) -> dict[str, Any]:
     """The answer, when all of it is there. Raises PagewireErrors."""
     while await answers.next() is not None:
         pass
-    answer = answers.streams[0].answer
+    heard = answers.streams[0].continuation
     choices: list[dict[str, Any]] = []
-    for choice in answer.choices:
+    for n, finish in sorted(heard.finishes.items()):
+        words, logprobs, calls = heard.heard(n)
         told: dict[str, Any] = {
-            "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": _logprobs(choice.logprobs) if wants_logprobs(asked) else None,
-            "finish_reason": finish_reason(choice.finish),
-            "stop_reason": stop_reason(choice.finish),
+            "index": n,
+            "message": {"role": "assistant", "content": words, "refusal": None},
+            "logprobs": {"content": scores.all_of_chat(logprobs), "refusal": None} if wants_logprobs(asked) else None,
+            "finish_reason": finish_reason(finish),
+            "stop_reason": stop_reason(finish),
         }
-        if choice.tool_calls:
-            told["message"] |= {"content": choice.text or None, "tool_calls": told_calls(choice.tool_calls)}
+        if calls:
+            told["message"] |= {"content": words or None, "tool_calls": told_calls(calls)}
         if asked.manner.return_token_ids:
-            told["token_ids"] = list(choice.token_ids)
+            told["token_ids"] = list(heard.token_ids(n))
         choices.append(told)
     whole: dict[str, Any] = {
         **envelope(answers, asked, "chatcmpl", "chat.completion"),
         "choices": choices,
         "usage": usage_json(answers.usage()),
     }
-    if answer.prompt_logprobs:
-        whole["prompt_logprobs"] = scores.of_prompt(answer.prompt_logprobs)
+    if heard.prompt_logprobs:
+        whole["prompt_logprobs"] = scores.all_of_chat(heard.prompt_logprobs)
     return whole
 
 
@@ -156,7 +158,7 @@ async def stream(answers: Answers, asked: Asked) -> AsyncGenerator[bytes, None]:
             continue  # half of a character
         more: dict[str, Any] = {}
         if is_first and answers.streams[0].continuation.prompt_logprobs:
-            more["prompt_logprobs"] = scores.of_prompt(answers.streams[0].continuation.prompt_logprobs)
+            more["prompt_logprobs"] = scores.all_of_chat(answers.streams[0].continuation.prompt_logprobs)
         is_first = False
         if has_role[piece.choice] and not (
             piece.tool_calls or piece.finish or scored or ids or more
@@ -179,7 +181,11 @@ async def stream(answers: Answers, asked: Asked) -> AsyncGenerator[bytes, None]:
             choice["stop_reason"] = stop_reason(piece.finish)
         if ids:
             choice["token_ids"] = list(piece.token_ids)
-        yield chunks.chunk([choice], more)
+        if not more:
+            yield chunks.chunk([choice])
+            continue
+        yield await chunks.long_chunk([choice], more)
+        answers.streams[0].continuation.forget_prompt_logprobs()
     if asked.manner.include_usage:
         yield chunks.usage()
     yield DONE
@@ -212,15 +218,22 @@ class Chunks:
             self._tail = f'{self._ends}, "logprobs": null, "finish_reason": null}}]{usage}{tail}'
         return event(f"{self._head}{piece.choice}, {self._new}{json.dumps(piece.text)}{self._tail}", self._id())
 
-    def chunk(self, choices: Sequence[dict[str, Any]], more: dict[str, Any]) -> bytes:
+    def chunk(self, choices: Sequence[dict[str, Any]]) -> bytes:
         """An event of any kind."""
-        usage: dict[str, Any] = {"usage": None} if self._asked.manner.include_usage else {}
-        return event(json.dumps({**self._envelope(), "choices": choices, **usage, **more}), self._id())
+        return event(json.dumps(self._told(choices)), self._id())
+
+    async def long_chunk(self, choices: Sequence[dict[str, Any]], more: Mapping[str, Any]) -> bytes:
+        """One that has Longs."""
+        return event(await in_turns({**self._told(choices), **more}), self._id())
 
     def usage(self) -> bytes:
         """The event that tells what all of it cost, behind all others."""
         told = {**self._envelope(), "choices": [], "usage": usage_json(self._answers.usage())}
         return event(json.dumps(told), self._id(done=True))
+
+    def _told(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        usage: dict[str, Any] = {"usage": None} if self._asked.manner.include_usage else {}
+        return {**self._envelope(), "choices": choices, **usage}
 
     def _envelope(self) -> dict[str, Any]:
         return envelope(self._answers, self._asked, self._prefix, self._kind)

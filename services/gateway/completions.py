@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from common.errors import InvalidRequest
-from pagewire.answers import TokenLogprobs
+from pagewire.scores import Scores
 from protos import inference_pb2 as pb
 from services.gateway import scores
 from services.gateway.answers import Answers
@@ -131,21 +131,21 @@ async def whole(answers: Answers, asked: AskedCompletion, prompts: Sequence[str]
         pass
     choices: list[dict[str, Any]] = []
     for prompt, stream in zip(prompts, answers.streams, strict=True):
-        answer = stream.answer
-        for choice in answer.choices:
-            words = "" if asked.drop else choice.text
-            scored = (*answer.prompt_logprobs, *(() if asked.drop else choice.logprobs))
+        heard = stream.continuation
+        before = heard.prompt_logprobs
+        for n, finish in sorted(heard.finishes.items()):
+            words, logprobs, _ = ("", Scores(), ()) if asked.drop else heard.heard(n)
             told: dict[str, Any] = {
                 "index": len(choices),
                 "text": prompt + words,
-                "logprobs": scores.of_completion(scored, 0) if wants_logprobs(asked) else None,
-                "finish_reason": "length" if asked.drop else finish_reason(choice.finish),
-                "stop_reason": None if asked.drop else stop_reason(choice.finish),
+                "logprobs": scores.all_of_completion(before + logprobs) if wants_logprobs(asked) else None,
+                "finish_reason": _finish_reason(finish, asked),
+                "stop_reason": None if asked.drop else stop_reason(finish),
             }
             if asked.manner.return_token_ids:
-                told["token_ids"] = [] if asked.drop else list(choice.token_ids)
-            if answer.prompt_logprobs and not asked.echo:
-                told["prompt_logprobs"] = scores.of_prompt(answer.prompt_logprobs)
+                told["token_ids"] = [] if asked.drop else list(heard.token_ids(n))
+            if before and not asked.echo:
+                told["prompt_logprobs"] = scores.all_of_chat(before)
             choices.append(told)
     usage = usage_json(answers.usage())
     if asked.drop:
@@ -172,23 +172,26 @@ async def stream(answers: Answers, asked: AskedCompletion, prompts: Sequence[str
             continue
         prompt = "" if is_echoed else prompts[piece.choice // answers.n]
         words = "" if asked.drop else piece.text
-        before: Sequence[TokenLogprobs] = ()
-        if not is_echoed:
-            before = answers.streams[piece.choice // answers.n].continuation.prompt_logprobs
+        of_prompt = answers.streams[piece.choice // answers.n].continuation
+        before = Scores() if is_echoed else of_prompt.prompt_logprobs
         new = () if asked.drop else piece.logprobs
         offset = 0 if not is_echoed else offsets[piece.choice]
         offsets[piece.choice] += len(words)
         choice: dict[str, Any] = {
             "index": piece.choice,
             "text": prompt + words,
-            "logprobs": scores.of_completion((*before, *new), offset) if scored and (before or new) else None,
+            "logprobs": scores.of_completion(new, offset) if scored and new else None,
             "finish_reason": _finish_reason(piece.finish, asked) if piece.finish else None,
         }
         if piece.finish:
             choice["stop_reason"] = None if asked.drop else stop_reason(piece.finish)
         if ids:
             choice["token_ids"] = [] if asked.drop else list(piece.token_ids)
-        yield chunks.chunk([choice], {})
+        if not (scored and before):
+            yield chunks.chunk([choice])
+            continue
+        yield await chunks.long_chunk([choice | {"logprobs": scores.all_of_completion(before, new)}], {})
+        of_prompt.forget_prompt_logprobs()
     if asked.manner.include_usage:
         yield chunks.usage()
     yield DONE

@@ -5,10 +5,11 @@ What comes next depends on nothing but what was told before and what is told now
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pagewire.answers import TokenLogprobs
+from pagewire.answers import TokenLogprob, TokenLogprobs
+from pagewire.scores import Scores
 from pagewire.tools import ToolCall
 from services.gateway import scores
 from services.gateway.answers import Answers, Piece
@@ -83,9 +84,11 @@ class Items:
     def _add_text(self, text: str, *, whole: bool = False) -> list[Told]:
         """Words, with the log-probabilities of their tokens; with `whole` of all that have come."""
         told = self._begin_message()
-        of_text = list(self._held) if whole or not self._may_call else _of_text(self._held, text)
-        del self._held[: len(of_text)]
-        logprobs = scores.of_chat(of_text) if self._scored else []
+        count = len(self._held)
+        if self._may_call and not whole:
+            count = _count_of((each.token for each in self._held), text)
+        logprobs = scores.of_chat(self._held[:count]) if self._scored else []
+        del self._held[:count]
         told.append(("response.output_text.delta", {**self._of_message, "delta": text, "logprobs": logprobs}))
         return told
 
@@ -95,7 +98,7 @@ class Items:
         self._has_message = True
         return [
             ("response.output_item.added", {"output_index": 0, "item": self._message("in_progress", [])}),
-            ("response.content_part.added", {**self._of_message, "part": self._part("", (), ())}),
+            ("response.content_part.added", {**self._of_message, "part": self._part("", Scores(), ())}),
         ]
 
     def _end_last(self, status: str) -> list[Told]:
@@ -126,13 +129,13 @@ class Items:
             "content": content,
         }
 
-    def _part(self, text: str, logprobs: Sequence[TokenLogprobs], calls: Sequence[ToolCall]) -> dict[str, Any]:
-        of_text = _of_text(logprobs, text) if calls else logprobs
+    def _part(self, text: str, logprobs: Scores, calls: Sequence[ToolCall]) -> dict[str, Any]:
+        of_text = logprobs[: _count_of(logprobs.tokens(), text)] if calls else logprobs
         return {
             "type": "output_text",
             "text": text,
             "annotations": [],
-            "logprobs": scores.of_chat(of_text) if self._scored else [],
+            "logprobs": scores.all_of_chat(of_text) if self._scored else [],
         }
 
     def _call(self, call: ToolCall, number: int, status: str) -> dict[str, Any]:
@@ -149,10 +152,12 @@ class Items:
         return f"fc_{self._request_id}_{number}"
 
 
-def _of_text(logprobs: Sequence[TokenLogprobs], text: str) -> Sequence[TokenLogprobs]:
-    """Those of the first tokens that together have this text: behind it come tokens that open a call."""
+def _count_of(tokens: Iterable[TokenLogprob], text: str) -> int:
+    """How many first tokens have this text together: behind it come tokens that open a call."""
     left, count = len(text.encode()), 0
-    while left > 0 and count < len(logprobs):
-        left -= len(logprobs[count].token.text)
+    for token in tokens:
+        if left <= 0:
+            break
+        left -= len(token.text)
         count += 1
-    return logprobs[:count]
+    return count

@@ -81,6 +81,7 @@ async def run(
             metrics,
             max_requests=config.http_max_requests,
             max_prompts=config.http_max_prompts,
+            max_scores_bytes=config.http_max_scores_bytes,
             unknown_fields=config.http_unknown_fields,
             metrics_need_key=needs_key,
             hosts=hosts,

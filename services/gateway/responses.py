@@ -16,6 +16,7 @@ from services.gateway.events import event
 from services.gateway.fields import Fields, shown
 from services.gateway.input_items import read_input
 from services.gateway.items import Items
+from services.gateway.long_json import in_turns
 from services.gateway.options import read_format, read_options, read_structured
 from services.gateway.tools import read_tools
 
@@ -136,29 +137,29 @@ async def stream(answers: Answers, asked: AskedResponse) -> AsyncGenerator[bytes
     if not answers.begins_at:
         beginning = _response(answers, asked, "in_progress", [], None)
         for kind in ("response.created", "response.in_progress"):
-            yield told.event(kind, {"response": beginning})
+            yield await told.event(kind, {"response": beginning})
     while piece is not None:
         if not piece.finish:
             events = items.add(piece)
             for i, (kind, more) in enumerate(events, 1):
-                yield told.event(kind, more, has_id=i == len(events))
+                yield await told.event(kind, more, has_id=i == len(events))
         piece = await answers.next()
     ended = _ended(answers, asked, items)
     status: str = ended["status"]
     for kind, more in (*items.end(status), (f"response.{status}", {"response": ended})):
-        yield told.event(kind, more)
+        yield await told.event(kind, more)
 
 
 class _Events:
     def __init__(self, answers: Answers, asked: AskedResponse) -> None:
         self._answers = answers
 
-    def event(self, kind: str, more: dict[str, Any], *, has_id: bool = False) -> bytes:
+    async def event(self, kind: str, more: dict[str, Any], *, has_id: bool = False) -> bytes:
         """An event. Only the last one of what came at once has an id: who comes back with it hears what comes next."""
         number = self._answers.next_event
         self._answers.next_event += 1
         id = self._answers.id(number) if has_id else ""
-        return event(json.dumps({"type": kind, "sequence_number": number, **more}), id, kind)
+        return event(await in_turns({"type": kind, "sequence_number": number, **more}), id, kind)
 
 
 def error_event(failed: Told, answers: Answers) -> bytes:
@@ -180,7 +181,7 @@ def _items(answers: Answers, asked: AskedResponse) -> Items:
 
 
 def _ended(answers: Answers, asked: AskedResponse, items: Items) -> dict[str, Any]:
-    is_whole = answers.streams[0].answer.finish.reason is not FinishReason.LENGTH
+    is_whole = answers.streams[0].continuation.finishes[0].reason is not FinishReason.LENGTH
     status = "completed" if is_whole else "incomplete"
     return _response(answers, asked, status, items.all(status), answers.usage())
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, Final
 
 from pagewire.answers import TokenLogprob, TokenLogprobs
+from pagewire.scores import Scores
+from services.gateway.long_json import Long
 
 _LEAST: Final = -9999.0
 """In place of minus infinity, which JSON has not. OpenAI tells as much of what is not among the likeliest."""
@@ -13,12 +16,12 @@ _LEAST: Final = -9999.0
 
 def of_chat(told: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
     """Chat completions and Responses: an object for each token."""
-    return [{**_one(each.token), "top_logprobs": [_one(top) for top in each.top]} for each in told]
+    return [_of_token(each) for each in told]
 
 
-def of_prompt(told: Sequence[TokenLogprobs]) -> list[dict[str, Any] | None]:
-    """The tokens of a prompt; the first has nothing before it, so nothing says how likely it was."""
-    return [{**_one(each.token), "top_logprobs": [_one(top) for top in each.top]} for each in told]
+def all_of_chat(told: Scores) -> Long:
+    """The same of a whole answer or prompt. Nothing says how likely the first token of a prompt was."""
+    return Long(lambda: map(_of_token, told))
 
 
 def of_completion(told: Sequence[TokenLogprobs], offset: int) -> dict[str, list[Any]]:
@@ -26,25 +29,26 @@ def of_completion(told: Sequence[TokenLogprobs], offset: int) -> dict[str, list[
 
     A token that is no whole text is told by its bytes, as OpenAI does, so that no two tokens look the same.
     """
-    tokens: list[str] = []
-    offsets: list[int] = []
-    tops: list[dict[str, float | None] | None] = []
-    for each in told:
-        name = spelled(each.token.text)
-        tokens.append(name)
-        offsets.append(offset)
-        offset += len(each.token.text.decode("utf-8", "ignore"))
-        if each.token.logprob is None:
-            tops.append(None)
-            continue
-        top = {spelled(other.text): _finite(other.logprob) for other in each.top}
-        top.setdefault(name, _finite(each.token.logprob))
-        tops.append(top)
+    tokens = [each.token for each in told]
     return {
-        "tokens": tokens,
-        "token_logprobs": [_finite(each.token.logprob) for each in told],
-        "top_logprobs": tops,
-        "text_offset": offsets,
+        "tokens": [spelled(token.text) for token in tokens],
+        "token_logprobs": [_finite(token.logprob) for token in tokens],
+        "top_logprobs": [_top(each) for each in told],
+        "text_offset": list(_offsets(tokens, offset)),
+    }
+
+
+def all_of_completion(told: Scores, new: Sequence[TokenLogprobs] = ()) -> dict[str, Long]:
+    """The same of a whole answer, or of a prompt and what is `new` behind it; from the beginning of the text."""
+
+    def tokens() -> Iterator[TokenLogprob]:
+        return chain(told.tokens(), (each.token for each in new))
+
+    return {
+        "tokens": Long(lambda: (spelled(token.text) for token in tokens())),
+        "token_logprobs": Long(lambda: (_finite(token.logprob) for token in tokens())),
+        "top_logprobs": Long(lambda: map(_top, chain(told, new))),
+        "text_offset": Long(lambda: _offsets(tokens(), 0)),
     }
 
 
@@ -54,6 +58,26 @@ def spelled(text: bytes) -> str:
         return text.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
+
+
+def _of_token(told: TokenLogprobs) -> dict[str, Any]:
+    return {**_one(told.token), "top_logprobs": [_one(top) for top in told.top]}
+
+
+def _top(told: TokenLogprobs) -> dict[str, float | None] | None:
+    """The likeliest, and the token itself, by name."""
+    if told.token.logprob is None:
+        return None
+    top = {spelled(other.text): _finite(other.logprob) for other in told.top}
+    top.setdefault(spelled(told.token.text), _finite(told.token.logprob))
+    return top
+
+
+def _offsets(tokens: Iterable[TokenLogprob], offset: int) -> Iterator[int]:
+    """Where each begins."""
+    for token in tokens:
+        yield offset
+        offset += len(token.text.decode("utf-8", "ignore"))
 
 
 def _one(told: TokenLogprob) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def serialising_us(count: int = 20_000) -> dict[str, float]:
         choice = {"index": 0, "delta": {"content": " word"}, "logprobs": None, "finish_reason": None}
         began = time.process_time()
         for _ in range(count):
-            chunks.chunk([choice], {})
+            chunks.chunk([choice])
         found[name.replace("text", "objects")] = 1e6 * (time.process_time() - began) / count
     return found
 

@@ -155,6 +155,8 @@ def test_the_limits_of_the_gateway_are_the_defaults() -> None:
 
     assert limit["body of a request"] == f"{gateway.http_max_body_bytes} bytes, within {gateway.http_body_s:g} s"
     assert limit["bodies that are being read"] == f"{gateway.http_max_bodies_bytes} bytes"
+    most = gateway.http_max_scores_bytes
+    assert limit["log-probabilities that are not told yet"] == f"{most} bytes; of one answer {most // 2}"
     assert limit["head of a request"] == f"{gateway.http_max_head_bytes} bytes, within {gateway.http_head_s:g} s"
     assert limit["connections"] == f"{gateway.http_max_connections}"
     assert limit["time between two requests of a connection"] == f"{gateway.http_idle_s:g} s"

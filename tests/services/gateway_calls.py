@@ -78,12 +78,13 @@ def gateway(
     *,
     comment_s: float = 30,
     reader_s: float = 30,
+    max_body_bytes: int = 10_000,
     metrics: Metrics | None = None,
     **settings: Any,
 ) -> Gateway:
     return Gateway(
         cast("Upstream", scheduler),
-        Bodies(max_bytes=10_000, limit_s=30, max_total_bytes=10_000),
+        Bodies(max_bytes=max_body_bytes, limit_s=30, max_total_bytes=max_body_bytes),
         Patience(comment_s=comment_s, reader_s=reader_s),
         metrics or Metrics(),
         **{"max_requests": 4, "max_prompts": 4, **settings},

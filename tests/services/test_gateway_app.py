@@ -423,6 +423,78 @@ def test_large_bodies_of_strangers_are_bounded_and_refuse_no_small_one() -> None
         asyncio.run(read_beside(260_000, bytes(80_000)))
 
 
+class OfOneKey(Scheduler):
+    """A scheduler that takes one key, as long as it is there."""
+
+    def __init__(self, *messages: pb.GenerateStreamResponse) -> None:
+        super().__init__(*messages)
+        self.asked: list[str] = []  # whether it takes this key
+        self.is_there = True
+
+    async def model(self, name: str, key: str) -> pb.GetModelResponse:
+        self.asked.append(key)
+        if not self.is_there:
+            raise Unavailable("no scheduler is there")
+        if key != "mine":
+            raise Unauthenticated("an API key is needed")
+        return pb.GetModelResponse(model="m")
+
+
+class InParts(Call):
+    """Its body comes in two parts."""
+
+    num_parts = 0  # that were taken
+
+    async def receive(self) -> Any:
+        if self.num_parts == 2:
+            return await super().receive()
+        self.num_parts += 1
+        middle = len(self._body) - 10
+        part = self._body[:middle] if self.num_parts == 1 else self._body[middle:]
+        self._asked = True
+        return {"type": "http.request", "body": part, "more_body": self.num_parts == 1}
+
+
+@pytest.mark.parametrize(
+    ("size", "keys", "statuses", "parts", "asked"),
+    [
+        (70_000, ["other", "", "b d"], [401, 401, 401], [1, 1, 0], ["other", ""]),
+        (70_000, ["mine", "mine"], [200, 200], [2, 2], ["mine"]),
+        (60_000, ["other", "mine"], [200, 200], [2, 2], []),  # of such the scheduler says it
+    ],
+)
+def test_a_large_body_is_taken_only_from_those_whose_key_is_known(
+    size: int, keys: list[str], statuses: list[int], parts: list[int], asked: list[str]
+) -> None:
+    scheduler = OfOneKey(delta(0, 5, "a"), finish())
+    app = gateway(scheduler, max_body_bytes=100_000)
+    calls: list[InParts] = []
+
+    async def run() -> None:
+        for key in keys:
+            headers = [(b"authorization", b"Bearer " + key.encode())] if key else []
+            calls.append(InParts({"messages": [{"role": "user", "content": "x" * size}]}, headers=headers))
+            await app(calls[-1].scope, calls[-1].receive, calls[-1].send)
+
+    asyncio.run(run())
+    assert [call.status for call in calls] == statuses
+    assert [call.num_parts for call in calls] == parts
+    assert scheduler.asked == asked
+
+
+def test_a_large_body_of_a_stranger_is_not_taken_either_while_no_scheduler_says_who_he_is() -> None:
+    scheduler = OfOneKey(delta(0, 5, "a"), finish())
+    app = gateway(scheduler, max_body_bytes=100_000)
+
+    def status(key: bytes) -> int:
+        body = {"messages": [{"role": "user", "content": "x" * 70_000}]}
+        return ask(app, body, headers=[(b"authorization", b"Bearer " + key)]).status
+
+    assert status(b"mine") == 200
+    scheduler.is_there = False
+    assert [status(b"mine"), status(b"other")] == [200, 503]
+
+
 def test_who_asks_for_metrics_at_once_or_soon_asks_the_scheduler_once() -> None:
     now_s, asked = [0.0], 0
 
