@@ -121,6 +121,12 @@ class SchedulerConfig:
     default_max_tokens: int = option(0, "max_tokens where a request gives none; 0 is the room the context has left")
     max_choices: int = option(8, "largest n of a request", least=1)
     max_embedding_inputs: int = option(2048, "texts of one request for embeddings", least=1, most=4096)
+    max_embedding_bytes: int = option(
+        16 << 20,
+        "largest answer of vectors, 4 bytes a number; as JSON it is four times that",
+        least=1024,
+        most=48 << 20,
+    )
     max_grammar_bytes: int = option(
         65_536, "largest schema, pattern or grammar that an answer may have to be of", least=1
     )

@@ -104,6 +104,7 @@ class RequestLimits:
     max_tools: int = 128  # that a chat offers; and calls of one message
     max_tools_bytes: int = 131_072  # of their names, descriptions and schemas together
     max_embedding_inputs: int = 2048  # of one request for embeddings
+    max_embedding_bytes: int = 16 << 20  # of all its vectors
 
 
 def check_sampling(params: SamplingParams, limits: RequestLimits) -> None:

@@ -1013,7 +1013,9 @@ class EmbedRequest(_message.Message):
     priority: Global___Priority.ValueType
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedInput]:
-        """1 to 2048 (--max-embedding-inputs)"""
+        """1 to 2048 (--max-embedding-inputs), whose vectors have at most 16 MiB together (--max-embedding-bytes). Beyond 4 MiB
+        gRPC's clients refuse an answer by themselves, unless max_receive_message_length says more.
+        """
 
     @_builtins.property
     def cache(self) -> Global___CacheControl:

@@ -40,8 +40,10 @@ class TextVector:
 class Embedder:
     """Answers requests for embeddings, where the model makes any."""
 
-    def __init__(self, answerer: Answerer) -> None:
+    def __init__(self, answerer: Answerer, *, max_bytes: int) -> None:
+        """`max_bytes` is what the vectors of one answer may have together."""
         self._answerer = answerer
+        self._max_bytes = max_bytes
         self._eos = _appended_eos(answerer)
 
     async def embed(self, spec: EmbedSpec, caller: Caller, *, time_left_s: float | None = None) -> list[TextVector]:
@@ -55,6 +57,8 @@ class Embedder:
         dimensions = embedding.dimensions if spec.dimensions is None else spec.dimensions
         if dimensions > embedding.dimensions:
             raise InvalidRequest("dimensions", f"must be in [1, {embedding.dimensions}], got {dimensions}")
+        if len(spec.inputs) > (most := max(1, self._max_bytes // (4 * dimensions))):
+            raise InvalidRequest("inputs", f"at most {most} of vectors of {dimensions} numbers, got {len(spec.inputs)}")
         engine, deadline_ns = self._answerer.engine, self._answerer.engine.deadline_after(time_left_s)
         prompts = await self._prompts(spec)
         ask = Ask(

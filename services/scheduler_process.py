@@ -141,6 +141,7 @@ async def run(
     request_limits = RequestLimits(
         max_choices=config.max_choices,
         max_embedding_inputs=config.max_embedding_inputs,
+        max_embedding_bytes=config.max_embedding_bytes,
         max_structured_bytes=config.max_grammar_bytes,
         max_pin_seconds=config.max_pin_seconds,
     )

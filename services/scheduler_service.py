@@ -28,7 +28,7 @@ class SchedulerService:
         num_executors: Callable[[], int],
     ) -> None:
         self._answerer = answerer
-        self._embedder = Embedder(answerer)
+        self._embedder = Embedder(answerer, max_bytes=limits.max_embedding_bytes)
         self._limits = limits
         self._num_executors = num_executors
         self._spell = answerer.tokenizer.bytes_of

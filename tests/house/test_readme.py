@@ -44,6 +44,7 @@ def test_the_limits_are_the_defaults() -> None:
 
     assert limit["n"] == f"{scheduler.max_choices}"
     assert limit["texts of one request for [embeddings](#embeddings)"] == f"{scheduler.max_embedding_inputs}"
+    assert limit["their vectors together"] == f"{scheduler.max_embedding_bytes >> 20} MiB, 4 bytes a number"
     pinned = (
         f"tokens of prompts that one tenant has [pinned](#the-prefix-cache); {PinLimits().max_pins_per_tenant} pins"
     )

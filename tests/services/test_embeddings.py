@@ -195,6 +195,20 @@ def test_what_is_wrong_is_told_by_its_field_and_limit_before_anything_runs(
     assert not world.engine.scheduler.counters.prompt_tokens
 
 
+def test_vectors_that_are_too_large_together_are_refused_before_any_is_computed(folder: Path) -> None:
+    world = World(folder, limits=RequestLimits(max_embedding_bytes=3 * 32))
+
+    async def test() -> None:
+        world.join()
+        with pytest.raises(InvalidRequest, match=r"inputs: at most 3 of vectors of 8 numbers, got 4"):
+            await world.embed(*IDS, [1, 2])
+        assert not world.engine.scheduler.counters.prompt_tokens
+        assert len((await world.embed(*IDS)).embeddings) == 3
+        assert len((await world.embed(*IDS, [1, 2], dimensions=4)).embeddings) == 4
+
+    run(world, test)
+
+
 def test_an_input_that_says_nothing_is_refused(folder: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"inputs\[0\]: one of text or token_ids must be set"):
         codec_public.embed_from_pb(pb.EmbedRequest(inputs=[pb.EmbedInput()]), RequestLimits(), vocab_size=320)
