@@ -29,7 +29,7 @@ from pagewire.calls import (
     unpinned_tokens,
 )
 from pagewire.continuation import Continuation, OutOfStep
-from pagewire.failures import Trailers, judge
+from pagewire.failures import Trailers, closed, judge
 from pagewire.retrying import RetryBudget
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class _Connections:
         self.first = manner.addresses[0]  # who answered last: a new request begins there
         self._manner = manner
         self._channels: dict[str, aio.Channel] = {}
+        self._is_closed = False
 
     def call(self, asked: Asked) -> Call:
         """Begin the next call of a request."""
@@ -73,11 +74,20 @@ class _Connections:
 
     async def close(self) -> None:
         """End all calls."""
+        self._is_closed = True
         channels, self._channels = self._channels, {}
         for channel in channels.values():
             await channel.close()
 
+    def check_open(self) -> None:
+        """Raise the error of a closed client, which gRPC tells its calls as if their task was cancelled."""
+        task = asyncio.current_task()
+        if self._is_closed and not (task and task.cancelling()):
+            raise closed()
+
     def _channel(self, address: str) -> aio.Channel:
+        if self._is_closed:
+            raise closed()
         channel = self._channels.get(address)
         if channel is None:
             options, credentials = self._manner.options, self._manner.access.credentials
@@ -170,7 +180,7 @@ class AsyncClient:
         return await self._connections.unpin(pin_id)
 
     async def close(self) -> None:
-        """Close the connections. Streams that are open end."""
+        """As Client's."""
         await self._connections.close()
 
     async def __aenter__(self) -> Self:
@@ -264,6 +274,9 @@ class AsyncStream:
             after_s = self._asked.broke()
         except OutOfStep as why:
             after_s = self._asked.broke(why)
+        except asyncio.CancelledError:
+            self._connections.check_open()
+            raise
         except aio.AioRpcError as error:
             after_s = self._asked.failed(error.code(), error.details(), cast("Trailers", error.trailing_metadata()))
         if self._call is not None:

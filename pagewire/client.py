@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from pagewire.calls import (
     unpinned_tokens,
 )
 from pagewire.continuation import OutOfStep
-from pagewire.failures import Trailers, judge
+from pagewire.failures import Trailers, closed, judge
 from pagewire.retrying import RetryBudget
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class _Connections:
         self.first = manner.addresses[0]  # who answered last: a new request begins there
         self._manner = manner
         self._channels: dict[str, grpc.Channel] = {}
+        self._is_closed = False
+        self._lock = threading.Lock()  # of these two
 
     def call(self, asked: Asked) -> Call:
         """Begin the next call of a request."""
@@ -82,20 +85,29 @@ class _Connections:
 
     def close(self) -> None:
         """End all calls."""
-        channels, self._channels = self._channels, {}
+        with self._lock:
+            self._is_closed = True
+            channels, self._channels = self._channels, {}
         for channel in channels.values():
             channel.close()
 
+    def check_open(self) -> None:
+        """Raise the error of a closed client, which gRPC tells as a ValueError to a call that begins just then."""
+        if self._is_closed:
+            raise closed()
+
     def _channel(self, address: str) -> grpc.Channel:
-        channel = self._channels.get(address)
-        if channel is None:
-            options, credentials = self._manner.options, self._manner.access.credentials
-            if credentials is None:
-                channel = grpc.insecure_channel(address, options=options)
-            else:
-                channel = grpc.secure_channel(address, credentials, options=options)
-            self._channels[address] = channel
-        return channel
+        with self._lock:
+            self.check_open()
+            channel = self._channels.get(address)
+            if channel is None:
+                options, credentials = self._manner.options, self._manner.access.credentials
+                if credentials is None:
+                    channel = grpc.insecure_channel(address, options=options)
+                else:
+                    channel = grpc.secure_channel(address, credentials, options=options)
+                self._channels[address] = channel
+            return channel
 
 
 class Client:
@@ -177,7 +189,7 @@ class Client:
         return self._connections.unpin(pin_id)
 
     def close(self) -> None:
-        """Close the connections. Streams that are open end."""
+        """Close the connections. What is under way then, and what is asked later, ends with a PagewireError."""
         self._connections.close()
 
     def __enter__(self) -> Self:
@@ -254,6 +266,9 @@ class Stream:
             self._again(self._asked.broke())
         except OutOfStep as why:
             self._again(self._asked.broke(why))
+        except ValueError:
+            self._connections.check_open()
+            raise
         except grpc.RpcError as error:
             # pairs, also where the stubs say otherwise
             trailers = cast("Trailers", error.trailing_metadata() or ())

@@ -48,6 +48,11 @@ class Failure:
     retry_after_s: float | None = None  # when the server wants to be asked again
 
 
+def closed() -> errors.PagewireError:
+    """What is told to who goes on with a client that was closed."""
+    return errors.PagewireError("the client was closed")
+
+
 def lost(what: str) -> Failure:
     """A stream that ended without an end."""
     return Failure(error=errors.Unavailable(what), may_pass=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, cast
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
-from grpc import aio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,10 +34,10 @@ from pagewire.continuation import Continuation, OutOfStep
 from pagewire.failures import Failure, judge, lost
 from pagewire.retrying import Attempts, RetryBudget
 from protos import inference_pb2 as pb
-from services.handlers import Context, service_handler
+from services.handlers import Context
 from services.status import internal_status, to_rpc_status
+from tests.services.scripted import GONE, played, saying
 
-SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 UNAVAILABLE = Failure(error=Unavailable("draining"), may_pass=True, answered=True, retry_after_s=1.0)
 
 
@@ -520,77 +518,10 @@ def test_only_a_retry_that_is_made_costs_and_no_debt_outlasts_the_patience_of_a_
 
 # ---- over a socket
 
-Script = Callable[[Any, Context], AsyncGenerator[pb.GenerateStreamResponse, None]]
-
-
-class Scripted:
-    """A server that does as it is told, call by call."""
-
-    def __init__(self, *scripts: Script) -> None:
-        self.scripts = list(scripts)
-        self.asked: list[Any] = []
-        self.cancelled: list[str] = []
-
-    async def GenerateStream(  # noqa: N802
-        self, request: Any, context: Context
-    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        self.asked.append(request)
-        async for message in self.scripts.pop(0)(request, context):
-            yield message
-
-    Resume = GenerateStream
-
-    async def Cancel(self, request: Any, context: Context) -> pb.CancelResponse:  # noqa: N802
-        self.cancelled.append(request.request_id)
-        return pb.CancelResponse(found=True)
-
-    async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:  # noqa: N802
-        if request.pin_id == "bad":
-            raise InvalidRequest("which", "is bad")
-        return pb.UnpinResponse(tokens=7 if request.all else 3)
-
-    Generate = Tokenize = Detokenize = GetModel = Embed = Cancel
-
-
-def saying(*messages: pb.GenerateStreamResponse, then: PagewireError | None = None) -> Script:
-    async def script(request: Any, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        for message in messages:
-            yield message
-        if then is not None:
-            raise then
-
-    return script
-
 
 async def silence(request: Any, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
     yield first()
     await asyncio.Event().wait()
-
-
-GONE = Unavailable("going", 0.0)
-
-
-@contextmanager
-def played(*scripts: Script) -> Iterator[tuple[Scripted, Callable[[Callable[[str], Any]], Any]]]:
-    """The server, and a way to run something blocking beside it."""
-    server = Scripted(*scripts)
-
-    def run(use: Callable[[str], Any]) -> Any:
-        async def main() -> Any:
-            running = aio.server()
-            running.add_generic_rpc_handlers((service_handler(SERVICE, pb.DESCRIPTOR, server),))
-            port = running.add_insecure_port("127.0.0.1:0")
-            await running.start()
-            try:
-                async with asyncio.timeout(30):
-                    result = use(f"127.0.0.1:{port}")
-                    return await result if asyncio.iscoroutine(result) else result
-            finally:
-                await running.stop(None)
-
-        return asyncio.run(main())
-
-    yield server, run
 
 
 async def unpin(address: str, kind: str, *pin_id: str) -> int:
@@ -703,6 +634,60 @@ def test_a_stream_that_is_left_is_cancelled_by_its_name() -> None:
     with played(more) as (server, run):
         name = run(leave)
     assert server.cancelled == [name]
+
+
+@both
+def test_a_client_that_is_closed_ends_what_it_has_under_way_and_takes_nothing_new(kind: str) -> None:
+    hanging: list[str] = []
+    all_hang = asyncio.Event()
+
+    async def more(request: Any, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        yield first()
+        hanging.append(request.text)
+        if len(hanging) == 4:
+            all_hang.set()
+        await asyncio.Event().wait()
+
+    async def close(address: str) -> None:
+        client = AsyncClient(address) if kind == "async" else Client(address)
+
+        def ask(what: str) -> Awaitable[object]:
+            if isinstance(client, AsyncClient):
+                return client.generate(what)
+            return asyncio.to_thread(client.generate, what)
+
+        running = [asyncio.ensure_future(ask("hi")) for _ in range(4)]
+        await all_hang.wait()
+        closing = client.close()
+        if closing is not None:
+            await closing
+        for asked in (*running, ask("late")):
+            with pytest.raises(PagewireError, match="the client was closed"):
+                await asked
+
+    with played(*[more] * 4) as (server, run):
+        run(close)
+    assert hanging == ["hi"] * 4 and len(server.asked) == 4, "nothing was asked again"
+
+
+def test_a_task_that_is_cancelled_is_cancelled_also_where_its_client_is_closed() -> None:
+    async def cancel(address: str) -> None:
+        client = AsyncClient(address)
+        reading = asyncio.ensure_future(client.generate("hi"))
+        await hangs.wait()
+        reading.cancel()
+        await client.close()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+
+    async def more(request: Any, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        yield first()
+        hangs.set()
+        await asyncio.Event().wait()
+
+    hangs = asyncio.Event()
+    with played(more) as (_, run):
+        run(cancel)
 
 
 def test_a_stream_that_came_to_its_end_is_not_cancelled() -> None:

@@ -1,0 +1,81 @@
+"""A server that does as a test tells it, over a real connection, for the Python client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from grpc import aio
+
+from common.errors import InvalidRequest, PagewireError, Unavailable
+from protos import inference_pb2 as pb
+from services.handlers import Context, service_handler
+
+Script = Callable[[Any, Context], AsyncGenerator[pb.GenerateStreamResponse, None]]
+GONE = Unavailable("going", 0.0)
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+
+
+class Scripted:
+    """It answers call by call."""
+
+    def __init__(self, *scripts: Script) -> None:
+        self.scripts = list(scripts)
+        self.asked: list[Any] = []
+        self.cancelled: list[str] = []
+
+    async def GenerateStream(  # noqa: N802
+        self, request: Any, context: Context
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        self.asked.append(request)
+        async for message in self.scripts.pop(0)(request, context):
+            yield message
+
+    Resume = GenerateStream
+
+    async def Cancel(self, request: Any, context: Context) -> pb.CancelResponse:  # noqa: N802
+        self.cancelled.append(request.request_id)
+        return pb.CancelResponse(found=True)
+
+    async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:  # noqa: N802
+        if request.pin_id == "bad":
+            raise InvalidRequest("which", "is bad")
+        return pb.UnpinResponse(tokens=7 if request.all else 3)
+
+    Generate = Tokenize = Detokenize = GetModel = Embed = Cancel
+
+
+def saying(*messages: pb.GenerateStreamResponse, then: PagewireError | None = None) -> Script:
+    async def script(request: Any, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        for message in messages:
+            yield message
+        if then is not None:
+            raise then
+
+    return script
+
+
+@contextmanager
+def played(*scripts: Script) -> Iterator[tuple[Scripted, Callable[[Callable[[str], Any]], Any]]]:
+    """The server, and a way to run something blocking beside it."""
+    server = Scripted(*scripts)
+
+    def run(use: Callable[[str], Any]) -> Any:
+        async def main() -> Any:
+            running = aio.server()
+            running.add_generic_rpc_handlers((service_handler(_SERVICE, pb.DESCRIPTOR, server),))
+            port = running.add_insecure_port("127.0.0.1:0")
+            await running.start()
+            try:
+                async with asyncio.timeout(30):
+                    result = use(f"127.0.0.1:{port}")
+                    return await result if asyncio.iscoroutine(result) else result
+            finally:
+                await running.stop(None)
+
+        return asyncio.run(main())
+
+    yield server, run
