@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         Usage,
     )
     from pagewire.client import Client, Stream
+    from pagewire.embeddings import Embedding
     from pagewire.tools import ToolCall, ToolCallDelta
 
 _HOMES = {
@@ -48,6 +49,7 @@ _HOMES = {
     "Answer": "answers",
     "Choice": "answers",
     "Delta": "answers",
+    "Embedding": "embeddings",
     "Finish": "answers",
     "FinishReason": "answers",
     "PinnedPrefix": "answers",
@@ -79,6 +81,7 @@ __all__ = [
     "Client",
     "DeadlineExceeded",
     "Delta",
+    "Embedding",
     "Finish",
     "FinishReason",
     "InvalidRequest",

@@ -20,15 +20,18 @@ from pagewire.calls import (
     CANCEL_TIMEOUT_S,
     DEFAULT_PATIENCE_S,
     DEFAULT_TIMEOUT_S,
+    EMBED,
     UNPIN,
     UNPIN_TIMEOUT_S,
     Asked,
+    AskedOnce,
     Manner,
     addresses_of,
     unpin_request,
     unpinned_tokens,
 )
 from pagewire.continuation import Continuation, OutOfStep
+from pagewire.embeddings import Embedding, EmbedSettings, embed_request, embeddings_of
 from pagewire.failures import Trailers, closed, judge
 from pagewire.retrying import RetryBudget
 
@@ -61,6 +64,23 @@ class _Connections:
         method: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(CANCEL)
         with contextlib.suppress(aio.AioRpcError, aio.UsageError):  # no connection | the client was closed
             await method(asked.cancellation(), timeout=CANCEL_TIMEOUT_S, metadata=asked.metadata)
+
+    async def once(self, asked: AskedOnce) -> bytes:
+        """The answer to a request that has one message. Raises PagewireErrors."""
+        while True:
+            call = asked.next_call()
+            method: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel(call.address).unary_unary(call.method)
+            try:
+                answer = await method(call.request, timeout=call.timeout_s, metadata=asked.metadata)
+            except asyncio.CancelledError:
+                self.check_open()
+                raise
+            except aio.AioRpcError as error:
+                trailers = cast("Trailers", error.trailing_metadata())
+                await asyncio.sleep(asked.failed(error.code(), error.details(), trailers))
+            else:
+                self.first = call.address
+                return answer
 
     async def unpin(self, pin_id: str | None) -> int:
         """End a pin, or all, on the server that answered last."""
@@ -174,6 +194,19 @@ class AsyncClient:
             metadata=metadata,
         )
         return AsyncStream(self._connections, asked)
+
+    async def embed(
+        self,
+        inputs: str | Sequence[str | Sequence[int]],
+        *,
+        timeout_s: float | None = None,
+        **settings: Unpack[EmbedSettings],
+    ) -> tuple[Embedding, ...]:
+        """As Client's."""
+        request = embed_request(inputs, settings).SerializeToString()
+        first = self._connections.first
+        asked = AskedOnce(EMBED, request, self._manner, self._budget, first=first, timeout_s=timeout_s)
+        return embeddings_of(await self._connections.once(asked))
 
     async def unpin(self, pin_id: str | None = None) -> int:
         """As Client's."""

@@ -81,9 +81,7 @@ _LISTS = frozenset({"allowed_token_ids", "banned_token_ids", "bad_words", "stop"
 
 def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamRequest:
     """The request. Raises TypeError for a setting that there is not, InvalidRequest for one that cannot be sent."""
-    unknown = settings.keys() - Settings.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"there is no setting {min(unknown)!r}; there are: {', '.join(Settings.__annotations__)}")
+    check_names(settings, Settings)
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     structured = sorted(_STRUCTURED & given.keys())
     if len(structured) > 1:
@@ -95,13 +93,12 @@ def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamReque
         raise TypeError(f"{lost[0]}= goes with messages=, for a chat alone has tools")
     request = pb.GenerateStreamRequest()
     if prompt is not None:
-        _set(request, "text", prompt)
+        set_field(request, "text", prompt)
     for name, value in given.items():
         if name == "messages":
             _set_messages(request, value)
         elif name == "token_ids":
-            _extend(request.token_ids.ids, name, value)
-            request.token_ids.SetInParent()
+            set_tokens(request.token_ids, name, value)
         elif name == "beams":
             _set_beams(request.sampling.beams, value)
         elif name in _OF_CHATS:
@@ -116,7 +113,7 @@ def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamReque
             elif name == "logit_bias":
                 _add_all(request.sampling.logit_bias, name, value)
             else:
-                _set(part, name, value)
+                set_field(part, name, value)
     return request
 
 
@@ -129,11 +126,11 @@ def _set_messages(request: pb.GenerateStreamRequest, messages: Sequence[Mapping[
         added = request.chat.messages.add()
         for name, value in message.items():
             if name != "tool_calls" and value is not None:
-                _set(added, name, value, f"{field}.{name}")
+                set_field(added, name, value, f"{field}.{name}")
         for i, call in enumerate(message.get("tool_calls") or ()):
             part = added.tool_calls.add()
             for name, value in call_fields(call).items():
-                _set(part, name, value, f"{field}.tool_calls[{i}].{name}")
+                set_field(part, name, value, f"{field}.tool_calls[{i}].{name}")
 
 
 def set_tools(chat: pb.ChatMessages, name: str, value: Any) -> None:
@@ -142,14 +139,14 @@ def set_tools(chat: pb.ChatMessages, name: str, value: Any) -> None:
         for number, tool in enumerate(value):
             added = chat.tools.add()
             for key, part in tool_fields(tool).items():
-                _set(added, key, part, f"tools[{number}].{key}")
+                set_field(added, key, part, f"tools[{number}].{key}")
     elif name == "tool_choice":
         if value in ("auto", "none", "required"):
             chat.tool_choice.mode = pb.ToolChoiceMode.Value(f"TOOL_CHOICE_MODE_{value.upper()}")
         else:
-            _set(chat.tool_choice, "function", value, name)
+            set_field(chat.tool_choice, "function", value, name)
     else:
-        _set(chat, name, value)
+        set_field(chat, name, value)
 
 
 def _set_beams(beams: pb.BeamSearch, value: int | Mapping[str, Any]) -> None:
@@ -163,7 +160,7 @@ def _set_beams(beams: pb.BeamSearch, value: int | Mapping[str, Any]) -> None:
         if name == "early_stopping" and isinstance(part, bool | str) and part in _EARLY_STOPPING:
             beams.early_stopping = _EARLY_STOPPING[part]
         else:
-            _set(beams, name, part, told)
+            set_field(beams, name, part, told)
 
 
 def _set_structured(structured: pb.StructuredOutput, name: str, value: Any) -> None:
@@ -176,16 +173,30 @@ def _set_structured(structured: pb.StructuredOutput, name: str, value: Any) -> N
             value = json.dumps(value)
         except (TypeError, ValueError, RecursionError):
             raise errors.InvalidRequest(name, f"cannot be {_shown(value)}") from None
-    _set(structured, name, value)
+    set_field(structured, name, value)
 
 
-def _set(message: Any, name: str, value: Any, told: str = "") -> None:
+def check_names(settings: Mapping[str, Any], known: type[Any]) -> None:
+    """Raise TypeError for a setting that the typed dictionary `known` has not."""
+    names = known.__annotations__
+    if unknown := settings.keys() - names.keys():
+        raise TypeError(f"there is no setting {min(unknown)!r}; there are: {', '.join(names)}")
+
+
+def set_field(message: Any, name: str, value: Any, told: str = "") -> None:
+    """Set a field. Raises InvalidRequest, of `told` or `name`, for a value that it cannot have."""
     try:
         setattr(message, name, value)
     except AttributeError:
         raise errors.InvalidRequest(told or name, "there is no such field") from None
     except (TypeError, ValueError, UnicodeError):
         raise errors.InvalidRequest(told or name, f"cannot be {_shown(value)}") from None
+
+
+def set_tokens(tokens: pb.TokenIds, name: str, values: Sequence[int]) -> None:
+    """Set token ids, also none. Raises InvalidRequest, of `name`, for what is none."""
+    _extend(tokens.ids, name, values)
+    tokens.SetInParent()
 
 
 def _extend(numbers: Any, name: str, values: Sequence[Any]) -> None:

@@ -30,6 +30,7 @@ else:
 _SERVICE: Final = "/pagewire.v1.InferenceService/"
 GENERATE: Final = _SERVICE + "GenerateStream"
 RESUME: Final = _SERVICE + "Resume"
+EMBED: Final = _SERVICE + "Embed"
 CANCEL: Final = _SERVICE + "Cancel"
 UNPIN: Final = _SERVICE + "Unpin"
 
@@ -82,12 +83,11 @@ def addresses_of(text: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-class Asked:
-    """One request: what was heard of it, and where to ask on. Both clients only move its bytes, and wait."""
+class _Asking:
+    """One request's way from call to call. Both clients only move its bytes, and wait."""
 
     def __init__(
         self,
-        request: pb.GenerateStreamRequest,
         manner: Manner,
         budget: RetryBudget,
         *,
@@ -98,10 +98,8 @@ class Asked:
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """`metadata` goes with each call, beside the client's own and the trace that the program is in."""
-        self.continuation = Continuation(request)
         given = (*manner.access.metadata, *metadata)
         self.metadata = (*given, *traceparent(given))
-        self.is_lost = False  # another reader has taken it over
         now_s = clock_s()
         self._clock_s = clock_s
         self._attempts = Attempts(
@@ -120,6 +118,66 @@ class Asked:
         """The server that is asked now."""
         return self._attempts.address
 
+    def failed(self, code: grpc.StatusCode, message: str | None, trailers: Trailers | None) -> float:
+        """The call ended with a status: seconds to wait before the next. Raises a PagewireError when there is none."""
+        return self._after(judge(code, message or "", trailers or (), self.address))
+
+    def _call(self, method: str, request: bytes) -> Call:
+        return Call(self.address, method, request, self._attempts.remaining_s(self._clock_s()))
+
+    def _after(self, failure: Failure) -> float:
+        return self._attempts.failed(failure, self._clock_s())
+
+
+class AskedOnce(_Asking):
+    """A request that one message answers, and that has the same answer wherever it is asked again."""
+
+    def __init__(
+        self,
+        method: str,
+        request: bytes,
+        manner: Manner,
+        budget: RetryBudget,
+        *,
+        first: str,
+        timeout_s: float | None,
+    ) -> None:
+        super().__init__(manner, budget, first=first, timeout_s=timeout_s)
+        self._method = method
+        self._request = request
+
+    def next_call(self) -> Call:
+        """What to send now, and where to."""
+        return self._call(self._method, self._request)
+
+
+class Asked(_Asking):
+    """A request that a stream answers: what was heard of it, and where to ask on."""
+
+    def __init__(
+        self,
+        request: pb.GenerateStreamRequest,
+        manner: Manner,
+        budget: RetryBudget,
+        *,
+        first: str,
+        timeout_s: float | None,
+        begin_patience_s: float | None = None,
+        metadata: Metadata = (),
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(
+            manner,
+            budget,
+            first=first,
+            timeout_s=timeout_s,
+            begin_patience_s=begin_patience_s,
+            metadata=metadata,
+            clock_s=clock_s,
+        )
+        self.continuation = Continuation(request)
+        self.is_lost = False  # another reader has taken it over
+
     @property
     def is_done(self) -> bool:
         """The answer is complete."""
@@ -134,8 +192,7 @@ class Asked:
         """What to send now, and where to."""
         request = self.continuation.next_call()
         method = GENERATE if isinstance(request, pb.GenerateStreamRequest) else RESUME
-        timeout_s = self._attempts.remaining_s(self._clock_s())
-        return Call(self.address, method, request.SerializeToString(), timeout_s)
+        return self._call(method, request.SerializeToString())
 
     def hear(self, data: bytes) -> Delta | Finish | None:
         """What is new in a message. Raises OutOfStep."""
@@ -146,7 +203,7 @@ class Asked:
         return new
 
     def failed(self, code: grpc.StatusCode, message: str | None, trailers: Trailers | None) -> float:
-        """The call ended with a status: seconds to wait before the next. Raises a PagewireError when there is none."""
+        """As of any request; and whether another reader has this one now."""
         failure = judge(code, message or "", trailers or (), self.address)
         self.is_lost = isinstance(failure.error, errors.Superseded)
         return self._after(failure)
@@ -158,6 +215,3 @@ class Asked:
     def cancellation(self) -> bytes:
         """The request that ends this one."""
         return pb.CancelRequest(request_id=self.continuation.request_id).SerializeToString()
-
-    def _after(self, failure: Failure) -> float:
-        return self._attempts.failed(failure, self._clock_s())

@@ -20,15 +20,18 @@ from pagewire.calls import (
     CANCEL_TIMEOUT_S,
     DEFAULT_PATIENCE_S,
     DEFAULT_TIMEOUT_S,
+    EMBED,
     UNPIN,
     UNPIN_TIMEOUT_S,
     Asked,
+    AskedOnce,
     Manner,
     addresses_of,
     unpin_request,
     unpinned_tokens,
 )
 from pagewire.continuation import OutOfStep
+from pagewire.embeddings import Embedding, EmbedSettings, embed_request, embeddings_of
 from pagewire.failures import Trailers, closed, judge
 from pagewire.retrying import RetryBudget
 
@@ -72,6 +75,23 @@ class _Connections:
         method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(CANCEL)
         with contextlib.suppress(grpc.RpcError, ValueError):
             method(asked.cancellation(), timeout=CANCEL_TIMEOUT_S, metadata=asked.metadata)
+
+    def once(self, asked: AskedOnce) -> bytes:
+        """The answer to a request that has one message. Raises PagewireErrors."""
+        while True:
+            call = asked.next_call()
+            method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel(call.address).unary_unary(call.method)
+            try:
+                answer = method(call.request, timeout=call.timeout_s, metadata=asked.metadata)
+            except ValueError:
+                self.check_open()
+                raise
+            except grpc.RpcError as error:
+                trailers = cast("Trailers", error.trailing_metadata() or ())
+                time.sleep(asked.failed(error.code(), error.details(), trailers))
+            else:
+                self.first = call.address
+                return answer
 
     def unpin(self, pin_id: str | None) -> int:
         """End a pin, or all, on the server that answered last."""
@@ -180,6 +200,19 @@ class Client:
             self._connections,
             Asked(request, self._manner, self._budget, first=self._connections.first, timeout_s=timeout_s),
         )
+
+    def embed(
+        self,
+        inputs: str | Sequence[str | Sequence[int]],
+        *,
+        timeout_s: float | None = None,
+        **settings: Unpack[EmbedSettings],
+    ) -> tuple[Embedding, ...]:
+        """The vectors of texts, or of token ids, one for each. Raises PagewireErrors."""
+        request = embed_request(inputs, settings).SerializeToString()
+        first = self._connections.first
+        asked = AskedOnce(EMBED, request, self._manner, self._budget, first=first, timeout_s=timeout_s)
+        return embeddings_of(self._connections.once(asked))
 
     def unpin(self, pin_id: str | None = None) -> int:
         """End a pin (`Answer.pinned`) on the server that answered last, or all that its tenant has there.

@@ -250,13 +250,15 @@ def vector_of(ids: Sequence[int], dimensions: int = 8) -> Any:
     return pytest.approx([value / math.hypot(*values) for value in values], abs=1e-6)
 
 
-def test_every_text_has_its_vector(client: OpenAI, fake_folder: Path) -> None:
+def test_every_text_has_its_vector(client: OpenAI, shared: Cluster, fake_folder: Path) -> None:
     ids = [Tokenizer(fake_folder / "tokenizer.json").encode(text.strip()) for text in TEXTS]
 
     told = client.embeddings.create(model=MODEL, input=TEXTS)  # the client asks for base64, and unpacks it
     numbers = client.embeddings.create(model=MODEL, input=TEXTS[1], encoding_format="float", user="me")
     encoded: Any = client.embeddings.create(model="", input=ids, encoding_format="base64", dimensions=3)
     one = client.embeddings.create(model="", input=ids[0], extra_body={"priority": "low", "request_id": "mine"})
+    with Client(shared.address) as made:
+        over_grpc = made.embed([TEXTS[0], *ids[1:]], no_cache=True)
 
     assert (told.object, told.model, [each.index for each in told.data]) == ("list", MODEL, [0, 1, 2])
     assert [each.embedding for each in told.data] == [vector_of(each) for each in ids]
@@ -266,6 +268,8 @@ def test_every_text_has_its_vector(client: OpenAI, fake_folder: Path) -> None:
     unpacked = [list(struct.unpack("<3f", base64.b64decode(each.embedding))) for each in encoded.data]
     assert unpacked == [vector_of(each, 3) for each in ids]
     assert one.data[0].embedding == vector_of(ids[0])
+    assert [list(each.values) for each in over_grpc] == [vector_of(each) for each in ids]
+    assert [(each.prompt_tokens, each.cached_prompt_tokens) for each in over_grpc] == [(len(each), 0) for each in ids]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,9 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 class Scripted:
     """It answers call by call."""
 
-    def __init__(self, *scripts: Script) -> None:
+    def __init__(self, *scripts: Script, vectors: Sequence[pb.EmbedResponse | PagewireError | None] = ()) -> None:
         self.scripts = list(scripts)
+        self.vectors = list(vectors)  # None: it says nothing
         self.asked: list[Any] = []
         self.cancelled: list[str] = []
 
@@ -36,6 +37,15 @@ class Scripted:
 
     Resume = GenerateStream
 
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:  # noqa: N802
+        self.asked.append(request)
+        said = self.vectors.pop(0)
+        if said is None:
+            await asyncio.Event().wait()
+        if isinstance(said, pb.EmbedResponse):
+            return said
+        raise said or AssertionError
+
     async def Cancel(self, request: Any, context: Context) -> pb.CancelResponse:  # noqa: N802
         self.cancelled.append(request.request_id)
         return pb.CancelResponse(found=True)
@@ -45,7 +55,7 @@ class Scripted:
             raise InvalidRequest("which", "is bad")
         return pb.UnpinResponse(tokens=7 if request.all else 3)
 
-    Generate = Tokenize = Detokenize = GetModel = Embed = Cancel
+    Generate = Tokenize = Detokenize = GetModel = Cancel
 
 
 def saying(*messages: pb.GenerateStreamResponse, then: PagewireError | None = None) -> Script:
@@ -59,9 +69,11 @@ def saying(*messages: pb.GenerateStreamResponse, then: PagewireError | None = No
 
 
 @contextmanager
-def played(*scripts: Script) -> Iterator[tuple[Scripted, Callable[[Callable[[str], Any]], Any]]]:
+def played(
+    *scripts: Script, vectors: Sequence[pb.EmbedResponse | PagewireError | None] = ()
+) -> Iterator[tuple[Scripted, Callable[[Callable[[str], Any]], Any]]]:
     """The server, and a way to run something blocking beside it."""
-    server = Scripted(*scripts)
+    server = Scripted(*scripts, vectors=vectors)
 
     def run(use: Callable[[str], Any]) -> Any:
         async def main() -> Any:
