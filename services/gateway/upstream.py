@@ -184,7 +184,10 @@ async def _health(channel: aio.Channel, limit_s: float) -> health_pb2.HealthChec
 
 def _meaning(error: aio.AioRpcError) -> PagewireError:
     """What a failed call means. gRPC's own words stay here: they name addresses, which are no caller's business."""
-    if error.code() is grpc.StatusCode.UNAVAILABLE and DETAILS_KEY not in (error.trailing_metadata() or ()):
-        return Unavailable("no scheduler is there")
+    if DETAILS_KEY not in (error.trailing_metadata() or ()):
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            return Unavailable("no scheduler is there")
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:  # it stands still: another one may answer
+            return Unavailable("the scheduler did not answer in time")
     known = from_rpc_error(error)
     return known if isinstance(known, PagewireError) else PagewireError(f"the scheduler answered {error.code().name}")
