@@ -78,6 +78,11 @@ _READY: Final = {
     "properties": {"status": {"enum": ["ready", "draining"]}},
 }
 _WORDS: Final = {"type": "string"}
+_EVENT: Final = {  # a schema is of each event: what is of the whole stream has none before OpenAPI 3.2
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": _WORDS, "event": _WORDS, "id": _WORDS, "retry": {"type": "integer"}},
+}
 _HEADERS: Final = [
     {"name": "X-Request-Id", "in": "header", "schema": _WORDS, "description": "what the answer calls the request"},
     {"name": LAST_EVENT_ID, "in": "header", "schema": _WORDS, "description": "of a stream that goes on"},
@@ -128,7 +133,7 @@ def _asked(read: Callable[[Fields], object], needed: Mapping[str, object], what:
         "required": ["id", "object", "model", "usage"],
         "properties": {"id": _WORDS, "object": {"const": told_as}, "model": _WORDS, "usage": {"type": "object"}},
     }
-    answer = {"application/json": {"schema": whole}, "text/event-stream": {"schema": _WORDS}}
+    answer = {"application/json": {"schema": whole}, "text/event-stream": {"schema": _EVENT}}
     return {
         "post": {
             "summary": what,
