@@ -68,7 +68,7 @@ class Event(NamedTuple):
 
 
 class Timeline:
-    """One request's. `trace` says whose trace it is part of, and means nothing here.
+    """One request's. `trace` says whose trace it is part of, `operation` what it is there; neither matters here.
 
     Of more than `max_events` the middle is left out: how it began and how it ended is always there.
     """
@@ -81,7 +81,6 @@ class Timeline:
         "error",
         "events",
         "first_token_ns",
-        "is_chat",
         "is_recorded",
         "last_token_ns",
         "num_accepted",
@@ -93,6 +92,7 @@ class Timeline:
         "num_output",
         "num_preemptions",
         "num_prompt",
+        "operation",
         "reason",
         "received_ns",
         "request_id",
@@ -107,14 +107,14 @@ class Timeline:
         *,
         tenant: str = "",
         trace: str = "",
-        is_chat: bool = False,
+        operation: str = "text_completion",
         max_events: int = 64,
     ) -> None:
         self.request_id = request_id
         self.tenant = tenant
         self.trace = trace
         self.is_recorded = False  # by whoever keeps that trace: executors are told of it
-        self.is_chat = is_chat
+        self.operation = operation
         self.received_ns = received_ns
         # on the caller's clock, 0 until it happened
         self.admitted_ns = 0

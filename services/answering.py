@@ -272,7 +272,9 @@ class Answerer:
 
     def _timeline(self, spec: GenerateSpec, tenant: str) -> Timeline:
         """Of a request that arrives now."""
-        return self._engine.timeline(spec.request_id, tenant=tenant, is_chat=isinstance(spec.input, Chat))
+        return self._engine.timeline(
+            spec.request_id, tenant=tenant, operation="chat" if isinstance(spec.input, Chat) else "text_completion"
+        )
 
     @contextmanager
     def refusals(self, request_id: str, tenant: str) -> Iterator[None]:

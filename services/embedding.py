@@ -137,7 +137,7 @@ class Embedder:
                 priority=spec.priority,
                 deadline_ns=deadline_ns,
                 cache=spec.cache or CacheControl(),
-                timeline=engine.timeline(name, tenant=caller.tenant),
+                timeline=engine.timeline(name, tenant=caller.tenant, operation="embeddings"),
                 dimensions=dimensions,
             )
 

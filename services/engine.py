@@ -110,9 +110,9 @@ class Engine:
         left_s = self._max_request_s if time_left_s is None else min(time_left_s, self._max_request_s)
         return self._clock_ns() + int(left_s * 1e9)
 
-    def timeline(self, request_id: str, *, tenant: str = "", is_chat: bool = False) -> Timeline:
+    def timeline(self, request_id: str, *, tenant: str = "", operation: str = "text_completion") -> Timeline:
         """For a request that arrives now: `submit` takes it."""
-        return self.timelines.make(request_id, self._clock_ns(), tenant=tenant, is_chat=is_chat)
+        return self.timelines.make(request_id, self._clock_ns(), tenant=tenant, operation=operation)
 
     def refused(self, request_id: str, limit: str, tenant: str) -> None:
         """A request was refused now, for that."""

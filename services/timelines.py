@@ -62,7 +62,7 @@ class Timelines:
         """Those of requests that run or wait."""
         return len(self._open)
 
-    def make(self, request_id: str, now_ns: int, *, tenant: str = "", is_chat: bool = False) -> Timeline:
+    def make(self, request_id: str, now_ns: int, *, tenant: str = "", operation: str = "text_completion") -> Timeline:
         """For a request that has come now. Nobody finds it before it is queued, and `opened`."""
         trace = trace_context.current()
         timeline = Timeline(
@@ -70,7 +70,7 @@ class Timelines:
             now_ns,
             tenant=tenant,
             trace=trace.header if trace is not None else "",
-            is_chat=is_chat,
+            operation=operation,
             max_events=self._max_events,
         )
         timeline.is_recorded = self._records and trace is not None and trace.sampled

@@ -105,7 +105,7 @@ class Tracer:
             return
         t, ahead_ns = timeline, self._wall_ns() - self._clock_ns()
         whole = self._tracer.start_span(
-            f"{_operation(t)} {self.model}",
+            f"{t.operation} {self.model}",
             context=_context_of(parent),
             attributes=_attributes_of(t, self.model),
             start_time=t.received_ns + ahead_ns,
@@ -176,18 +176,22 @@ def _version() -> str:
         return "0"
 
 
-def _operation(timeline: Timeline) -> str:
-    return "chat" if timeline.is_chat else "text_completion"
+_STOPS: Final = frozenset({FinishReason.EOS, FinishReason.STOP_TOKEN, FinishReason.STOP_STRING, FinishReason.EMBEDDED})
+
+
+def _reason(reason: FinishReason) -> str:
+    """In the words that OpenAI has, where it has one."""
+    return "stop" if reason in _STOPS else reason.name.lower()
 
 
 def _attributes_of(t: Timeline, model: str) -> Attributes:
     found: dict[str, str | int | float | Sequence[str]] = {
-        "gen_ai.operation.name": _operation(t),
+        "gen_ai.operation.name": t.operation,
         "gen_ai.provider.name": _PROVIDER,
         "gen_ai.request.model": model,
         "gen_ai.response.model": model,
         "gen_ai.response.id": t.request_id,
-        "gen_ai.response.finish_reasons": (t.reason.name.lower(),),
+        "gen_ai.response.finish_reasons": (_reason(t.reason),),
         "gen_ai.request.choice.count": t.num_choices,
         "gen_ai.usage.input_tokens": t.num_prompt,
         "gen_ai.usage.output_tokens": t.num_output,

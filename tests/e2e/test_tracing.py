@@ -105,6 +105,17 @@ def test_a_request_has_the_attributes_of_generative_ai_and_no_word_of_its_caller
     assert SECRET.encode() not in traced.collector.said
 
 
+def test_vectors_are_traced_as_what_they_are(traced: Traced) -> None:
+    trace_id = "e" * 32
+    header = {"traceparent": f"00-{trace_id}-{'2' * 16}-01"}
+    assert traced.gateway.post("/v1/embeddings", {"input": SECRET}, header).json()["data"]
+    spans = traced.collector.until(lambda spans: "embeddings fake" in of(spans, trace_id))
+
+    told = of(spans, trace_id)["embeddings fake"].attributes
+    assert (told["gen_ai.operation.name"], told["gen_ai.usage.output_tokens"]) == ("embeddings", 0)
+    assert told["gen_ai.response.finish_reasons"] == ["stop"] and told["gen_ai.usage.input_tokens"] > 0
+
+
 def test_a_trace_that_its_caller_does_not_record_is_not_recorded_here(traced: Traced) -> None:
     asked(traced, "c" * 32, sampled=False)
     asked(traced, "d" * 32)
