@@ -268,23 +268,31 @@ class Ahead {
   bool values_ = false;
 };
 
+template <int R, int V>
+static inline void clear(f32reg (&acc)[R][V]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) acc[r][v] = f32reg{};
+}
+
 template <bool FLOAT, int R, int V>
 static inline void accumulate(const uint32_t* a, int64_t stride, const uint32_t* (&b)[V], int64_t step, int64_t steps,
-                              Ahead& ahead, f32x16 (&acc)[R][V]) {
+                              Ahead& ahead, f32reg (&acc)[R][V * kParts]) {
   for (int64_t s = 0; s < steps; s++) {
-    u32x16 w[V];
+    u32reg w[V * kParts];
     ahead.step();
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) w[v] = load<u32x16>(b[v] + s * step);
+#pragma GCC unroll 8
+    for (int v = 0; v < V * kParts; v++) w[v] = load<u32reg>(b[v / kParts] + s * step + v % kParts * kRegisterLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const uint32_t word = a[r * stride + s];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V * kParts; v++) {
         if (FLOAT) {
           float value;
           std::memcpy(&value, &word, 4);
-          acc[r][v] += (f32x16)w[v] * value;
+          acc[r][v] += (f32reg)w[v] * value;
         } else {
           acc[r][v] = dot2(acc[r][v], w[v], word);
         }
@@ -393,9 +401,8 @@ static void attend_stretch(const Stretch& s, const Stretch* next, const uint32_t
         widen_bytes((const int8_t*)b[v], 16 * a.key_dim, to);
         b[v] = (const uint32_t*)to;
       }
-    f32x16 acc[R][2];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = splat(0.f);
+    f32reg acc[R][2 * kParts];
+    clear(acc);
     accumulate<FLOAT, R, 2>(query, key_words, b, 16, key_words, ahead, acc);
     f32x16 scale[2] = {splat(a.scale), splat(a.scale)};
     if (bytes) {
@@ -403,7 +410,7 @@ static void attend_stretch(const Stretch& s, const Stretch* next, const uint32_t
       scale[1] *= load<f32x16>(s.scales(false, last));
     }
     for (int r = 0; r < R; r++)
-      for (int v = 0; v < 2; v++) store(&scores[r][g * 16 + v * 16], acc[r][v] * scale[v]);
+      for (int v = 0; v < 2; v++) store(&scores[r][g * 16 + v * 16], load<f32x16>(&acc[r][v * kParts]) * scale[v]);
   }
 
   weigh<FLOAT>(s, R, low, high, scores, weights, part);
@@ -412,24 +419,22 @@ static void attend_stretch(const Stretch& s, const Stretch* next, const uint32_t
   find_values<FLOAT>(s, wide, tail, values);
   int64_t d = 0;
   for (; d + 32 <= a.value_dim; d += 32) {
-    f32x16 acc[R][2];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = splat(0.f);
+    f32reg acc[R][2 * kParts];
+    clear(acc);
     for (int64_t g = 0; g < groups; g++) {
       const uint32_t* b[2] = {values[g] + d, values[g] + d + 16};
       accumulate<FLOAT, R, 2>(weights[0] + g * 16 / L, kStretch / L, b, a.value_dim, 16 / L, ahead, acc);
     }
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < 2; v++) store(part.out + r * a.value_dim + d + v * 16, acc[r][v]);
+    for (int r = 0; r < R; r++) std::memcpy(part.out + r * a.value_dim + d, acc[r], sizeof acc[r]);
   }
   if (d < a.value_dim) {
-    f32x16 acc[R][1];
-    for (int r = 0; r < R; r++) acc[r][0] = splat(0.f);
+    f32reg acc[R][kParts];
+    clear(acc);
     for (int64_t g = 0; g < groups; g++) {
       const uint32_t* b[1] = {values[g] + d};
       accumulate<FLOAT, R, 1>(weights[0] + g * 16 / L, kStretch / L, b, a.value_dim, 16 / L, ahead, acc);
     }
-    for (int r = 0; r < R; r++) store(part.out + r * a.value_dim + d, acc[r][0]);
+    for (int r = 0; r < R; r++) std::memcpy(part.out + r * a.value_dim + d, acc[r], sizeof acc[r]);
   }
 }
 

@@ -27,13 +27,16 @@ class Expander {
 #if defined(PAGEWIRE_AVX512)
     high_ = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)high));
     low_ = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)low));
+#elif defined(PAGEWIRE_AVX2)
+    high_ = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)high));
+    low_ = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)low));
 #else
     high_ = load<u8x16>(high), low_ = load<u8x16>(low);
 #endif
   }
 
   // `step` is 0 or 1: which of the pair.
-  inline void expand(const uint8_t* pair, int step, u32x16& b0, u32x16& b1) const {
+  inline void expand(const uint8_t* pair, int step, u32reg (&b)[kPanel]) const {
 #if defined(PAGEWIRE_AVX512)
     const __m512i rest = _mm512_loadu_si512(pair + 64 * step), sign = _mm512_set1_epi8((char)0x80);
     __m512i codes = _mm512_loadu_si512(pair + 128);
@@ -42,8 +45,21 @@ class Expander {
     // the high byte is sign | upper seven bits of the exponent, the low byte its last bit | mantissa
     const __m512i high = _mm512_ternarylogic_epi64(rest, sign, _mm512_shuffle_epi8(high_, codes), 0xea);  // a & b | c
     const __m512i low = _mm512_ternarylogic_epi64(rest, sign, _mm512_shuffle_epi8(low_, codes), 0xba);    // a & ~b | c
-    b0 = (u32x16)_mm512_unpacklo_epi8(low, high);
-    b1 = (u32x16)_mm512_unpackhi_epi8(low, high);
+    b[0] = (u32x16)_mm512_unpacklo_epi8(low, high);
+    b[1] = (u32x16)_mm512_unpackhi_epi8(low, high);
+#elif defined(PAGEWIRE_AVX2)
+    const __m256i sign = _mm256_set1_epi8((char)0x80), four = _mm256_set1_epi8(15);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      const __m256i rest = _mm256_loadu_si256((const __m256i*)(pair + 64 * step + 32 * half));
+      __m256i codes = _mm256_loadu_si256((const __m256i*)(pair + 128 + 32 * half));
+      if (step) codes = _mm256_srli_epi16(codes, 4);
+      codes = _mm256_and_si256(codes, four);
+      const __m256i high = _mm256_or_si256(_mm256_and_si256(rest, sign), _mm256_shuffle_epi8(high_, codes));
+      const __m256i low = _mm256_or_si256(_mm256_andnot_si256(sign, rest), _mm256_shuffle_epi8(low_, codes));
+      b[half] = (u32reg)_mm256_unpacklo_epi8(low, high);
+      b[2 + half] = (u32reg)_mm256_unpackhi_epi8(low, high);
+    }
 #else
     for (int lane = 0; lane < 4; lane++) {
       const u8x16 rest = load<u8x16>(pair + 64 * step + 16 * lane);
@@ -53,8 +69,7 @@ class Expander {
       const u8x16 low = (rest & 0x7f) | __builtin_shuffle(low_, codes);
       const u8x16 first = __builtin_shuffle(low, high, u8x16{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
       const u8x16 second = __builtin_shuffle(low, high, u8x16{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
-      std::memcpy((char*)&b0 + 16 * lane, &first, 16);
-      std::memcpy((char*)&b1 + 16 * lane, &second, 16);
+      b[lane] = (u32reg)first, b[4 + lane] = (u32reg)second;
     }
 #endif
   }
@@ -62,10 +77,18 @@ class Expander {
  private:
 #if defined(PAGEWIRE_AVX512)
   __m512i high_, low_;
+#elif defined(PAGEWIRE_AVX2)
+  __m256i high_, low_;
 #else
   u8x16 high_, low_;
 #endif
 };
+
+// A step of a panel to its place in the plain layout.
+static inline void put(const u32reg (&b)[kPanel], uint32_t* words) {
+#pragma GCC unroll 8
+  for (int v = 0; v < kPanel; v++) store(words + v * kRegisterLanes, b[v]);
+}
 
 // The strays of one panel, in the order of k.
 class Strays {
@@ -88,19 +111,19 @@ class Strays {
 // The same sums as of plain words, bit for bit. With KEEP (and P = 1) the words are kept as well, for the rows that follow.
 template <int R, int P, bool KEEP>
 static inline void multiply_compact(const Linear& l, const Operand& a, int64_t panel, const Fetch& fetch, uint32_t* keep,
-                                    f32x16 (&acc)[R][2 * P]) {
+                                    f32reg (&acc)[R][2 * P * kParts]) {
   const Expander expander(l.exponents);
   const uint8_t* const w = compact_panel(l, panel);
   const int64_t panel_bytes = compact_panel_bytes(l), pairs = l.k / 4;
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < 2 * P; v++) acc[r][v] = splat(0.f);
-  const auto add = [&](int p, int64_t step, u32x16 b0, u32x16 b1) __attribute__((always_inline)) {
-    if (KEEP) store(keep + step * 32, b0), store(keep + step * 32 + 16, b1);
+    for (int v = 0; v < P * kPanel; v++) acc[r][v] = f32reg{};
+  const auto add = [&](int p, int64_t step, const u32reg (&b)[kPanel]) __attribute__((always_inline)) {
+    if (KEEP) put(b, keep + step * 32);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const uint32_t word = a.words[r * a.stride + step];
-      acc[r][2 * p] = dot2(acc[r][2 * p], b0, word);
-      acc[r][2 * p + 1] = dot2(acc[r][2 * p + 1], b1, word);
+#pragma GCC unroll 8
+      for (int v = 0; v < kPanel; v++) acc[r][p * kPanel + v] = dot2(acc[r][p * kPanel + v], b[v], word);
     }
   };
   Strays strays[P];
@@ -115,9 +138,9 @@ static inline void multiply_compact(const Linear& l, const Operand& a, int64_t p
       for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
         for (int step = 0; step < 2; step++) {
-          u32x16 b0, b1;
-          expander.expand(w + p * panel_bytes + pair * kPairBytes, step, b0, b1);
-          add(p, 2 * pair + step, b0, b1);
+          u32reg b[kPanel];
+          expander.expand(w + p * panel_bytes + pair * kPairBytes, step, b);
+          add(p, 2 * pair + step, b);
         }
     }
     if (pair == pairs) return;
@@ -125,14 +148,18 @@ static inline void multiply_compact(const Linear& l, const Operand& a, int64_t p
     for (int p = 0; p < P; p++) {
       alignas(64) uint32_t words[2 * 32];
       for (int step = 0; step < 2; step++) {
-        u32x16 b0, b1;
-        expander.expand(w + p * panel_bytes + pair * kPairBytes, step, b0, b1);
-        store(words + step * 32, b0), store(words + step * 32 + 16, b1);
+        u32reg b[kPanel];
+        expander.expand(w + p * panel_bytes + pair * kPairBytes, step, b);
+        put(b, words + step * 32);
       }
       strays[p].put(pair, words);
 #pragma GCC unroll 2
-      for (int step = 0; step < 2; step++)
-        add(p, 2 * pair + step, load<u32x16>(words + step * 32), load<u32x16>(words + step * 32 + 16));
+      for (int step = 0; step < 2; step++) {
+        u32reg b[kPanel];
+#pragma GCC unroll 8
+        for (int v = 0; v < kPanel; v++) b[v] = load<u32reg>(words + step * 32 + v * kRegisterLanes);
+        add(p, 2 * pair + step, b);
+      }
     }
     pair++;
   }

@@ -11,6 +11,22 @@ typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 
+// What is one register here. The inner loops of products are written in these: what is wider than a register the compiler
+// keeps in memory, and a sum that goes there and back with each step costs many times what the step does.
+#if defined(PAGEWIRE_AVX512)
+constexpr int kParts = 1;  // registers that hold sixteen lanes
+#elif defined(PAGEWIRE_AVX2)
+constexpr int kParts = 2;
+#else
+constexpr int kParts = 4;
+#endif
+constexpr int kRegisterLanes = 16 / kParts;
+constexpr int kPanel = 2 * kParts;  // registers that hold a step of a panel
+typedef float f32reg __attribute__((vector_size(64 / kParts)));
+typedef int32_t i32reg __attribute__((vector_size(64 / kParts)));
+typedef uint32_t u32reg __attribute__((vector_size(64 / kParts)));
+typedef uint16_t u16reg __attribute__((vector_size(32 / kParts)));
+
 template <class V, class T>
 static inline V load(const T* p) {
   V v;
@@ -32,7 +48,13 @@ static inline f32x16 vmax(f32x16 a, f32x16 b) {  // b where either is NaN
   return a > b ? a : b;
 #endif
 }
+static inline f32reg splat_register(float x) { return f32reg{} + x; }
+static inline i32reg splat_register(int32_t x) { return i32reg{} + x; }
 static inline f32x16 widen(u16x16 bf16) { return (f32x16)(__builtin_convertvector(bf16, u32x16) << 16); }
+
+#if !defined(PAGEWIRE_AVX512)
+static inline f32reg widen(u16reg bf16) { return (f32reg)(__builtin_convertvector(bf16, u32reg) << 16); }
+#endif
 
 static inline u16x16 narrow(f32x16 x) {  // to bfloat16, nearest even; NaN stays NaN
 #if defined(PAGEWIRE_AVX512)
@@ -98,34 +120,28 @@ static inline f32x16 vexp(f32x16 x) {  // e^x to about 1e-7; 0 below -87.3, also
 }
 
 // c + the products of two bfloat16 pairs. `w` holds a pair a lane, `a` is one pair for all lanes.
-static inline f32x16 dot2(f32x16 c, u32x16 w, uint32_t a) {
+static inline f32reg dot2(f32reg c, u32reg w, uint32_t a) {
 #if defined(PAGEWIRE_AVX512)
   return (f32x16)_mm512_dpbf16_ps((__m512)c, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)a));
 #else
-  const u32x16 pair = splat(a);
-  c += (f32x16)(w << 16) * (f32x16)(pair << 16);
-  return c + (f32x16)(w & 0xffff0000u) * (f32x16)(pair & 0xffff0000u);
+  c += (f32reg)(w << 16) * widen((uint16_t)a);
+  return c + (f32reg)(w & 0xffff0000u) * widen((uint16_t)(a >> 16));
 #endif
 }
 
 // c + the products of four bytes: `w` holds four unsigned ones a lane, `a` four signed ones for all lanes. Exact.
-static inline i32x16 dot4(i32x16 c, u32x16 w, uint32_t a) {
+static inline i32reg dot4(i32reg c, u32reg w, uint32_t a) {
 #if defined(PAGEWIRE_AVX512)
   return (i32x16)_mm512_dpbusd_epi32((__m512i)c, (__m512i)w, _mm512_set1_epi32((int)a));
 #elif defined(PAGEWIRE_AVX2)
-  const u32x16 even = w & 0x00ff00ffu, odd = (w >> 8) & 0x00ff00ffu;
   const int32_t low = (int8_t)a & 0xffff, high = (int32_t)((uint32_t)(int32_t)(int8_t)(a >> 16) << 16);
   const int32_t low1 = (int8_t)(a >> 8) & 0xffff, high1 = (int32_t)((uint32_t)(int32_t)(int8_t)(a >> 24) << 16);
-  const __m256i ae = _mm256_set1_epi32(low | high), ao = _mm256_set1_epi32(low1 | high1);
-  __m256i e[2], o[2], s[2];
-  std::memcpy(e, &even, 64), std::memcpy(o, &odd, 64);
-  for (int i = 0; i < 2; i++) s[i] = _mm256_add_epi32(_mm256_madd_epi16(e[i], ae), _mm256_madd_epi16(o[i], ao));
-  i32x16 added;
-  std::memcpy(&added, s, 64);
-  return c + added;
+  const __m256i even = _mm256_madd_epi16((__m256i)(w & 0x00ff00ffu), _mm256_set1_epi32(low | high));
+  const __m256i odd = _mm256_madd_epi16((__m256i)((w >> 8) & 0x00ff00ffu), _mm256_set1_epi32(low1 | high1));
+  return c + (i32reg)_mm256_add_epi32(even, odd);
 #else
   for (int byte = 0; byte < 4; byte++)
-    c += (i32x16)((w >> (8 * byte)) & 0xffu) * (int32_t)(int8_t)(a >> (8 * byte));
+    c += (i32reg)((w >> (8 * byte)) & 0xffu) * (int32_t)(int8_t)(a >> (8 * byte));
   return c;
 #endif
 }

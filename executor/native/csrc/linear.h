@@ -13,11 +13,11 @@ struct Epilogue {
 };
 
 template <int R, int P>
-static inline void finish(const Linear& l, const Epilogue& e, int64_t row, int64_t panel, f32x16 (&acc)[R][2 * P]) {
+static inline void finish(const Linear& l, const Epilogue& e, int64_t row, int64_t panel, f32reg (&acc)[R][2 * P * kParts]) {
   for (int p = 0; p < P; p++) {
     const int64_t column = (panel + p) * 32;
     for (int r = 0; r < R; r++) {
-      f32x16 low = acc[r][2 * p], high = acc[r][2 * p + 1];
+      f32x16 low = load<f32x16>(&acc[r][2 * p * kParts]), high = load<f32x16>(&acc[r][(2 * p + 1) * kParts]);
       if (l.bias) {
         low += load<f32x16>(l.bias + column);
         high += load<f32x16>(l.bias + column + 16);
@@ -60,27 +60,33 @@ enum Source { kFloat32Words, kBfloat16Words, kExpandedWords, kCompactWords, kKep
 template <int SOURCE>
 constexpr int kTile = SOURCE >= kInt8Words ? kByteTileRows : kTileRows;
 
+// Where register `v` of a step lies, counted over panels that begin `stride` words apart.
+static inline const uint32_t* panel_register(const uint32_t* w, int64_t stride, int64_t step, int v) {
+  return w + v / kPanel * stride + step * 32 + v % kPanel * kRegisterLanes;
+}
+
 template <bool FLOAT, int R, int P>
 static inline void multiply_words(const Linear& l, const Operand& a, const uint32_t* w, const Fetch& fetch,
-                                  f32x16 (&acc)[R][2 * P]) {
+                                  f32reg (&acc)[R][2 * P * kParts]) {
+  constexpr int V = 2 * P * kParts;
   const int64_t steps = l.k / (FLOAT ? 1 : 2);
   const uint32_t* x = a.words;
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < 2 * P; v++) acc[r][v] = splat(0.f);
+    for (int v = 0; v < V; v++) acc[r][v] = f32reg{};
   for (int64_t s = 0; s < steps; s++) {
-    u32x16 b[2 * P];
+    u32reg b[V];
     fetch.step(s);
 #pragma GCC unroll 8
-    for (int v = 0; v < 2 * P; v++) b[v] = load<u32x16>(w + (v / 2) * steps * 32 + s * 32 + (v % 2) * 16);
+    for (int v = 0; v < V; v++) b[v] = load<u32reg>(panel_register(w, steps * 32, s, v));
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const uint32_t word = x[r * a.stride + s];
 #pragma GCC unroll 8
-      for (int v = 0; v < 2 * P; v++) {
+      for (int v = 0; v < V; v++) {
         if (FLOAT) {
           float value;
           std::memcpy(&value, &word, 4);
-          acc[r][v] += (f32x16)b[v] * value;
+          acc[r][v] += (f32reg)b[v] * value;
         } else {
           acc[r][v] = dot2(acc[r][v], b[v], word);
         }
@@ -91,28 +97,29 @@ static inline void multiply_words(const Linear& l, const Operand& a, const uint3
 
 template <int KIND, int R, int P>
 static inline void multiply_bytes(const Linear& l, const Operand& a, int64_t row, const uint32_t* w, int64_t panel,
-                                  const Fetch& fetch, f32x16 (&acc)[R][2 * P]) {
+                                  const Fetch& fetch, f32reg (&acc)[R][2 * P * kParts]) {
+  constexpr int V = 2 * P * kParts;
   constexpr int kPerGroup = KIND == kInt8 ? 8 : 4;  // stored steps of a group
   const int64_t stride = panel_words(l), group_scales = KIND == kInt8 ? 32 : 64;
   const uint16_t* scales = l.scales + panel * a.groups * group_scales;
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < 2 * P; v++) acc[r][v] = splat(0.f);
+    for (int v = 0; v < V; v++) acc[r][v] = f32reg{};
   for (int64_t g = 0; g < a.groups; g++) {
-    i32x16 whole[R][2 * P];
+    i32reg whole[R][V];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int v = 0; v < 2 * P; v++) whole[r][v] = splat(KIND == kInt8 ? -128 * a.sums[a.at(row + r, g)] : 0);
+      for (int v = 0; v < V; v++) whole[r][v] = splat_register(KIND == kInt8 ? -128 * a.sums[a.at(row + r, g)] : 0);
     for (int64_t s = g * kPerGroup; s < (g + 1) * kPerGroup; s++) {
-      u32x16 b[2 * P];
+      u32reg b[V];
       fetch.step(s);
 #pragma GCC unroll 8
-      for (int v = 0; v < 2 * P; v++) b[v] = load<u32x16>(w + (v / 2) * stride + s * 32 + (v % 2) * 16);
+      for (int v = 0; v < V; v++) b[v] = load<u32reg>(panel_register(w, stride, s, v));
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const uint32_t* x = a.words + (row + r) * a.stride + (KIND == kInt8 ? s : 2 * s);
 #pragma GCC unroll 8
-        for (int v = 0; v < 2 * P; v++) {
+        for (int v = 0; v < V; v++) {
           if (KIND == kInt8) {
             whole[r][v] = dot4(whole[r][v], b[v], x[0]);
           } else {
@@ -123,15 +130,15 @@ static inline void multiply_bytes(const Linear& l, const Operand& a, int64_t row
       }
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < 2 * P; v++) {
-      const uint16_t* at = scales + ((v / 2) * a.groups + g) * group_scales + (v % 2) * 16;
-      const f32x16 scale = widen(load<u16x16>(at));
-      f32x16 least = splat(0.f);
-      if (KIND == kInt4) least = widen(load<u16x16>(at + 32));
+    for (int v = 0; v < V; v++) {
+      const uint16_t* at = scales + (v / kPanel * a.groups + g) * group_scales + v % kPanel * kRegisterLanes;
+      const f32reg scale = widen(load<u16reg>(at));
+      f32reg least{};
+      if (KIND == kInt4) least = widen(load<u16reg>(at + 32));
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const float unit = a.scales[a.at(row + r, g)];
-        acc[r][v] += __builtin_convertvector(whole[r][v], f32x16) * (scale * unit);
+        acc[r][v] += __builtin_convertvector(whole[r][v], f32reg) * (scale * unit);
         if (KIND == kInt4) acc[r][v] += least * (unit * (float)a.sums[a.at(row + r, g)]);
       }
     }
@@ -143,7 +150,7 @@ static inline void multiply_bytes(const Linear& l, const Operand& a, int64_t row
 template <int SOURCE, int R, int P>
 static void multiply_tile(const Linear& l, const Operand& a, const uint32_t* words, int64_t row, int64_t panel,
                           bool last_tile, const Epilogue& e) {
-  f32x16 acc[R][2 * P];
+  f32reg acc[R][2 * P * kParts];
   Fetch fetch{nullptr, 128};
   if (last_tile && R >= 4) {
     fetch.from = (const uint8_t*)(words + panel_words(l));
@@ -173,7 +180,7 @@ static inline void multiply_rows(const Linear& l, const Operand& a, const uint32
       multiply_tile<SOURCE, R, P>(l, a, words + (panel - first) * panel_words(l), row, panel, last_tile, e);
   };
   if constexpr (R <= 2 && SOURCE != kExpandedWords && SOURCE != kKeptWords) {  // few rows: several panels keep more loads and sums under way
-    constexpr int P = SOURCE >= kInt8Words ? 2 : 4 / R;
+    constexpr int P = std::max(1, SOURCE >= kInt8Words ? 2 / kParts : 4 / kParts / R);
     tiles(std::integral_constant<int, P>());
     if constexpr (P > 2) tiles(std::integral_constant<int, 2>());
   }

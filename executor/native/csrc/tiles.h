@@ -61,9 +61,9 @@ class CompactChunks {
     for (int64_t pair = first; pair < last; pair++) {
       uint32_t* words = to + (pair - first) * 64;
       for (int step = 0; step < 2; step++) {
-        u32x16 b0, b1;
-        expander_.expand(from_ + pair * kPairBytes, step, b0, b1);
-        store(words + step * 32, b0), store(words + step * 32 + 16, b1);
+        u32reg b[kPanel];
+        expander_.expand(from_ + pair * kPairBytes, step, b);
+        put(b, words + step * 32);
       }
     }
     while (strays_.next_pair() < last) {
