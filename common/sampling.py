@@ -8,9 +8,9 @@ control does, and in which order, is said in executor/controls.py and executor/s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from common.errors import InvalidRequest
 
@@ -24,6 +24,15 @@ class Grammar(NamedTuple):
 
     syntax: Syntax
     source: str
+
+
+JSON_SPELLING: Final[Mapping[str, Any]] = {
+    # Between two parts: pretty-printing fits, and a model that likes spaces does not go on for ever.
+    "whitespace_flexible": True,
+    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,20}",
+    "lenient": False,  # a keyword of the schema that cannot be kept is an error
+}
+"""How an answer in JSON may be written, in llguidance's words."""
 
 
 EarlyStopping = bool | Literal["never"]

@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from common.sampling import Grammar
+from common.sampling import JSON_SPELLING, Grammar
 
-# Between two parts of a JSON text: pretty-printing fits, and a model that likes spaces does not go on for ever.
-_WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,20}"
 _MAX_STATES: Final = 20_000  # of a lexer, 1 to 2 kB each
 # Of one step, which all rows of a batch wait for: about 4 ms at most, by the library's own figures.
 _STEP_FUEL: Final = 50_000
@@ -50,10 +48,8 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
                 raise GrammarError(f"is not valid JSON, or too deep: {_told(str(error))}") from None
             if not isinstance(schema, dict):
                 raise GrammarError("must be a JSON object")
-            source = LLMatcher.grammar_from_json_schema(
-                grammar.source,
-                overrides={"whitespace_flexible": True, "whitespace_pattern": _WHITESPACE, "lenient": False},
-            )
+            spelling: Any = dict(JSON_SPELLING)
+            source = LLMatcher.grammar_from_json_schema(grammar.source, overrides=spelling)
         case "regex":
             source = LLMatcher.grammar_from_regex(grammar.source)
         case "lark":

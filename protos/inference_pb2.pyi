@@ -36,7 +36,7 @@ class _ToolChoiceModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ToolCh
     TOOL_CHOICE_MODE_UNSPECIFIED: _ToolChoiceMode.ValueType  # 0
     """auto"""
     TOOL_CHOICE_MODE_AUTO: _ToolChoiceMode.ValueType  # 1
-    """text, calls, or text and then calls, as the model likes"""
+    """Text, calls, or text and then calls, as the model likes. Where `structured` says what the text is: that, or calls."""
     TOOL_CHOICE_MODE_NONE: _ToolChoiceMode.ValueType  # 2
     """the model is not told of any tool"""
     TOOL_CHOICE_MODE_REQUIRED: _ToolChoiceMode.ValueType  # 3
@@ -47,7 +47,7 @@ class ToolChoiceMode(_ToolChoiceMode, metaclass=_ToolChoiceModeEnumTypeWrapper):
 TOOL_CHOICE_MODE_UNSPECIFIED: ToolChoiceMode.ValueType  # 0
 """auto"""
 TOOL_CHOICE_MODE_AUTO: ToolChoiceMode.ValueType  # 1
-"""text, calls, or text and then calls, as the model likes"""
+"""Text, calls, or text and then calls, as the model likes. Where `structured` says what the text is: that, or calls."""
 TOOL_CHOICE_MODE_NONE: ToolChoiceMode.ValueType  # 2
 """the model is not told of any tool"""
 TOOL_CHOICE_MODE_REQUIRED: ToolChoiceMode.ValueType  # 3

@@ -317,6 +317,9 @@ class Answerer:
     async def _check_grammar(self, spec: GenerateSpec, tenant: str) -> None:
         """Raise what GrammarChecker.check does. Waits for its turn and for the worker."""
         assert self._grammars is not None and spec.sampling.grammar is not None, "it was understood"
+        tools = spec.input.tools if isinstance(spec.input, Chat) else None
+        if tools is not None and tools.text is not None:  # alone first: what is wrong with it is told by its own field
+            await self._grammars.check(tools.text.field, tools.text.grammar, tenant)
         await self._grammars.check(spec.structured, spec.sampling.grammar, tenant)
 
     def _live_of(self, spec: GenerateSpec, tenant: str, scope: Scope) -> LiveRequest | None:
@@ -345,8 +348,10 @@ class Answerer:
         return self._tools if isinstance(spec.input, Chat) and spec.input.tools else None
 
     def _choice(self, spec: GenerateSpec, prompt: list[int], scope: Scope, n: int) -> Choice:
-        tools = self._tools_of(spec)
-        reader = tools.reader(spec.request_id, n) if tools else None
+        reader = None
+        if isinstance(spec.input, Chat) and spec.input.tools is not None:
+            assert self._tools is not None, "the chat was rendered"
+            reader = self._tools.reader(spec.request_id, n, spec.input.tools)
         return Choice(n, len(prompt), self._text(spec, prompt), self._tickets.writer(scope, n), reader)
 
     def _text(self, spec: GenerateSpec, prompt: list[int]) -> ChoiceText:

@@ -49,7 +49,7 @@ from services.request import (
     Text,
     TokenIds,
 )
-from services.tools.codec import call_delta_pb, calls_from_pb, check_fits, tools_from_pb
+from services.tools.codec import call_delta_pb, calls_from_pb, tools_from_pb, with_text
 
 # Optional floats that are called the same in the message and in the value.
 _Number = Literal[
@@ -131,10 +131,13 @@ def request_from_pb(
     check_beams(sampling, n, limits)
     stopping = request.stopping
     max_tokens = stopping.max_tokens if stopping.HasField("max_tokens") else None
+    source = input_from_pb(request, limits, vocab_size=vocab_size)
+    if isinstance(source, Chat) and source.tools is not None and grammar is not None:
+        source = replace(source, tools=with_text(source.tools, structured, grammar, asked.structured))
     spec = GenerateSpec(
         request_id=_request_id(request.request_id),
         model=request.model,
-        input=input_from_pb(request, limits, vocab_size=vocab_size),
+        input=source,
         sampling=sampling,
         n=n,
         max_tokens=max_tokens,
@@ -158,8 +161,6 @@ def request_from_pb(
         stop_strings=spec.stop_strings,
     )
     check_stop(stop, limits, vocab_size)
-    if isinstance(spec.input, Chat) and spec.input.tools is not None:
-        check_fits(structured)
     return spec
 
 

@@ -43,12 +43,13 @@ class ToolCalling:
         self._in_text = [id for id in tokenizer.added.values() if id not in not_in_text]
 
     def grammar(self, tools: Tools) -> Grammar:
-        """What an answer may be that may call these."""
+        """What an answer may be that may call these. Raises InvalidRequest, as `grammar_of` does."""
         return grammar_of(self.format, tools, tokens=self._tokens, in_text=self._in_text)
 
-    def reader(self, request_id: str, choice: int) -> CallReader:
-        """For one choice of one request, from its beginning."""
-        return CallReader(CallParser(self.format, partial(call_id, request_id, choice)))
+    def reader(self, request_id: str, choice: int, tools: Tools) -> CallReader:
+        """For one choice of one request that may call these, from its beginning."""
+        id_of = partial(call_id, request_id, choice)
+        return CallReader(CallParser(self.format, id_of, at_beginning=tools.text is not None))
 
 
 class CallReader:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableSequence, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from common.errors import InvalidRequest
-from common.sampling import RequestLimits
+from common.sampling import Grammar, RequestLimits
 from protos import inference_pb2 as pb
-from services.tools.values import MAX_DEPTH, NAME, NAME_RULE, NO_PARAMETERS, CallPiece, Tool, ToolCall, Tools, object_of
+from services.tools.values import (
+    MAX_DEPTH,
+    NAME,
+    NAME_RULE,
+    NO_PARAMETERS,
+    CallPiece,
+    TextForm,
+    Tool,
+    ToolCall,
+    Tools,
+    object_of,
+)
 
 _MAX_CALL_ID: Final = 128
 _MODES: Final = frozenset(pb.ToolChoiceMode.values())
@@ -68,10 +80,17 @@ def calls_from_pb(field: str, message: pb.ChatMessage, limits: RequestLimits) ->
     return tuple(ToolCall(id=call.id, name=call.name, arguments=call.arguments or "{}") for call in message.tool_calls)
 
 
-def check_fits(structured: str) -> None:
-    """Raise InvalidRequest where the answer must be something (`structured`, a field) and may call tools, too."""
-    if structured:
-        raise InvalidRequest(structured, "does not go together with chat.tools, unless their tool_choice is none")
+def with_text(tools: Tools, field: str, grammar: Grammar, structured: pb.StructuredOutput) -> Tools:
+    """The same tools, for an answer whose text must be of a grammar: a field of the request says so.
+
+    An answer that must be calls has no text. Raises InvalidRequest where nobody could tell the two apart.
+    """
+    if tools.required:
+        return tools
+    if field == "grammar":  # its texts may begin as calls do, and nobody can tell
+        problem = "does not go together with chat.tools, unless their tool_choice is none, required or a function"
+        raise InvalidRequest(field, f"{problem}; json_schema, regex and choices do")
+    return replace(tools, text=TextForm(field, grammar, tuple(structured.choices.values)))
 
 
 def call_delta_pb(piece: CallPiece) -> pb.ToolCallDelta:

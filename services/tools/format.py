@@ -39,6 +39,16 @@ class ToolFormat:
         return self.before_name + name + self.after_name
 
     @property
+    def mark(self) -> str:
+        """What calls begin with, and no text that must be of a form."""
+        return self.opening or self.before_name
+
+    @property
+    def is_json(self) -> bool:
+        """Calls are JSON, and nothing else."""
+        return self.mark.startswith("{")
+
+    @property
     def at_beginning(self) -> bool:
         """Calls and text exclude each other: the first character tells which an answer is."""
         return not self.opening

@@ -1,45 +1,47 @@
 """What an answer may be that may call tools: a grammar in Lark's syntax, in which each tool's schema is embedded.
 
 Where the model may choose, its text is free up to the opening of calls, and from there on everything is as strict as
-where it must call. Behind the calls the answer ends. See executor/grammar.py for who compiles this, and where.
+where it must call. Where its text must be of a form, an answer is that alone, or calls alone. Behind the calls the
+answer ends. See executor/grammar.py for who compiles this, and where.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from common.sampling import Grammar
 from services.tools.format import ToolFormat
+from services.tools.text_form import CALL_SPELLING, in_lexemes, rule_of
 from services.tools.values import Tool, Tools
-
-# JSON as Python's json.dumps writes it, which is what models see in their templates.
-_SPELLING: Final[Mapping[str, Any]] = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-}
 
 
 def grammar_of(format: ToolFormat, tools: Tools, *, tokens: Mapping[str, int], in_text: Sequence[int]) -> Grammar:
-    """The grammar of an answer.
+    """The grammar of an answer. Raises InvalidRequest where its text must be of a form that calls cannot be told from.
 
     `tokens`: of the format's markers, those that are a token of their own. `in_text`: other such tokens that may be in
     text; a character of text they are not, so that a pattern does not match them.
     """
     rules = _Rules(format, tokens)
     rules.add("calls", _calls(rules, format, tools))
+    opened = f"{rules.spelled(format.opening + format.first)} calls"
     if tools.required:
-        rules.add("start", f"{rules.spelled(format.opening + format.first)} calls")
+        rules.add("start", opened)
+    elif tools.text is not None:
+        name, body = rule_of(format, tools.text)
+        rules.add(name, body)
+        rules.add("start", f"{opened} | {name}")
     else:
         _add_choice(rules, format, in_text)
     return Grammar("lark", str(rules))
 
 
 def _calls(rules: _Rules, format: ToolFormat, tools: Tools) -> str:
+    is_beside_json = format.is_json and tools.text is not None and tools.text.grammar.syntax == "json_schema"
     for number, tool in enumerate(tools.callable):
-        head, tail = rules.spelled(format.head(tool.name)), rules.spelled(format.after_arguments)
+        head, tail = format.head(tool.name), rules.spelled(format.after_arguments)
+        head = in_lexemes(head) if is_beside_json else rules.spelled(head)
         rules.add(f"call_{number}", f"{head} arguments_{number} {tail}")
         rules.add(f"arguments_{number}", f"%json {json.dumps(_schema(tool))}")
     rules.add("call", " | ".join(f"call_{number}" for number in range(len(tools.callable))))
@@ -66,7 +68,7 @@ def _add_choice(rules: _Rules, format: ToolFormat, in_text: Sequence[int]) -> No
 
 def _schema(tool: Tool) -> dict[str, Any]:
     """What the arguments are valid by: an object, in our spelling."""
-    guidance = dict(_SPELLING) if tool.strict else {**_SPELLING, "lenient": True, "coerce_one_of": True}
+    guidance = dict(CALL_SPELLING) if tool.strict else {**CALL_SPELLING, "lenient": True, "coerce_one_of": True}
     return {"type": "object", **tool.parameters, "x-guidance": guidance}
 
 

@@ -31,13 +31,18 @@ class _Place(enum.Enum):
 class CallParser:
     """Takes the text of one choice."""
 
-    def __init__(self, format: ToolFormat, id_of: Callable[[int], str]) -> None:
-        """`id_of` gives the id of a call by its place among the calls of its choice."""
+    def __init__(self, format: ToolFormat, id_of: Callable[[int], str], *, at_beginning: bool = False) -> None:
+        """`id_of` gives the id of a call by its place among the calls of its choice.
+
+        `at_beginning`: what does not begin with a call is text, whatever the format.
+        """
         self._format = format
         self._id_of = id_of
-        self._place = _Place.HEAD if format.at_beginning else _Place.TEXT
+        self._at_beginning = at_beginning or format.at_beginning
+        self._place = _Place.HEAD if self._at_beginning else _Place.TEXT
         self._held = ""  # read, and not yet understood
-        self._opened = ""  # what led to a head; text, where no call follows
+        # what led to a head; text, where no call follows
+        self._opened = format.opening + format.first if self._at_beginning else ""
         self._depth = 0  # brackets of the arguments that are open
         self._in_string = False
         self._is_escaped = False  # the next character is, by the backslash before it
@@ -61,7 +66,12 @@ class CallParser:
     def finish(self) -> str:
         """The text has ended: return what was held back of it. Of a call that was cut short, no more is told."""
         held, self._held = self._held, ""
-        return held if self._place is _Place.TEXT else ""
+        return held if self._place is _Place.TEXT or self._is_before_mark(held) else ""
+
+    def _is_before_mark(self, held: str) -> bool:
+        """All of the text is held, and it is less than what calls begin with, or something else."""
+        is_all = self._place is _Place.HEAD and self._at_beginning and not self._num_calls
+        return is_all and not held.startswith(self._format.mark)
 
     def _advance(self, told: list[str], pieces: list[CallPiece]) -> bool:
         """Understand one thing in what is held. False: more must come first."""
@@ -79,7 +89,7 @@ class CallParser:
 
     def _read_text(self, told: list[str]) -> bool:
         opening = self._format.opening
-        if not opening:
+        if self._at_beginning:
             told.append(self._held)
             self._held = ""
             return False

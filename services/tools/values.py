@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, NoReturn
 
+from common.sampling import Grammar
+
 NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 NAME_RULE: Final = "must be 1 to 64 of a-z, A-Z, 0-9, _ and -"
 MAX_DEPTH: Final = 64  # objects and arrays within each other, of a schema and of arguments
@@ -29,6 +31,14 @@ class Tool:
         return {"type": "function", "function": function}
 
 
+class TextForm(NamedTuple):
+    """What the text of an answer must be that calls nothing."""
+
+    field: str  # of the request, which says so
+    grammar: Grammar
+    choices: tuple[str, ...] = ()  # where that is one of these
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tools:
     """What an answer may call. A chat that offers nothing, or whose tool_choice is none, has no such value."""
@@ -37,6 +47,7 @@ class Tools:
     callable: tuple[Tool, ...]  # those of them that it may call now
     required: bool = False  # the answer is calls alone
     parallel: bool = True  # several of them
+    text: TextForm | None = None  # not None: the answer is calls alone, or this alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,6 +61,7 @@ TOOLS: dict[str, Any] = {
     "max_tokens": 180,
     "request_id": "calls",
 }
+FORMED: dict[str, Any] = {**TOOLS, "tool_choice": "auto", "json_schema": PEOPLE, "request_id": "formed"}
 FREE: dict[str, Any] = {"ignore_eos": True}
 DEFAULTS: dict[str, Any] = {"token_ids": PROMPT, "temperature": 1.0, "max_tokens": 200, "seed": 11}
 
@@ -134,7 +135,7 @@ def test_structured_output_holds_when_blocks_run_out(server: Cluster, tiny: Path
 
 
 def test_structured_output_holds_when_an_executor_is_killed(server: Cluster, tiny: Path, tmp_path: Path) -> None:
-    asked = [*(settings for settings, _ in KINDS.values()), TOOLS]
+    asked = [*(settings for settings, _ in KINDS.values()), TOOLS, FORMED]
     undisturbed = [ask(server, **settings) for settings in asked]
     answers, moved = answers_through_a_kill(tiny, tmp_path, [{**DEFAULTS, **settings} for settings in asked])
 
@@ -226,6 +227,7 @@ def test_the_default_model_fills_in_a_schema_also_when_its_executor_is_killed(
             undisturbed = client.generate(**settings)
             asked = {**settings, "json_schema": None, "tools": [call], "tool_choice": "tell"}
             (told,) = client.generate(**asked).tool_calls
+            either = client.generate(**{**settings, "tools": [call], "parallel_tool_calls": False})
             with client.stream(**settings) as stream:
                 next(stream)
                 next(stream)
@@ -246,6 +248,10 @@ def test_the_default_model_fills_in_a_schema_also_when_its_executor_is_killed(
     assert undisturbed.finish.reason is FinishReason.EOS
     assert is_person(undisturbed.text), undisturbed.text
     assert problem(told.parsed["person"], PERSON) is None, "told of tools in words, and held to them"
+    if either.tool_calls:
+        assert problem(either.tool_calls[0].parsed["person"], PERSON) is None and not either.text
+    else:
+        assert is_person(either.text)
     assert moved.text == moved_again.text == undisturbed.text
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from common.errors import InvalidRequest
@@ -32,6 +34,12 @@ SCHEMA: dict[str, Any] = {
 }
 WEATHER: dict[str, Any] = {"name": "weather", "description": "The weather in a city.", "parameters": SCHEMA}
 CLOCK: dict[str, Any] = {"type": "function", "function": {"name": "clock"}}
+VERDICT: dict[str, Any] = {
+    "type": "object",
+    "properties": {"mood": {"enum": ["good", "bad"]}, "stars": {"type": "integer", "minimum": 1, "maximum": 5}},
+    "required": ["mood", "stars"],
+    "additionalProperties": False,
+}
 ASKED: dict[str, Any] = {
     "messages": [{"role": "user", "content": "What will the weather be?"}],
     "tools": [WEATHER, CLOCK],
@@ -114,6 +122,33 @@ def test_where_it_may_call_it_is_free_until_it_does(server: Cluster) -> None:
     assert "".join(part.arguments for part in parts) == called.tool_calls[0].arguments
 
 
+FORMS: list[tuple[dict[str, Any], Callable[[str], bool]]] = [
+    ({"json_schema": VERDICT}, lambda text: problem(json.loads(text), VERDICT) is None),
+    ({"regex": "[a-c]{3}/[0-9]"}, lambda text: re.fullmatch("[a-c]{3}/[0-9]", text) is not None),
+    ({"choices": ["yes", "no"]}, {"yes", "no"}.__contains__),
+]
+
+
+@pytest.mark.parametrize(("form", "is_right"), FORMS)
+def test_an_answer_with_tools_and_a_form_is_calls_or_of_the_form(
+    server: Cluster, form: dict[str, Any], is_right: Callable[[str], bool]
+) -> None:
+    asked: dict[str, Any] = {**ASKED, **form, "n": 4, "max_tokens": 300}
+    with Client(server.address) as client:
+        text = client.generate(**asked, banned_token_ids=[fake_model.TOOL_CALL])
+        calls = client.generate(**asked, logit_bias={fake_model.TOOL_CALL: 50.0})
+        required = client.generate(**asked, tool_choice="clock")
+
+    for choice in text.choices:
+        assert (choice.finish.reason, choice.tool_calls) == (FinishReason.EOS, ())
+        assert is_right(choice.text)
+    for choice in calls.choices:
+        assert (choice.finish.reason, choice.text) == (FinishReason.TOOL_CALLS, "")
+        check(choice.tool_calls)
+    for choice in required.choices:
+        assert [call.name for call in choice.tool_calls] == ["clock"]
+
+
 def test_the_command_line_shows_what_is_called(server: Cluster, tmp_path: Path) -> None:
     file = tmp_path / "tools.json"
     file.write_text(json.dumps([CLOCK]))
@@ -146,6 +181,40 @@ def whole(heard: Told) -> tuple[list[int], str, str]:
     return tokens, "".join(text for _, text, _ in heard), calls
 
 
+@pytest.mark.parametrize("bias", [50.0, -100.0])
+def test_a_stream_with_tools_and_a_form_goes_on_behind_any_token(server: Cluster, bias: float) -> None:
+    asked = pb.GenerateStreamRequest(
+        request_id="formed",
+        chat=pb.ChatMessages(
+            messages=[pb.ChatMessage(role="user", content="How is it?")],
+            tools=[pb.Tool(name="weather", parameters=json.dumps(SCHEMA))],
+            parallel_tool_calls=False,
+        ),
+        sampling=pb.SamplingParams(
+            seed=5,
+            logit_bias={fake_model.TOOL_CALL: bias},
+            structured=pb.StructuredOutput(json_schema=json.dumps(VERDICT)),
+        ),
+        stopping=pb.StopConditions(max_tokens=300),
+    )
+    _, *deltas, end = server.stub.GenerateStream(asked)
+    alone = told(deltas)
+    _, text, calls = whole(alone)
+    assert bool(text) == (bias < 0) and bool(calls) == (bias > 0)
+
+    for number in range(0, len(deltas), 7):
+        sent = [token for ids, _, _ in alone[: number + 1] for token in ids]
+        point = pb.ResumePoint(choice=0, ticket=deltas[number].delta.ticket, token_ids=sent)
+        _, *rest = server.stub.Resume(pb.ResumeRequest(request=asked, choices=[point]))
+        assert whole(alone[: number + 1] + told(rest)) == whole(alone)
+        assert rest[-1].finish.reason == end.finish.reason
+
+    first = pb.ResumePoint(choice=0, ticket=deltas[0].delta.ticket, token_ids=alone[0][0])
+    asked.sampling.structured.json_schema = json.dumps({**VERDICT, "title": "another"})
+    with pytest.raises(grpc.RpcError, match="does not belong to this request"):
+        list(server.stub.Resume(pb.ResumeRequest(request=asked, choices=[first])))
+
+
 def test_a_stream_tells_what_a_whole_answer_does_and_goes_on_in_the_middle_of_a_call(server: Cluster) -> None:
     chat = pb.ChatMessages(
         messages=[pb.ChatMessage(role="user", content="And the weather?")],
@@ -174,7 +243,9 @@ def test_a_stream_tells_what_a_whole_answer_does_and_goes_on_in_the_middle_of_a_
 @pytest.mark.parametrize(
     ("changes", "field", "problem"),
     [
-        ({"regex": "a"}, "regex", "does not go together with chat.tools"),
+        ({"grammar": 'start: "a"'}, "grammar", "does not go together with chat.tools"),
+        ({"choices": ["<tool_call>"]}, "choices", "none may begin with <tool_call>"),
+        ({"regex": "(("}, "regex", "unclosed group"),
         ({"ignore_eos": True}, "ignore_eos", "must be false"),
         ({"tool_choice": "rain"}, "chat.tool_choice.function", "one of chat.tools"),
         ({"tools": [{**WEATHER, "parameters": {"not": {}}, "strict": True}]}, "chat.tools", "not"),
@@ -320,9 +391,50 @@ def test_a_response_s_stream_goes_on_in_the_middle_of_a_call(gateway: Gateway) -
         assert [event.data for event in (*whole[: cut + 1], *rest)] == [event.data for event in whole]
 
 
-def test_a_format_beside_tools_is_refused_by_its_name(gateway: Gateway) -> None:
-    reply = gateway.post("/v1/chat/completions", {**OVER_HTTP, "response_format": {"type": "json_object"}})
+FORMAT: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": VERDICT, "strict": True}}
+WAYS: dict[str, tuple[int, str]] = {"calls": (50, "tool_calls"), "text": (-100, "stop")}  # bias of the opening, and end
 
-    assert reply.status == 400
-    error = reply.error()
-    assert error["param"] == "response_format" and "does not go together with tools" in error["message"]
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_chat_completion_has_calls_or_its_format(gateway: Gateway, way: str) -> None:
+    bias, end = WAYS[way]
+    asked = {**OVER_HTTP, "tool_choice": "auto", "response_format": FORMAT, "logit_bias": {fake_model.TOOL_CALL: bias}}
+    with gateway.client() as openai:
+        [choice] = openai.chat.completions.create(model="", **asked, extra_body={"request_id": way}).choices
+    path = "/v1/chat/completions"
+    events = list(gateway.post(path, {**asked, "stream": True, "return_token_ids": True, "request_id": way}).events())
+    _, text, calls, ends = told_over_http(events)
+
+    assert (choice.finish_reason, ends) == (end, [end])
+    assert text == (choice.message.content or "")
+    if way == "text":
+        assert (choice.message.tool_calls, calls) == (None, [])
+        assert problem(json.loads(text), VERDICT) is None
+    else:
+        assert choice.message.content is None and choice.message.tool_calls
+        functions = [call.function for call in choice.message.tool_calls if call.type == "function"]
+        check([ToolCall(id="", name=each.name, arguments=each.arguments) for each in functions])
+        assert [call[9:] for call in calls] == [each.name + each.arguments for each in functions]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_response_has_calls_or_its_format(gateway: Gateway, way: str) -> None:
+    asked: dict[str, Any] = {**CALLED_OVER_HTTP, "tool_choice": "auto"}
+    more = {"seed": 4, "logit_bias": {fake_model.TOOL_CALL: WAYS[way][0]}}
+    told: Any = {"format": {"type": "json_schema", "name": "verdict", "schema": VERDICT, "strict": True}}
+    with gateway.client() as openai:
+        response = openai.responses.create(**asked, text=told, extra_body=more)
+
+    assert response.status == "completed"
+    kinds = {item.type for item in response.output}
+    assert kinds == ({"message"} if way == "text" else {"function_call"})
+    assert way == "calls" or problem(json.loads(response.output_text), VERDICT) is None
+
+
+def test_a_format_that_cannot_be_kept_is_refused_by_its_name(gateway: Gateway) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "array", "uniqueItems": True}}}
+    asked = {**OVER_HTTP, "tool_choice": "auto", "response_format": schema}
+
+    error = gateway.post("/v1/chat/completions", asked).error()
+
+    assert error["param"] == "response_format.json_schema.schema" and "uniqueItems" in error["message"]

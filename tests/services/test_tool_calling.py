@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken
 
+from common.sampling import Grammar
 from common.types import FinishReason
 from services.choice_text import ChoiceText
 from services.text import Tokenizer
@@ -17,7 +18,7 @@ from services.tools.format import ToolFormat
 from services.tools.formats import FORMATS
 from services.tools.hermes import HERMES
 from services.tools.mistral import MISTRAL
-from services.tools.values import CallPiece
+from services.tools.values import CallPiece, TextForm, Tools
 from tests.e2e import fake_model
 
 NONE, EOS, LENGTH, ABORTED = FinishReason.NONE, FinishReason.EOS, FinishReason.LENGTH, FinishReason.ABORTED
@@ -47,9 +48,10 @@ class Told(NamedTuple):
 class Reading:
     """One choice, as a server tells it."""
 
-    def __init__(self, tokenizer: Tokenizer, format: ToolFormat, *stops: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, format: ToolFormat, *stops: str, text: TextForm | None = None) -> None:
         calling = ToolCalling(format, tokenizer)
-        self._reader: CallReader = calling.reader("request", 2)
+        tools = Tools(offered=(), callable=(), text=text)
+        self._reader: CallReader = calling.reader("request", 2, tools)
         self._text = ChoiceText(
             tokenizer, [], stop_strings=stops, skip_special_tokens=True, shown=calling.shown
         )  # fmt: skip
@@ -111,6 +113,19 @@ def test_an_answer_that_is_cut_short_ends_as_it_did(tokenizer: Tokenizer) -> Non
         assert CALLS[0][1].startswith(cut.calls[0][2])
     assert told(Reading(tokenizer, HERMES).push([*tokens[:60], END], EOS)).reason is EOS, "the call is not complete"
     assert told(Reading(tokenizer, HERMES).push([*tokenizer.encode("no", False), END], EOS)) == Told("no", [], EOS)
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
+def test_text_that_must_be_of_a_form_ends_as_text_does_and_calls_end_as_calls_do(
+    tokenizer: Tokenizer, format: ToolFormat
+) -> None:
+    form = TextForm("regex", Grammar("regex", r"(.|\n)*"))
+    text = "so " + format.write(CALLS[:1])
+    said = Reading(tokenizer, format, text=form)
+    called = Reading(tokenizer, format, text=form)
+
+    assert told(said.push([*tokenizer.encode(text, False), END], EOS)) == Told(text, [], EOS)
+    assert told(called.push([*tokens_of(tokenizer, format, ""), END], EOS)).reason is FinishReason.TOOL_CALLS
 
 
 def test_a_stop_string_ends_what_is_written_calls_included(tokenizer: Tokenizer) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from common.errors import InvalidRequest
-from common.sampling import RequestLimits
+from common.sampling import Grammar, RequestLimits
 from protos import inference_pb2 as pb
 from services.codec_public import request_from_pb
 from services.request import Chat
-from services.tools.values import NO_PARAMETERS, Tool, ToolCall, Tools
+from services.tools.values import NO_PARAMETERS, TextForm, Tool, ToolCall, Tools
 
 LIMITS = RequestLimits(max_tools=3, max_tools_bytes=400, max_structured_bytes=350)
 AUTO, NONE, REQUIRED = pb.TOOL_CHOICE_MODE_AUTO, pb.TOOL_CHOICE_MODE_NONE, pb.TOOL_CHOICE_MODE_REQUIRED
@@ -122,13 +122,31 @@ def test_what_is_wrong_with_a_tool_or_a_call_is_told_by_its_field(
     assert problem in refused.value.problem
 
 
-def test_an_answer_cannot_be_structured_and_call_tools() -> None:
+def test_an_answer_that_may_call_is_of_its_form_where_it_does_not() -> None:
     request = chat(F)
     request.sampling.structured.regex = "a"
 
-    with pytest.raises(InvalidRequest, match=r"chat\.tools") as refused:
-        understood(request)
-    assert refused.value.field == "regex"
-
+    tools = understood(request).tools
+    assert tools is not None and tools.text == TextForm("regex", Grammar("regex", "a"))
+    request.chat.tool_choice.mode = REQUIRED
+    assert understood(request).tools == understood(chat(F, tool_choice=choice(REQUIRED))).tools, "it has no text"
     request.chat.tool_choice.mode = NONE
     assert understood(request).tools is None
+
+    request.sampling.structured.choices.values.extend(["a", "b", "a"])
+    request.chat.tool_choice.mode = AUTO
+    tools = understood(request).tools
+    assert tools is not None and tools.text == TextForm("choices", Grammar("lark", 'start: "a" | "b"'), ("a", "b", "a"))
+
+
+def test_a_grammar_does_not_go_together_with_tools_that_may_be_called() -> None:
+    request = chat(F)
+    request.sampling.structured.grammar = 'start: "a"'
+
+    with pytest.raises(InvalidRequest, match=r"chat\.tools") as refused:
+        understood(request)
+    assert refused.value.field == "grammar"
+
+    for mode in (NONE, REQUIRED):
+        request.chat.tool_choice.mode = mode
+        understood(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -34,9 +35,9 @@ class Told(NamedTuple):
     has_called: bool
 
 
-def read(format: ToolFormat, *pieces: str) -> Told:
+def read(format: ToolFormat, *pieces: str, at_beginning: bool = False) -> Told:
     """What the pieces of a whole text say."""
-    parser = CallParser(format, "call {}".format)
+    parser = CallParser(format, "call {}".format, at_beginning=at_beginning)
     text = ""
     calls: list[tuple[str, str, str]] = []
     for piece in pieces:
@@ -71,10 +72,11 @@ def texts_of(format: ToolFormat) -> st.SearchStrategy[str]:
 @given(data=st.data())
 def test_a_text_means_the_same_wherever_it_is_cut(format: ToolFormat, data: st.DataObject) -> None:
     text = data.draw(texts_of(format))
-    whole = read(format, text)
+    told = partial(read, format, at_beginning=data.draw(st.booleans()))
+    whole = told(text)
 
-    assert read(format, *text) == whole
-    assert {str(read(format, text[:at], text[at:])) for at in range(len(text))} <= {str(whole)}
+    assert told(*text) == whole
+    assert {str(told(text[:at], text[at:])) for at in range(len(text))} <= {str(whole)}
 
 
 @every_format
@@ -148,6 +150,23 @@ def test_the_beginning_of_an_opening_at_the_very_end_is_text(format: ToolFormat)
     for size in range(1, len(format.opening)):
         text = f"so {format.opening[:size]}"
         assert read(format, text) == Told(text, [], has_called=False)
+
+
+@every_format
+def test_where_calls_come_at_the_beginning_they_are_text_anywhere_else(format: ToolFormat) -> None:
+    calls = format.write([("f", '{"a": 1}')])
+
+    assert read(format, *calls, at_beginning=True) == Told("", [("call 0", "f", '{"a": 1}')], has_called=True)
+    for before in ("so ", format.mark[:1], format.mark[:-1]):
+        assert read(format, *before, *calls, at_beginning=True) == Told(before + calls, [], has_called=False)
+
+
+@every_format
+def test_a_text_that_is_the_beginning_of_an_opening_is_told_at_its_end(format: ToolFormat) -> None:
+    for size in range(1, len(format.mark)):
+        text = format.mark[:size]
+        assert read(format, text, at_beginning=True) == Told(text, [], has_called=False)
+    assert read(format, format.mark, at_beginning=True).text == "", "it was cut short in a call"
 
 
 def test_what_comes_behind_calls_is_text() -> None:
