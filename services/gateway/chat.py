@@ -14,7 +14,7 @@ from services.gateway.answers import Answers, Piece
 from services.gateway.asked import Asked, read_manner
 from services.gateway.errors import NotServed
 from services.gateway.events import event
-from services.gateway.fields import MOST_LISTED, Fields, array, fields, shown, text
+from services.gateway.fields import MOST_LISTED, Fields, array, fields, shown, shown_word, text
 from services.gateway.long_json import in_turns
 from services.gateway.options import read_options, read_structured
 from services.gateway.tools import read_tool_message, read_tools, told_calls, told_deltas
@@ -94,7 +94,7 @@ def _part(part: Fields) -> str:
     kind = part.string("type")
     name = "refusal" if kind == "refusal" else "text"
     if kind not in ("text", "input_text", "output_text", "refusal"):
-        raise NotServed(part.path("type"), f"{part.path('type')}: this model reads text, got {shown(kind)}")
+        raise NotServed(part.path("type"), f"{part.path('type')}: this model reads text, got {shown_word(kind)}")
     words = part.string(name)
     if words is None:
         raise InvalidRequest(part.path(name), "must be a string, and is not there")

@@ -94,7 +94,7 @@ class Fields:
         """One of the words that are known."""
         value = self.string(name)
         if value is not None and value not in known:
-            raise InvalidRequest(self.path(name), f"must be one of {', '.join(known)}, got {shown(value)}")
+            raise InvalidRequest(self.path(name), f"must be one of {', '.join(known)}, got {shown_word(value)}")
         return value
 
     def required_word(self, name: str, known: Sequence[str]) -> str:
@@ -259,7 +259,7 @@ def fields(value: object, path: str) -> Fields:
 
 
 def shown(value: object) -> str:
-    """A value in a complaint: a number as it is, of anything else what it is, for it may be a prompt."""
+    """A value in a complaint: a number as it is, of anything else what it is, for a short text may be a prompt, too."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int):
@@ -267,8 +267,13 @@ def shown(value: object) -> str:
     if isinstance(value, float):
         return str(value) if math.isfinite(value) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
     if isinstance(value, str):
-        return repr(value) if len(value) <= 32 and value.isascii() else "a string"
+        return "a string"
     return "a list" if isinstance(value, list) else "an object"
+
+
+def shown_word(value: object) -> str:
+    """The same where one of a few words belongs, or a name: what is there is no prompt."""
+    return repr(value) if isinstance(value, str) and len(value) <= 32 and value.isascii() else shown(value)
 
 
 def cut(path: str) -> str:

@@ -8,7 +8,7 @@ from common.errors import InvalidRequest
 from protos import inference_pb2 as pb
 from services.gateway.chat import CONTENT, add_message, content_text
 from services.gateway.errors import NotServed
-from services.gateway.fields import MOST_LISTED, Fields, array, fields, shown, text
+from services.gateway.fields import MOST_LISTED, Fields, array, fields, shown_word, text
 
 _KINDS: Final = ("message", "function_call", "function_call_output")
 _OF_ITEMS: Final = ("id", "status")  # what items bring along when they are sent back as they came
@@ -75,7 +75,7 @@ class _Reading:
         """An item. Raises InvalidRequest, NotServed."""
         kind, path = item.kind("type", _KINDS) or "message", item.path("type")
         if kind not in _KINDS:
-            raise NotServed(path, f"{path}: {shown(kind)} is not served here; {', '.join(_KINDS)} are")
+            raise NotServed(path, f"{path}: {shown_word(kind)} is not served here; {', '.join(_KINDS)} are")
         item.ignore(*_OF_ITEMS)
         if kind == "message":
             self._add_message(item)

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from common.errors import InvalidRequest
 from protos import inference_pb2 as pb
-from services.gateway.fields import MAX_U32, Fields, integer, number, shown
+from services.gateway.fields import MAX_U32, Fields, integer, number, shown_word
 
 _MAX_BIASES: Final = 4096  # far above the scheduler's limit: a message of more would be too large for it
 _MAX_CHOICES: Final = 128  # OpenAI's; the scheduler has a limit of its own, and room is made here before it is asked
@@ -146,7 +146,7 @@ def _read_sampling(fields: Fields, sampling: pb.SamplingParams) -> None:
         if len(biases.names()) > _MAX_BIASES:
             raise InvalidRequest("logit_bias", f"at most {_MAX_BIASES} tokens, got {len(biases.names())}")
         for token in biases.names():
-            path = f"logit_bias[{shown(token)}]"
+            path = f"logit_bias[{shown_word(token)}]"
             id = (
                 integer(int(token), path, 0, MAX_U32) if token.isascii() and token.isdigit() and len(token) < 16 else -1
             )

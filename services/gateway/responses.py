@@ -13,7 +13,7 @@ from services.gateway.answers import Answers
 from services.gateway.asked import Asked, Manner
 from services.gateway.errors import NotServed, Told
 from services.gateway.events import event
-from services.gateway.fields import Fields, shown
+from services.gateway.fields import Fields, shown_word
 from services.gateway.input_items import read_input
 from services.gateway.items import Items
 from services.gateway.long_json import in_turns
@@ -115,7 +115,7 @@ def _read_include(body: Fields, sampling: pb.SamplingParams) -> None:
     top = body.integer("top_logprobs")
     for name in body.strings("include"):
         if name != _LOGPROBS:
-            raise NotServed("include", f"include: {shown(name)} is not served here; {_LOGPROBS} is")
+            raise NotServed("include", f"include: {shown_word(name)} is not served here; {_LOGPROBS} is")
         sampling.logprobs = top or 0
 
 

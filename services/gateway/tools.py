@@ -13,7 +13,7 @@ from common.errors import InvalidRequest
 from pagewire.tools import ToolCall, ToolCallDelta
 from protos import inference_pb2 as pb
 from services.gateway.errors import NotServed
-from services.gateway.fields import Fields, fields, shown
+from services.gateway.fields import Fields, fields, shown_word
 
 _MODES: Final = {
     "auto": pb.TOOL_CHOICE_MODE_AUTO,
@@ -116,7 +116,7 @@ def _choice_form(*, flat: bool) -> dict[str, Any]:
 def _read_choice(value: object, choice: pb.ToolChoice, *, flat: bool) -> None:
     if isinstance(value, str):
         if value not in _MODES:
-            raise InvalidRequest("tool_choice", f"must be one of {_KINDS}, or a function, got {shown(value)}")
+            raise InvalidRequest("tool_choice", f"must be one of {_KINDS}, or a function, got {shown_word(value)}")
         choice.mode = _MODES[value]
         return
     inner = _function(fields(value, "tool_choice"), "is what can be chosen", flat=flat)
@@ -128,7 +128,7 @@ def _function(outer: Fields, what: str, *, flat: bool = False) -> Fields:
     """The function in a tool, a call or a choice, which has nothing else. `what` is said where it is no function."""
     kind, path = outer.kind("type", ("function",)), outer.path("type")
     if kind not in (None, "function"):
-        raise NotServed(path, f"{path}: function {what}, got {shown(kind)}")
+        raise NotServed(path, f"{path}: function {what}, got {shown_word(kind)}")
     if flat:
         return outer
     inner = outer.fields("function")

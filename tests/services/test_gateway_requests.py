@@ -323,6 +323,35 @@ def test_a_scheduler_s_field_is_told_by_the_name_that_its_caller_knows() -> None
     assert told(InvalidRequest("top_k", "x"), names).param == "top_k"
 
 
+@pytest.mark.parametrize("secret", ["my secret prompt", "hi"])
+@pytest.mark.parametrize(
+    ("endpoint", "name", "around"),
+    [
+        ("chat", "messages", "{}"),
+        ("chat", "messages", "[{}]"),
+        ("chat", "messages", '[{{"role": "user", "content": [{}]}}]'),
+        ("chat", "messages", '[{{"role": "user", "content": {{"x": {}}}}}]'),
+        ("chat", "tools", "[{}]"),
+        ("chat", "temperature", "{}"),
+        ("completions", "prompt", "[[{}]]"),
+        ("completions", "prompt", "[1, {}]"),
+        ("responses", "input", "[{}]"),
+        ("responses", "input", '[{{"content": [{}], "role": "user"}}]'),
+    ],
+)
+def test_no_text_that_may_be_a_prompt_is_in_an_error(endpoint: str, name: str, around: str, secret: str) -> None:
+    body = f'{{"{name}": {around.format(json.dumps(secret))}}}'
+    with pytest.raises(InvalidRequest) as refused:
+        READERS[endpoint](parse(body.encode()))
+    assert refused.value.field.startswith(name) and secret not in str(refused.value)
+
+
+def test_a_word_that_is_none_of_a_few_is_told() -> None:
+    for body in ({"priority": "urgent"}, {"tool_choice": "urgent"}, {"tools": [{"type": "urgent"}]}):
+        with pytest.raises((InvalidRequest, NotServed), match="got 'urgent'"):
+            chat.read(body_of({"messages": HI, **body}))
+
+
 # ---- bodies that nobody would send
 
 NAMES = [
