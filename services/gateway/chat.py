@@ -46,7 +46,7 @@ def read(body: Fields) -> Asked:
     request = pb.GenerateStreamRequest()
     names = read_tools(body, request.chat)
     names |= read_options(body, request, max_tokens=_MAX_TOKENS)
-    names |= read_structured(body, request.sampling, "response_format")
+    names |= read_structured(body, request.sampling)
     names |= _read_logprobs(body, request.sampling)
     messages = body.list_of_fields("messages")
     if not messages:

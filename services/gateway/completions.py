@@ -42,7 +42,7 @@ def read(body: Fields, *, max_prompts: int) -> AskedCompletion:
         like.stopping.max_tokens = 1  # the least that can be made
     elif not like.stopping.HasField("max_tokens"):
         like.stopping.max_tokens = _DEFAULT_MAX_TOKENS
-    names |= read_structured(body, like.sampling, "response_format")
+    names |= read_structured(body, like.sampling)
     if (top := body.integer("logprobs", 0, MAX_U32)) is not None:
         like.sampling.logprobs = top
         if echo:

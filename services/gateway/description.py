@@ -137,6 +137,9 @@ class Description(Fields):
         self._note(name, [inner])
         return [inner]
 
+    def refuse_several(self, paths: Sequence[str], what: str) -> None:
+        """Each of them is described."""
+
     def ignore(self, *names: str) -> None:
         """Whatever these are."""
         for name in names:

@@ -163,6 +163,11 @@ class Fields:
         path = self.path(name)
         return [fields(each, f"{path}[{i}]") for i, each in enumerate(array(self.take(name), path, MOST_LISTED))]
 
+    def refuse_several(self, paths: Sequence[str], what: str) -> None:
+        """Raise InvalidRequest where more than one of them is there. `what` only one can do."""
+        if len(paths) > 1:
+            raise InvalidRequest(paths[1], f"only one of {' and '.join(paths)} {what}")
+
     def ignore(self, *names: str) -> None:
         """Take what has no effect here."""
         for name in names:

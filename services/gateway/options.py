@@ -77,8 +77,8 @@ def _plain(fields: Fields, field: Any) -> Any:
             return fields.integer(field.name)
 
 
-def read_structured(fields: Fields, sampling: pb.SamplingParams, response_format: str) -> dict[str, str]:
-    """What the answer must be, by our names for that or in the member called `response_format`; one of them at most.
+def read_structured(fields: Fields, sampling: pb.SamplingParams, text_format: Fields | None = None) -> dict[str, str]:
+    """What the answer must be, by our names for that, in `response_format` or `text_format`; one of them at most.
 
     Returns names as `read_options` does. Raises InvalidRequest.
     """
@@ -101,18 +101,17 @@ def read_structured(fields: Fields, sampling: pb.SamplingParams, response_format
         structured.choices.SetInParent()
         structured.choices.values.extend(choices)
     names: dict[str, str] = {}
-    if (format_ := fields.fields(response_format)) is not None:
-        names = read_format(format_, structured, response_format)
-        if names:
-            asked.append(response_format)
-    if len(asked) > 1:
-        raise InvalidRequest(asked[1], f"only one of {' and '.join(asked)} can say what the answer must be")
+    for format_ in (fields.fields("response_format"), text_format):
+        if format_ is not None and (found := _read_format(format_, structured)):
+            names |= found
+            asked.append(format_.here)
+    fields.refuse_several(asked, "can say what the answer must be")
     if asked:
         sampling.structured.CopyFrom(structured)
     return names
 
 
-def read_format(fields: Fields, structured: pb.StructuredOutput, path: str) -> dict[str, str]:
+def _read_format(fields: Fields, structured: pb.StructuredOutput) -> dict[str, str]:
     """OpenAI's `response_format`, or what its Responses API calls `text.format`. Returns no names for plain text."""
     kind = fields.required_word("type", ("text", "json_object", "json_schema"))
     if kind == "text":
@@ -121,7 +120,7 @@ def read_format(fields: Fields, structured: pb.StructuredOutput, path: str) -> d
     if kind == "json_object":
         fields.refuse_unknown()
         structured.json_object = True
-        return {"json_object": path}
+        return {"json_object": fields.here}
     # in chat completions the schema lies one level deeper
     is_deeper = fields.is_object("json_schema") or fields.has("json_schema")
     inner = (fields.fields("json_schema") if is_deeper else None) or fields

@@ -17,7 +17,7 @@ from services.gateway.fields import Fields, shown_word
 from services.gateway.input_items import read_input
 from services.gateway.items import Items
 from services.gateway.long_json import in_turns
-from services.gateway.options import read_format, read_options, read_structured
+from services.gateway.options import read_options, read_structured
 from services.gateway.tools import read_tools
 
 _LOGPROBS: Final = "message.output_text.logprobs"
@@ -45,8 +45,9 @@ def read(body: Fields) -> AskedResponse:
     names |= read_options(body, request, max_tokens=("max_output_tokens",))
     if request.sampling.HasField("n") and request.sampling.n != 1:
         raise NotServed("n", "n: a response has one output")
-    told_format = _read_text(body, request.sampling, names)
-    names |= read_structured(body, request.sampling, "response_format")
+    text_format = _read_text(body)
+    told_format = text_format.copy() if text_format is not None else {"type": "text"}
+    names |= read_structured(body, request.sampling, text_format)
     told_tools, told_choice = _told_tools(body.peek("tools")), _copy(body.peek("tool_choice"))
     names |= read_tools(body, request.chat, flat=True)
     if not request.chat.tools:
@@ -94,21 +95,14 @@ def _copy(value: object) -> Any:
     return dict(value) if isinstance(value, dict) else value
 
 
-def _read_text(body: Fields, sampling: pb.SamplingParams, names: dict[str, str]) -> dict[str, Any]:
-    """`text.format`. Returns it as the response repeats it."""
+def _read_text(body: Fields) -> Fields | None:
+    """`text.format`."""
     asked = body.fields("text")
     if asked is None:
-        return {"type": "text"}
+        return None
     format_ = asked.fields("format")
     asked.refuse_unknown()
-    if format_ is None:
-        return {"type": "text"}
-    told = format_.copy()
-    structured = pb.StructuredOutput()
-    if found := read_format(format_, structured, "text.format"):
-        names |= found
-        sampling.structured.CopyFrom(structured)
-    return told
+    return format_
 
 
 def _read_include(body: Fields, sampling: pb.SamplingParams) -> None:

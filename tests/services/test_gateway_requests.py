@@ -279,6 +279,25 @@ def test_a_text_format_is_our_structured_output() -> None:
     assert request.sampling.structured.json_schema == '{"type": "null"}'
 
 
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"text": {"format": {"type": "json_object"}}, "regex": "[a-z]{3}"}, "text.format"),
+        ({"text": {"format": {"type": "json_object"}}, "response_format": {"type": "json_object"}}, "text.format"),
+        ({"response_format": {"type": "json_object"}, "choices": ["a"]}, "response_format"),
+    ],
+)
+def test_of_two_things_that_a_response_must_be_none_is_dropped(asked: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest, match="only one of") as refused:
+        responses.read(body_of({"input": "hi", **asked}))
+    assert refused.value.field == field
+
+
+def test_a_text_format_that_is_plain_text_leaves_the_rest_as_it_is() -> None:
+    request = responses.read(body_of({"input": "hi", "text": {"format": {"type": "text"}}, "regex": "a+"})).requests[0]
+    assert request.sampling.structured.regex == "a+"
+
+
 def test_seeds_may_be_negative_as_openais_are() -> None:
     assert completion(seed=-1).requests[0].sampling.seed == (1 << 64) - 1
 
