@@ -160,7 +160,8 @@ async def stream(answers: Answers, asked: AskedCompletion, prompts: Sequence[str
     total = len(prompts) * answers.n
     # where the prompt is still to be told; who comes back after an event of a choice has it
     echoed = [not asked.echo or answers.has_begun(i) for i in range(total)]
-    offsets = [len(prompts[i // answers.n]) + answers.characters(i) for i in range(total)]
+    offsets = [scores.Offsets(len(prompts[i // answers.n]) + answers.characters(i)) for i in range(total)]
+    in_the_middle = [answers.has_begun(i) for i in range(total)]  # of a character, perhaps
     while (piece := await answers.next()) is not None:
         is_echoed, echoed[piece.choice] = echoed[piece.choice], True
         if not (piece.text or piece.finish or scored or ids or not is_echoed):
@@ -175,12 +176,16 @@ async def stream(answers: Answers, asked: AskedCompletion, prompts: Sequence[str
         of_prompt = answers.streams[piece.choice // answers.n].continuation
         before = Scores() if is_echoed else of_prompt.prompt_logprobs
         new = () if asked.drop else piece.logprobs
-        offset = 0 if not is_echoed else offsets[piece.choice]
-        offsets[piece.choice] += len(words)
+        logprobs = scores.of_completion(new, offsets[piece.choice]) if scored and new else None
+        if in_the_middle[
+            piece.choice
+        ]:  # its first bytes were told before: count what is told until there is a whole one
+            offsets[piece.choice].at = len(prompts[piece.choice // answers.n]) + answers.characters(piece.choice)
+            in_the_middle[piece.choice] = not piece.text
         choice: dict[str, Any] = {
             "index": piece.choice,
             "text": prompt + words,
-            "logprobs": scores.of_completion(new, offset) if scored and new else None,
+            "logprobs": logprobs,
             "finish_reason": _finish_reason(piece.finish, asked) if piece.finish else None,
         }
         if piece.finish:
