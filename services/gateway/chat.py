@@ -187,7 +187,7 @@ async def stream(answers: Answers, asked: Asked) -> AsyncGenerator[bytes, None]:
         yield await chunks.long_chunk([choice], more)
         answers.streams[0].continuation.forget_prompt_logprobs()
     if asked.manner.include_usage:
-        yield chunks.usage()
+        yield chunks.usage(usage_json(answers.usage()))
     yield DONE
 
 
@@ -226,9 +226,9 @@ class Chunks:
         """One that has Longs."""
         return event(await in_turns({**self._told(choices), **more}), self._id())
 
-    def usage(self) -> bytes:
+    def usage(self, usage: Mapping[str, Any]) -> bytes:
         """The event that tells what all of it cost, behind all others."""
-        told = {**self._envelope(), "choices": [], "usage": usage_json(self._answers.usage())}
+        told = {**self._envelope(), "choices": [], "usage": usage}
         return event(json.dumps(told), self._id(done=True))
 
     def _told(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:

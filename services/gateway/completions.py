@@ -147,9 +147,7 @@ async def whole(answers: Answers, asked: AskedCompletion, prompts: Sequence[str]
             if before and not asked.echo:
                 told["prompt_logprobs"] = scores.all_of_chat(before)
             choices.append(told)
-    usage = usage_json(answers.usage())
-    if asked.drop:
-        usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+    usage = _usage(answers, asked)
     return {**envelope(answers, asked, "cmpl", "text_completion"), "choices": choices, "usage": usage}
 
 
@@ -198,8 +196,14 @@ async def stream(answers: Answers, asked: AskedCompletion, prompts: Sequence[str
         yield await chunks.long_chunk([choice | {"logprobs": scores.all_of_completion(before, new)}], {})
         of_prompt.forget_prompt_logprobs()
     if asked.manner.include_usage:
-        yield chunks.usage()
+        yield chunks.usage(_usage(answers, asked))
     yield DONE
+
+
+def _usage(answers: Answers, asked: AskedCompletion) -> dict[str, Any]:
+    """What it cost. The one token that was made where only the prompt is scored is nobody's."""
+    usage = usage_json(answers.usage())
+    return usage | {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]} if asked.drop else usage
 
 
 def _finish_reason(finish: Any, asked: AskedCompletion) -> str:

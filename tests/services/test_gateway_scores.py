@@ -76,6 +76,7 @@ def test_a_whole_answer_says_of_its_tokens_what_its_pieces_say() -> None:
     assert "".join(pieces(scores.all_of_completion(kept(*told[:9]) + kept(*told[9:])))) == all_of_them
 
 
+USAGE = pb.Usage(prompt_tokens=2, completion_tokens=1)
 TOKENS = [b"\xe6\x97", b"\xa5", b"\xf0", b"\x9f\x98", b"\x80", " é".encode(), b"\xff", b" nice", b"!"]
 TEXTS = ["", "日", "", "", "😀", " é", "\ufffd", " nice", "!"]
 STARTS = [0, 0, 1, 1, 1, 2, 4, 5, 10]
@@ -101,6 +102,19 @@ def test_a_token_that_ends_no_character_stands_where_the_character_begins(stream
     offsets = [offset for c in choices if c["logprobs"] for offset in c["logprobs"]["text_offset"]]
     behind = [len("".join(TEXTS)) + start for start in STARTS]
     assert offsets == (STARTS + behind if echo else STARTS)
+
+
+def test_a_stream_counts_what_scoring_a_prompt_took_as_a_whole_answer_does() -> None:
+    said = of_tokens(of_prompt=True)[:2]
+    app = gateway(
+        Scheduler(*said, pb.GenerateStreamResponse(finish=pb.Finish(reason=pb.FINISH_REASON_LENGTH, usage=USAGE)))
+    )
+    asked = {"prompt": "a", "logprobs": 0, "echo": True, "max_tokens": 0}
+    stream = ask(app, {**asked, "stream": True, "stream_options": {"include_usage": True}}, path=COMPLETIONS)
+
+    usage = ask(app, asked, path=COMPLETIONS).json["usage"]
+    assert stream.events[-2]["usage"] == usage
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (2, 0, 2)
 
 
 def test_where_tokens_begin_is_told_alike_by_a_stream_that_goes_on() -> None:
