@@ -11,7 +11,7 @@ from common.errors import InvalidRequest
 from pagewire.scores import Scores
 from protos import inference_pb2 as pb
 from services.gateway import scores
-from services.gateway.answers import Answers
+from services.gateway.answers import Answers, of_prompt
 from services.gateway.asked import Asked, read_manner
 from services.gateway.chat import DONE, Chunks, envelope, finish_reason, stop_reason, usage_json, wants_logprobs
 from services.gateway.fields import MAX_U32, TOKEN_IDS, Fields, array, integers, shown, text
@@ -34,10 +34,9 @@ class AskedCompletion(Asked):
 def read(body: Fields, *, max_prompts: int) -> AskedCompletion:
     """What a completion request asks for. Raises InvalidRequest. Whoever calls refuses what is left over."""
     like = pb.GenerateStreamRequest()
-    names = {"text": "prompt", "token_ids": "prompt"}
     echo = body.boolean("echo") or False
     drop = echo and body.take_if("max_tokens", 0)
-    names |= read_options(body, like, max_tokens=("max_tokens", "max_completion_tokens"))
+    names = read_options(body, like, max_tokens=("max_tokens", "max_completion_tokens"))
     if drop:
         like.stopping.max_tokens = 1  # the least that can be made
     elif not like.stopping.HasField("max_tokens"):
@@ -50,7 +49,11 @@ def read(body: Fields, *, max_prompts: int) -> AskedCompletion:
             names["prompt_logprobs"] = "logprobs"
     if body.string("suffix"):
         raise InvalidRequest("suffix", "is not served: text is made behind a prompt, not before something")
-    prompts = read_prompts(body.take("prompt", prompts_form(max_prompts)), max_prompts, "prompt")
+    given = body.take("prompt", prompts_form(max_prompts))
+    prompts = read_prompts(given, max_prompts, "prompt")
+    if len(prompts) == 1:  # of several, each error says which it is about
+        name = "prompt[0]" if isinstance(given, list) and isinstance(given[0], str | list) else "prompt"
+        names |= {"text": name, "token_ids": name, "prompt": name}
     if len(prompts) * like.ByteSize() > _MAX_COPIED_BYTES:  # each prompt is a request, with all that they share
         problem = f"{len(prompts)} prompts times {like.ByteSize()} bytes of other fields are over {_MAX_COPIED_BYTES}"
         raise InvalidRequest("prompt", f"{problem}: ask in several requests")
@@ -107,13 +110,16 @@ async def echoes(upstream: Upstream, asked: AskedCompletion, key: str) -> list[s
     """The texts of the prompts, to be told before their answers. Raises PagewireErrors; it asks for no more then."""
     turns = asyncio.Semaphore(_MOST_ECHOES)
 
-    async def echo(request: pb.GenerateStreamRequest) -> str:
+    async def echo(number: int, request: pb.GenerateStreamRequest) -> str:
         if request.HasField("text"):
             return request.text
         async with turns:
-            return await upstream.text(request.token_ids.ids, key)
+            try:
+                return await upstream.text(request.token_ids.ids, key)
+            except InvalidRequest as error:
+                raise (of_prompt(error, number) if len(asked.requests) > 1 else error) from None
 
-    echoing = [asyncio.create_task(echo(request)) for request in asked.requests]
+    echoing = [asyncio.create_task(echo(i, request)) for i, request in enumerate(asked.requests)]
     try:
         return await asyncio.gather(*echoing)
     finally:

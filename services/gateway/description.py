@@ -83,7 +83,7 @@ class Description(Fields):
         self._note(name, _TRUTH)
         return name == "stream" or None
 
-    def integer(self, name: str, least: int = 0, most: int = MAX_U32) -> int | None:
+    def integer(self, name: str, least: int = 0, most: int = MAX_U32, range_: str = "") -> int | None:
         """A whole number."""
         self._note(name, {"type": "integer", "minimum": least, "maximum": most})
         return None
@@ -108,7 +108,7 @@ class Description(Fields):
         self._note(name, {"type": ["object", "boolean", "string"]})
         return None
 
-    def required_schema(self, name: str) -> str:
+    def required_schema(self, name: str, around: str = "") -> str:
         """The same, where it must be there."""
         self.schema(name)
         self._required.append(name)

@@ -111,10 +111,10 @@ class Fields:
             raise InvalidRequest(self.path(name), f"must be true or false, got {shown(value)}")
         return value
 
-    def integer(self, name: str, least: int = 0, most: int = MAX_U32) -> int | None:
-        """A whole number in [least, most]; 3.0 is one, as in JSON itself."""
+    def integer(self, name: str, least: int = 0, most: int = MAX_U32, range_: str = "") -> int | None:
+        """A whole number in [least, most], which `range_` says in other words; 3.0 is one, as in JSON itself."""
         value = self.take(name)
-        return None if value is None else integer(value, self.path(name), least, most)
+        return None if value is None else integer(value, self.path(name), least, most, range_)
 
     def number(self, name: str) -> float | None:
         """A number that a float32 can hold."""
@@ -138,9 +138,11 @@ class Fields:
         value = self.take(name)
         return None if value is None else schema_text(value, self.path(name))
 
-    def required_schema(self, name: str) -> str:
-        """A JSON schema that must be there, as text."""
+    def required_schema(self, name: str, around: str = "") -> str:
+        """A JSON schema that must be there, as text. `around` is what it lies in, where that is missing as well."""
         value = self.schema(name)
+        if value is None and around:
+            raise InvalidRequest(around, f"must be an object with a JSON schema, {name}, and is not there")
         if value is None:
             raise InvalidRequest(self.path(name), "must be a JSON schema, and is not there")
         return value
@@ -195,13 +197,13 @@ def text(value: object, path: str) -> str:
     return value
 
 
-def integer(value: object, path: str, least: int = 0, most: int = MAX_U32) -> int:
+def integer(value: object, path: str, least: int = 0, most: int = MAX_U32, range_: str = "") -> int:
     """A whole number in [least, most]."""
     whole = int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT else value
     if not isinstance(whole, int) or isinstance(whole, bool):
         raise InvalidRequest(path, f"must be a whole number, got {shown(value)}")
     if not least <= whole <= most:
-        raise InvalidRequest(path, f"must be in [{least}, {most}], got {shown(value)}")
+        raise InvalidRequest(path, f"{range_ or f'must be in [{least}, {most}]'}, got {shown(value)}")
     return whole
 
 

@@ -124,7 +124,8 @@ def _read_format(fields: Fields, structured: pb.StructuredOutput) -> dict[str, s
     # in chat completions the schema lies one level deeper
     is_deeper = fields.is_object("json_schema") or fields.has("json_schema")
     inner = (fields.fields("json_schema") if is_deeper else None) or fields
-    structured.json_schema = inner.required_schema("schema")
+    around = fields.path("json_schema") if fields.here == "response_format" and not is_deeper else ""
+    structured.json_schema = inner.required_schema("schema", around)
     inner.string("name")
     inner.string("description")
     inner.boolean("strict")  # it always is
@@ -139,7 +140,8 @@ def _read_sampling(fields: Fields, sampling: pb.SamplingParams) -> None:
         sampling.top_k = max(0, top_k)  # elsewhere -1 is none
     if (seed := fields.integer("seed", -(1 << 63), (1 << 64) - 1)) is not None:
         sampling.seed = seed % (1 << 64)  # OpenAI's are signed
-    if (n := fields.integer("n", 1, _MAX_CHOICES)) is not None:
+    range_ = f"the gateway passes on 1 to {_MAX_CHOICES}, and the scheduler may serve fewer"
+    if (n := fields.integer("n", 1, _MAX_CHOICES, range_)) is not None:
         sampling.n = n
     if (biases := fields.fields("logit_bias", _BIASES)) is not None:
         if len(biases.names()) > _MAX_BIASES:

@@ -281,8 +281,8 @@ def test_every_text_has_its_vector(client: OpenAI, shared: Cluster, fake_folder:
         ({"input": ["a", ""]}, "input[1]", "is empty"),
         ({"input": ["a", {}]}, "input[1]", "must be a string or a list of token ids"),
         ({"input": ["a"] * 2049}, "input", "must be 1 to 2048 texts, got 2049"),
-        ({"input": [[1], [999]]}, "input[1]", "must be in [0, 320), got 999"),
-        ({"input": "a" * 600}, "input", "This model's maximum context length"),
+        ({"input": [[1], [1, 999]]}, "input[1]", "must be in [0, 320), got 999 at index 1"),
+        ({"input": "a" * 600}, "input", "This model's maximum context length is for each text by itself."),
         ({"input": "a", "dimensions": 9}, "dimensions", "must be in [1, 8], got 9"),
         ({"input": "a", "dimensions": 0}, "dimensions", "must be at least 1"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format", "must be one of float, base64"),
@@ -343,7 +343,8 @@ def test_metrics_are_told_for_prometheus_and_under_the_names_of_vllm(gateway: Ga
         ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type", "unsupported"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", None),
         ({"tool_choice": "required"}, "tool_choice", None),
-        ({"response_format": {"type": "json_schema"}}, "response_format.schema", None),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", None),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema", None),
         ({"response_format": {"type": "json_object"}, "regex": "a+"}, "response_format", None),
         ({"logit_bias": {"x": 1}}, "logit_bias['x']", None),
         ({"logit_bias": {"5": 101}}, "logit_bias", None),
@@ -362,6 +363,21 @@ def test_what_is_refused_names_its_parameter(
     assert error["message"]
     is_too_long = "This model's maximum context length is" in error["message"]
     assert is_too_long == (code == "context_length_exceeded"), "litellm knows it by these words"
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [([1, 999], "prompt"), ([[1, 999]], "prompt[0]"), ([[1], [1, 999]], "prompt[1]"), (["a", "b" * 600], "prompt[1]")],
+)
+def test_of_several_prompts_the_one_that_is_wrong_is_named(
+    gateway: Gateway, prompt: list[Any], param: str, echo: bool
+) -> None:
+    reply = gateway.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, "echo": echo})
+
+    error = reply.error()
+    assert reply.status == 400 and error["param"] == param
+    assert "got 999 at index 1" in error["message"] or "tokens" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -298,6 +298,13 @@ def test_a_text_format_that_is_plain_text_leaves_the_rest_as_it_is() -> None:
     assert request.sampling.structured.regex == "a+"
 
 
+@pytest.mark.parametrize("n", [0, 129])
+def test_a_limit_of_the_gateway_s_own_is_not_told_as_the_scheduler_s(n: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"^n: the gateway passes on 1 to 128, .* fewer, got {n}$"):
+        completion(n=n)
+    assert completion(n=128).requests[0].sampling.n == 128
+
+
 def test_seeds_may_be_negative_as_openais_are() -> None:
     assert completion(seed=-1).requests[0].sampling.seed == (1 << 64) - 1
 
