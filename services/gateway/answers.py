@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 from common.errors import InvalidRequest, RequestFailed, TicketRefused, TicketStale, Unavailable
 from pagewire.aio import AsyncStream
@@ -168,6 +168,13 @@ class Answers:
             prefill_s=0.0,
             decode_s=0.0,
         )
+
+    def told_of(self, prompt: int) -> dict[str, Any]:
+        """What is told of a prompt beside its answers, by our names: what of it is pinned, where that was asked for."""
+        pinned = self.streams[prompt].continuation._pinned  # pyright: ignore[reportPrivateUsage]
+        if pinned is None:
+            return {}
+        return {"pinned": {"id": pinned.pin_id, "tokens": pinned.tokens, "expires": pinned.expires_s}}
 
     async def close(self) -> None:
         """Read no more."""

@@ -132,6 +132,7 @@ async def whole(answers: Answers, asked: Asked) -> dict[str, Any]:
             "finish_reason": finish_reason(finish),
             "stop_reason": stop_reason(finish),
         }
+        told |= score(finish)
         if calls:
             told["message"] |= {"content": words or None, "tool_calls": told_calls(calls)}
         if asked.manner.return_token_ids:
@@ -141,6 +142,7 @@ async def whole(answers: Answers, asked: Asked) -> dict[str, Any]:
         **envelope(answers, asked, "chatcmpl", "chat.completion"),
         "choices": choices,
         "usage": usage_json(answers.usage()),
+        **answers.told_of(0),
     }
     if heard.prompt_logprobs:
         whole["prompt_logprobs"] = scores.all_of_chat(heard.prompt_logprobs)
@@ -178,7 +180,8 @@ async def stream(answers: Answers, asked: Asked) -> AsyncGenerator[bytes, None]:
             "finish_reason": finish_reason(piece.finish) if piece.finish else None,
         }
         if piece.finish:
-            choice["stop_reason"] = stop_reason(piece.finish)
+            choice |= {"stop_reason": stop_reason(piece.finish), **score(piece.finish)}
+            more |= answers.told_of(0)
         if ids:
             choice["token_ids"] = list(piece.token_ids)
         if not more:
@@ -271,6 +274,11 @@ def stop_reason(finish: Finish) -> str | int | None:
     if finish.matched_stop is not None:
         return finish.matched_stop
     return finish.matched_token_id if finish.reason is FinishReason.STOP_TOKEN else None
+
+
+def score(finish: Finish) -> dict[str, float]:
+    """Of an answer of a beam search, as a member of its choice."""
+    return {} if finish.score is None else {"score": finish.score}
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:

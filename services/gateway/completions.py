@@ -13,7 +13,7 @@ from protos import inference_pb2 as pb
 from services.gateway import scores
 from services.gateway.answers import Answers, of_prompt
 from services.gateway.asked import Asked, read_manner
-from services.gateway.chat import DONE, Chunks, envelope, finish_reason, stop_reason, usage_json, wants_logprobs
+from services.gateway.chat import DONE, Chunks, envelope, finish_reason, score, stop_reason, usage_json, wants_logprobs
 from services.gateway.fields import MAX_U32, TOKEN_IDS, Fields, array, integers, shown, text
 from services.gateway.options import read_options, read_structured
 from services.gateway.upstream import Upstream
@@ -45,6 +45,8 @@ def read(body: Fields, *, max_prompts: int) -> AskedCompletion:
     if (top := body.integer("logprobs", 0, MAX_U32)) is not None:
         like.sampling.logprobs = top
         if echo:
+            if like.sampling.HasField("prompt_logprobs") and like.sampling.prompt_logprobs != top:
+                raise InvalidRequest("prompt_logprobs", "with echo, logprobs is for the prompt, too: leave this out")
             like.sampling.prompt_logprobs = top
             names["prompt_logprobs"] = "logprobs"
     if body.string("suffix"):
@@ -136,7 +138,7 @@ async def whole(answers: Answers, asked: AskedCompletion, prompts: Sequence[str]
     while await answers.next() is not None:
         pass
     choices: list[dict[str, Any]] = []
-    for prompt, stream in zip(prompts, answers.streams, strict=True):
+    for i, (prompt, stream) in enumerate(zip(prompts, answers.streams, strict=True)):
         heard = stream.continuation
         before = heard.prompt_logprobs
         for n, finish in sorted(heard.finishes.items()):
@@ -147,10 +149,12 @@ async def whole(answers: Answers, asked: AskedCompletion, prompts: Sequence[str]
                 "logprobs": scores.all_of_completion(before + logprobs) if wants_logprobs(asked) else None,
                 "finish_reason": _finish_reason(finish, asked),
                 "stop_reason": None if asked.drop else stop_reason(finish),
+                **score(finish),
+                **answers.told_of(i),
             }
             if asked.manner.return_token_ids:
                 told["token_ids"] = [] if asked.drop else list(heard.token_ids(n))
-            if before and not asked.echo:
+            if before and not _has_prompt(asked):
                 told["prompt_logprobs"] = scores.all_of_chat(before)
             choices.append(told)
     usage = _usage(answers, asked)
@@ -162,23 +166,24 @@ async def stream(answers: Answers, asked: AskedCompletion, prompts: Sequence[str
     chunks = Chunks(answers, asked, "cmpl", "text_completion", new='"text": ')
     scored, ids = wants_logprobs(asked), asked.manner.return_token_ids
     total = len(prompts) * answers.n
-    # where the prompt is still to be told; who comes back after an event of a choice has it
-    echoed = [not asked.echo or answers.has_begun(i) for i in range(total)]
+    # who comes back after an event of a choice has what is told of its prompt
+    begun = [answers.has_begun(i) for i in range(total)]
+    echoed = [not asked.echo or has_begun for has_begun in begun]  # what there was of a prompt to be told
     offsets = [scores.Offsets(len(prompts[i // answers.n]) + answers.characters(i)) for i in range(total)]
-    in_the_middle = [answers.has_begun(i) for i in range(total)]  # of a character, perhaps
+    in_the_middle = list(begun)  # of a character, perhaps
     while (piece := await answers.next()) is not None:
         is_echoed, echoed[piece.choice] = echoed[piece.choice], True
         if not (piece.text or piece.finish or scored or ids or not is_echoed):
             continue
         if asked.drop and is_echoed and not piece.finish:
             continue
-        if is_echoed and not (piece.finish or scored or ids):  # most of the time
+        of_prompt = answers.streams[piece.choice // answers.n].continuation
+        before = Scores() if begun[piece.choice] else of_prompt.prompt_logprobs
+        if is_echoed and not (piece.finish or scored or ids or before):  # most of the time
             yield chunks.plain(piece)
             continue
         prompt = "" if is_echoed else prompts[piece.choice // answers.n]
         words = "" if asked.drop else piece.text
-        of_prompt = answers.streams[piece.choice // answers.n].continuation
-        before = Scores() if is_echoed else of_prompt.prompt_logprobs
         new = () if asked.drop else piece.logprobs
         logprobs = scores.of_completion(new, offsets[piece.choice]) if scored and new else None
         if in_the_middle[
@@ -194,16 +199,26 @@ async def stream(answers: Answers, asked: AskedCompletion, prompts: Sequence[str
         }
         if piece.finish:
             choice["stop_reason"] = None if asked.drop else stop_reason(piece.finish)
+            choice |= {**score(piece.finish), **answers.told_of(piece.choice // answers.n)}
         if ids:
             choice["token_ids"] = [] if asked.drop else list(piece.token_ids)
-        if not (scored and before):
+        if not before:
             yield chunks.chunk([choice])
             continue
-        yield await chunks.long_chunk([choice | {"logprobs": scores.all_of_completion(before, new)}], {})
+        if _has_prompt(asked):
+            choice["logprobs"] = scores.all_of_completion(before, new)
+        else:
+            choice["prompt_logprobs"] = scores.all_of_chat(before)
+        yield await chunks.long_chunk([choice], {})
         of_prompt.forget_prompt_logprobs()
     if asked.manner.include_usage:
         yield chunks.usage(_usage(answers, asked))
     yield DONE
+
+
+def _has_prompt(asked: AskedCompletion) -> bool:
+    """Whether the log-probabilities of the prompt are told as those of the answer, before them."""
+    return asked.echo and wants_logprobs(asked)
 
 
 def _usage(answers: Answers, asked: AskedCompletion) -> dict[str, Any]:

@@ -7,10 +7,13 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from common.errors import InvalidRequest
 from pagewire.answers import FinishReason, Usage
 from protos import inference_pb2 as pb
+from services.gateway import scores
 from services.gateway.answers import Answers
 from services.gateway.asked import Asked, Manner
+from services.gateway.chat import score
 from services.gateway.errors import NotServed, Told
 from services.gateway.events import event
 from services.gateway.fields import Fields, shown_word
@@ -107,7 +110,10 @@ def _read_text(body: Fields) -> Fields | None:
 
 def _read_include(body: Fields, sampling: pb.SamplingParams) -> None:
     top = body.integer("top_logprobs")
-    for name in body.strings("include"):
+    included = body.strings("include")
+    if top and not included:
+        raise InvalidRequest("top_logprobs", f"is for log-probabilities: include {_LOGPROBS}, too")
+    for name in included:
         if name != _LOGPROBS:
             raise NotServed("include", f"include: {shown_word(name)} is not served here; {_LOGPROBS} is")
         sampling.logprobs = top or 0
@@ -177,7 +183,11 @@ def _items(answers: Answers, asked: AskedResponse) -> Items:
 def _ended(answers: Answers, asked: AskedResponse, items: Items) -> dict[str, Any]:
     is_whole = answers.streams[0].continuation.finishes[0].reason is not FinishReason.LENGTH
     status = "completed" if is_whole else "incomplete"
-    return _response(answers, asked, status, items.all(status), answers.usage())
+    heard = answers.streams[0].continuation
+    more: dict[str, Any] = {**score(heard.finishes[0]), **answers.told_of(0)}
+    if heard.prompt_logprobs:
+        more["prompt_logprobs"] = scores.all_of_chat(heard.prompt_logprobs)
+    return {**_response(answers, asked, status, items.all(status), answers.usage()), **more}
 
 
 def _response(
