@@ -17,6 +17,7 @@ from services.gateway.events import event
 from services.gateway.fields import MOST_LISTED, Fields, array, fields, shown, shown_word, text
 from services.gateway.long_json import in_turns
 from services.gateway.options import read_options, read_structured
+from services.gateway.roles import ROLES
 from services.gateway.tools import read_tool_message, read_tools, told_calls, told_deltas
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -67,7 +68,7 @@ def add_message(chat: pb.ChatMessages, message: Fields, called: dict[str, str]) 
 
     Returns what its caller calls some of its fields. Raises InvalidRequest, NotServed.
     """
-    role = message.required_string("role")
+    role = message.required_kind("role", ROLES)
     added = pb.ChatMessage(role="system" if role == "developer" else role)
     names = read_tool_message(message, added, called)
     content = message.take("content", CONTENT)

@@ -68,6 +68,10 @@ class Description(Fields):
         """One of the forms that are served."""
         return self.word(name, known)
 
+    def required_kind(self, name: str, known: Sequence[str]) -> str:
+        """One of these, too."""
+        return self.required_word(name, known)
+
     def word(self, name: str, known: Sequence[str]) -> str | None:
         """One of these words."""
         self._note(name, {"enum": list(known)})

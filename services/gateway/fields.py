@@ -90,6 +90,10 @@ class Fields:
         """Which of several forms its object has. `known` are those that are served: whoever asks refuses others."""
         return self.string(name)
 
+    def required_kind(self, name: str, known: Sequence[str]) -> str:
+        """The same, where it must be there."""
+        return self.required_string(name)
+
     def word(self, name: str, known: Sequence[str]) -> str | None:
         """One of the words that are known."""
         value = self.string(name)
