@@ -57,6 +57,8 @@ def read(body: Fields) -> Asked:
     for message in messages:
         names |= add_message(request.chat, message, called)
     names |= {"chat.messages": "messages", "chat": "messages"}
+    body.harmless("reasoning_effort", "none")
+    body.harmless("verbosity", "medium")
     for name, only in (("modalities", ["text"]), ("audio", None)):
         if body.take(name) not in (None, only):
             raise NotServed(name, f"{name}: answers are text")
@@ -72,6 +74,8 @@ def add_message(chat: pb.ChatMessages, message: Fields, called: dict[str, str]) 
     added = pb.ChatMessage(role="system" if role == "developer" else role)
     names = read_tool_message(message, added, called)
     content = message.take("content", CONTENT)
+    if content is None and role == "assistant":  # it said no, and nothing else
+        content = message.string("refusal")
     if content is not None or not added.tool_calls:  # calls need no words
         added.content = content_text(content, message.path("content"))
     message.ignore(*_OF_ANSWERS)

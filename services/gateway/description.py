@@ -77,6 +77,10 @@ class Description(Fields):
         self._note(name, {"enum": list(known)})
         return None
 
+    def harmless(self, name: str, word: str) -> None:
+        """This word alone."""
+        self._note(name, {"enum": [word]})
+
     def required_word(self, name: str, known: Sequence[str]) -> str:
         """The last one of these words: it has most to tell."""
         self._note(name, {"enum": list(known)}, required=True)

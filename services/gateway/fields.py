@@ -13,6 +13,8 @@ from typing import Any, Final, cast
 
 from common.errors import InvalidRequest
 from common.json_value import is_array, is_object
+from services.gateway.errors import NotServed
+from services.gateway.not_served import NOT_SERVED
 
 MAX_U32: Final = (1 << 32) - 1
 MAX_FLOAT: Final = 3.4028234663852886e38
@@ -101,6 +103,11 @@ class Fields:
             raise InvalidRequest(self.path(name), f"must be one of {', '.join(known)}, got {shown_word(value)}")
         return value
 
+    def harmless(self, name: str, word: str) -> None:
+        """Take this word, which asks for nothing. Anything else stays, and is refused with what is not known."""
+        if self._members.get(name) == word:
+            del self._members[name]
+
     def required_word(self, name: str, known: Sequence[str]) -> str:
         """One of the words that are known; it must be there."""
         value = self.word(name, known)
@@ -184,8 +191,10 @@ class Fields:
         return [self.path(name) for name, value in self._members.items() if value is not None]
 
     def refuse_unknown(self) -> None:
-        """Raise InvalidRequest for the first member that nobody took."""
+        """Raise InvalidRequest for the first member that nobody took, NotServed for one of OpenAI's."""
         for path in self.unknown():
+            if (why := NOT_SERVED.get(path)) is not None:
+                raise NotServed(path, f"{path}: {why}")
             raise InvalidRequest(cut(path), "is not known here")
 
 

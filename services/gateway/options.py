@@ -22,7 +22,7 @@ _BIASES: Final = {"type": "object", "additionalProperties": {"type": "number"}, 
 _OTHERWISE: Final = frozenset({"text", "top_k", "seed", "n", "logprobs", "max_tokens", "resumable"})
 
 # What OpenAI's own servers use for accounting, routing or storing, and what changes no answer here.
-_WITHOUT_EFFECT: Final = (
+WITHOUT_EFFECT: Final = (
     "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ def read_options(fields: Fields, request: pb.GenerateStreamRequest, *, max_token
     read_plain(fields, request)
     read_plain(fields, request.cache)
     _read_beams(fields, request.sampling)
-    fields.ignore(*_WITHOUT_EFFECT)
+    fields.ignore(*WITHOUT_EFFECT)
     return names
 
 

@@ -38,6 +38,7 @@ class AskedResponse(Asked):
     user: str | None = None
     tools: list[dict[str, Any]]
     tool_choice: Any
+    truncation: str = "disabled"
 
 
 def read(body: Fields) -> AskedResponse:
@@ -62,8 +63,9 @@ def read(body: Fields) -> AskedResponse:
         raise NotServed("previous_response_id", "previous_response_id: nothing is stored here; send all of the input")
     if body.boolean("background"):
         raise NotServed("background", "background: nothing is stored here; read the answer as it is made")
-    body.word("truncation", ("disabled",))
+    truncation = body.word("truncation", ("disabled", "auto"))  # what fits is not cut, and what does not is refused
     if (reasoning := body.fields("reasoning")) is not None:
+        reasoning.harmless("effort", "none")
         reasoning.refuse_unknown()
     stream = body.boolean("stream") or False
     if (options := body.fields("stream_options")) is not None:
@@ -80,6 +82,7 @@ def read(body: Fields) -> AskedResponse:
         user=user,
         tools=told_tools,
         tool_choice=told_choice if told_choice is not None else "auto",
+        truncation=truncation or "disabled",
     )
 
 
@@ -95,7 +98,13 @@ def _told_tools(tools: object) -> list[dict[str, Any]]:
 
 
 def _copy(value: object) -> Any:
-    return dict(value) if isinstance(value, dict) else value
+    """A choice of tools as the response repeats it: reading takes it apart, and each of the tools that it allows."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: [dict(each) if isinstance(each, dict) else each for each in inner] if isinstance(inner, list) else inner
+        for name, inner in value.items()
+    }
 
 
 def _read_text(body: Fields) -> Fields | None:
@@ -104,6 +113,7 @@ def _read_text(body: Fields) -> Fields | None:
     if asked is None:
         return None
     format_ = asked.fields("format")
+    asked.harmless("verbosity", "medium")
     asked.refuse_unknown()
     return format_
 
@@ -217,7 +227,7 @@ def _response(
         "tool_choice": asked.tool_choice,
         "tools": asked.tools,
         "top_p": sampling.top_p if sampling.HasField("top_p") else 1.0,
-        "truncation": "disabled",
+        "truncation": asked.truncation,
         "usage": _usage(usage) if usage else None,
         "user": asked.user,
     }
