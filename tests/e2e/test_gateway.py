@@ -177,6 +177,25 @@ def test_echo_tells_the_prompt_and_scores_it(client: OpenAI, shared: Cluster, ma
     assert choices[-1].finish_reason == "length"
 
 
+def test_what_is_asked_for_beyond_openais_api_is_told_as_over_grpc(gateway: Gateway, shared: Cluster) -> None:
+    beams: dict[str, Any] = {"beams": {"width": 2}, "max_tokens": 4, "n": 2}
+    pinned = {"prompt": [70] * 40, "max_tokens": 2, "pin_seconds": 5, "prompt_logprobs": 0}
+    expected = direct(shared, token_ids=[71, 72, 73], **beams)
+    pin = direct(shared, token_ids=[70] * 40, max_tokens=1, pin_seconds=5).pinned
+
+    told = gateway.post("/v1/completions", {"prompt": [71, 72, 73], **beams}).json()["choices"]
+    whole = gateway.post("/v1/completions", pinned).json()["choices"]
+    stream = [event.data for event in gateway.post("/v1/completions", {**pinned, "stream": True}).events()]
+
+    assert [choice["score"] for choice in told] == [choice.finish.score for choice in expected.choices]
+    streamed = [choice for data in stream if data != "[DONE]" for choice in data["choices"]]
+    assert pin is not None
+    for choices in (whole, streamed):
+        (each,) = [choice["pinned"] for choice in choices if "pinned" in choice]
+        assert (each["id"], each["tokens"]) == (pin.pin_id, pin.tokens) and each["expires"] >= pin.expires_s
+        assert [len(choice["prompt_logprobs"]) for choice in choices if "prompt_logprobs" in choice] == [40]
+
+
 # ---- responses
 
 
