@@ -130,8 +130,10 @@ def check_sampling(params: SamplingParams, limits: RequestLimits) -> None:
     _check_range("repetition_penalty", params.repetition_penalty, least, most)
     _check_range("presence_penalty", params.presence_penalty, -limits.max_penalty, limits.max_penalty)
     _check_range("frequency_penalty", params.frequency_penalty, -limits.max_penalty, limits.max_penalty)
-    for _, bias in params.logit_bias:
-        _check_range("logit_bias", bias, -limits.max_logit_bias, limits.max_logit_bias)
+    bound = limits.max_logit_bias
+    for token, bias in params.logit_bias:
+        if not abs(bias) <= bound:  # neither is NaN
+            raise InvalidRequest("logit_bias", f"must be in [{-bound:g}, {bound:g}], got {bias} for token {token}")
     for field, number in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if number is not None and not 0 <= number <= limits.max_logprobs:
             raise InvalidRequest(field, f"must be in [0, {limits.max_logprobs}], got {number}")
@@ -168,7 +170,9 @@ def check_lengths(limits: RequestLimits, *, logit_bias: int, allowed: int, banne
 
 def check_listed(params: SamplingParams, vocab_size: int) -> None:
     """Raise InvalidRequest naming the first list that has an id outside the vocabulary, or contradicts another."""
-    _check_ids("logit_bias", [token for token, _ in params.logit_bias], vocab_size)
+    for token, _ in params.logit_bias:
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest("logit_bias", f"is for tokens in [0, {vocab_size}), got one for {token}")
     _check_ids("allowed_token_ids", params.allowed_token_ids, vocab_size)
     _check_ids("banned_token_ids", params.banned_token_ids, vocab_size)
     both = set(params.allowed_token_ids).intersection(params.banned_token_ids)
@@ -249,9 +253,9 @@ def _check_length(field: str, length: int, most: int) -> None:
 
 
 def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
-    for token in ids:
+    for i, token in enumerate(ids):
         if not 0 <= token < vocab_size:
-            raise InvalidRequest(field, f"must be in [0, {vocab_size}), got {token}")
+            raise InvalidRequest(field, f"must be in [0, {vocab_size}), got {token} at index {i}")
 
 
 def _check_texts(field: str, texts: Sequence[str], most_bytes: int) -> None:

@@ -47,7 +47,7 @@ def find_admin(address: str) -> str:
             return f"unix:{path}"
     raise StartupError(
         f"no scheduler of this user serves clients on {address}: {paths[0]} is not there. Start one: pagewire serve. "
-        f"Or name its --admin-listen: pagewire status unix:PATH"
+        f"Or name its --admin-listen in place of the address: unix:PATH"
     )
 
 

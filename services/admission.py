@@ -97,7 +97,7 @@ class Admission:
     def open_call(self) -> Iterator[None]:
         """Count a call while it is open. Raises Overloaded for one too many."""
         if self._num_calls >= self._limits.max_calls:
-            problem = f"{self._num_calls} calls are open already, which is all there may be"
+            problem = f"{self._num_calls} may be open, and so many are (--max-streams)"
             self._refuse("calls", problem, _UNKNOWN_S)
         self._num_calls += 1
         try:
@@ -128,7 +128,8 @@ class Admission:
         bucket = self._bucket(ask.tenant, now_ns)
         wait_s = bucket.wait_s(self._cost(ask), now_ns) if bucket else 0.0
         if wait_s:
-            self._refuse("tenant_rate", f"the tenant's {tenant.tokens_per_s:g} tokens a second are used up", wait_s)
+            problem = f"your {tenant.tokens_per_s:g} tokens a second are used up (tokens_per_s, --tenant-tokens-per-s)"
+            self._refuse("tenant_rate", problem, wait_s)
         self._check_wait(ask, line, now_ns)
 
     def take(self, ask: Ask, now_ns: int) -> None:
@@ -173,7 +174,7 @@ class Admission:
     def _check_resumed(self, ask: Ask, line: Standing) -> None:
         most = self._limits.max_waiting
         if line.own_resumed + ask.choices > most:
-            problem = f"{line.own_resumed} of the tenant's sequences wait to go on, at most {most} may"
+            problem = f"{_wait(line.own_resumed)} to go on; {most} may (--max-waiting)"
             self._refuse("waiting_sequences", problem, _UNKNOWN_S)
 
     def _check_sequences(self, ask: Ask, line: Standing) -> None:
@@ -181,22 +182,25 @@ class Admission:
         over = line.num_waiting + ask.choices - most
         each = line.num_tokens / line.num_waiting if line.num_waiting else 0.0
         if over > 0:
-            problem = f"{line.num_waiting} sequences wait already, at most {most} may"
+            problem = f"there is no room for {ask.choices} more; {most} may wait in all (--max-waiting)"
             self._refuse("waiting_sequences", problem, self._drained_in_s(over * each))
         over = line.own_waiting + ask.choices - (most - line.num_waiting)
         if ask.tenant and line.own_waiting and over > 0:
-            problem = f"{line.own_waiting} of the tenant's sequences wait already, as many as are still free"
+            problem = f"{_wait(line.own_waiting)} already; {most} may wait in all (--max-waiting), others' among them"
             self._refuse("tenant_share", problem, self._drained_in_s(over * each))
 
     def _check_tokens(self, ask: Ask, line: Standing) -> None:
         most, cost = self._limits.max_waiting_tokens, self._cost(ask)
         over = line.num_tokens + cost - most
         if line.num_tokens and over > 0:  # whatever fits into an executor may wait alone
-            problem = f"{line.num_tokens} tokens wait already, at most {most} may, and this needs {cost}"
+            problem = f"there is no room for {cost} tokens more; {most} may wait in all (--max-waiting-tokens)"
             self._refuse("waiting_tokens", problem, self._drained_in_s(over))
         over = line.own_tokens + cost - (most - line.num_tokens)
         if ask.tenant and line.own_tokens and over > 0:
-            problem = f"{line.own_tokens} of the tenant's tokens wait already, as many as are still free"
+            problem = (
+                f"{line.own_tokens} of your tokens wait already, and this needs {cost}; {most} may wait in all "
+                f"(--max-waiting-tokens), others' among them"
+            )
             self._refuse("tenant_share", problem, self._drained_in_s(over))
 
     def _check_wait(self, ask: Ask, line: Standing, now_ns: int) -> None:
@@ -206,7 +210,7 @@ class Admission:
         wait_s = line.tokens_before / rate
         longest_s = self._limits.max_ttft_s
         if longest_s and wait_s > longest_s:
-            problem = f"it would wait for about {wait_s:.1f} s, and {longest_s:g} s is the longest"
+            problem = f"it would wait for about {wait_s:.1f} s, and {longest_s:g} s is the longest (--max-ttft-s)"
             self._refuse("predicted_wait", problem, wait_s - longest_s)
         if ask.deadline_ns:
             left_s = max(0.0, (ask.deadline_ns - now_ns) / 1e9)
@@ -224,4 +228,9 @@ class Admission:
 
     def _refuse(self, limit: Refusal, problem: str, retry_after_s: float) -> NoReturn:
         self.refusals[limit] += 1
-        raise Overloaded(problem, min(max(retry_after_s, _SOONEST_S), _LATEST_S) * self._jitter(), limit)
+        raise Overloaded(f"{limit}: {problem}", min(max(retry_after_s, _SOONEST_S), _LATEST_S) * self._jitter(), limit)
+
+
+def _wait(count: int) -> str:
+    """How many of the tenant's own wait. Of those of others nothing is told: their number is nobody's business."""
+    return f"{count} of your sequences wait{'s' if count == 1 else ''}"

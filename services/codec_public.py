@@ -389,8 +389,8 @@ def token_ids(field: str, ids: tuple[int, ...], vocab_size: int) -> tuple[int, .
     """The ids. Raises InvalidRequest when there are none or one is outside the vocabulary."""
     if not ids:
         raise InvalidRequest(field, "is empty")
-    if max(ids) >= vocab_size:
-        raise InvalidRequest(field, f"must be in [0, {vocab_size}), got {max(ids)}")
+    if (most := max(ids)) >= vocab_size:
+        raise InvalidRequest(field, f"must be in [0, {vocab_size}), got {most} at index {ids.index(most)}")
     return ids
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 from common.errors import InvalidRequest, RequestFailed, TicketRefused, TicketStale, Unavailable
 from pagewire.aio import AsyncStream
@@ -16,6 +16,7 @@ from services.gateway.held_scores import Share
 from services.gateway.positions import MAX_CHOICES, Digest, Heard, Position, Writer, pack_heard, pack_prompt
 from services.gateway.upstream import Upstream
 
+_OF_PROMPTS: Final = ("text", "token_ids", "prompt")  # what the scheduler calls the prompt of each
 _AHEAD: Final = 64  # pieces of several prompts that may wait for their reader
 
 
@@ -168,6 +169,13 @@ class Answers:
             decode_s=0.0,
         )
 
+    def told_of(self, prompt: int) -> dict[str, Any]:
+        """What is told of a prompt beside its answers, by our names: what of it is pinned, where that was asked for."""
+        pinned = self.streams[prompt].continuation._pinned  # pyright: ignore[reportPrivateUsage]
+        if pinned is None:
+            return {}
+        return {"pinned": {"id": pinned.pin_id, "tokens": pinned.tokens, "expires": pinned.expires_s}}
+
     async def close(self) -> None:
         """Read no more."""
         try:
@@ -232,6 +240,8 @@ class Answers:
             read = await self._queue.get()
             if read.stream is not self.streams[read.prompt]:  # that was asked anew
                 continue
+            if isinstance(read.new, InvalidRequest):
+                raise of_prompt(read.new, read.prompt)
             if isinstance(read.new, Exception):  # half of a batch is of no use to anybody
                 raise read.new
             if read.new is not None:
@@ -395,6 +405,11 @@ class _Told:
             elif known < len(part.arguments):
                 new.append(ToolCallDelta(index=part.index, id="", name="", arguments=part.arguments[known:]))
         return tuple(new)
+
+
+def of_prompt(error: InvalidRequest, number: int) -> InvalidRequest:
+    """What is wrong with one of several prompts, by its number."""
+    return InvalidRequest(f"prompt[{number}]", error.problem) if error.field in _OF_PROMPTS else error
 
 
 def _ended(choice: int, tokens: int) -> Finish:

@@ -35,6 +35,7 @@ from services.gateway.known_keys import KnownKeys
 from services.gateway.live import MAX_KEY, LiveAccess, LiveView, interval_ms, nothing_to_close
 from services.gateway.long_json import WholeAnswer
 from services.gateway.metrics import Metrics
+from services.gateway.roles import check_roles
 from services.gateway.traced import Ending, traced
 from services.gateway.upstream import Upstream
 from services.tracing import Tracer
@@ -243,6 +244,8 @@ class Gateway:
     async def _answer(self, request: Request, body: Fields, asked: Asked, telling: Telling) -> ASGIApp:
         self._refuse_unknown(body)
         request.scope[_NAMES] = asked.names
+        if self._unknown_fields == "refuse":
+            check_roles(asked.requests[0].chat)
         key = _key(request)
         position = None
         if (last := request.headers.get(LAST_EVENT_ID)) and asked.manner.stream:

@@ -14,9 +14,10 @@ from services.gateway.answers import Answers, Piece
 from services.gateway.asked import Asked, read_manner
 from services.gateway.errors import NotServed
 from services.gateway.events import event
-from services.gateway.fields import MOST_LISTED, Fields, array, fields, shown, text
+from services.gateway.fields import MOST_LISTED, Fields, array, fields, shown, shown_word, text
 from services.gateway.long_json import in_turns
 from services.gateway.options import read_options, read_structured
+from services.gateway.roles import ROLES
 from services.gateway.tools import read_tool_message, read_tools, told_calls, told_deltas
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -46,7 +47,7 @@ def read(body: Fields) -> Asked:
     request = pb.GenerateStreamRequest()
     names = read_tools(body, request.chat)
     names |= read_options(body, request, max_tokens=_MAX_TOKENS)
-    names |= read_structured(body, request.sampling, "response_format")
+    names |= read_structured(body, request.sampling)
     names |= _read_logprobs(body, request.sampling)
     messages = body.list_of_fields("messages")
     if not messages:
@@ -56,6 +57,8 @@ def read(body: Fields) -> Asked:
     for message in messages:
         names |= add_message(request.chat, message, called)
     names |= {"chat.messages": "messages", "chat": "messages"}
+    body.harmless("reasoning_effort", "none")
+    body.harmless("verbosity", "medium")
     for name, only in (("modalities", ["text"]), ("audio", None)):
         if body.take(name) not in (None, only):
             raise NotServed(name, f"{name}: answers are text")
@@ -67,10 +70,12 @@ def add_message(chat: pb.ChatMessages, message: Fields, called: dict[str, str]) 
 
     Returns what its caller calls some of its fields. Raises InvalidRequest, NotServed.
     """
-    role = message.required_string("role")
+    role = message.required_kind("role", ROLES)
     added = pb.ChatMessage(role="system" if role == "developer" else role)
     names = read_tool_message(message, added, called)
     content = message.take("content", CONTENT)
+    if content is None and role == "assistant":  # it said no, and nothing else
+        content = message.string("refusal")
     if content is not None or not added.tool_calls:  # calls need no words
         added.content = content_text(content, message.path("content"))
     message.ignore(*_OF_ANSWERS)
@@ -94,7 +99,7 @@ def _part(part: Fields) -> str:
     kind = part.string("type")
     name = "refusal" if kind == "refusal" else "text"
     if kind not in ("text", "input_text", "output_text", "refusal"):
-        raise NotServed(part.path("type"), f"{part.path('type')}: this model reads text, got {shown(kind)}")
+        raise NotServed(part.path("type"), f"{part.path('type')}: this model reads text, got {shown_word(kind)}")
     words = part.string(name)
     if words is None:
         raise InvalidRequest(part.path(name), "must be a string, and is not there")
@@ -132,6 +137,7 @@ async def whole(answers: Answers, asked: Asked) -> dict[str, Any]:
             "finish_reason": finish_reason(finish),
             "stop_reason": stop_reason(finish),
         }
+        told |= score(finish)
         if calls:
             told["message"] |= {"content": words or None, "tool_calls": told_calls(calls)}
         if asked.manner.return_token_ids:
@@ -141,6 +147,7 @@ async def whole(answers: Answers, asked: Asked) -> dict[str, Any]:
         **envelope(answers, asked, "chatcmpl", "chat.completion"),
         "choices": choices,
         "usage": usage_json(answers.usage()),
+        **answers.told_of(0),
     }
     if heard.prompt_logprobs:
         whole["prompt_logprobs"] = scores.all_of_chat(heard.prompt_logprobs)
@@ -178,7 +185,8 @@ async def stream(answers: Answers, asked: Asked) -> AsyncGenerator[bytes, None]:
             "finish_reason": finish_reason(piece.finish) if piece.finish else None,
         }
         if piece.finish:
-            choice["stop_reason"] = stop_reason(piece.finish)
+            choice |= {"stop_reason": stop_reason(piece.finish), **score(piece.finish)}
+            more |= answers.told_of(0)
         if ids:
             choice["token_ids"] = list(piece.token_ids)
         if not more:
@@ -187,7 +195,7 @@ async def stream(answers: Answers, asked: Asked) -> AsyncGenerator[bytes, None]:
         yield await chunks.long_chunk([choice], more)
         answers.streams[0].continuation.forget_prompt_logprobs()
     if asked.manner.include_usage:
-        yield chunks.usage()
+        yield chunks.usage(usage_json(answers.usage()))
     yield DONE
 
 
@@ -226,9 +234,9 @@ class Chunks:
         """One that has Longs."""
         return event(await in_turns({**self._told(choices), **more}), self._id())
 
-    def usage(self) -> bytes:
+    def usage(self, usage: Mapping[str, Any]) -> bytes:
         """The event that tells what all of it cost, behind all others."""
-        told = {**self._envelope(), "choices": [], "usage": usage_json(self._answers.usage())}
+        told = {**self._envelope(), "choices": [], "usage": usage}
         return event(json.dumps(told), self._id(done=True))
 
     def _told(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -271,6 +279,11 @@ def stop_reason(finish: Finish) -> str | int | None:
     if finish.matched_stop is not None:
         return finish.matched_stop
     return finish.matched_token_id if finish.reason is FinishReason.STOP_TOKEN else None
+
+
+def score(finish: Finish) -> dict[str, float]:
+    """Of an answer of a beam search, as a member of its choice."""
+    return {} if finish.score is None else {"score": finish.score}
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:

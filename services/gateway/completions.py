@@ -11,9 +11,9 @@ from common.errors import InvalidRequest
 from pagewire.scores import Scores
 from protos import inference_pb2 as pb
 from services.gateway import scores
-from services.gateway.answers import Answers
+from services.gateway.answers import Answers, of_prompt
 from services.gateway.asked import Asked, read_manner
-from services.gateway.chat import DONE, Chunks, envelope, finish_reason, stop_reason, usage_json, wants_logprobs
+from services.gateway.chat import DONE, Chunks, envelope, finish_reason, score, stop_reason, usage_json, wants_logprobs
 from services.gateway.fields import MAX_U32, TOKEN_IDS, Fields, array, integers, shown, text
 from services.gateway.options import read_options, read_structured
 from services.gateway.upstream import Upstream
@@ -34,23 +34,28 @@ class AskedCompletion(Asked):
 def read(body: Fields, *, max_prompts: int) -> AskedCompletion:
     """What a completion request asks for. Raises InvalidRequest. Whoever calls refuses what is left over."""
     like = pb.GenerateStreamRequest()
-    names = {"text": "prompt", "token_ids": "prompt"}
     echo = body.boolean("echo") or False
     drop = echo and body.take_if("max_tokens", 0)
-    names |= read_options(body, like, max_tokens=("max_tokens", "max_completion_tokens"))
+    names = read_options(body, like, max_tokens=("max_tokens", "max_completion_tokens"))
     if drop:
         like.stopping.max_tokens = 1  # the least that can be made
     elif not like.stopping.HasField("max_tokens"):
         like.stopping.max_tokens = _DEFAULT_MAX_TOKENS
-    names |= read_structured(body, like.sampling, "response_format")
+    names |= read_structured(body, like.sampling)
     if (top := body.integer("logprobs", 0, MAX_U32)) is not None:
         like.sampling.logprobs = top
         if echo:
+            if like.sampling.HasField("prompt_logprobs") and like.sampling.prompt_logprobs != top:
+                raise InvalidRequest("prompt_logprobs", "with echo, logprobs is for the prompt, too: leave this out")
             like.sampling.prompt_logprobs = top
             names["prompt_logprobs"] = "logprobs"
     if body.string("suffix"):
         raise InvalidRequest("suffix", "is not served: text is made behind a prompt, not before something")
-    prompts = read_prompts(body.take("prompt", prompts_form(max_prompts)), max_prompts, "prompt")
+    given = body.take("prompt", prompts_form(max_prompts))
+    prompts = read_prompts(given, max_prompts, "prompt")
+    if len(prompts) == 1:  # of several, each error says which it is about
+        name = "prompt[0]" if isinstance(given, list) and isinstance(given[0], str | list) else "prompt"
+        names |= {"text": name, "token_ids": name, "prompt": name}
     if len(prompts) * like.ByteSize() > _MAX_COPIED_BYTES:  # each prompt is a request, with all that they share
         problem = f"{len(prompts)} prompts times {like.ByteSize()} bytes of other fields are over {_MAX_COPIED_BYTES}"
         raise InvalidRequest("prompt", f"{problem}: ask in several requests")
@@ -107,13 +112,16 @@ async def echoes(upstream: Upstream, asked: AskedCompletion, key: str) -> list[s
     """The texts of the prompts, to be told before their answers. Raises PagewireErrors; it asks for no more then."""
     turns = asyncio.Semaphore(_MOST_ECHOES)
 
-    async def echo(request: pb.GenerateStreamRequest) -> str:
+    async def echo(number: int, request: pb.GenerateStreamRequest) -> str:
         if request.HasField("text"):
             return request.text
         async with turns:
-            return await upstream.text(request.token_ids.ids, key)
+            try:
+                return await upstream.text(request.token_ids.ids, key)
+            except InvalidRequest as error:
+                raise (of_prompt(error, number) if len(asked.requests) > 1 else error) from None
 
-    echoing = [asyncio.create_task(echo(request)) for request in asked.requests]
+    echoing = [asyncio.create_task(echo(i, request)) for i, request in enumerate(asked.requests)]
     try:
         return await asyncio.gather(*echoing)
     finally:
@@ -130,7 +138,7 @@ async def whole(answers: Answers, asked: AskedCompletion, prompts: Sequence[str]
     while await answers.next() is not None:
         pass
     choices: list[dict[str, Any]] = []
-    for prompt, stream in zip(prompts, answers.streams, strict=True):
+    for i, (prompt, stream) in enumerate(zip(prompts, answers.streams, strict=True)):
         heard = stream.continuation
         before = heard.prompt_logprobs
         for n, finish in sorted(heard.finishes.items()):
@@ -141,15 +149,15 @@ async def whole(answers: Answers, asked: AskedCompletion, prompts: Sequence[str]
                 "logprobs": scores.all_of_completion(before + logprobs) if wants_logprobs(asked) else None,
                 "finish_reason": _finish_reason(finish, asked),
                 "stop_reason": None if asked.drop else stop_reason(finish),
+                **score(finish),
+                **answers.told_of(i),
             }
             if asked.manner.return_token_ids:
                 told["token_ids"] = [] if asked.drop else list(heard.token_ids(n))
-            if before and not asked.echo:
+            if before and not _has_prompt(asked):
                 told["prompt_logprobs"] = scores.all_of_chat(before)
             choices.append(told)
-    usage = usage_json(answers.usage())
-    if asked.drop:
-        usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+    usage = _usage(answers, asked)
     return {**envelope(answers, asked, "cmpl", "text_completion"), "choices": choices, "usage": usage}
 
 
@@ -158,43 +166,65 @@ async def stream(answers: Answers, asked: AskedCompletion, prompts: Sequence[str
     chunks = Chunks(answers, asked, "cmpl", "text_completion", new='"text": ')
     scored, ids = wants_logprobs(asked), asked.manner.return_token_ids
     total = len(prompts) * answers.n
-    # where the prompt is still to be told; who comes back after an event of a choice has it
-    echoed = [not asked.echo or answers.has_begun(i) for i in range(total)]
-    offsets = [len(prompts[i // answers.n]) + answers.characters(i) for i in range(total)]
+    # who comes back after an event of a choice has what is told of its prompt
+    begun = [answers.has_begun(i) for i in range(total)]
+    echoed = [not asked.echo or has_begun for has_begun in begun]  # what there was of a prompt to be told
+    offsets = [scores.Offsets(len(prompts[i // answers.n]) + answers.characters(i)) for i in range(total)]
+    in_the_middle = list(begun)  # of a character, perhaps
     while (piece := await answers.next()) is not None:
         is_echoed, echoed[piece.choice] = echoed[piece.choice], True
         if not (piece.text or piece.finish or scored or ids or not is_echoed):
             continue
         if asked.drop and is_echoed and not piece.finish:
             continue
-        if is_echoed and not (piece.finish or scored or ids):  # most of the time
+        of_prompt = answers.streams[piece.choice // answers.n].continuation
+        before = Scores() if begun[piece.choice] else of_prompt.prompt_logprobs
+        if is_echoed and not (piece.finish or scored or ids or before):  # most of the time
             yield chunks.plain(piece)
             continue
         prompt = "" if is_echoed else prompts[piece.choice // answers.n]
         words = "" if asked.drop else piece.text
-        of_prompt = answers.streams[piece.choice // answers.n].continuation
-        before = Scores() if is_echoed else of_prompt.prompt_logprobs
         new = () if asked.drop else piece.logprobs
-        offset = 0 if not is_echoed else offsets[piece.choice]
-        offsets[piece.choice] += len(words)
+        logprobs = scores.of_completion(new, offsets[piece.choice]) if scored and new else None
+        if in_the_middle[
+            piece.choice
+        ]:  # its first bytes were told before: count what is told until there is a whole one
+            offsets[piece.choice].at = len(prompts[piece.choice // answers.n]) + answers.characters(piece.choice)
+            in_the_middle[piece.choice] = not piece.text
         choice: dict[str, Any] = {
             "index": piece.choice,
             "text": prompt + words,
-            "logprobs": scores.of_completion(new, offset) if scored and new else None,
+            "logprobs": logprobs,
             "finish_reason": _finish_reason(piece.finish, asked) if piece.finish else None,
         }
         if piece.finish:
             choice["stop_reason"] = None if asked.drop else stop_reason(piece.finish)
+            choice |= {**score(piece.finish), **answers.told_of(piece.choice // answers.n)}
         if ids:
             choice["token_ids"] = [] if asked.drop else list(piece.token_ids)
-        if not (scored and before):
+        if not before:
             yield chunks.chunk([choice])
             continue
-        yield await chunks.long_chunk([choice | {"logprobs": scores.all_of_completion(before, new)}], {})
+        if _has_prompt(asked):
+            choice["logprobs"] = scores.all_of_completion(before, new)
+        else:
+            choice["prompt_logprobs"] = scores.all_of_chat(before)
+        yield await chunks.long_chunk([choice], {})
         of_prompt.forget_prompt_logprobs()
     if asked.manner.include_usage:
-        yield chunks.usage()
+        yield chunks.usage(_usage(answers, asked))
     yield DONE
+
+
+def _has_prompt(asked: AskedCompletion) -> bool:
+    """Whether the log-probabilities of the prompt are told as those of the answer, before them."""
+    return asked.echo and wants_logprobs(asked)
+
+
+def _usage(answers: Answers, asked: AskedCompletion) -> dict[str, Any]:
+    """What it cost. The one token that was made where only the prompt is scored is nobody's."""
+    usage = usage_json(answers.usage())
+    return usage | {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]} if asked.drop else usage
 
 
 def _finish_reason(finish: Any, asked: AskedCompletion) -> str:

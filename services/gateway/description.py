@@ -68,10 +68,18 @@ class Description(Fields):
         """One of the forms that are served."""
         return self.word(name, known)
 
+    def required_kind(self, name: str, known: Sequence[str]) -> str:
+        """One of these, too."""
+        return self.required_word(name, known)
+
     def word(self, name: str, known: Sequence[str]) -> str | None:
         """One of these words."""
         self._note(name, {"enum": list(known)})
         return None
+
+    def harmless(self, name: str, word: str) -> None:
+        """This word alone."""
+        self._note(name, {"enum": [word]})
 
     def required_word(self, name: str, known: Sequence[str]) -> str:
         """The last one of these words: it has most to tell."""
@@ -83,7 +91,7 @@ class Description(Fields):
         self._note(name, _TRUTH)
         return name == "stream" or None
 
-    def integer(self, name: str, least: int = 0, most: int = MAX_U32) -> int | None:
+    def integer(self, name: str, least: int = 0, most: int = MAX_U32, range_: str = "") -> int | None:
         """A whole number."""
         self._note(name, {"type": "integer", "minimum": least, "maximum": most})
         return None
@@ -108,7 +116,7 @@ class Description(Fields):
         self._note(name, {"type": ["object", "boolean", "string"]})
         return None
 
-    def required_schema(self, name: str) -> str:
+    def required_schema(self, name: str, around: str = "") -> str:
         """The same, where it must be there."""
         self.schema(name)
         self._required.append(name)
@@ -136,6 +144,9 @@ class Description(Fields):
         inner = Description(f"{self.path(name)}[0]", other=self._other)
         self._note(name, [inner])
         return [inner]
+
+    def refuse_several(self, paths: Sequence[str], what: str) -> None:
+        """Each of them is described."""
 
     def ignore(self, *names: str) -> None:
         """Whatever these are."""

@@ -13,7 +13,7 @@ from typing import Final
 from protos import inference_pb2 as pb
 from services.gateway.completions import prompts_form, read_prompts
 from services.gateway.fields import Fields
-from services.gateway.options import read_plain
+from services.gateway.options import WITHOUT_EFFECT, read_plain
 
 _MAX_INPUTS: Final = 4096  # the scheduler has a limit of its own, and room is made here before it is asked
 
@@ -42,7 +42,7 @@ def read(body: Fields) -> AskedEmbeddings:
         else:
             request.inputs.add().token_ids.ids.extend(prompt)
     is_base64 = body.word("encoding_format", ("float", "base64")) == "base64"
-    body.ignore("user")
+    body.ignore(*WITHOUT_EFFECT)
     return AskedEmbeddings(
         request=request,
         names={"inputs[0]" if has_one else "inputs": "input"},

@@ -154,7 +154,7 @@ _PARAMS: Final[Mapping[type[PagewireError], str]] = {
 # How the scheduler says that prompt and answer do not fit, which OpenAI has a code of its own for.
 _TOO_LONG: Final = ("the context", "after a prompt of")
 # Libraries (litellm) find out by how OpenAI words it, and then go on with a model of a longer context.
-_AS_OPENAI_SAYS: Final = "This model's maximum context length is for the prompt and the answer together."
+_AS_OPENAI_SAYS: Final = "This model's maximum context length is for"
 
 
 def statuses() -> tuple[int, ...]:
@@ -172,7 +172,8 @@ def told(error: PagewireError, names: Mapping[str, str] | None = None) -> Told:
         message = f"{param}: {error.problem.replace('chat.tools', 'tools')}"
         if any(words in error.problem for words in _TOO_LONG):
             code = "context_length_exceeded"
-            message = f"{message}. {_AS_OPENAI_SAYS}"
+            whose = "each text by itself" if error.field.startswith("inputs") else "the prompt and the answer together"
+            message = f"{message}. {_AS_OPENAI_SAYS} {whose}."
     elif isinstance(error, Unavailable) and message.startswith(NO_CONNECTION):
         message = "no scheduler is there"  # its address is no caller's business
     elif isinstance(error, NotServed):

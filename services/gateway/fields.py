@@ -13,6 +13,8 @@ from typing import Any, Final, cast
 
 from common.errors import InvalidRequest
 from common.json_value import is_array, is_object
+from services.gateway.errors import NotServed
+from services.gateway.not_served import NOT_SERVED
 
 MAX_U32: Final = (1 << 32) - 1
 MAX_FLOAT: Final = 3.4028234663852886e38
@@ -90,12 +92,21 @@ class Fields:
         """Which of several forms its object has. `known` are those that are served: whoever asks refuses others."""
         return self.string(name)
 
+    def required_kind(self, name: str, known: Sequence[str]) -> str:
+        """The same, where it must be there."""
+        return self.required_string(name)
+
     def word(self, name: str, known: Sequence[str]) -> str | None:
         """One of the words that are known."""
         value = self.string(name)
         if value is not None and value not in known:
-            raise InvalidRequest(self.path(name), f"must be one of {', '.join(known)}, got {shown(value)}")
+            raise InvalidRequest(self.path(name), f"must be one of {', '.join(known)}, got {shown_word(value)}")
         return value
+
+    def harmless(self, name: str, word: str) -> None:
+        """Take this word, which asks for nothing. Anything else stays, and is refused with what is not known."""
+        if self._members.get(name) == word:
+            del self._members[name]
 
     def required_word(self, name: str, known: Sequence[str]) -> str:
         """One of the words that are known; it must be there."""
@@ -111,10 +122,10 @@ class Fields:
             raise InvalidRequest(self.path(name), f"must be true or false, got {shown(value)}")
         return value
 
-    def integer(self, name: str, least: int = 0, most: int = MAX_U32) -> int | None:
-        """A whole number in [least, most]; 3.0 is one, as in JSON itself."""
+    def integer(self, name: str, least: int = 0, most: int = MAX_U32, range_: str = "") -> int | None:
+        """A whole number in [least, most], which `range_` says in other words; 3.0 is one, as in JSON itself."""
         value = self.take(name)
-        return None if value is None else integer(value, self.path(name), least, most)
+        return None if value is None else integer(value, self.path(name), least, most, range_)
 
     def number(self, name: str) -> float | None:
         """A number that a float32 can hold."""
@@ -138,9 +149,11 @@ class Fields:
         value = self.take(name)
         return None if value is None else schema_text(value, self.path(name))
 
-    def required_schema(self, name: str) -> str:
-        """A JSON schema that must be there, as text."""
+    def required_schema(self, name: str, around: str = "") -> str:
+        """A JSON schema that must be there, as text. `around` is what it lies in, where that is missing as well."""
         value = self.schema(name)
+        if value is None and around:
+            raise InvalidRequest(around, f"must be an object with a JSON schema, {name}, and is not there")
         if value is None:
             raise InvalidRequest(self.path(name), "must be a JSON schema, and is not there")
         return value
@@ -163,6 +176,11 @@ class Fields:
         path = self.path(name)
         return [fields(each, f"{path}[{i}]") for i, each in enumerate(array(self.take(name), path, MOST_LISTED))]
 
+    def refuse_several(self, paths: Sequence[str], what: str) -> None:
+        """Raise InvalidRequest where more than one of them is there. `what` only one can do."""
+        if len(paths) > 1:
+            raise InvalidRequest(paths[1], f"only one of {' and '.join(paths)} {what}")
+
     def ignore(self, *names: str) -> None:
         """Take what has no effect here."""
         for name in names:
@@ -173,8 +191,10 @@ class Fields:
         return [self.path(name) for name, value in self._members.items() if value is not None]
 
     def refuse_unknown(self) -> None:
-        """Raise InvalidRequest for the first member that nobody took."""
+        """Raise InvalidRequest for the first member that nobody took, NotServed for one of OpenAI's."""
         for path in self.unknown():
+            if (why := NOT_SERVED.get(path)) is not None:
+                raise NotServed(path, f"{path}: {why}")
             raise InvalidRequest(cut(path), "is not known here")
 
 
@@ -190,13 +210,13 @@ def text(value: object, path: str) -> str:
     return value
 
 
-def integer(value: object, path: str, least: int = 0, most: int = MAX_U32) -> int:
+def integer(value: object, path: str, least: int = 0, most: int = MAX_U32, range_: str = "") -> int:
     """A whole number in [least, most]."""
     whole = int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT else value
     if not isinstance(whole, int) or isinstance(whole, bool):
         raise InvalidRequest(path, f"must be a whole number, got {shown(value)}")
     if not least <= whole <= most:
-        raise InvalidRequest(path, f"must be in [{least}, {most}], got {shown(value)}")
+        raise InvalidRequest(path, f"{range_ or f'must be in [{least}, {most}]'}, got {shown(value)}")
     return whole
 
 
@@ -259,7 +279,7 @@ def fields(value: object, path: str) -> Fields:
 
 
 def shown(value: object) -> str:
-    """A value in a complaint: a number as it is, of anything else what it is, for it may be a prompt."""
+    """A value in a complaint: a number as it is, of anything else what it is, for a short text may be a prompt, too."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int):
@@ -267,8 +287,13 @@ def shown(value: object) -> str:
     if isinstance(value, float):
         return str(value) if math.isfinite(value) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
     if isinstance(value, str):
-        return repr(value) if len(value) <= 32 and value.isascii() else "a string"
+        return "a string"
     return "a list" if isinstance(value, list) else "an object"
+
+
+def shown_word(value: object) -> str:
+    """The same where one of a few words belongs, or a name: what is there is no prompt."""
+    return repr(value) if isinstance(value, str) and len(value) <= 32 and value.isascii() else shown(value)
 
 
 def cut(path: str) -> str:

@@ -8,7 +8,8 @@ from common.errors import InvalidRequest
 from protos import inference_pb2 as pb
 from services.gateway.chat import CONTENT, add_message, content_text
 from services.gateway.errors import NotServed
-from services.gateway.fields import MOST_LISTED, Fields, array, fields, shown, text
+from services.gateway.fields import MOST_LISTED, Fields, array, fields, shown_word, text
+from services.gateway.roles import ROLES
 
 _KINDS: Final = ("message", "function_call", "function_call_output")
 _OF_ITEMS: Final = ("id", "status")  # what items bring along when they are sent back as they came
@@ -19,7 +20,7 @@ _ITEM: Final[dict[str, Any]] = {
     "type": "object",
     "properties": {
         "type": {"enum": list(_KINDS)},
-        "role": {"type": "string"},
+        "role": {"enum": list(ROLES)},
         "content": CONTENT,
         "call_id": {"type": "string"},
         "name": {"type": "string"},
@@ -75,7 +76,7 @@ class _Reading:
         """An item. Raises InvalidRequest, NotServed."""
         kind, path = item.kind("type", _KINDS) or "message", item.path("type")
         if kind not in _KINDS:
-            raise NotServed(path, f"{path}: {shown(kind)} is not served here; {', '.join(_KINDS)} are")
+            raise NotServed(path, f"{path}: {shown_word(kind)} is not served here; {', '.join(_KINDS)} are")
         item.ignore(*_OF_ITEMS)
         if kind == "message":
             self._add_message(item)

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from common.errors import InvalidRequest
 from protos import inference_pb2 as pb
-from services.gateway.fields import MAX_U32, Fields, integer, number, shown
+from services.gateway.fields import MAX_U32, Fields, integer, number, shown_word
 
 _MAX_BIASES: Final = 4096  # far above the scheduler's limit: a message of more would be too large for it
 _MAX_CHOICES: Final = 128  # OpenAI's; the scheduler has a limit of its own, and room is made here before it is asked
@@ -22,7 +22,7 @@ _BIASES: Final = {"type": "object", "additionalProperties": {"type": "number"}, 
 _OTHERWISE: Final = frozenset({"text", "top_k", "seed", "n", "logprobs", "max_tokens", "resumable"})
 
 # What OpenAI's own servers use for accounting, routing or storing, and what changes no answer here.
-_WITHOUT_EFFECT: Final = (
+WITHOUT_EFFECT: Final = (
     "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ def read_options(fields: Fields, request: pb.GenerateStreamRequest, *, max_token
     read_plain(fields, request)
     read_plain(fields, request.cache)
     _read_beams(fields, request.sampling)
-    fields.ignore(*_WITHOUT_EFFECT)
+    fields.ignore(*WITHOUT_EFFECT)
     return names
 
 
@@ -77,8 +77,8 @@ def _plain(fields: Fields, field: Any) -> Any:
             return fields.integer(field.name)
 
 
-def read_structured(fields: Fields, sampling: pb.SamplingParams, response_format: str) -> dict[str, str]:
-    """What the answer must be, by our names for that or in the member called `response_format`; one of them at most.
+def read_structured(fields: Fields, sampling: pb.SamplingParams, text_format: Fields | None = None) -> dict[str, str]:
+    """What the answer must be, by our names for that, in `response_format` or `text_format`; one of them at most.
 
     Returns names as `read_options` does. Raises InvalidRequest.
     """
@@ -101,18 +101,17 @@ def read_structured(fields: Fields, sampling: pb.SamplingParams, response_format
         structured.choices.SetInParent()
         structured.choices.values.extend(choices)
     names: dict[str, str] = {}
-    if (format_ := fields.fields(response_format)) is not None:
-        names = read_format(format_, structured, response_format)
-        if names:
-            asked.append(response_format)
-    if len(asked) > 1:
-        raise InvalidRequest(asked[1], f"only one of {' and '.join(asked)} can say what the answer must be")
+    for format_ in (fields.fields("response_format"), text_format):
+        if format_ is not None and (found := _read_format(format_, structured)):
+            names |= found
+            asked.append(format_.here)
+    fields.refuse_several(asked, "can say what the answer must be")
     if asked:
         sampling.structured.CopyFrom(structured)
     return names
 
 
-def read_format(fields: Fields, structured: pb.StructuredOutput, path: str) -> dict[str, str]:
+def _read_format(fields: Fields, structured: pb.StructuredOutput) -> dict[str, str]:
     """OpenAI's `response_format`, or what its Responses API calls `text.format`. Returns no names for plain text."""
     kind = fields.required_word("type", ("text", "json_object", "json_schema"))
     if kind == "text":
@@ -121,11 +120,12 @@ def read_format(fields: Fields, structured: pb.StructuredOutput, path: str) -> d
     if kind == "json_object":
         fields.refuse_unknown()
         structured.json_object = True
-        return {"json_object": path}
+        return {"json_object": fields.here}
     # in chat completions the schema lies one level deeper
     is_deeper = fields.is_object("json_schema") or fields.has("json_schema")
     inner = (fields.fields("json_schema") if is_deeper else None) or fields
-    structured.json_schema = inner.required_schema("schema")
+    around = fields.path("json_schema") if fields.here == "response_format" and not is_deeper else ""
+    structured.json_schema = inner.required_schema("schema", around)
     inner.string("name")
     inner.string("description")
     inner.boolean("strict")  # it always is
@@ -140,13 +140,14 @@ def _read_sampling(fields: Fields, sampling: pb.SamplingParams) -> None:
         sampling.top_k = max(0, top_k)  # elsewhere -1 is none
     if (seed := fields.integer("seed", -(1 << 63), (1 << 64) - 1)) is not None:
         sampling.seed = seed % (1 << 64)  # OpenAI's are signed
-    if (n := fields.integer("n", 1, _MAX_CHOICES)) is not None:
+    range_ = f"the gateway passes on 1 to {_MAX_CHOICES}, and the scheduler may serve fewer"
+    if (n := fields.integer("n", 1, _MAX_CHOICES, range_)) is not None:
         sampling.n = n
     if (biases := fields.fields("logit_bias", _BIASES)) is not None:
         if len(biases.names()) > _MAX_BIASES:
             raise InvalidRequest("logit_bias", f"at most {_MAX_BIASES} tokens, got {len(biases.names())}")
         for token in biases.names():
-            path = f"logit_bias[{shown(token)}]"
+            path = f"logit_bias[{shown_word(token)}]"
             id = (
                 integer(int(token), path, 0, MAX_U32) if token.isascii() and token.isdigit() and len(token) < 16 else -1
             )

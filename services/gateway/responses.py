@@ -7,17 +7,20 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from common.errors import InvalidRequest
 from pagewire.answers import FinishReason, Usage
 from protos import inference_pb2 as pb
+from services.gateway import scores
 from services.gateway.answers import Answers
 from services.gateway.asked import Asked, Manner
+from services.gateway.chat import score
 from services.gateway.errors import NotServed, Told
 from services.gateway.events import event
-from services.gateway.fields import Fields, shown
+from services.gateway.fields import Fields, shown_word
 from services.gateway.input_items import read_input
 from services.gateway.items import Items
 from services.gateway.long_json import in_turns
-from services.gateway.options import read_format, read_options, read_structured
+from services.gateway.options import read_options, read_structured
 from services.gateway.tools import read_tools
 
 _LOGPROBS: Final = "message.output_text.logprobs"
@@ -35,6 +38,7 @@ class AskedResponse(Asked):
     user: str | None = None
     tools: list[dict[str, Any]]
     tool_choice: Any
+    truncation: str = "disabled"
 
 
 def read(body: Fields) -> AskedResponse:
@@ -45,8 +49,9 @@ def read(body: Fields) -> AskedResponse:
     names |= read_options(body, request, max_tokens=("max_output_tokens",))
     if request.sampling.HasField("n") and request.sampling.n != 1:
         raise NotServed("n", "n: a response has one output")
-    told_format = _read_text(body, request.sampling, names)
-    names |= read_structured(body, request.sampling, "response_format")
+    text_format = _read_text(body)
+    told_format = text_format.copy() if text_format is not None else {"type": "text"}
+    names |= read_structured(body, request.sampling, text_format)
     told_tools, told_choice = _told_tools(body.peek("tools")), _copy(body.peek("tool_choice"))
     names |= read_tools(body, request.chat, flat=True)
     if not request.chat.tools:
@@ -58,8 +63,9 @@ def read(body: Fields) -> AskedResponse:
         raise NotServed("previous_response_id", "previous_response_id: nothing is stored here; send all of the input")
     if body.boolean("background"):
         raise NotServed("background", "background: nothing is stored here; read the answer as it is made")
-    body.word("truncation", ("disabled",))
+    truncation = body.word("truncation", ("disabled", "auto"))  # what fits is not cut, and what does not is refused
     if (reasoning := body.fields("reasoning")) is not None:
+        reasoning.harmless("effort", "none")
         reasoning.refuse_unknown()
     stream = body.boolean("stream") or False
     if (options := body.fields("stream_options")) is not None:
@@ -76,6 +82,7 @@ def read(body: Fields) -> AskedResponse:
         user=user,
         tools=told_tools,
         tool_choice=told_choice if told_choice is not None else "auto",
+        truncation=truncation or "disabled",
     )
 
 
@@ -91,31 +98,34 @@ def _told_tools(tools: object) -> list[dict[str, Any]]:
 
 
 def _copy(value: object) -> Any:
-    return dict(value) if isinstance(value, dict) else value
+    """A choice of tools as the response repeats it: reading takes it apart, and each of the tools that it allows."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: [dict(each) if isinstance(each, dict) else each for each in inner] if isinstance(inner, list) else inner
+        for name, inner in value.items()
+    }
 
 
-def _read_text(body: Fields, sampling: pb.SamplingParams, names: dict[str, str]) -> dict[str, Any]:
-    """`text.format`. Returns it as the response repeats it."""
+def _read_text(body: Fields) -> Fields | None:
+    """`text.format`."""
     asked = body.fields("text")
     if asked is None:
-        return {"type": "text"}
+        return None
     format_ = asked.fields("format")
+    asked.harmless("verbosity", "medium")
     asked.refuse_unknown()
-    if format_ is None:
-        return {"type": "text"}
-    told = format_.copy()
-    structured = pb.StructuredOutput()
-    if found := read_format(format_, structured, "text.format"):
-        names |= found
-        sampling.structured.CopyFrom(structured)
-    return told
+    return format_
 
 
 def _read_include(body: Fields, sampling: pb.SamplingParams) -> None:
     top = body.integer("top_logprobs")
-    for name in body.strings("include"):
+    included = body.strings("include")
+    if top and not included:
+        raise InvalidRequest("top_logprobs", f"is for log-probabilities: include {_LOGPROBS}, too")
+    for name in included:
         if name != _LOGPROBS:
-            raise NotServed("include", f"include: {shown(name)} is not served here; {_LOGPROBS} is")
+            raise NotServed("include", f"include: {shown_word(name)} is not served here; {_LOGPROBS} is")
         sampling.logprobs = top or 0
 
 
@@ -183,7 +193,11 @@ def _items(answers: Answers, asked: AskedResponse) -> Items:
 def _ended(answers: Answers, asked: AskedResponse, items: Items) -> dict[str, Any]:
     is_whole = answers.streams[0].continuation.finishes[0].reason is not FinishReason.LENGTH
     status = "completed" if is_whole else "incomplete"
-    return _response(answers, asked, status, items.all(status), answers.usage())
+    heard = answers.streams[0].continuation
+    more: dict[str, Any] = {**score(heard.finishes[0]), **answers.told_of(0)}
+    if heard.prompt_logprobs:
+        more["prompt_logprobs"] = scores.all_of_chat(heard.prompt_logprobs)
+    return {**_response(answers, asked, status, items.all(status), answers.usage()), **more}
 
 
 def _response(
@@ -213,7 +227,7 @@ def _response(
         "tool_choice": asked.tool_choice,
         "tools": asked.tools,
         "top_p": sampling.top_p if sampling.HasField("top_p") else 1.0,
-        "truncation": "disabled",
+        "truncation": asked.truncation,
         "usage": _usage(usage) if usage else None,
         "user": asked.user,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Final
@@ -24,8 +25,23 @@ def all_of_chat(told: Scores) -> Long:
     return Long(lambda: map(_of_token, told))
 
 
-def of_completion(told: Sequence[TokenLogprobs], offset: int) -> dict[str, list[Any]]:
-    """Completions: a list for each property. `offset` is where in the text the first token begins, in characters.
+class Offsets:
+    """Where tokens begin in a text, in characters. One that ends no character stands where the character begins."""
+
+    def __init__(self, at: int = 0) -> None:
+        """`at` is where the first one begins."""
+        self.at = at
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # as the text itself is made
+
+    def of(self, tokens: Iterable[TokenLogprob]) -> Iterator[int]:
+        """Of the next tokens."""
+        for token in tokens:
+            yield self.at
+            self.at += len(self._decoder.decode(token.text))
+
+
+def of_completion(told: Sequence[TokenLogprobs], offsets: Offsets) -> dict[str, list[Any]]:
+    """Completions: a list for each property. `offsets` has counted what was told before.
 
     A token that is no whole text is told by its bytes, as OpenAI does, so that no two tokens look the same.
     """
@@ -34,7 +50,7 @@ def of_completion(told: Sequence[TokenLogprobs], offset: int) -> dict[str, list[
         "tokens": [spelled(token.text) for token in tokens],
         "token_logprobs": [_finite(token.logprob) for token in tokens],
         "top_logprobs": [_top(each) for each in told],
-        "text_offset": list(_offsets(tokens, offset)),
+        "text_offset": list(offsets.of(tokens)),
     }
 
 
@@ -48,7 +64,7 @@ def all_of_completion(told: Scores, new: Sequence[TokenLogprobs] = ()) -> dict[s
         "tokens": Long(lambda: (spelled(token.text) for token in tokens())),
         "token_logprobs": Long(lambda: (_finite(token.logprob) for token in tokens())),
         "top_logprobs": Long(lambda: map(_top, chain(told, new))),
-        "text_offset": Long(lambda: _offsets(tokens(), 0)),
+        "text_offset": Long(lambda: Offsets().of(tokens())),
     }
 
 
@@ -71,13 +87,6 @@ def _top(told: TokenLogprobs) -> dict[str, float | None] | None:
     top = {spelled(other.text): _finite(other.logprob) for other in told.top}
     top.setdefault(spelled(told.token.text), _finite(told.token.logprob))
     return top
-
-
-def _offsets(tokens: Iterable[TokenLogprob], offset: int) -> Iterator[int]:
-    """Where each begins."""
-    for token in tokens:
-        yield offset
-        offset += len(token.text.decode("utf-8", "ignore"))
 
 
 def _one(told: TokenLogprob) -> dict[str, Any]:

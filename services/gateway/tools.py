@@ -13,7 +13,7 @@ from common.errors import InvalidRequest
 from pagewire.tools import ToolCall, ToolCallDelta
 from protos import inference_pb2 as pb
 from services.gateway.errors import NotServed
-from services.gateway.fields import Fields, fields, shown
+from services.gateway.fields import Fields, fields, shown_word
 
 _MODES: Final = {
     "auto": pb.TOOL_CHOICE_MODE_AUTO,
@@ -21,6 +21,7 @@ _MODES: Final = {
     "required": pb.TOOL_CHOICE_MODE_REQUIRED,
 }
 _KINDS: Final = ", ".join(_MODES)
+_OF_ALLOWED: Final = ("auto", "required")
 _NAMED: Final[dict[str, Any]] = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
 
 
@@ -30,8 +31,8 @@ def read_tools(body: Fields, chat: pb.ChatMessages, *, flat: bool = False) -> di
     Returns what the caller calls the scheduler's fields. Raises InvalidRequest, NotServed.
     """
     _refuse_functions(body)
-    names: dict[str, str] = {}
-    for i, tool in enumerate(body.list_of_fields("tools")):
+    paths: list[str] = []
+    for tool in body.list_of_fields("tools"):
         inner = _function(tool, "is what can be offered", flat=flat)
         added = chat.tools.add(name=inner.required_string("name"), description=inner.string("description") or "")
         if (schema := inner.schema("parameters")) is not None:
@@ -39,14 +40,14 @@ def read_tools(body: Fields, chat: pb.ChatMessages, *, flat: bool = False) -> di
         if (strict := inner.boolean("strict")) is not None:
             added.strict = strict
         inner.refuse_unknown()
-        if not flat:
-            names[f"chat.tools[{i}]"] = tool.path("function")
+        paths.append(inner.here)
     if (choice := body.take("tool_choice", _choice_form(flat=flat))) is not None:
-        _read_choice(choice, chat.tool_choice, flat=flat)
+        for i in _read_choice(choice, chat, flat=flat):
+            del chat.tools[i], paths[i]
     if (parallel := body.boolean("parallel_tool_calls")) is not None:
         chat.parallel_tool_calls = parallel
     return {
-        **names,
+        **{f"chat.tools[{i}]": path for i, path in enumerate(paths)},
         "chat.tools": "tools",
         "chat.tool_choice.function": "tool_choice.name" if flat else "tool_choice.function.name",
         "chat.tool_choice": "tool_choice",
@@ -110,25 +111,61 @@ def _choice_form(*, flat: bool) -> dict[str, Any]:
         _NAMED if flat else {"type": "object", "required": ["function"], "properties": {"function": _NAMED}}
     )
     named = {**named, "properties": {**named["properties"], "type": {"const": "function"}}}
-    return {"anyOf": [{"enum": list(_MODES)}, {**named, "additionalProperties": False}]}
+    several = {"mode": {"enum": list(_OF_ALLOWED)}, "tools": {"type": "array", "items": named, "minItems": 1}}
+    allowed: dict[str, Any] = {"type": "object", "required": list(several), "properties": several}
+    if not flat:
+        allowed = {"type": "object", "required": ["allowed_tools"], "properties": {"allowed_tools": allowed}}
+    allowed = {**allowed, "properties": {**allowed["properties"], "type": {"const": "allowed_tools"}}}
+    allowed["required"] = [*allowed["required"], "type"]
+    return {"anyOf": [{"enum": list(_MODES)}, *({**each, "additionalProperties": False} for each in (named, allowed))]}
 
 
-def _read_choice(value: object, choice: pb.ToolChoice, *, flat: bool) -> None:
+def _read_choice(value: object, chat: pb.ChatMessages, *, flat: bool) -> list[int]:
+    """Returns which tools are not to be offered, the last one first."""
+    choice = chat.tool_choice
     if isinstance(value, str):
         if value not in _MODES:
-            raise InvalidRequest("tool_choice", f"must be one of {_KINDS}, or a function, got {shown(value)}")
+            raise InvalidRequest("tool_choice", f"must be one of {_KINDS}, or a function, got {shown_word(value)}")
         choice.mode = _MODES[value]
-        return
-    inner = _function(fields(value, "tool_choice"), "is what can be chosen", flat=flat)
+        return []
+    outer = fields(value, "tool_choice")
+    if outer.peek("type") == "allowed_tools":
+        allowed = _read_allowed(outer, chat, flat=flat)
+        return [i for i in reversed(range(len(chat.tools))) if chat.tools[i].name not in allowed]
+    inner = _function(outer, "is what can be chosen", flat=flat)
     choice.function = inner.required_string("name")
     inner.refuse_unknown()
+    return []
+
+
+def _read_allowed(outer: Fields, chat: pb.ChatMessages, *, flat: bool) -> set[str]:
+    """Some of the tools, and whether one of them must be called. Returns their names."""
+    outer.take("type")
+    inner = outer if flat else outer.fields("allowed_tools")
+    if inner is None:
+        raise InvalidRequest(outer.path("allowed_tools"), "must be an object, and is not there")
+    chat.tool_choice.mode = _MODES[inner.required_word("mode", _OF_ALLOWED)]
+    offered = {tool.name for tool in chat.tools}
+    allowed: set[str] = set()
+    for each in inner.list_of_fields("tools"):
+        function = _function(each, "is what can be allowed", flat=flat)
+        name = function.required_string("name")
+        function.refuse_unknown()
+        if name not in offered:
+            raise InvalidRequest(function.path("name"), "must be the name of one of tools")
+        allowed.add(name)
+    if not allowed:
+        raise InvalidRequest(inner.path("tools"), "must have the name of one of tools, and is empty")
+    for read in (inner, outer):
+        read.refuse_unknown()
+    return allowed
 
 
 def _function(outer: Fields, what: str, *, flat: bool = False) -> Fields:
     """The function in a tool, a call or a choice, which has nothing else. `what` is said where it is no function."""
     kind, path = outer.kind("type", ("function",)), outer.path("type")
     if kind not in (None, "function"):
-        raise NotServed(path, f"{path}: function {what}, got {shown(kind)}")
+        raise NotServed(path, f"{path}: function {what}, got {shown_word(kind)}")
     if flat:
         return outer
     inner = outer.fields("function")

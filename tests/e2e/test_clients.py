@@ -88,8 +88,8 @@ def test_an_example_says_when_to_come_back_where_there_is_no_room(full: Cluster,
     ended = run(*example, full.address, "hi")
 
     assert ended.code == 1
-    problem = r"RESOURCE_EXHAUSTED: 1 sequences wait already, at most 1 may\n  try again in \d+ ms"
-    assert re.fullmatch(problem, ended.err.strip()), ended.err
+    problem = "RESOURCE_EXHAUSTED: waiting_sequences: there is no room for 1 more; 1 may wait in all (--max-waiting)"
+    assert re.fullmatch(rf"{re.escape(problem)}\n  try again in \d+ ms", ended.err.strip()), ended.err
 
 
 def test_an_example_says_so_when_no_server_is_there(example: examples.Command) -> None:

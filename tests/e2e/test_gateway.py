@@ -177,6 +177,25 @@ def test_echo_tells_the_prompt_and_scores_it(client: OpenAI, shared: Cluster, ma
     assert choices[-1].finish_reason == "length"
 
 
+def test_what_is_asked_for_beyond_openais_api_is_told_as_over_grpc(gateway: Gateway, shared: Cluster) -> None:
+    beams: dict[str, Any] = {"beams": {"width": 2}, "max_tokens": 4, "n": 2}
+    pinned = {"prompt": [70] * 40, "max_tokens": 2, "pin_seconds": 5, "prompt_logprobs": 0}
+    expected = direct(shared, token_ids=[71, 72, 73], **beams)
+    pin = direct(shared, token_ids=[70] * 40, max_tokens=1, pin_seconds=5).pinned
+
+    told = gateway.post("/v1/completions", {"prompt": [71, 72, 73], **beams}).json()["choices"]
+    whole = gateway.post("/v1/completions", pinned).json()["choices"]
+    stream = [event.data for event in gateway.post("/v1/completions", {**pinned, "stream": True}).events()]
+
+    assert [choice["score"] for choice in told] == [choice.finish.score for choice in expected.choices]
+    streamed = [choice for data in stream if data != "[DONE]" for choice in data["choices"]]
+    assert pin is not None
+    for choices in (whole, streamed):
+        (each,) = [choice["pinned"] for choice in choices if "pinned" in choice]
+        assert (each["id"], each["tokens"]) == (pin.pin_id, pin.tokens) and each["expires"] >= pin.expires_s
+        assert [len(choice["prompt_logprobs"]) for choice in choices if "prompt_logprobs" in choice] == [40]
+
+
 # ---- responses
 
 
@@ -281,8 +300,8 @@ def test_every_text_has_its_vector(client: OpenAI, shared: Cluster, fake_folder:
         ({"input": ["a", ""]}, "input[1]", "is empty"),
         ({"input": ["a", {}]}, "input[1]", "must be a string or a list of token ids"),
         ({"input": ["a"] * 2049}, "input", "must be 1 to 2048 texts, got 2049"),
-        ({"input": [[1], [999]]}, "input[1]", "must be in [0, 320), got 999"),
-        ({"input": "a" * 600}, "input", "This model's maximum context length"),
+        ({"input": [[1], [1, 999]]}, "input[1]", "must be in [0, 320), got 999 at index 1"),
+        ({"input": "a" * 600}, "input", "This model's maximum context length is for each text by itself."),
         ({"input": "a", "dimensions": 9}, "dimensions", "must be in [1, 8], got 9"),
         ({"input": "a", "dimensions": 0}, "dimensions", "must be at least 1"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format", "must be one of float, base64"),
@@ -343,7 +362,8 @@ def test_metrics_are_told_for_prometheus_and_under_the_names_of_vllm(gateway: Ga
         ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type", "unsupported"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", None),
         ({"tool_choice": "required"}, "tool_choice", None),
-        ({"response_format": {"type": "json_schema"}}, "response_format.schema", None),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", None),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema", None),
         ({"response_format": {"type": "json_object"}, "regex": "a+"}, "response_format", None),
         ({"logit_bias": {"x": 1}}, "logit_bias['x']", None),
         ({"logit_bias": {"5": 101}}, "logit_bias", None),
@@ -362,6 +382,21 @@ def test_what_is_refused_names_its_parameter(
     assert error["message"]
     is_too_long = "This model's maximum context length is" in error["message"]
     assert is_too_long == (code == "context_length_exceeded"), "litellm knows it by these words"
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [([1, 999], "prompt"), ([[1, 999]], "prompt[0]"), ([[1], [1, 999]], "prompt[1]"), (["a", "b" * 600], "prompt[1]")],
+)
+def test_of_several_prompts_the_one_that_is_wrong_is_named(
+    gateway: Gateway, prompt: list[Any], param: str, echo: bool
+) -> None:
+    reply = gateway.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, "echo": echo})
+
+    error = reply.error()
+    assert reply.status == 400 and error["param"] == param
+    assert "got 999 at index 1" in error["message"] or "tokens" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_the_server_counts_what_waits_and_what_it_refused(fake_folder: Path, tmp
         waits.cancel()
 
         error = from_rpc_error(failure.value)
-        assert isinstance(error, Overloaded) and "90 tokens wait already, at most 100 may" in str(error)
+        assert isinstance(error, Overloaded) and "100 may wait in all (--max-waiting-tokens)" in str(error)
         assert 0 < error.retry_after_s <= 72
         assert (status.num_running, status.num_waiting, status.waiting_tokens) == (1, 1, 90)
         assert status.refused_requests == {"waiting_tokens": 1}

@@ -102,6 +102,40 @@ def test_nor_may_it_fill_the_line_with_small_sequences() -> None:
     doorman.check(ask(tenant="b"), replace(alone, own_waiting=0, own_tokens=0), 0)
 
 
+@pytest.mark.parametrize(
+    ("line", "asked", "problem"),
+    [
+        (
+            replace(EMPTY, num_waiting=77, num_tokens=77, own_waiting=1, own_tokens=1),
+            ask(tenant="a", choices=50),
+            "waiting_sequences: there is no room for 50 more; 100 may wait in all (--max-waiting)",
+        ),
+        (
+            replace(EMPTY, num_waiting=77, num_tokens=77, own_waiting=1, own_tokens=1),
+            ask(tenant="a", choices=23),
+            "tenant_share: 1 of your sequences waits already; 100 may wait in all (--max-waiting), others",
+        ),
+        (
+            replace(EMPTY, num_waiting=7, num_tokens=777, own_waiting=2, own_tokens=10),
+            ask(250, 50, tenant="a"),
+            "waiting_tokens: there is no room for 300 tokens more; 1000 may wait in all (--max-waiting-tokens)",
+        ),
+        (
+            replace(EMPTY, num_waiting=7, num_tokens=777, own_waiting=2, own_tokens=100),
+            ask(150, 50, tenant="a"),
+            "tenant_share: 100 of your tokens wait already, and this needs 200; 1000 may wait in all (--max-waiting-t",
+        ),
+    ],
+)
+def test_a_refusal_says_which_limit_it_met_its_number_and_its_flag_and_nothing_of_others(
+    line: Standing, asked: Ask, problem: str
+) -> None:
+    with pytest.raises(Overloaded) as refusal:
+        admission(max_waiting=100, max_waiting_tokens=1000).check(asked, line, 0)
+    assert str(refusal.value).startswith(problem)
+    assert "77" not in str(refusal.value), "what others have waiting"
+
+
 @pytest.mark.parametrize("num_tenants", [1, 2, 4])
 def test_tenants_that_send_without_end_share_the_line_and_leave_as_much_to_a_newcomer(num_tenants: int) -> None:
     doorman, most = admission(max_waiting_tokens=10_000), 10_000
@@ -192,7 +226,7 @@ def test_a_priority_above_a_tenants_best_is_its_mistake() -> None:
 def test_one_call_too_many_is_refused_until_one_ends() -> None:
     doorman = admission(max_calls=1)
     with doorman.open_call():
-        with pytest.raises(Overloaded, match="1 calls are open"), doorman.open_call():
+        with pytest.raises(Overloaded, match="calls: 1 may be open"), doorman.open_call():
             pass
         assert doorman.refusals == {"calls": 1}
     with doorman.open_call():

@@ -377,6 +377,7 @@ def test_a_bias_beyond_its_limit_is_refused(bias: float) -> None:
     error = refused(sampling(logit_bias={3: 10.0, 4: bias}))
 
     assert str(error).startswith("logit_bias: must be in [-10, 10], got ")
+    assert str(error).endswith(" for token 4")
 
 
 @given(st.decimals(0, 2, places=3))
@@ -474,7 +475,7 @@ def test_a_token_id_outside_the_vocabulary_is_named(beyond: int, place: int) -> 
     ids.insert(place, beyond)
     error = refused(pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids)))
 
-    assert str(error) == f"token_ids: must be in [0, 100), got {beyond}"
+    assert str(error) == f"token_ids: must be in [0, 100), got {beyond} at index {place}"
 
 
 def test_ids_to_detokenize_are_checked_alike() -> None:
@@ -510,6 +511,11 @@ def test_stop_token_ids_beyond_their_limits_are_refused(ids: list[int]) -> None:
     assert refused(stopping(stop_token_ids=ids)).field == "stop_token_ids"
 
 
+def test_where_an_id_is_outside_the_vocabulary_is_told() -> None:
+    assert "got 100 at index 1" in refused(stopping(stop_token_ids=[99, 100])).problem
+    assert "got 101 at index 2" in refused(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[100, 7, 101]))).problem
+
+
 # ---- lists of tokens and words
 
 
@@ -527,11 +533,11 @@ def test_lists_at_their_limits_are_taken() -> None:
     ("asked", "problem"),
     [
         ({"logit_bias": {1: 1, 2: 1, 3: 1}}, "logit_bias: at most 2, got 3"),
-        ({"logit_bias": {100: 1}}, "logit_bias: must be in [0, 100), got 100"),
+        ({"logit_bias": {100: 1}}, "logit_bias: is for tokens in [0, 100), got one for 100"),
         ({"allowed_token_ids": [1, 2, 3, 4]}, "allowed_token_ids: at most 3, got 4"),
-        ({"allowed_token_ids": [1, 100]}, "allowed_token_ids: must be in [0, 100), got 100"),
+        ({"allowed_token_ids": [1, 100]}, "allowed_token_ids: must be in [0, 100), got 100 at index 1"),
         ({"banned_token_ids": [1, 2, 3, 4]}, "banned_token_ids: at most 3, got 4"),
-        ({"banned_token_ids": [100]}, "banned_token_ids: must be in [0, 100), got 100"),
+        ({"banned_token_ids": [100]}, "banned_token_ids: must be in [0, 100), got 100 at index 0"),
         (
             {"allowed_token_ids": [1, 2], "banned_token_ids": [3, 2]},
             "banned_token_ids: must not be in allowed_token_ids too, got 2",

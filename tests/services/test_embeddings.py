@@ -289,7 +289,7 @@ def test_one_for_which_there_is_no_room_is_refused_before_it_is_looked_at(
 
         with monkeypatch.context() as changed:
             changed.setattr(codec_public, "embed_from_pb", look)
-            with pytest.raises(Overloaded, match="1 sequences wait already, at most 1 may"):
+            with pytest.raises(Overloaded, match=r"waiting_sequences: .* 1 more; 1 may wait in all \(--max-waiting\)"):
                 await world.embed(*IDS)
         world.join()
         check(await waiting, IDS[0])
@@ -303,7 +303,7 @@ def test_a_tenant_pays_for_all_of_it_before_any_is_computed(folder: Path) -> Non
     async def test() -> None:
         world.join()
         check(await world.embed(IDS[0]), IDS[0])
-        with pytest.raises(Overloaded, match="the tenant's 1 tokens a second are used up"):
+        with pytest.raises(Overloaded, match="tenant_rate: your 1 tokens a second are used up"):
             await world.embed(IDS[1], IDS[2])
 
     run(world, test)

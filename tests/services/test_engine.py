@@ -613,7 +613,7 @@ def test_a_stream_that_is_resumed_is_taken_although_the_line_is_full() -> None:
             engine.submit([1], GREEDY, StopConditions(max_tokens=5), begun={0: Begun((), "")})
         begun = {0: Begun((1, 2), "")}
         stream = engine.submit([1], GREEDY, StopConditions(max_tokens=5), begun=begun)
-        with pytest.raises(Overloaded, match="wait to go on"):
+        with pytest.raises(Overloaded, match="waits to go on; 1 may"):
             engine.submit([1], GREEDY, StopConditions(max_tokens=5), begun=begun)
         join(engine)
         assert await read(stream) == {0: [3, 4, 5]}

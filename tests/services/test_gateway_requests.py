@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from common.errors import InvalidRequest, PagewireError, TicketRefused
 from protos import inference_pb2 as pb
-from services.gateway import chat, completions, positions, responses
+from services.gateway import chat, completions, embeddings, positions, responses
 from services.gateway.asked import Asked
 from services.gateway.bodies import parse
 from services.gateway.errors import NotServed, told
@@ -23,6 +23,12 @@ from services.gateway.fields import Fields
 from services.gateway.positions import Heard, Position
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
+
+READERS: dict[str, Callable[[Fields], Asked]] = {
+    "chat": chat.read,
+    "completions": lambda body: completions.read(body, max_prompts=4),
+    "responses": responses.read,
+}
 
 # What each field of the API is asked for as, and what it is then. A field that is new there must be here.
 OF_SAMPLING: dict[str, tuple[Any, Any]] = {
@@ -251,6 +257,122 @@ def test_what_a_response_cannot_be_asked_for_is_refused_by_its_name(asked: dict[
     assert isinstance(refused.value, InvalidRequest | NotServed) and refused.value.field == field
 
 
+FUNCTIONS: list[dict[str, Any]] = [{"type": "function", "name": name} for name in ("clock", "rain", "wind")]
+
+
+def with_allowed(endpoint: str, names: list[str], mode: str = "auto", **more: Any) -> dict[str, Any]:
+    """A body with three tools, of which these are allowed."""
+    chosen: list[dict[str, Any]] = [{"type": "function", "name": name, **more} for name in names]
+    if endpoint == "responses":
+        choice: dict[str, Any] = {"type": "allowed_tools", "mode": mode, "tools": chosen}
+        return {"input": "hi", "tools": FUNCTIONS, "tool_choice": choice}
+    deeper = [
+        [{"type": "function", "function": {**each, "type": None}} for each in tools] for tools in (FUNCTIONS, chosen)
+    ]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": deeper[1]}}
+    return {"messages": HI, "tools": deeper[0], "tool_choice": choice}
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "responses"])
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("auto", pb.TOOL_CHOICE_MODE_AUTO), ("required", pb.TOOL_CHOICE_MODE_REQUIRED)]
+)
+def test_of_all_tools_only_those_that_are_allowed_are_offered(
+    endpoint: str, mode: str, expected: pb.ToolChoiceMode.ValueType
+) -> None:
+    asked = READERS[endpoint](body_of(with_allowed(endpoint, ["wind", "rain", "wind"], mode)))
+
+    chat = asked.requests[0].chat
+    assert [tool.name for tool in chat.tools] == ["rain", "wind"]
+    assert chat.tool_choice == pb.ToolChoice(mode=expected)
+    named = told(InvalidRequest("chat.tools[1].parameters", "is wrong"), asked.names).param
+    assert named == ("tools[2].function.parameters" if endpoint == "chat" else "tools[2].parameters")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "field"),
+    [
+        ("chat", with_allowed("chat", ["snow"]), "tool_choice.allowed_tools.tools[0].function.name"),
+        ("chat", with_allowed("chat", ["rain"], "none"), "tool_choice.allowed_tools.mode"),
+        ("chat", with_allowed("chat", []), "tool_choice.allowed_tools.tools"),
+        ("chat", {"messages": HI, "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
+        ("responses", with_allowed("responses", ["rain", "snow"]), "tool_choice.tools[1].name"),
+        ("responses", with_allowed("responses", ["rain"], colour="red"), "tool_choice.tools[0].colour"),
+    ],
+)
+def test_what_cannot_be_allowed_is_refused_by_its_name(endpoint: str, body: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        READERS[endpoint](body_of(body))
+    assert refused.value.field == field
+
+
+def test_an_assistant_that_refused_said_so() -> None:
+    said = [
+        {"role": "assistant", "content": None, "refusal": "no"},
+        {"role": "assistant", "content": "", "refusal": "no"},
+    ]
+    request = chat.read(body_of({"messages": said})).requests[0]
+
+    assert [message.content for message in request.chat.messages] == ["no", ""]
+
+
+NOTHING: list[tuple[str, dict[str, Any]]] = [
+    ("chat", {"reasoning_effort": "none"}),
+    ("chat", {"verbosity": "medium"}),
+    ("responses", {"reasoning": {"effort": "none", "summary": None}}),
+    ("responses", {"text": {"verbosity": "medium"}}),
+    ("responses", {"truncation": "auto"}),
+    ("responses", {"top_logprobs": 0}),
+]
+
+
+@pytest.mark.parametrize(("endpoint", "asked"), NOTHING)
+def test_what_asks_for_nothing_is_let_pass(endpoint: str, asked: dict[str, Any]) -> None:
+    body, plain = (body_of({"messages" if endpoint == "chat" else "input": HI, **more}) for more in (asked, {}))
+
+    assert READERS[endpoint](body).requests == READERS[endpoint](plain).requests
+    body.refuse_unknown()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "asked", "field"),
+    [
+        ("chat", {"reasoning_effort": "high"}, "reasoning_effort"),
+        ("chat", {"verbosity": "low"}, "verbosity"),
+        ("chat", {"web_search_options": {}}, "web_search_options"),
+        ("chat", {"prediction": {"type": "content", "content": "a"}}, "prediction"),
+        ("chat", {"prompt_cache_options": {"mode": "explicit"}}, "prompt_cache_options"),
+        ("responses", {"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ("responses", {"reasoning": {"summary": "auto"}}, "reasoning.summary"),
+        ("responses", {"text": {"verbosity": "low"}}, "text.verbosity"),
+        ("responses", {"conversation": "conv_1"}, "conversation"),
+        ("responses", {"prompt": {"id": "pmpt_1"}}, "prompt"),
+        ("responses", {"max_tool_calls": 3}, "max_tool_calls"),
+    ],
+)
+def test_what_openai_has_and_is_not_to_be_had_here_is_refused_as_that(
+    endpoint: str, asked: dict[str, Any], field: str
+) -> None:
+    body = body_of({"messages" if endpoint == "chat" else "input": HI, **asked})
+
+    def read() -> None:
+        READERS[endpoint](body)
+        body.refuse_unknown()
+
+    with pytest.raises(NotServed) as refused:
+        read()
+    failed = told(refused.value)
+    assert (failed.param, failed.code) == (field, "unsupported")
+    assert "is not known here" not in failed.message and len(failed.message) > 30
+
+
+def test_embeddings_let_pass_what_changes_nothing_as_answers_do() -> None:
+    body = body_of({"input": "hi", "metadata": {"a": "b"}, "user": "me", "store": False})
+
+    embeddings.read(body)
+    body.refuse_unknown()
+
+
 def test_what_is_not_asked_for_is_left_to_the_scheduler() -> None:
     request = chat.read(body_of({"messages": HI, "temperature": None})).requests[0]
 
@@ -277,6 +399,32 @@ def test_a_text_format_is_our_structured_output() -> None:
     asked = {"type": "json_schema", "name": "x", "strict": True, "schema": {"type": "null"}}
     request = responses.read(body_of({"input": "hi", "text": {"format": asked}})).requests[0]
     assert request.sampling.structured.json_schema == '{"type": "null"}'
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"text": {"format": {"type": "json_object"}}, "regex": "[a-z]{3}"}, "text.format"),
+        ({"text": {"format": {"type": "json_object"}}, "response_format": {"type": "json_object"}}, "text.format"),
+        ({"response_format": {"type": "json_object"}, "choices": ["a"]}, "response_format"),
+    ],
+)
+def test_of_two_things_that_a_response_must_be_none_is_dropped(asked: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest, match="only one of") as refused:
+        responses.read(body_of({"input": "hi", **asked}))
+    assert refused.value.field == field
+
+
+def test_a_text_format_that_is_plain_text_leaves_the_rest_as_it_is() -> None:
+    request = responses.read(body_of({"input": "hi", "text": {"format": {"type": "text"}}, "regex": "a+"})).requests[0]
+    assert request.sampling.structured.regex == "a+"
+
+
+@pytest.mark.parametrize("n", [0, 129])
+def test_a_limit_of_the_gateway_s_own_is_not_told_as_the_scheduler_s(n: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"^n: the gateway passes on 1 to 128, .* fewer, got {n}$"):
+        completion(n=n)
+    assert completion(n=128).requests[0].sampling.n == 128
 
 
 def test_seeds_may_be_negative_as_openais_are() -> None:
@@ -323,6 +471,35 @@ def test_a_scheduler_s_field_is_told_by_the_name_that_its_caller_knows() -> None
     assert told(InvalidRequest("top_k", "x"), names).param == "top_k"
 
 
+@pytest.mark.parametrize("secret", ["my secret prompt", "hi"])
+@pytest.mark.parametrize(
+    ("endpoint", "name", "around"),
+    [
+        ("chat", "messages", "{}"),
+        ("chat", "messages", "[{}]"),
+        ("chat", "messages", '[{{"role": "user", "content": [{}]}}]'),
+        ("chat", "messages", '[{{"role": "user", "content": {{"x": {}}}}}]'),
+        ("chat", "tools", "[{}]"),
+        ("chat", "temperature", "{}"),
+        ("completions", "prompt", "[[{}]]"),
+        ("completions", "prompt", "[1, {}]"),
+        ("responses", "input", "[{}]"),
+        ("responses", "input", '[{{"content": [{}], "role": "user"}}]'),
+    ],
+)
+def test_no_text_that_may_be_a_prompt_is_in_an_error(endpoint: str, name: str, around: str, secret: str) -> None:
+    body = f'{{"{name}": {around.format(json.dumps(secret))}}}'
+    with pytest.raises(InvalidRequest) as refused:
+        READERS[endpoint](parse(body.encode()))
+    assert refused.value.field.startswith(name) and secret not in str(refused.value)
+
+
+def test_a_word_that_is_none_of_a_few_is_told() -> None:
+    for body in ({"priority": "urgent"}, {"tool_choice": "urgent"}, {"tools": [{"type": "urgent"}]}):
+        with pytest.raises((InvalidRequest, NotServed), match="got 'urgent'"):
+            chat.read(body_of({"messages": HI, **body}))
+
+
 # ---- bodies that nobody would send
 
 NAMES = [
@@ -331,10 +508,11 @@ NAMES = [
     *OF_CACHE, "beams", "parallel_tool_calls", "functions", "suffix", "max_completion_tokens", "max_output_tokens",
     "instructions", "include", "reasoning", "user",
     "metadata", "return_token_ids", "resume_token_ids", "modalities", "audio", "truncation", "background",
-    "previous_response_id", "nonsense",
+    "previous_response_id", "nonsense", "reasoning_effort", "verbosity", "prediction", "conversation",
 ]  # fmt: skip
 INNER = ["role", "content", "type", "text", "format", "schema", "json_schema", "name", "strict", "5", "-1", "x"]
 INNER += ["function", "parameters", "tool_calls", "call_id", "output", "arguments"]
+INNER += ["allowed_tools", "mode", "tools", "refusal", "effort", "verbosity"]
 LEAVES = (
     st.none()
     | st.booleans()
@@ -351,6 +529,10 @@ LEAVES = (
             "message",
             "function_call",
             "function_call_output",
+            "allowed_tools",
+            "auto",
+            "assistant",
+            "none",
             "\ud800",
             "\x00",
         ]
@@ -362,12 +544,6 @@ VALUES = st.recursive(
 )
 VALID: dict[str, Any] = {"messages": HI, "prompt": "hi", "input": "hi"}
 BODIES = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=4).map(lambda asked: {**VALID, **asked})
-
-READERS: dict[str, Callable[[Fields], Asked]] = {
-    "chat": chat.read,
-    "completions": lambda body: completions.read(body, max_prompts=4),
-    "responses": responses.read,
-}
 
 
 @pytest.mark.parametrize("endpoint", list(READERS))

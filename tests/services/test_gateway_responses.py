@@ -87,6 +87,14 @@ def test_text_and_calls_are_items_that_begin_and_end_one_after_the_other() -> No
     assert whole["tools"][0]["name"] == "clock" and whole["tool_choice"] == "auto"
 
 
+def test_a_response_repeats_which_tools_it_was_allowed_and_how_what_is_too_long_is_cut() -> None:
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "clock"}]}
+    asked = {**ASKED, "tool_choice": choice, "truncation": "auto"}
+    told = ask(gateway(Scheduler(*said("Hi"), finish())), asked, path=PATH).json
+
+    assert told["tool_choice"] == choice and told["truncation"] == "auto"
+
+
 def test_the_event_of_an_error_has_the_number_behind_the_last_one() -> None:
     app = gateway(Scheduler(*said("One moment"), then=Unavailable("no executor")))
     call = ask(app, {**ASKED, "stream": True}, path=PATH)

@@ -70,10 +70,68 @@ def test_a_whole_answer_says_of_its_tokens_what_its_pieces_say() -> None:
     objects = list(kept(*told))
 
     assert "".join(pieces(scores.all_of_chat(kept(*told)))) == json.dumps(scores.of_chat(objects))
-    all_of_them = json.dumps(scores.of_completion(objects, 0))
+    all_of_them = json.dumps(scores.of_completion(objects, scores.Offsets()))
     assert "".join(pieces(scores.all_of_completion(kept(*told)))) == all_of_them
     assert "".join(pieces(scores.all_of_completion(kept(*told[:9]), objects[9:]))) == all_of_them
     assert "".join(pieces(scores.all_of_completion(kept(*told[:9]) + kept(*told[9:])))) == all_of_them
+
+
+USAGE = pb.Usage(prompt_tokens=2, completion_tokens=1)
+TOKENS = [b"\xe6\x97", b"\xa5", b"\xf0", b"\x9f", b"\x98", b"\x80", " é".encode(), b"\xff", b" nice", b"!"]
+TEXTS = ["", "日", "", "", "", "😀", " é", "\ufffd", " nice", "!"]
+STARTS = [0, 0, 1, 1, 1, 1, 2, 4, 5, 10]
+
+
+def of_tokens(*, of_prompt: bool = False) -> list[pb.GenerateStreamResponse]:
+    told = [pb.TokenLogprobs(token=pb.TokenLogprob(token_id=i, logprob=-1, text=t)) for i, t in enumerate(TOKENS)]
+    prompt = [pb.GenerateStreamResponse(prompt_logprobs=pb.PromptLogprobs(logprobs=told))] * of_prompt
+    return prompt + [
+        pb.GenerateStreamResponse(delta=pb.Delta(index=i, token_ids=[i], text=text, ticket=b"t", logprobs=[told[i]]))
+        for i, text in enumerate(TEXTS)
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_token_that_ends_no_character_stands_where_the_character_begins(stream: bool, echo: bool) -> None:
+    app = gateway(Scheduler(*of_tokens(of_prompt=echo), finish()))
+    asked = {"prompt": "".join(TEXTS), "logprobs": 0, "echo": echo, "stream": stream}
+    call = ask(app, asked, path=COMPLETIONS)
+
+    choices = [c for each in (call.events[:-1] if stream else [call.json]) for c in each["choices"]]
+    offsets = [offset for c in choices if c["logprobs"] for offset in c["logprobs"]["text_offset"]]
+    behind = [len("".join(TEXTS)) + start for start in STARTS]
+    assert offsets == (STARTS + behind if echo else STARTS)
+
+
+def test_a_stream_counts_what_scoring_a_prompt_took_as_a_whole_answer_does() -> None:
+    said = of_tokens(of_prompt=True)[:2]
+    app = gateway(
+        Scheduler(*said, pb.GenerateStreamResponse(finish=pb.Finish(reason=pb.FINISH_REASON_LENGTH, usage=USAGE)))
+    )
+    asked = {"prompt": "a", "logprobs": 0, "echo": True, "max_tokens": 0}
+    stream = ask(app, {**asked, "stream": True, "stream_options": {"include_usage": True}}, path=COMPLETIONS)
+
+    usage = ask(app, asked, path=COMPLETIONS).json["usage"]
+    assert stream.events[-2]["usage"] == usage
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (2, 0, 2)
+
+
+def test_where_tokens_begin_is_told_alike_by_a_stream_that_goes_on() -> None:
+    asked = {"prompt": "a", "logprobs": 0, "stream": True, "request_id": "mine", "seed": 7}
+    app = gateway(Scheduler(*of_tokens(), finish()))
+    ids = ask(app, asked, path=COMPLETIONS).ids
+
+    for told, id in enumerate(ids[: len(TOKENS)], 1):
+        rest = ask(app, asked, path=COMPLETIONS, headers=[(b"last-event-id", id)]).events[:-1]
+        offsets = [
+            offset
+            for event in rest
+            for c in event["choices"]
+            if c["logprobs"]
+            for offset in c["logprobs"]["text_offset"]
+        ]
+        assert offsets == STARTS[told:]
 
 
 def test_what_is_kept_of_a_token_and_the_twenty_likeliest_is_half_a_kilobyte() -> None:

@@ -710,7 +710,7 @@ def test_each_request_counts_as_a_call_and_its_stream_does_not(model: ModelFolde
             await until(lambda: server.engine.num_requests == 1)
             await idle.write(asking())
             refused = await idle.read()
-            assert refused.error_message == "1 calls are open already, which is all there may be"
+            assert refused.error_message == "calls: 1 may be open, and so many are (--max-streams)"
             for call in (idle, busy):
                 call.cancel()
 
