@@ -17,9 +17,13 @@ LOAD = str(ROOT / "tests" / "clients" / "load.js")
 pytestmark = pytest.mark.skipif(not K6.exists(), reason="k6 is not installed: make clients")
 
 
-def test_k6_finds_no_call_and_no_stream_that_fails(shared: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("served", "tokens"), [("shared", 32), ("smollm", 4)], ids=["fake model", "default model"])
+def test_k6_finds_no_call_and_no_stream_that_fails(
+    served: str, tokens: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    running: Cluster = request.getfixturevalue(served)
     summary = tmp_path / "summary.json"
-    settings = {"ADDRESS": shared.address, "USERS": "8", "SECONDS": "3", "TOKENS": "32"}
+    settings = {"ADDRESS": running.address, "USERS": "8", "SECONDS": "3", "TOKENS": str(tokens)}
     flags = [word for name, value in settings.items() for word in ("-e", f"{name}={value}")]
     ended = run(str(K6), "run", "--quiet", "--no-usage-report", "--summary-export", str(summary), *flags, LOAD)
 

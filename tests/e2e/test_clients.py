@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
 from protos import inference_pb2 as pb
-from tests.e2e import examples
+from tests.e2e import buf, examples
 from tests.e2e.cluster import Cluster, cluster
 from tests.e2e.programs import CTRL_C, Ended, Terminal, run
 
-BUF = str(Path(sys.executable).with_name("buf"))
 SERVICE = "pagewire.v1.InferenceService"
 NOBODY = "127.0.0.1:1"  # no process listens on port 1
 BEGINNING = "9:;<="  # of the fake model's answer to a chat that says "hi"
@@ -100,23 +97,8 @@ def test_an_example_says_so_when_no_server_is_there(example: examples.Command) -
     assert "Traceback" not in ended.err and "    at " not in ended.err
 
 
-def buf_curl(address: str, path: str = "", *flags: str) -> Ended:
-    """`buf curl` without a schema: what it knows, it knows by reflection."""
-    return run(BUF, "curl", "--protocol", "grpc", *flags, f"http://{address}/{path}")
-
-
-def messages(text: str) -> list[dict[str, Any]]:
-    """The JSON documents that stand in `text` one after another."""
-    found: list[dict[str, Any]] = []
-    while text := text.lstrip():
-        message, end = json.JSONDecoder().raw_decode(text)
-        found.append(message)
-        text = text[end:]
-    return found
-
-
 def test_reflection_names_the_services_that_clients_may_call(shared: Cluster) -> None:
-    ended = buf_curl(shared.address, "", "--list-services")
+    ended = buf.curl(shared.address, "", "--list-services")
 
     assert ended.code == 0, ended.err
     assert ended.out.split() == [
@@ -127,29 +109,29 @@ def test_reflection_names_the_services_that_clients_may_call(shared: Cluster) ->
 
 
 def test_a_unary_method_is_called_by_reflection(shared: Cluster) -> None:
-    ended = buf_curl(shared.address, f"{SERVICE}/GetModel")
+    ended = buf.curl(shared.address, f"{SERVICE}/GetModel")
 
     assert ended.code == 0, ended.err
-    (model,) = messages(ended.out)
+    (model,) = buf.messages(ended.out)
     assert (model["model"], model["vocabSize"], model["chat"]) == ("fake", 320, True)
 
 
 def test_a_whole_answer_is_asked_for_by_reflection(shared: Cluster) -> None:
     asked = {"text": "hello", "sampling": {"temperature": 0}, "stopping": {"maxTokens": 4}}
-    ended = buf_curl(shared.address, f"{SERVICE}/Generate", "--data", json.dumps(asked))
+    ended = buf.curl(shared.address, f"{SERVICE}/Generate", "--data", json.dumps(asked))
 
     assert ended.code == 0, ended.err
-    (answered,) = messages(ended.out)
+    (answered,) = buf.messages(ended.out)
     (choice,) = answered["choices"]
     assert (choice["tokenIds"], choice["text"], choice["reason"]) == ([5, 6, 7, 8], "&'()", "FINISH_REASON_LENGTH")
 
 
 def test_a_stream_is_read_by_reflection(shared: Cluster) -> None:
     asked = {"text": "hello", "sampling": {"temperature": 0}, "stopping": {"maxTokens": 4}}
-    ended = buf_curl(shared.address, f"{SERVICE}/GenerateStream", "--data", json.dumps(asked))
+    ended = buf.curl(shared.address, f"{SERVICE}/GenerateStream", "--data", json.dumps(asked))
 
     assert ended.code == 0, ended.err
-    first, *deltas, last = messages(ended.out)
+    first, *deltas, last = buf.messages(ended.out)
     assert first["prompt"]["promptTokens"] == 5
     assert [token for m in deltas for token in m["delta"]["tokenIds"]] == [5, 6, 7, 8]
     assert last["finish"]["reason"] == "FINISH_REASON_LENGTH"
@@ -157,7 +139,7 @@ def test_a_stream_is_read_by_reflection(shared: Cluster) -> None:
 
 def test_buf_shows_the_refusal_and_its_details(shared: Cluster) -> None:
     asked = {"text": "hello", "sampling": {"temperature": -1}}
-    ended = buf_curl(shared.address, f"{SERVICE}/GenerateStream", "--data", json.dumps(asked))
+    ended = buf.curl(shared.address, f"{SERVICE}/GenerateStream", "--data", json.dumps(asked))
 
     assert ended.code == grpc.StatusCode.INVALID_ARGUMENT.value[0] << 3  # buf shifts the code by three bits
     refusal = json.loads(ended.err)

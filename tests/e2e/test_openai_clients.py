@@ -1,4 +1,4 @@
-"""OpenAI's own clients, for Python and for Node, against the default model: what they are told is what gRPC tells."""
+"""OpenAI's own clients, for Python and Node, and `buf curl`, against the default model: told what ours is told."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pagewire import Client
-from tests.e2e import openai_python
+from tests.e2e import buf, openai_python
 from tests.e2e.cluster import Cluster
 from tests.e2e.gateways import Gateway
 from tests.e2e.npm import NODE, node_modules
@@ -123,3 +123,17 @@ def test_openais_client_is_told_what_ours_is(
         assert told[name] == wanted, name
     assert problem(told["formed"], PERSON) is None
     assert problem(json.loads(told["tools"][0][1]), PERSON) is None
+
+
+def test_buf_reads_what_ours_reads_by_reflection(running: Cluster) -> None:
+    prompt = "The capital of France is"
+    asked = {"text": prompt, "sampling": {"temperature": 0}, "stopping": {"maxTokens": 6}}
+    ended = buf.curl(running.address, "pagewire.v1.InferenceService/GenerateStream", "--data", json.dumps(asked))
+    with Client(running.address) as client:
+        ours = client.generate(prompt, max_tokens=6, temperature=0)
+
+    assert ended.code == 0, ended.err
+    first, *deltas, last = buf.messages(ended.out)
+    assert first["prompt"]["model"] == running.model.name
+    assert "".join(each["delta"]["text"] for each in deltas) == ours.text
+    assert last["finish"]["reason"] == "FINISH_REASON_LENGTH"
