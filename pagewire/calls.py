@@ -101,7 +101,9 @@ class _Asking:
         given = (*manner.access.metadata, *metadata)
         self.metadata = (*given, *traceparent(given))
         now_s = clock_s()
+        self.is_closed = False  # who asked has left
         self._clock_s = clock_s
+        self._error: errors.PagewireError | None = None  # the end, where it was no answer
         self._attempts = Attempts(
             manner.addresses,
             budget,
@@ -123,10 +125,16 @@ class _Asking:
         return self._after(judge(code, message or "", trailers or (), self.address))
 
     def _call(self, method: str, request: bytes) -> Call:
+        if self._error is not None:  # it was told; who reads on hears it again, and no server does
+            raise self._error
         return Call(self.address, method, request, self._attempts.remaining_s(self._clock_s()))
 
     def _after(self, failure: Failure) -> float:
-        return self._attempts.failed(failure, self._clock_s())
+        try:
+            return self._attempts.failed(failure, self._clock_s())
+        except errors.PagewireError as error:
+            self._error = error
+            raise
 
 
 class AskedOnce(_Asking):
@@ -176,7 +184,8 @@ class Asked(_Asking):
             clock_s=clock_s,
         )
         self.continuation = Continuation(request)
-        self.is_lost = False  # another reader has taken it over
+        self._begun_at: str | None = None  # the server that last told something of it
+        self._sent_to: str | None = None  # the one that was asked since then, and said nothing yet
 
     @property
     def is_done(self) -> bool:
@@ -184,28 +193,34 @@ class Asked(_Asking):
         return self.continuation.is_done
 
     @property
-    def is_ours(self) -> bool:
-        """It may run still, for nobody else."""
-        return not self.is_done and not self.is_lost
+    def runs_at(self) -> str | None:
+        """Where it may run still, for nobody else: a server that refused a call has nothing of ours by its id."""
+        return None if self.is_done else self._sent_to or self._begun_at
 
     def next_call(self) -> Call:
         """What to send now, and where to."""
         request = self.continuation.next_call()
         method = GENERATE if isinstance(request, pb.GenerateStreamRequest) else RESUME
-        return self._call(method, request.SerializeToString())
+        call = self._call(method, request.SerializeToString())
+        self._sent_to = call.address
+        return call
 
     def hear(self, data: bytes) -> Delta | Finish | None:
         """What is new in a message. Raises OutOfStep."""
         self._attempts.taken()
+        self._begun_at, self._sent_to = self.address, None
         new = self.continuation.hear(pb.GenerateStreamResponse.FromString(data))
         if new is not None:
             self._attempts.heard()
         return new
 
     def failed(self, code: grpc.StatusCode, message: str | None, trailers: Trailers | None) -> float:
-        """As of any request; and whether another reader has this one now."""
+        """As of any request; and what it says of where this one runs."""
         failure = judge(code, message or "", trailers or (), self.address)
-        self.is_lost = isinstance(failure.error, errors.Superseded)
+        if not failure.in_doubt:
+            self._sent_to = None
+        if isinstance(failure.error, errors.Superseded | errors.AlreadyRunning):  # what has this id is another's now
+            self._begun_at = None
         return self._after(failure)
 
     def broke(self, why: OutOfStep | None = None) -> float:

@@ -46,6 +46,7 @@ class Failure:
     may_pass: bool  # the same call may succeed later, or elsewhere
     answered: bool = False  # the server itself said no: to ask again is to add to its load
     retry_after_s: float | None = None  # when the server wants to be asked again
+    in_doubt: bool = False  # nobody said what became of the call: it may run there still
 
 
 def closed() -> errors.PagewireError:
@@ -55,7 +56,7 @@ def closed() -> errors.PagewireError:
 
 def lost(what: str) -> Failure:
     """A stream that ended without an end."""
-    return Failure(error=errors.Unavailable(what), may_pass=True)
+    return Failure(error=errors.Unavailable(what), may_pass=True, in_doubt=True)
 
 
 def judge(code: grpc.StatusCode, message: str, trailers: Trailers, address: str) -> Failure:
@@ -81,7 +82,8 @@ def judge(code: grpc.StatusCode, message: str, trailers: Trailers, address: str)
         problem = f"has {sizes[1]} bytes, and the server takes {sizes[2]}"
         return Failure(error=errors.InvalidRequest("request", problem), may_pass=False)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return Failure(error=errors.DeadlineExceeded("the answer took longer than timeout_s"), may_pass=False)
+        late = errors.DeadlineExceeded("the answer took longer than timeout_s")
+        return Failure(error=late, may_pass=False, in_doubt=True)
     if code is grpc.StatusCode.UNIMPLEMENTED:
         problem = f"what answers on {address} is not a Pagewire server for clients, or an older one ({message})"
         return Failure(error=errors.PagewireError(problem), may_pass=False)

@@ -36,7 +36,7 @@ from pagewire.retrying import Attempts, RetryBudget
 from protos import inference_pb2 as pb
 from services.handlers import Context
 from services.status import internal_status, to_rpc_status
-from tests.services.scripted import GONE, played, saying
+from tests.services.scripted import GONE, delta, finish, first, played, saying
 
 UNAVAILABLE = Failure(error=Unavailable("draining"), may_pass=True, answered=True, retry_after_s=1.0)
 
@@ -193,21 +193,6 @@ def test_no_address_is_a_mistake(text: Any) -> None:
 
 
 # ---- what is heard
-
-
-def delta(index: int, *tokens: int, choice: int = 0) -> pb.GenerateStreamResponse:
-    ticket = f"{choice} after {index + len(tokens)}".encode()
-    return pb.GenerateStreamResponse(
-        delta=pb.Delta(choice=choice, index=index, token_ids=tokens, text="".join(map(chr, tokens)), ticket=ticket)
-    )
-
-
-def finish(choice: int = 0) -> pb.GenerateStreamResponse:
-    return pb.GenerateStreamResponse(finish=pb.Finish(choice=choice, reason=pb.FINISH_REASON_LENGTH, exact=True))
-
-
-def first(**changes: Any) -> pb.GenerateStreamResponse:
-    return pb.GenerateStreamResponse(prompt=pb.PromptInfo(model="m", max_tokens=9, ticket=b"first", **changes))
 
 
 def test_a_request_is_the_same_however_often_it_is_sent() -> None:
