@@ -38,6 +38,8 @@ CANCEL_TIMEOUT_S: Final = 1.0
 UNPIN_TIMEOUT_S: Final = 10.0
 DEFAULT_TIMEOUT_S: Final = 600.0
 DEFAULT_PATIENCE_S: Final = 30.0
+_NOTICED_S: Final = 3.0
+"""Within it a connection is given up that cannot be made or stands still: see client_options."""
 
 
 class Call(NamedTuple):
@@ -120,18 +122,14 @@ class _Asking:
         """The server that is asked now."""
         return self._attempts.address
 
-    def failed(self, code: grpc.StatusCode, message: str | None, trailers: Trailers | None) -> float:
-        """The call ended with a status: seconds to wait before the next. Raises a PagewireError when there is none."""
-        return self._after(judge(code, message or "", trailers or (), self.address))
-
     def _call(self, method: str, request: bytes) -> Call:
         if self._error is not None:  # it was told; who reads on hears it again, and no server does
             raise self._error
         return Call(self.address, method, request, self._attempts.remaining_s(self._clock_s()))
 
-    def _after(self, failure: Failure) -> float:
+    def _after(self, failure: Failure, *, worked_s: float = 0.0) -> float:
         try:
-            return self._attempts.failed(failure, self._clock_s())
+            return self._attempts.failed(failure, self._clock_s(), worked_s=worked_s)
         except errors.PagewireError as error:
             self._error = error
             raise
@@ -149,14 +147,27 @@ class AskedOnce(_Asking):
         *,
         first: str,
         timeout_s: float | None,
+        clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(manner, budget, first=first, timeout_s=timeout_s)
+        super().__init__(manner, budget, first=first, timeout_s=timeout_s, clock_s=clock_s)
         self._method = method
         self._request = request
+        self._sent_s = 0.0
 
     def next_call(self) -> Call:
         """What to send now, and where to."""
+        self._sent_s = self._clock_s()
         return self._call(self._method, self._request)
+
+    def failed(self, code: grpc.StatusCode, message: str | None, trailers: Trailers | None) -> float:
+        """As of any request.
+
+        No message tells when a server begins with this one. That one worked on it is known where it answered at last,
+        or where the call lasted longer than a connection may stand still.
+        """
+        failure = judge(code, message or "", trailers or (), self.address)
+        ran_s = self._clock_s() - self._sent_s
+        return self._after(failure, worked_s=max(0.0, ran_s - _NOTICED_S) if failure.in_doubt else ran_s)
 
 
 class Asked(_Asking):
@@ -207,7 +218,7 @@ class Asked(_Asking):
 
     def hear(self, data: bytes) -> Delta | Finish | None:
         """What is new in a message. Raises OutOfStep."""
-        self._attempts.taken()
+        self._attempts.taken(self._clock_s())
         self._begun_at, self._sent_to = self.address, None
         new = self.continuation.hear(pb.GenerateStreamResponse.FromString(data))
         if new is not None:

@@ -393,8 +393,8 @@ def attempts(*addresses: str, patience_s: float = 30.0, deadline_s: float = 600.
     )
 
 
-def delays_of(one: Attempts, failure: Failure, count: int) -> list[float]:
-    now_s, delays = 0.0, []
+def delays_of(one: Attempts, failure: Failure, count: int, *, now_s: float = 0.0) -> list[float]:
+    delays: list[float] = []
     for _ in range(count):
         delays.append(one.failed(failure, now_s))
         now_s += delays[-1]
@@ -447,6 +447,26 @@ def test_patience_begins_with_the_first_failure_and_anew_whenever_something_new_
     one.failed(lost("x"), 200.0)
 
 
+def test_while_a_server_works_on_a_request_no_patience_is_used_up() -> None:
+    one = attempts(patience_s=5.0)
+    one.failed(lost("x"), 0.0)
+    one.taken(0.1)
+    one.failed(lost("x"), 40.0)  # after a long wait in a queue, and the server was killed once more
+    one.failed(lost("x"), 44.5)
+    with pytest.raises(Unavailable):
+        one.failed(lost("x"), 45.0)
+
+
+def test_a_server_that_takes_a_request_and_dies_at_once_uses_patience_up() -> None:
+    one = attempts(patience_s=5.0)
+    for now_s in range(5):
+        one.taken(now_s)
+        one.failed(lost("x"), now_s)
+    one.taken(5.0)
+    with pytest.raises(Unavailable):
+        one.failed(lost("x"), 5.0)
+
+
 def test_the_deadline_is_the_end_and_says_what_was_in_the_way() -> None:
     with pytest.raises(DeadlineExceeded, match="what was in the way"):
         attempts(deadline_s=10.0).failed(lost("what was in the way"), 9.99)
@@ -457,7 +477,7 @@ def test_streams_that_a_server_took_and_sends_elsewhere_are_no_refusals() -> Non
     budget = RetryBudget()
     many = [attempts("a", "b", budget=budget) for _ in range(1000)]
     for one in many:
-        one.taken()
+        one.taken(1.0)
         assert one.failed(UNAVAILABLE, 1.0) == 0.0
     refused = [one.failed(UNAVAILABLE, 1.0) for one in many[:20]]
     assert (refused[0], refused[-1]) == pytest.approx((1.0, 10.0)), "of those who refuse them there, the budget is kept"
@@ -487,7 +507,7 @@ def test_refusals_of_many_who_ask_once_keep_nobody_from_the_next_server_nor_from
     beginning = attempts("a", "b", budget=budget, begin_patience_s=1.0)
     assert (beginning.failed(UNAVAILABLE, 1.0), beginning.address) == (0.0, "b")
     running = attempts("a", "b", budget=budget, begin_patience_s=1.0)
-    running.taken()
+    running.taken(1.0)
     running.heard()
     assert [running.failed(UNAVAILABLE, 1.0) for _ in range(2)] == [0.0, pytest.approx(1.0)]
 
@@ -499,6 +519,19 @@ def test_only_a_retry_that_is_made_costs_and_no_debt_outlasts_the_patience_of_a_
             attempts(deadline_s=1.5, budget=budget).failed(UNAVAILABLE, 1.0)
     assert budget.wait_s(1.0) == 0.0
     assert max(attempts(budget=budget).failed(UNAVAILABLE, 1.0) for _ in range(900)) == 10.0
+
+
+@pytest.mark.parametrize("limits", [{"patience_s": 5.0}, {"deadline_s": 6.0}], ids=str)
+def test_refusals_of_others_leave_time_for_one_more_try_however_short_the_patience(limits: dict[str, float]) -> None:
+    refused = Failure(error=Overloaded("full", 0.05), may_pass=True, answered=True, retry_after_s=0.05)
+    budget = RetryBudget()
+    for _ in range(50):
+        attempts(budget=budget).failed(refused, 1.0)
+    for jitter in (0.5, 1.0, 1.49):
+        one = attempts(budget=budget, jitter=lambda jitter=jitter: jitter, **limits)
+        assert 2.4 < one.failed(refused, 1.0) < 5.0
+        with pytest.raises(Overloaded if "patience_s" in limits else DeadlineExceeded):
+            delays_of(one, refused, 8, now_s=3.5)
 
 
 # ---- over a socket
@@ -723,7 +756,7 @@ def test_whoever_asks_for_somebody_else_looks_for_a_server_for_a_while() -> None
 
 def test_a_request_that_was_begun_with_is_as_patient_as_any_other() -> None:
     one = attempts(begin_patience_s=0.0, patience_s=30.0)
-    one.taken()
+    one.taken(0.0)
     one.failed(lost("x"), 0.0)
     one.failed(UNAVAILABLE, 20.0)
 
