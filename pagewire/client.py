@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -56,6 +57,14 @@ class Running(Protocol):
         ...
 
 
+class _Open:
+    """The channels of one process, and what guards them."""
+
+    def __init__(self) -> None:
+        self.channels: dict[str, grpc.Channel] = {}
+        self.lock = threading.RLock()  # a signal's handler may close what it interrupts
+
+
 class _Connections:
     """A channel for each address that was ever asked, shared by the streams of one client."""
 
@@ -63,8 +72,9 @@ class _Connections:
         self.first = manner.addresses[0]  # who answered last: a new request begins there
         self._manner = manner
         self._is_closed = False
-        self._channels: dict[str, grpc.Channel] = {}
-        self._lock = threading.RLock()  # of these two; a signal's handler may close what it interrupts
+        # By process. What a fork takes along is of no use there: who holds the lock may be no more, and nobody moves
+        # what goes over the channels. They are left as they are, for to close them would wait for that.
+        self._open: dict[int, _Open] = {}
         self._pauses: dict[object, queue.SimpleQueue[None]] = {}  # who waits between two calls
 
     def call(self, asked: Asked) -> Running:
@@ -119,9 +129,10 @@ class _Connections:
 
     def close(self) -> None:
         """End all calls."""
-        with self._lock:
+        opened = self._here()
+        with opened.lock:
             self._is_closed = True
-            channels, self._channels = self._channels, {}
+            channels, opened.channels = opened.channels, {}
         for waking in list(self._pauses.values()):
             waking.put(None)
         for channel in channels.values():
@@ -142,17 +153,22 @@ class _Connections:
             raise
 
     def _channel(self, address: str) -> grpc.Channel:
-        with self._lock:
+        opened = self._here()
+        with opened.lock:
             self.check_open()
-            channel = self._channels.get(address)
+            channel = opened.channels.get(address)
             if channel is None:
                 options, credentials = self._manner.options, self._manner.access.credentials
                 if credentials is None:
                     channel = grpc.insecure_channel(address, options=options)
                 else:
                     channel = grpc.secure_channel(address, credentials, options=options)
-                self._channels[address] = channel
+                opened.channels[address] = channel
             return channel
+
+    def _here(self) -> _Open:
+        pid = os.getpid()
+        return self._open.get(pid) or self._open.setdefault(pid, _Open())
 
 
 class Client:

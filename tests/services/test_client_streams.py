@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -268,3 +269,34 @@ def test_what_runs_elsewhere_is_ended_there_where_a_server_refuses_the_rest(kind
     with played(saying(first(), delta(0, 65)), saying(then=InvalidRequest("n", "too many"))) as (server, run):
         name = run(ask)
     assert server.cancelled == [name]
+
+
+def test_a_client_that_was_forked_waits_for_no_thread_that_is_not_there_and_has_channels_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Client("127.0.0.1:1") as client:
+        connections = client._connections
+        of_parent = connections._channel("127.0.0.1:1")
+
+        def hold() -> None:
+            with connections._here().lock:
+                is_held.set()
+                may_end.wait()
+
+        is_held, may_end = threading.Event(), threading.Event()
+        holding = threading.Thread(target=hold)
+        holding.start()
+        is_held.wait()
+        try:
+            pid = os.getpid()
+            monkeypatch.setattr("pagewire.client.os.getpid", lambda: pid + 1)
+            made = connections._channel("127.0.0.1:1")
+            assert made is not of_parent
+            assert made is connections._channel("127.0.0.1:1")
+            client.close()
+            monkeypatch.undo()
+        finally:
+            may_end.set()
+            holding.join()
+        assert connections._here().channels == {"127.0.0.1:1": of_parent}, "it closes its own alone"
+        of_parent.close()
