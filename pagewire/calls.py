@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from pagewire.access import Access, Metadata
 from pagewire.answers import Delta, Finish
 from pagewire.borrowed import borrow
 from pagewire.continuation import Continuation, OutOfStep
-from pagewire.failures import Failure, Trailers, judge, lost
+from pagewire.failures import Failure, Trailers, judge, lost, parse
 from pagewire.retrying import Attempts, RetryBudget
 from pagewire.traces import traceparent
 
@@ -74,7 +75,7 @@ def unpin_request(pin_id: str | None) -> bytes:
 
 def unpinned_tokens(answer: bytes) -> int:
     """What the answer to it says."""
-    return pb.UnpinResponse.FromString(answer).tokens
+    return parse(pb.UnpinResponse, answer).tokens
 
 
 def addresses_of(text: str | Sequence[str]) -> tuple[str, ...]:
@@ -220,7 +221,11 @@ class Asked(_Asking):
         """What is new in a message. Raises OutOfStep."""
         self._attempts.taken(self._clock_s())
         self._begun_at, self._sent_to = self.address, None
-        new = self.continuation.hear(pb.GenerateStreamResponse.FromString(data))
+        try:
+            message = pb.GenerateStreamResponse.FromString(data)
+        except DecodeError:
+            raise OutOfStep("a message of the stream cannot be read") from None
+        new = self.continuation.hear(message)
         if new is not None:
             self._attempts.heard()
         return new

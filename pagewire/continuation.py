@@ -27,6 +27,13 @@ else:
     pb = borrow("protos.inference_pb2")
 
 
+_REASONS = {
+    pb.FinishReason.Value(f"FINISH_REASON_{reason.name}"): reason
+    for reason in FinishReason
+    if reason is not FinishReason.OTHER
+}
+
+
 class OutOfStep(Exception):
     """A message that cannot come next. The call is of no use any more; another one may be."""
 
@@ -224,7 +231,7 @@ class Continuation:
         usage = finish.usage
         ended = Finish(
             choice=finish.choice,
-            reason=FinishReason(pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()),
+            reason=_REASONS.get(finish.reason, FinishReason.OTHER),
             matched_stop=finish.matched_stop if finish.HasField("matched_stop") else None,
             matched_token_id=finish.matched_token_id if finish.HasField("matched_token_id") else None,
             usage=Usage(

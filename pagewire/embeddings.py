@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from pagewire.asking import check_names, set_field, set_tokens
 from pagewire.borrowed import borrow
+from pagewire.failures import parse
 
 if TYPE_CHECKING:
     from protos import inference_pb2 as pb
@@ -61,7 +62,7 @@ def embeddings_of(answer: bytes) -> tuple[Embedding, ...]:
             prompt_tokens=told.prompt_tokens,
             cached_prompt_tokens=told.cached_prompt_tokens,
         )
-        for told in pb.EmbedResponse.FromString(answer).embeddings
+        for told in parse(pb.EmbedResponse, answer).embeddings
     )
 
 

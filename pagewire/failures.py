@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2  # pyright: ignore[reportMissingTypeStubs]
 
 from pagewire.borrowed import borrow
@@ -59,6 +59,17 @@ def lost(what: str) -> Failure:
     return Failure(error=errors.Unavailable(what), may_pass=True, in_doubt=True)
 
 
+_Message = TypeVar("_Message", bound=Message)
+
+
+def parse(kind: type[_Message], data: bytes) -> _Message:
+    """An answer that is one message. Raises PagewireError for one that cannot be read."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise errors.PagewireError("the answer cannot be read: what answered is no Pagewire server") from None
+
+
 def judge(code: grpc.StatusCode, message: str, trailers: Trailers, address: str) -> Failure:
     """What the status of a call to `address` means."""
     told, bad_request, retry = _details(trailers)
@@ -75,8 +86,9 @@ def judge(code: grpc.StatusCode, message: str, trailers: Trailers, address: str)
     if told.domain == _DOMAIN:  # a bug there, or an error that is newer than this client
         return Failure(error=errors.PagewireError(message), may_pass=False)
     if code in _LOST:
-        # gRPC tells the whole story in one line, from general to particular; the last part is what a person can use
-        reason = message.rsplit(": ", 1)[-1].rstrip("]") or code.name
+        # gRPC tells the whole story in one line, from general to particular; the last part is what a person can use,
+        # unless that is the OK which it puts behind a certificate's fault
+        reason = message.rstrip("]").removesuffix(": OK").rsplit(": ", 1)[-1] or code.name
         return lost(f"{NO_CONNECTION} {address}: {reason}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(message)):
         problem = f"has {sizes[1]} bytes, and the server takes {sizes[2]}"

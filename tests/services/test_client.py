@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+import pickle
+from collections.abc import AsyncGenerator, Awaitable, Iterator
 from typing import Any, cast
 
 import grpc
@@ -12,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common import errors
 from common.errors import (
     AlreadyRunning,
     DeadlineExceeded,
@@ -26,7 +28,7 @@ from common.errors import (
     Unavailable,
     UnknownModel,
 )
-from pagewire import Client, Delta, PinnedPrefix, TokenLogprob, TokenLogprobs
+from pagewire import Client, Delta, FinishReason, PinnedPrefix, TokenLogprob, TokenLogprobs
 from pagewire.aio import AsyncClient
 from pagewire.asking import Settings, request_of
 from pagewire.calls import addresses_of
@@ -290,7 +292,32 @@ def test_whatever_comes_in_whatever_order_the_tokens_told_are_a_beginning_of_the
     assert told == answer[: len(told)]
 
 
+def test_an_end_for_a_reason_of_a_later_server_is_an_end() -> None:
+    asked = Continuation(pb.GenerateStreamRequest(text="hi"))
+    later = pb.GenerateStreamResponse.FromString(finish().SerializeToString().replace(b"\x10\x04", b"\x10\x63"))
+    for message in (first(), delta(0, 65), later):
+        asked.hear(message)
+
+    assert later.finish.reason == 99
+    assert (asked.answer().text, asked.answer().finish.reason) == ("A", FinishReason.OTHER)
+
+
 # ---- what a failure means
+
+
+def every_error(kind: type[PagewireError] = PagewireError) -> Iterator[type[PagewireError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from every_error(child)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in every_error() if kind.__module__ == errors.__name__])
+def test_an_error_reaches_another_process_as_it_is(kind: type[PagewireError]) -> None:
+    error = kind("n", "too many") if issubclass(kind, InvalidRequest) else kind("why")
+    error.add_note("a note")
+
+    read = pickle.loads(pickle.dumps(error))
+    assert (type(read), str(read), vars(read)) == (kind, str(error), vars(error))
 
 
 def judged(error: PagewireError) -> Failure:
@@ -350,6 +377,17 @@ def test_a_connection_that_broke_may_be_made_anew(code: grpc.StatusCode) -> None
 
     assert failure.may_pass and not failure.answered
     assert str(failure.error) == "no connection to a:1: Connection reset"
+
+
+def test_a_certificate_that_does_not_fit_is_told_as_that() -> None:
+    told = (
+        "failed to connect to all addresses; last error: UNKNOWN: ipv4:1.2.3.4:5: Tls handshake failed "
+        "(TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000007d:SSL routines:OPENSSL_internal:"
+        "CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate: OK"
+    )
+    failure = judge(grpc.StatusCode.UNAVAILABLE, told, (), "a:1")
+
+    assert str(failure.error) == "no connection to a:1: unable to get local issuer certificate"
 
 
 def test_a_bug_of_the_servers_is_not_tried_again() -> None:

@@ -6,11 +6,13 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from types import FrameType
 from typing import Any
 
+import grpc
 import pytest
+from grpc import aio
 
 from common.errors import AlreadyRunning, InvalidRequest, PagewireError, Unauthenticated, Unavailable
 from pagewire import AsyncClient, Client
@@ -231,6 +233,34 @@ def test_a_stream_is_left_well_also_where_its_client_is_closed_meanwhile(kind: t
     with played(more) as (server, run):
         server.is_mute = True
         run(close)
+
+
+@both
+def test_what_is_no_answer_of_ours_is_told_as_that(kind: type[Client | AsyncClient]) -> None:
+    async def babble(request: bytes, context: aio.ServicerContext[bytes, bytes]) -> bytes:
+        return b"\xff"
+
+    async def babble_on(request: bytes, context: aio.ServicerContext[bytes, bytes]) -> AsyncIterator[bytes]:
+        yield b"\xff"
+
+    async def ask() -> None:
+        server = aio.server()
+        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            "GenerateStream": grpc.unary_stream_rpc_method_handler(babble_on),
+            **dict.fromkeys(("Embed", "Unpin", "Cancel"), grpc.unary_unary_rpc_method_handler(babble)),
+        }
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("pagewire.v1.InferenceService", handlers),)
+        )
+        client = kind(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}", patience_s=0.1)
+        await server.start()
+        for method, *args in ((client.embed, "hi"), (client.unpin,), (client.generate, "hi")):
+            with pytest.raises(PagewireError, match="cannot be read"):
+                await call(method, *args)
+        await call(client.close)
+        await server.stop(None)
+
+    asyncio.run(ask())
 
 
 @both
