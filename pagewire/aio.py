@@ -159,7 +159,7 @@ class AsyncClient:
         tls_cert: str | Path | None = None,
         tls_key: str | Path | None = None,
         insecure: bool = False,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
         patience_s: float = DEFAULT_PATIENCE_S,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Metadata = (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ CANCEL_TIMEOUT_S: Final = 1.0
 UNPIN_TIMEOUT_S: Final = 10.0
 DEFAULT_TIMEOUT_S: Final = 600.0
 DEFAULT_PATIENCE_S: Final = 30.0
+_LONGEST_S: Final = 366 * 86_400.0  # as long as any call lasts; gRPC cannot be told of much more
 _NOTICED_S: Final = 3.0
 """Within it a connection is given up that cannot be made or stands still: see client_options."""
 
@@ -57,9 +59,15 @@ class Manner:
     """How a client goes about its calls."""
 
     addresses: tuple[str, ...]
-    timeout_s: float  # for a whole answer
+    timeout_s: float | None  # for a whole answer; None or infinity is no limit
     patience_s: float  # while calls fail
     access: Access
+
+    def __post_init__(self) -> None:
+        if not _timeout_s(self.timeout_s) > 0:
+            raise ValueError(f"timeout_s must be more than 0, got {self.timeout_s}")
+        if not self.patience_s >= 0:
+            raise ValueError(f"patience_s must be at least 0, got {self.patience_s}")
 
     @property
     def options(self) -> tuple[tuple[str, int], ...]:
@@ -84,6 +92,15 @@ def addresses_of(text: str | Sequence[str]) -> tuple[str, ...]:
     if not all(found) or not found:
         raise ValueError(f"no address in {text!r}; give HOST:PORT, or several with commas between them")
     return tuple(dict.fromkeys(found))
+
+
+def _timeout_s(given: float | None) -> float:
+    """None is no limit. Raises ValueError for what is no number."""
+    if given is None:
+        return math.inf
+    if math.isnan(given):
+        raise ValueError("timeout_s must be a number, got nan")
+    return given
 
 
 class _Asking:
@@ -112,7 +129,7 @@ class _Asking:
             budget,
             first=first,
             began_s=now_s,
-            deadline_s=now_s + (manner.timeout_s if timeout_s is None else timeout_s),
+            deadline_s=now_s + _timeout_s(manner.timeout_s if timeout_s is None else timeout_s),
             patience_s=manner.patience_s,
             jitter=lambda: random.uniform(0.5, 1.5),
             begin_patience_s=begin_patience_s,
@@ -126,7 +143,8 @@ class _Asking:
     def _call(self, method: str, request: bytes) -> Call:
         if self._error is not None:  # it was told; who reads on hears it again, and no server does
             raise self._error
-        return Call(self.address, method, request, self._attempts.remaining_s(self._clock_s()))
+        left_s = self._attempts.remaining_s(self._clock_s())
+        return Call(self.address, method, request, min(left_s, _LONGEST_S))
 
     def _after(self, failure: Failure, *, worked_s: float = 0.0) -> float:
         try:

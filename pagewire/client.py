@@ -191,7 +191,7 @@ class Client:
         tls_cert: str | Path | None = None,
         tls_key: str | Path | None = None,
         insecure: bool = False,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
         patience_s: float = DEFAULT_PATIENCE_S,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Metadata = (),
@@ -201,7 +201,8 @@ class Client:
         `api_key`: the environment's PAGEWIRE_API_KEY where none is given. `tls_ca`: a file of authorities (PEM) for the
         servers' certificates, or "system" for the public ones; without it nothing is encrypted, and then a key is shown
         to this machine alone, unless `insecure`. `tls_cert` and `tls_key`: for servers that ask for a certificate. In
-        place of these three, `credentials` are gRPC's own. `metadata` goes with every call.
+        place of these three, `credentials` are gRPC's own. `metadata` goes with every call. `timeout_s`: for a whole
+        answer, unless a call says otherwise; None is no limit.
 
         Raises ValueError for what does not fit together, OSError for a file that cannot be read.
         """

@@ -236,6 +236,12 @@ def test_log_probabilities_are_part_of_deltas_and_answer_and_those_of_the_prompt
     assert asked.answer().prompt_logprobs == (alone, *expected[:2])
 
 
+@pytest.mark.parametrize("n", [0, 3_000_000])
+def test_a_number_of_choices_that_no_server_makes_is_refused_before_anything_is_kept_for_them(n: int) -> None:
+    with pytest.raises(InvalidRequest, match=rf"n: must be in \[1, 65536\], got {n}"):
+        Continuation(pb.GenerateStreamRequest(sampling=pb.SamplingParams(n=n)))
+
+
 def test_once_something_was_heard_the_rest_is_asked_for_with_all_that_was_heard() -> None:
     asked = Continuation(pb.GenerateStreamRequest(text="hi", sampling=pb.SamplingParams(n=3)))
     for message in (first(), delta(0, 65, 66), delta(0, 67, choice=1), delta(2, 68), finish(choice=1)):
@@ -654,6 +660,29 @@ def test_an_error_that_will_not_pass_is_raised_as_what_it_is(kind: str) -> None:
         run(lambda address: generate(address, kind))
     assert (refusal.value.field, refusal.value.problem) == ("n", "too many")
     assert len(server.asked) == 1
+
+
+@both
+@pytest.mark.parametrize("timeout_s", [None, float("inf"), 1e10])
+def test_an_answer_may_take_as_long_as_it_likes(kind: str, timeout_s: float | None) -> None:
+    with played(saying(first(), delta(0, 65), finish())) as (_, run):
+        assert run(lambda address: generate(address, kind, timeout_s=timeout_s)).text == "A"
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        ({"timeout_s": 0}, "timeout_s must be more than 0, got 0"),
+        ({"timeout_s": -1.0}, "timeout_s must be more than 0"),
+        ({"timeout_s": float("nan")}, "timeout_s must be a number"),
+        ({"patience_s": -1.0}, "patience_s must be at least 0"),
+        ({"patience_s": float("nan")}, "patience_s must be at least 0"),
+    ],
+)
+def test_a_limit_that_is_none_is_refused_by_its_name(kind: type[Client | AsyncClient], limits: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        kind("127.0.0.1:1", **limits)
 
 
 @both
