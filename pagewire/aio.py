@@ -313,6 +313,10 @@ class AsyncStream:
         if not linger:
             await self._connections.cancel(self._asked)
 
+    async def aclose(self) -> None:
+        """`close`, as contextlib.aclosing calls it."""
+        await self.close()
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -320,6 +324,11 @@ class AsyncStream:
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
         await self.close()
+
+    def __del__(self) -> None:
+        """Who dropped it reads no more; its server is left to find that out, for nothing can be awaited here."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and the call with it
+            self._drop()
 
     async def _read(self) -> Delta | Finish | None:
         """One message, or one way in which a call ends and another begins."""

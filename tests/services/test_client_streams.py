@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from types import FrameType
 from typing import Any
 
@@ -103,6 +105,44 @@ def test_a_read_that_a_signal_interrupts_is_no_end_of_its_stream() -> None:
             signal.signal(signal.SIGUSR1, before)
             is_read.set()
             serving.join()
+
+
+def test_a_stream_that_is_dropped_is_left() -> None:
+    async def drop(address: str) -> None:
+        async with AsyncClient(address) as client:
+            async for _ in client.stream("hi"):
+                break
+            async with asyncio.timeout(2):
+                await is_left.wait()
+
+    is_left = asyncio.Event()
+
+    async def more(request: Any, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        yield first()
+        yield delta(0, 65)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            is_left.set()
+
+    gc.disable()  # it would find the call at last, whenever it comes
+    try:
+        with played(more) as (_, run):
+            run(drop)
+    finally:
+        gc.enable()
+
+
+def test_a_stream_may_be_closed_by_aclosing() -> None:
+    async def read(address: str) -> str:
+        async with AsyncClient(address) as client, aclosing(client.stream("hi")) as stream:
+            await anext(stream)
+            return stream.request_id
+
+    more, _ = standing(first(), delta(0, 65))
+    with played(more) as (server, run):
+        name = run(read)
+    assert server.cancelled == [name]
 
 
 @both
