@@ -62,6 +62,7 @@ class Settings(TypedDict, total=False):
     pin_tokens: int  # only so many first tokens of it do
     max_drafts: int  # tokens guessed ahead in one step, where the server guesses any; 0 is none
     skip_special_tokens: bool
+    priority: str  # "high", "normal" or "low": what waits for room goes on in this order
     model: str
     request_id: str  # by default a random one
 
@@ -75,6 +76,7 @@ _EARLY_STOPPING = {
     True: pb.EARLY_STOPPING_FULL,
     "never": pb.EARLY_STOPPING_NEVER,
 }
+_PRIORITIES = {"high": pb.PRIORITY_HIGH, "normal": pb.PRIORITY_NORMAL, "low": pb.PRIORITY_LOW}
 _OF_CHATS = frozenset(pb.ChatMessages.DESCRIPTOR.fields_by_name) - {"messages"}
 _LISTS = frozenset({"allowed_token_ids", "banned_token_ids", "bad_words", "stop", "stop_token_ids"})
 
@@ -112,6 +114,8 @@ def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamReque
                 _extend(getattr(part, name), name, [value] if isinstance(value, str) else value)
             elif name == "logit_bias":
                 _add_all(request.sampling.logit_bias, name, value)
+            elif name == "priority":
+                set_priority(request, value)
             else:
                 set_field(part, name, value)
     return request
@@ -191,6 +195,13 @@ def set_field(message: Any, name: str, value: Any, told: str = "") -> None:
         raise errors.InvalidRequest(told or name, "there is no such field") from None
     except (TypeError, ValueError, UnicodeError):
         raise errors.InvalidRequest(told or name, f"cannot be {_shown(value)}") from None
+
+
+def set_priority(request: pb.GenerateStreamRequest | pb.EmbedRequest, value: str) -> None:
+    """Set what goes first. Raises InvalidRequest for a word that is none."""
+    if not isinstance(value, str) or value not in _PRIORITIES:
+        raise errors.InvalidRequest("priority", f"must be one of {', '.join(_PRIORITIES)}")
+    request.priority = _PRIORITIES[value]
 
 
 def set_tokens(tokens: pb.TokenIds, name: str, values: Sequence[int]) -> None:

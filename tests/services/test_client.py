@@ -33,6 +33,7 @@ from pagewire.aio import AsyncClient
 from pagewire.asking import Settings, request_of
 from pagewire.calls import addresses_of
 from pagewire.continuation import Continuation, OutOfStep
+from pagewire.embeddings import embed_request
 from pagewire.failures import Failure, judge, lost
 from pagewire.retrying import Attempts, RetryBudget
 from protos import inference_pb2 as pb
@@ -128,6 +129,15 @@ def test_what_an_answer_must_be_reaches_the_request() -> None:
     assert asked(choices=["a", "b"]) == pb.StructuredOutput(choices=pb.StringList(values=["a", "b"]))
     assert asked(choices=[]).WhichOneof("kind") == "choices"
     assert not request_of("hi", {}).sampling.HasField("structured")
+
+
+def test_what_goes_first_is_said_by_a_word() -> None:
+    assert request_of("hi", {"priority": "low"}).priority == pb.PRIORITY_LOW
+    assert embed_request("hi", {"priority": "high"}).priority == pb.PRIORITY_HIGH
+    wrong: list[Any] = ["urgent", 1, []]
+    for priority in wrong:
+        with pytest.raises(InvalidRequest, match="priority: must be one of high, normal, low"):
+            request_of("hi", {"priority": priority})
 
 
 @pytest.mark.parametrize(
