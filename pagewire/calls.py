@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import grpc
@@ -43,6 +43,10 @@ DEFAULT_PATIENCE_S: Final = 30.0
 _LONGEST_S: Final = 366 * 86_400.0  # as long as any call lasts; gRPC cannot be told of much more
 _NOTICED_S: Final = 3.0
 """Within it a connection is given up that cannot be made or stands still: see client_options."""
+
+
+_OF_ONE_SERVER: Final = (errors.TicketRefused, errors.TicketStale, errors.UnknownModel, errors.Unauthenticated)
+"""What a server says that has other keys, or another model, than the one that began with a request."""
 
 
 class Call(NamedTuple):
@@ -255,6 +259,8 @@ class Asked(_Asking):
             self._sent_to = None
         if isinstance(failure.error, errors.Superseded | errors.AlreadyRunning):  # what has this id is another's now
             self._begun_at = None
+        if isinstance(failure.error, _OF_ONE_SERVER) and self._begun_at not in (None, self.address):
+            failure = replace(failure, may_pass=True, answered=True)  # the one that had it may be back in a moment
         return self._after(failure)
 
     def broke(self, why: OutOfStep | None = None) -> float:

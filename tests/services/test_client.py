@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import AsyncGenerator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from typing import Any, cast
 
 import grpc
@@ -25,13 +25,15 @@ from common.errors import (
     Superseded,
     TicketRefused,
     TicketStale,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
 )
 from pagewire import Client, Delta, FinishReason, PinnedPrefix, TokenLogprob, TokenLogprobs
+from pagewire.access import access
 from pagewire.aio import AsyncClient
 from pagewire.asking import Settings, request_of
-from pagewire.calls import addresses_of
+from pagewire.calls import Asked, Manner, addresses_of
 from pagewire.continuation import Continuation, OutOfStep
 from pagewire.embeddings import embed_request
 from pagewire.failures import Failure, judge, lost
@@ -435,6 +437,43 @@ def test_a_request_that_is_too_large_for_the_server_is_its_caller_s_mistake() ->
 def test_mangled_details_leave_the_code_to_go_by() -> None:
     assert judge(grpc.StatusCode.UNAVAILABLE, "x", (("grpc-status-details-bin", b"\xff"),), "a:1").may_pass
     assert not judge(grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max", (), "a:1").may_pass
+
+
+def asked_of(*addresses: str, clock_s: Callable[[], float] = lambda: 0.0) -> Asked:
+    manner = Manner(addresses=addresses, timeout_s=600.0, patience_s=5.0, access=access(addresses, api_key=""))
+    request = pb.GenerateStreamRequest(text="hi")
+    return Asked(request, manner, RetryBudget(), first=addresses[0], timeout_s=None, clock_s=clock_s)
+
+
+def fail(asked: Asked, error: PagewireError) -> None:
+    status = to_rpc_status(error)
+    asked.failed(status.code, status.message, status.trailing_metadata)
+
+
+@pytest.mark.parametrize(
+    "error", [TicketRefused("no"), TicketStale("no"), UnknownModel("no"), Unauthenticated("no")], ids=repr
+)
+def test_a_server_that_cannot_go_on_with_an_answer_keeps_it_from_no_other_that_can(error: PagewireError) -> None:
+    now_s = [0.0]
+    asked = asked_of("a:1", "b:1", clock_s=lambda: now_s[0])
+    asked.next_call()
+    for message in (first(), delta(0, 65)):
+        asked.hear(message.SerializeToString())
+    fail(asked, GONE)
+    assert asked.next_call().address == "b:1"
+    now_s[0] = 1.0
+    fail(asked, error)
+    assert asked.next_call().address == "a:1"
+    with pytest.raises(type(error)):
+        fail(asked, error)
+
+
+@pytest.mark.parametrize("error", [UnknownModel("no"), Unauthenticated("no")], ids=repr)
+def test_a_request_that_nobody_began_with_ends_where_it_is_refused(error: PagewireError) -> None:
+    asked = asked_of("a:1", "b:1")
+    asked.next_call()
+    with pytest.raises(type(error)):
+        fail(asked, error)
 
 
 # ---- when and where to try again
