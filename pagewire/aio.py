@@ -21,7 +21,10 @@ from pagewire.calls import (
     CANCEL_TIMEOUT_S,
     DEFAULT_PATIENCE_S,
     DEFAULT_TIMEOUT_S,
+    DETOKENIZE,
     EMBED,
+    GET_MODEL,
+    TOKENIZE,
     UNPIN,
     UNPIN_TIMEOUT_S,
     Asked,
@@ -36,6 +39,16 @@ from pagewire.continuation import Continuation, OutOfStep
 from pagewire.embeddings import Embedding, EmbedSettings, embed_request, embeddings_of
 from pagewire.failures import Trailers, closed, judge
 from pagewire.retrying import RetryBudget
+from pagewire.tokens import (
+    Model,
+    TokenizeSettings,
+    detokenize_request,
+    model_of,
+    model_request,
+    text_of,
+    tokenize_request,
+    tokens_of,
+)
 
 if TYPE_CHECKING:
     from common import errors
@@ -228,13 +241,38 @@ class AsyncClient:
     ) -> tuple[Embedding, ...]:
         """As Client's."""
         request = embed_request(inputs, settings).SerializeToString()
-        first = self._connections.first
-        asked = AskedOnce(EMBED, request, self._manner, self._budget, first=first, timeout_s=timeout_s)
-        return embeddings_of(await self._connections.once(asked))
+        return embeddings_of(await self._once(EMBED, request, timeout_s))
+
+    async def tokenize(
+        self, text: str | None = None, *, timeout_s: float | None = None, **settings: Unpack[TokenizeSettings]
+    ) -> tuple[int, ...]:
+        """As Client's."""
+        return tokens_of(await self._once(TOKENIZE, tokenize_request(text, settings), timeout_s))
+
+    async def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool | None = None,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> str:
+        """As Client's."""
+        request = detokenize_request(token_ids, skip_special_tokens=skip_special_tokens, model=model)
+        return text_of(await self._once(DETOKENIZE, request, timeout_s))
+
+    async def model(self, name: str = "", *, timeout_s: float | None = None) -> Model:
+        """As Client's."""
+        return model_of(await self._once(GET_MODEL, model_request(name), timeout_s))
 
     async def unpin(self, pin_id: str | None = None) -> int:
         """As Client's."""
         return await self._connections.unpin(pin_id)
+
+    async def _once(self, method: str, request: bytes, timeout_s: float | None) -> bytes:
+        first = self._connections.first
+        asked = AskedOnce(method, request, self._manner, self._budget, first=first, timeout_s=timeout_s)
+        return await self._connections.once(asked)
 
     async def close(self) -> None:
         """As Client's."""

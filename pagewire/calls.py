@@ -35,6 +35,9 @@ RESUME: Final = _SERVICE + "Resume"
 EMBED: Final = _SERVICE + "Embed"
 CANCEL: Final = _SERVICE + "Cancel"
 UNPIN: Final = _SERVICE + "Unpin"
+TOKENIZE: Final = _SERVICE + "Tokenize"
+DETOKENIZE: Final = _SERVICE + "Detokenize"
+GET_MODEL: Final = _SERVICE + "GetModel"
 
 CANCEL_TIMEOUT_S: Final = 1.0
 UNPIN_TIMEOUT_S: Final = 10.0

@@ -22,7 +22,10 @@ from pagewire.calls import (
     CANCEL_TIMEOUT_S,
     DEFAULT_PATIENCE_S,
     DEFAULT_TIMEOUT_S,
+    DETOKENIZE,
     EMBED,
+    GET_MODEL,
+    TOKENIZE,
     UNPIN,
     UNPIN_TIMEOUT_S,
     Asked,
@@ -37,6 +40,16 @@ from pagewire.continuation import OutOfStep
 from pagewire.embeddings import Embedding, EmbedSettings, embed_request, embeddings_of
 from pagewire.failures import Trailers, closed, judge
 from pagewire.retrying import RetryBudget
+from pagewire.tokens import (
+    Model,
+    TokenizeSettings,
+    detokenize_request,
+    model_of,
+    model_request,
+    text_of,
+    tokenize_request,
+    tokens_of,
+)
 
 if TYPE_CHECKING:
     from common import errors
@@ -252,9 +265,29 @@ class Client:
     ) -> tuple[Embedding, ...]:
         """The vectors of texts, or of token ids, one for each. Raises PagewireErrors."""
         request = embed_request(inputs, settings).SerializeToString()
-        first = self._connections.first
-        asked = AskedOnce(EMBED, request, self._manner, self._budget, first=first, timeout_s=timeout_s)
-        return embeddings_of(self._connections.once(asked))
+        return embeddings_of(self._once(EMBED, request, timeout_s))
+
+    def tokenize(
+        self, text: str | None = None, *, timeout_s: float | None = None, **settings: Unpack[TokenizeSettings]
+    ) -> tuple[int, ...]:
+        """The tokens of a text, or of a chat as the model is given it. Raises PagewireErrors."""
+        return tokens_of(self._once(TOKENIZE, tokenize_request(text, settings), timeout_s))
+
+    def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool | None = None,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> str:
+        """The text of tokens, by default without those that are special. Raises PagewireErrors."""
+        request = detokenize_request(token_ids, skip_special_tokens=skip_special_tokens, model=model)
+        return text_of(self._once(DETOKENIZE, request, timeout_s))
+
+    def model(self, name: str = "", *, timeout_s: float | None = None) -> Model:
+        """What is served. Raises PagewireErrors; UnknownModel where `name` is another's."""
+        return model_of(self._once(GET_MODEL, model_request(name), timeout_s))
 
     def unpin(self, pin_id: str | None = None) -> int:
         """End a pin (`Answer.pinned`) on the server that answered last, or all that its tenant has there.
@@ -262,6 +295,11 @@ class Client:
         Returns the tokens that were pinned. Raises PagewireErrors.
         """
         return self._connections.unpin(pin_id)
+
+    def _once(self, method: str, request: bytes, timeout_s: float | None) -> bytes:
+        first = self._connections.first
+        asked = AskedOnce(method, request, self._manner, self._budget, first=first, timeout_s=timeout_s)
+        return self._connections.once(asked)
 
     def close(self) -> None:
         """Close the connections. What is under way then, and what is asked later, ends with a PagewireError."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from grpc import aio
 
-from common.errors import InvalidRequest, PagewireError, Unavailable
+from common.errors import InvalidRequest, PagewireError, Unavailable, UnknownModel
 from protos import inference_pb2 as pb
 from services.handlers import Context, service_handler
 
@@ -64,7 +64,20 @@ class Scripted:
         if self.is_mute:
             await asyncio.Event().wait()
 
-    Generate = Tokenize = Detokenize = GetModel = Cancel
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
+        self.asked.append(request)
+        return pb.TokenizeResponse(token_ids=map(ord, request.text))
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
+        self.asked.append(request)
+        return pb.DetokenizeResponse(text="".join(map(chr, request.token_ids)))
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
+        if request.model not in ("", "m"):
+            raise UnknownModel(f"{request.model} is not served here")
+        return pb.GetModelResponse(model="m", vocab_size=9, chat=True)
+
+    Generate = Cancel
 
 
 def delta(index: int, *tokens: int, choice: int = 0) -> pb.GenerateStreamResponse:
