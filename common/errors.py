@@ -35,6 +35,10 @@ class InvalidRequest(PagewireError):
         self.field = field
         self.problem = problem
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """As it was made; by default it would be made of its text, which another process could not read."""
+        return type(self), (self.field, self.problem), self.__dict__
+
 
 class Unauthenticated(PagewireError):
     """Who calls is not known here. One text for every reason, so that nothing is learned from it."""

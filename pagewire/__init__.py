@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from pagewire.client import Client, Stream
     from pagewire.embeddings import Embedding
+    from pagewire.tokens import Model
     from pagewire.tools import ToolCall, ToolCallDelta
 
 _HOMES = {
@@ -52,6 +53,7 @@ _HOMES = {
     "Embedding": "embeddings",
     "Finish": "answers",
     "FinishReason": "answers",
+    "Model": "tokens",
     "PinnedPrefix": "answers",
     "TokenLogprob": "answers",
     "TokenLogprobs": "answers",
@@ -85,6 +87,7 @@ __all__ = [
     "Finish",
     "FinishReason",
     "InvalidRequest",
+    "Model",
     "Overloaded",
     "PagewireError",
     "PinnedPrefix",

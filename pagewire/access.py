@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ API_KEY: Final = "PAGEWIRE_API_KEY"
 
 SYSTEM: Final = "system"
 """In place of a file of authorities: the public ones, which gRPC brings along."""
+
+_NAME: Final = re.compile(r"[a-z0-9_.-]+")
 
 Metadata = Sequence[tuple[str, str]]
 
@@ -64,13 +67,16 @@ def access(
             Path(tls_key).read_bytes() if tls_key else None,
             Path(tls_cert).read_bytes() if tls_cert else None,
         )
-    shown = any(name.lower() == "authorization" for name, _ in metadata)
+    metadata = tuple((name.lower(), value) for name, value in metadata)  # gRPC takes no others
+    for name, value in metadata:
+        _check_metadata(name, value)
+    shown = any(name == "authorization" for name, _ in metadata)
     if api_key and shown:
         raise ValueError("api_key and an authorization in metadata: give one of them")
     key, origin = (api_key, "the API key") if api_key is not None or shown else (environment.get(API_KEY), API_KEY)
     if not key:
         return Access(metadata=metadata, credentials=credentials)
-    if not (key.isascii() and key.isprintable()) or " " in key:  # gRPC would repeat it in its complaint
+    if not _is_printable(key) or " " in key:  # gRPC would repeat it in its complaint
         raise ValueError(f"{origin} is no key: printable ASCII without spaces is needed")
     if credentials is None and not insecure:
         open_to = [server for server in servers if not _is_local(server)]
@@ -80,6 +86,20 @@ def access(
                 f"itself is trusted"
             )
     return Access(metadata=(*metadata, ("authorization", f"Bearer {key}")), credentials=credentials)
+
+
+def _check_metadata(name: str, value: str | bytes) -> None:
+    """Raise ValueError for what gRPC does not take. Values are not shown: they may be keys."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"metadata cannot be called {name!r}: letters, digits, _, - and . are needed")
+    if name.endswith("-bin"):  # for bytes of any kind
+        return
+    if not _is_printable(value if isinstance(value, str) else value.decode("latin-1")):
+        raise ValueError(f"the value of the metadata {name!r} cannot be sent: printable ASCII is needed")
+
+
+def _is_printable(text: str) -> bool:
+    return text.isascii() and text.isprintable()
 
 
 def _is_local(server: str) -> bool:

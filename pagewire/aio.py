@@ -15,16 +15,21 @@ from grpc import aio
 from pagewire.access import Metadata, access
 from pagewire.answers import Answer, Delta, Finish
 from pagewire.asking import Settings, request_of
+from pagewire.borrowed import borrow
 from pagewire.calls import (
     CANCEL,
     CANCEL_TIMEOUT_S,
     DEFAULT_PATIENCE_S,
     DEFAULT_TIMEOUT_S,
+    DETOKENIZE,
     EMBED,
+    GET_MODEL,
+    TOKENIZE,
     UNPIN,
     UNPIN_TIMEOUT_S,
     Asked,
     AskedOnce,
+    Call,
     Manner,
     addresses_of,
     unpin_request,
@@ -34,11 +39,24 @@ from pagewire.continuation import Continuation, OutOfStep
 from pagewire.embeddings import Embedding, EmbedSettings, embed_request, embeddings_of
 from pagewire.failures import Trailers, closed, judge
 from pagewire.retrying import RetryBudget
+from pagewire.tokens import (
+    Model,
+    TokenizeSettings,
+    detokenize_request,
+    model_of,
+    model_request,
+    text_of,
+    tokenize_request,
+    tokens_of,
+)
 
 if TYPE_CHECKING:
+    from common import errors
     from protos import inference_pb2 as pb
+else:
+    errors = borrow("common.errors")
 
-Call = aio.UnaryStreamCall[bytes, bytes]
+Running = aio.UnaryStreamCall[bytes, bytes]
 
 
 class _Connections:
@@ -49,61 +67,80 @@ class _Connections:
         self._manner = manner
         self._channels: dict[str, aio.Channel] = {}
         self._is_closed = False
+        self._pauses: dict[object, asyncio.Event] = {}  # who waits between two calls
 
-    def call(self, asked: Asked) -> Call:
+    def call(self, asked: Asked) -> Running:
         """Begin the next call of a request."""
         call = asked.next_call()
         method: aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel(call.address).unary_stream(call.method)
         return method(call.request, timeout=call.timeout_s, metadata=asked.metadata)
 
     async def cancel(self, asked: Asked) -> None:
-        """End a request on its server. Where that fails it ends a little later by itself."""
-        channel = self._channels.get(asked.address)
-        if channel is None:  # the client was closed, and its calls with it
+        """End a request where it may run still. Where that fails it ends a little later by itself."""
+        address = asked.runs_at
+        if address is None:
             return
-        method: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(CANCEL)
-        with contextlib.suppress(aio.AioRpcError, aio.UsageError):  # no connection | the client was closed
-            await method(asked.cancellation(), timeout=CANCEL_TIMEOUT_S, metadata=asked.metadata)
+        with contextlib.suppress(aio.AioRpcError, errors.PagewireError):  # no connection | the client was closed
+            await self._ask(Call(address, CANCEL, asked.cancellation(), CANCEL_TIMEOUT_S), asked.metadata)
 
     async def once(self, asked: AskedOnce) -> bytes:
         """The answer to a request that has one message. Raises PagewireErrors."""
         while True:
             call = asked.next_call()
-            method: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel(call.address).unary_unary(call.method)
             try:
-                answer = await method(call.request, timeout=call.timeout_s, metadata=asked.metadata)
-            except asyncio.CancelledError:
-                self.check_open()
-                raise
+                answer = await self._ask(call, asked.metadata)
             except aio.AioRpcError as error:
-                trailers = cast("Trailers", error.trailing_metadata())
-                await asyncio.sleep(asked.failed(error.code(), error.details(), trailers))
+                await self.pause(asked, asked.failed(error.code(), error.details(), _trailers(error)))
             else:
                 self.first = call.address
                 return answer
 
     async def unpin(self, pin_id: str | None) -> int:
         """End a pin, or all, on the server that answered last."""
-        method: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel(self.first).unary_unary(UNPIN)
-        metadata = tuple(self._manner.access.metadata)
+        call = Call(self.first, UNPIN, unpin_request(pin_id), UNPIN_TIMEOUT_S)
         try:
-            return unpinned_tokens(await method(unpin_request(pin_id), timeout=UNPIN_TIMEOUT_S, metadata=metadata))
+            return unpinned_tokens(await self._ask(call, self._manner.access.metadata))
         except aio.AioRpcError as error:
-            trailers = cast("Trailers", error.trailing_metadata())
-            raise judge(error.code(), error.details() or "", trailers, self.first).error from error
+            raise judge(error.code(), error.details() or "", _trailers(error), call.address).error from error
+
+    async def pause(self, asked: Asked | AskedOnce, after_s: float) -> None:
+        """Wait before the next call, but no longer than until the client or the stream is closed."""
+        waking = self._pauses[asked] = asyncio.Event()
+        try:
+            if not (self._is_closed or asked.is_closed):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(after_s):
+                        await waking.wait()
+        finally:
+            self._pauses.pop(asked, None)
+
+    def wake(self, asked: Asked) -> None:
+        """End the pause of a stream that was closed."""
+        if (waking := self._pauses.get(asked)) is not None:
+            waking.set()
 
     async def close(self) -> None:
         """End all calls."""
         self._is_closed = True
         channels, self._channels = self._channels, {}
+        for waking in self._pauses.values():
+            waking.set()
         for channel in channels.values():
             await channel.close()
 
     def check_open(self) -> None:
         """Raise the error of a closed client, which gRPC tells its calls as if their task was cancelled."""
-        task = asyncio.current_task()
-        if self._is_closed and not (task and task.cancelling()):
+        if self._is_closed and not _is_cancelled():
             raise closed()
+
+    async def _ask(self, call: Call, metadata: Metadata) -> bytes:
+        """One message for another."""
+        method: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel(call.address).unary_unary(call.method)
+        try:
+            return await method(call.request, timeout=call.timeout_s, metadata=tuple(metadata))
+        except asyncio.CancelledError:
+            self.check_open()
+            raise
 
     def _channel(self, address: str) -> aio.Channel:
         if self._is_closed:
@@ -135,7 +172,7 @@ class AsyncClient:
         tls_cert: str | Path | None = None,
         tls_key: str | Path | None = None,
         insecure: bool = False,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
         patience_s: float = DEFAULT_PATIENCE_S,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Metadata = (),
@@ -204,13 +241,38 @@ class AsyncClient:
     ) -> tuple[Embedding, ...]:
         """As Client's."""
         request = embed_request(inputs, settings).SerializeToString()
-        first = self._connections.first
-        asked = AskedOnce(EMBED, request, self._manner, self._budget, first=first, timeout_s=timeout_s)
-        return embeddings_of(await self._connections.once(asked))
+        return embeddings_of(await self._once(EMBED, request, timeout_s))
+
+    async def tokenize(
+        self, text: str | None = None, *, timeout_s: float | None = None, **settings: Unpack[TokenizeSettings]
+    ) -> tuple[int, ...]:
+        """As Client's."""
+        return tokens_of(await self._once(TOKENIZE, tokenize_request(text, settings), timeout_s))
+
+    async def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool | None = None,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> str:
+        """As Client's."""
+        request = detokenize_request(token_ids, skip_special_tokens=skip_special_tokens, model=model)
+        return text_of(await self._once(DETOKENIZE, request, timeout_s))
+
+    async def model(self, name: str = "", *, timeout_s: float | None = None) -> Model:
+        """As Client's."""
+        return model_of(await self._once(GET_MODEL, model_request(name), timeout_s))
 
     async def unpin(self, pin_id: str | None = None) -> int:
         """As Client's."""
         return await self._connections.unpin(pin_id)
+
+    async def _once(self, method: str, request: bytes, timeout_s: float | None) -> bytes:
+        first = self._connections.first
+        asked = AskedOnce(method, request, self._manner, self._budget, first=first, timeout_s=timeout_s)
+        return await self._connections.once(asked)
 
     async def close(self) -> None:
         """As Client's."""
@@ -231,8 +293,7 @@ class AsyncStream:
     def __init__(self, connections: _Connections, asked: Asked) -> None:
         self._connections = connections
         self._asked = asked
-        self._call: Call | None = None
-        self._is_closed = False
+        self._call: Running | None = None
 
     @property
     def request_id(self) -> str:
@@ -271,20 +332,28 @@ class AsyncStream:
 
     async def next(self) -> Delta | Finish | None:
         """The next delta or end of any choice; None when all have ended. Raises PagewireErrors."""
-        while not self._is_closed and not self._asked.is_done:
-            if (new := await self._read()) is not None:
-                return new
-        self._is_closed = True
+        try:
+            while not self._asked.is_closed and not self._asked.is_done:
+                if (new := await self._read()) is not None:
+                    return new
+        except BaseException:  # also of who reads under a timeout: gRPC cancels the call, not the read alone
+            self._drop()
+            raise
         return None
 
     async def close(self, *, linger: bool = False) -> None:
         """Read no more. What still runs on the server is stopped; with `linger` it waits a while for a Resume."""
-        call, self._call = self._call, None
-        if call is not None:
-            call.cancel()
-        if call is not None and not linger and not self._is_closed and self._asked.is_ours:
+        if self._asked.is_closed:
+            return
+        self._asked.is_closed = True  # first: no reader takes what follows for a lost connection
+        self._connections.wake(self._asked)
+        self._drop()
+        if not linger:
             await self._connections.cancel(self._asked)
-        self._is_closed = True
+
+    async def aclose(self) -> None:
+        """`close`, as contextlib.aclosing calls it."""
+        await self.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -293,6 +362,11 @@ class AsyncStream:
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
         await self.close()
+
+    def __del__(self) -> None:
+        """Who dropped it reads no more; its server is left to find that out, for nothing can be awaited here."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and the call with it
+            self._drop()
 
     async def _read(self) -> Delta | Finish | None:
         """One message, or one way in which a call ends and another begins."""
@@ -308,12 +382,30 @@ class AsyncStream:
         except OutOfStep as why:
             after_s = self._asked.broke(why)
         except asyncio.CancelledError:
+            if self._asked.is_closed and not _is_cancelled():
+                return None
             self._connections.check_open()
             raise
         except aio.AioRpcError as error:
-            after_s = self._asked.failed(error.code(), error.details(), cast("Trailers", error.trailing_metadata()))
-        if self._call is not None:
-            self._call.cancel()
-            self._call = None
-        await asyncio.sleep(after_s)
+            if self._asked.is_closed:
+                return None
+            after_s = self._asked.failed(error.code(), error.details(), _trailers(error))
+        self._drop()
+        await self._connections.pause(self._asked, after_s)
         return None
+
+    def _drop(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
+
+
+def _is_cancelled() -> bool:
+    """Whether a CancelledError is meant for this task, and is not gRPC's word for a call that was ended."""
+    task = asyncio.current_task()
+    return bool(task and task.cancelling())
+
+
+def _trailers(error: aio.AioRpcError) -> Trailers:
+    """They are pairs, also where the stubs say otherwise."""
+    return cast("Trailers", error.trailing_metadata())

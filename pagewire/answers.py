@@ -19,6 +19,7 @@ class FinishReason(enum.Enum):
     ABORTED = "aborted"  # it was cancelled
     ERROR = "error"  # this choice failed
     TOOL_CALLS = "tool_calls"  # the model's end-of-sequence token, behind calls that are complete
+    OTHER = "other"  # a later server has a reason that this client does not know
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,6 +62,7 @@ class Settings(TypedDict, total=False):
     pin_tokens: int  # only so many first tokens of it do
     max_drafts: int  # tokens guessed ahead in one step, where the server guesses any; 0 is none
     skip_special_tokens: bool
+    priority: str  # "high", "normal" or "low": what waits for room goes on in this order
     model: str
     request_id: str  # by default a random one
 
@@ -75,7 +76,8 @@ _EARLY_STOPPING = {
     True: pb.EARLY_STOPPING_FULL,
     "never": pb.EARLY_STOPPING_NEVER,
 }
-_OF_CHATS = frozenset(pb.ChatMessages.DESCRIPTOR.fields_by_name) - {"messages"}
+_PRIORITIES = {"high": pb.PRIORITY_HIGH, "normal": pb.PRIORITY_NORMAL, "low": pb.PRIORITY_LOW}
+OF_CHATS = frozenset(pb.ChatMessages.DESCRIPTOR.fields_by_name) - {"messages"}
 _LISTS = frozenset({"allowed_token_ids", "banned_token_ids", "bad_words", "stop", "stop_token_ids"})
 
 
@@ -89,19 +91,19 @@ def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamReque
     inputs = [name for name in ("messages", "token_ids") if name in given]
     if len(inputs) + (prompt is not None) != 1:
         raise TypeError("give one of: a prompt in words, messages=, token_ids=")
-    if "messages" not in given and (lost := sorted(_OF_CHATS & given.keys())):
+    if "messages" not in given and (lost := sorted(OF_CHATS & given.keys())):
         raise TypeError(f"{lost[0]}= goes with messages=, for a chat alone has tools")
     request = pb.GenerateStreamRequest()
     if prompt is not None:
         set_field(request, "text", prompt)
     for name, value in given.items():
         if name == "messages":
-            _set_messages(request, value)
+            set_messages(request.chat, value)
         elif name == "token_ids":
             set_tokens(request.token_ids, name, value)
         elif name == "beams":
             _set_beams(request.sampling.beams, value)
-        elif name in _OF_CHATS:
+        elif name in OF_CHATS:
             set_tools(request.chat, name, value)
         elif name in _STRUCTURED:
             _set_structured(request.sampling.structured, name, value)
@@ -109,21 +111,24 @@ def request_of(prompt: str | None, settings: Settings) -> pb.GenerateStreamReque
             parts = ((request.sampling, _SAMPLING), (request.stopping, _STOPPING), (request.cache, _CACHE))
             part = next((part for part, names in parts if name in names), request)
             if name in _LISTS:
-                _extend(getattr(part, name), name, [value] if isinstance(value, str) else value)
+                extend(getattr(part, name), name, [value] if isinstance(value, str) else value)
             elif name == "logit_bias":
                 _add_all(request.sampling.logit_bias, name, value)
+            elif name == "priority":
+                set_priority(request, value)
             else:
                 set_field(part, name, value)
     return request
 
 
-def _set_messages(request: pb.GenerateStreamRequest, messages: Sequence[Mapping[str, Any]]) -> None:
-    request.chat.SetInParent()
+def set_messages(chat: pb.ChatMessages, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Set a chat's messages, also none. Raises InvalidRequest for what is none."""
+    chat.SetInParent()
     for number, message in enumerate(messages):
         field = f"messages[{number}]"
         if problem := problem_of(message):
             raise errors.InvalidRequest(field, problem)
-        added = request.chat.messages.add()
+        added = chat.messages.add()
         for name, value in message.items():
             if name != "tool_calls" and value is not None:
                 set_field(added, name, value, f"{field}.{name}")
@@ -165,7 +170,7 @@ def _set_beams(beams: pb.BeamSearch, value: int | Mapping[str, Any]) -> None:
 
 def _set_structured(structured: pb.StructuredOutput, name: str, value: Any) -> None:
     if name == "choices":
-        _extend(structured.choices.values, name, [value] if isinstance(value, str) else value)
+        extend(structured.choices.values, name, [value] if isinstance(value, str) else value)
         structured.choices.SetInParent()
         return
     if name == "json_schema" and not isinstance(value, str):
@@ -193,13 +198,21 @@ def set_field(message: Any, name: str, value: Any, told: str = "") -> None:
         raise errors.InvalidRequest(told or name, f"cannot be {_shown(value)}") from None
 
 
+def set_priority(request: pb.GenerateStreamRequest | pb.EmbedRequest, value: object) -> None:
+    """Set what goes first. Raises InvalidRequest for a word that is none."""
+    if not isinstance(value, str) or value not in _PRIORITIES:
+        raise errors.InvalidRequest("priority", f"must be one of {', '.join(_PRIORITIES)}")
+    request.priority = _PRIORITIES[value]
+
+
 def set_tokens(tokens: pb.TokenIds, name: str, values: Sequence[int]) -> None:
     """Set token ids, also none. Raises InvalidRequest, of `name`, for what is none."""
-    _extend(tokens.ids, name, values)
+    extend(tokens.ids, name, values)
     tokens.SetInParent()
 
 
-def _extend(numbers: Any, name: str, values: Sequence[Any]) -> None:
+def extend(numbers: Any, name: str, values: Sequence[Any]) -> None:
+    """Add to a list of the message. Raises InvalidRequest, of `name`, for what cannot be in it."""
     try:
         numbers.extend(values)
     except (TypeError, ValueError, UnicodeError):

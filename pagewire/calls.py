@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from pagewire.access import Access, Metadata
 from pagewire.answers import Delta, Finish
 from pagewire.borrowed import borrow
 from pagewire.continuation import Continuation, OutOfStep
-from pagewire.failures import Failure, Trailers, judge, lost
+from pagewire.failures import Failure, Trailers, judge, lost, parse
 from pagewire.retrying import Attempts, RetryBudget
 from pagewire.traces import traceparent
 
@@ -33,11 +35,21 @@ RESUME: Final = _SERVICE + "Resume"
 EMBED: Final = _SERVICE + "Embed"
 CANCEL: Final = _SERVICE + "Cancel"
 UNPIN: Final = _SERVICE + "Unpin"
+TOKENIZE: Final = _SERVICE + "Tokenize"
+DETOKENIZE: Final = _SERVICE + "Detokenize"
+GET_MODEL: Final = _SERVICE + "GetModel"
 
 CANCEL_TIMEOUT_S: Final = 1.0
 UNPIN_TIMEOUT_S: Final = 10.0
 DEFAULT_TIMEOUT_S: Final = 600.0
 DEFAULT_PATIENCE_S: Final = 30.0
+_LONGEST_S: Final = 366 * 86_400.0  # as long as any call lasts; gRPC cannot be told of much more
+_NOTICED_S: Final = 3.0
+"""Within it a connection is given up that cannot be made or stands still: see client_options."""
+
+
+_OF_ONE_SERVER: Final = (errors.TicketRefused, errors.TicketStale, errors.UnknownModel, errors.Unauthenticated)
+"""What a server says that has other keys, or another model, than the one that began with a request."""
 
 
 class Call(NamedTuple):
@@ -54,9 +66,15 @@ class Manner:
     """How a client goes about its calls."""
 
     addresses: tuple[str, ...]
-    timeout_s: float  # for a whole answer
+    timeout_s: float | None  # for a whole answer; None or infinity is no limit
     patience_s: float  # while calls fail
     access: Access
+
+    def __post_init__(self) -> None:
+        if not _timeout_s(self.timeout_s) > 0:
+            raise ValueError(f"timeout_s must be more than 0, got {self.timeout_s}")
+        if not self.patience_s >= 0:
+            raise ValueError(f"patience_s must be at least 0, got {self.patience_s}")
 
     @property
     def options(self) -> tuple[tuple[str, int], ...]:
@@ -72,7 +90,7 @@ def unpin_request(pin_id: str | None) -> bytes:
 
 def unpinned_tokens(answer: bytes) -> int:
     """What the answer to it says."""
-    return pb.UnpinResponse.FromString(answer).tokens
+    return parse(pb.UnpinResponse, answer).tokens
 
 
 def addresses_of(text: str | Sequence[str]) -> tuple[str, ...]:
@@ -81,6 +99,15 @@ def addresses_of(text: str | Sequence[str]) -> tuple[str, ...]:
     if not all(found) or not found:
         raise ValueError(f"no address in {text!r}; give HOST:PORT, or several with commas between them")
     return tuple(dict.fromkeys(found))
+
+
+def _timeout_s(given: float | None) -> float:
+    """None is no limit. Raises ValueError for what is no number."""
+    if given is None:
+        return math.inf
+    if math.isnan(given):
+        raise ValueError("timeout_s must be a number, got nan")
+    return given
 
 
 class _Asking:
@@ -101,13 +128,15 @@ class _Asking:
         given = (*manner.access.metadata, *metadata)
         self.metadata = (*given, *traceparent(given))
         now_s = clock_s()
+        self.is_closed = False  # who asked has left
         self._clock_s = clock_s
+        self._error: errors.PagewireError | None = None  # the end, where it was no answer
         self._attempts = Attempts(
             manner.addresses,
             budget,
             first=first,
             began_s=now_s,
-            deadline_s=now_s + (manner.timeout_s if timeout_s is None else timeout_s),
+            deadline_s=now_s + _timeout_s(manner.timeout_s if timeout_s is None else timeout_s),
             patience_s=manner.patience_s,
             jitter=lambda: random.uniform(0.5, 1.5),
             begin_patience_s=begin_patience_s,
@@ -118,15 +147,18 @@ class _Asking:
         """The server that is asked now."""
         return self._attempts.address
 
-    def failed(self, code: grpc.StatusCode, message: str | None, trailers: Trailers | None) -> float:
-        """The call ended with a status: seconds to wait before the next. Raises a PagewireError when there is none."""
-        return self._after(judge(code, message or "", trailers or (), self.address))
-
     def _call(self, method: str, request: bytes) -> Call:
-        return Call(self.address, method, request, self._attempts.remaining_s(self._clock_s()))
+        if self._error is not None:  # it was told; who reads on hears it again, and no server does
+            raise self._error
+        left_s = self._attempts.remaining_s(self._clock_s())
+        return Call(self.address, method, request, min(left_s, _LONGEST_S))
 
-    def _after(self, failure: Failure) -> float:
-        return self._attempts.failed(failure, self._clock_s())
+    def _after(self, failure: Failure, *, worked_s: float = 0.0) -> float:
+        try:
+            return self._attempts.failed(failure, self._clock_s(), worked_s=worked_s)
+        except errors.PagewireError as error:
+            self._error = error
+            raise
 
 
 class AskedOnce(_Asking):
@@ -141,14 +173,27 @@ class AskedOnce(_Asking):
         *,
         first: str,
         timeout_s: float | None,
+        clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(manner, budget, first=first, timeout_s=timeout_s)
+        super().__init__(manner, budget, first=first, timeout_s=timeout_s, clock_s=clock_s)
         self._method = method
         self._request = request
+        self._sent_s = 0.0
 
     def next_call(self) -> Call:
         """What to send now, and where to."""
+        self._sent_s = self._clock_s()
         return self._call(self._method, self._request)
+
+    def failed(self, code: grpc.StatusCode, message: str | None, trailers: Trailers | None) -> float:
+        """As of any request.
+
+        No message tells when a server begins with this one. That one worked on it is known where it answered at last,
+        or where the call lasted longer than a connection may stand still.
+        """
+        failure = judge(code, message or "", trailers or (), self.address)
+        ran_s = self._clock_s() - self._sent_s
+        return self._after(failure, worked_s=max(0.0, ran_s - _NOTICED_S) if failure.in_doubt else ran_s)
 
 
 class Asked(_Asking):
@@ -176,7 +221,8 @@ class Asked(_Asking):
             clock_s=clock_s,
         )
         self.continuation = Continuation(request)
-        self.is_lost = False  # another reader has taken it over
+        self._begun_at: str | None = None  # the server that last told something of it
+        self._sent_to: str | None = None  # the one that was asked since then, and said nothing yet
 
     @property
     def is_done(self) -> bool:
@@ -184,28 +230,40 @@ class Asked(_Asking):
         return self.continuation.is_done
 
     @property
-    def is_ours(self) -> bool:
-        """It may run still, for nobody else."""
-        return not self.is_done and not self.is_lost
+    def runs_at(self) -> str | None:
+        """Where it may run still, for nobody else: a server that refused a call has nothing of ours by its id."""
+        return None if self.is_done else self._sent_to or self._begun_at
 
     def next_call(self) -> Call:
         """What to send now, and where to."""
         request = self.continuation.next_call()
         method = GENERATE if isinstance(request, pb.GenerateStreamRequest) else RESUME
-        return self._call(method, request.SerializeToString())
+        call = self._call(method, request.SerializeToString())
+        self._sent_to = call.address
+        return call
 
     def hear(self, data: bytes) -> Delta | Finish | None:
         """What is new in a message. Raises OutOfStep."""
-        self._attempts.taken()
-        new = self.continuation.hear(pb.GenerateStreamResponse.FromString(data))
+        self._attempts.taken(self._clock_s())
+        self._begun_at, self._sent_to = self.address, None
+        try:
+            message = pb.GenerateStreamResponse.FromString(data)
+        except DecodeError:
+            raise OutOfStep("a message of the stream cannot be read") from None
+        new = self.continuation.hear(message)
         if new is not None:
             self._attempts.heard()
         return new
 
     def failed(self, code: grpc.StatusCode, message: str | None, trailers: Trailers | None) -> float:
-        """As of any request; and whether another reader has this one now."""
+        """As of any request; and what it says of where this one runs."""
         failure = judge(code, message or "", trailers or (), self.address)
-        self.is_lost = isinstance(failure.error, errors.Superseded)
+        if not failure.in_doubt:
+            self._sent_to = None
+        if isinstance(failure.error, errors.Superseded | errors.AlreadyRunning):  # what has this id is another's now
+            self._begun_at = None
+        if isinstance(failure.error, _OF_ONE_SERVER) and self._begun_at not in (None, self.address):
+            failure = replace(failure, may_pass=True, answered=True)  # the one that had it may be back in a moment
         return self._after(failure)
 
     def broke(self, why: OutOfStep | None = None) -> float:

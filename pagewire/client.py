@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import queue
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,16 +16,21 @@ import grpc
 from pagewire.access import Metadata, access
 from pagewire.answers import Answer, Delta, Finish
 from pagewire.asking import Settings, request_of
+from pagewire.borrowed import borrow
 from pagewire.calls import (
     CANCEL,
     CANCEL_TIMEOUT_S,
     DEFAULT_PATIENCE_S,
     DEFAULT_TIMEOUT_S,
+    DETOKENIZE,
     EMBED,
+    GET_MODEL,
+    TOKENIZE,
     UNPIN,
     UNPIN_TIMEOUT_S,
     Asked,
     AskedOnce,
+    Call,
     Manner,
     addresses_of,
     unpin_request,
@@ -34,12 +40,25 @@ from pagewire.continuation import OutOfStep
 from pagewire.embeddings import Embedding, EmbedSettings, embed_request, embeddings_of
 from pagewire.failures import Trailers, closed, judge
 from pagewire.retrying import RetryBudget
+from pagewire.tokens import (
+    Model,
+    TokenizeSettings,
+    detokenize_request,
+    model_of,
+    model_request,
+    text_of,
+    tokenize_request,
+    tokens_of,
+)
 
 if TYPE_CHECKING:
+    from common import errors
     from protos import inference_pb2 as pb
+else:
+    errors = borrow("common.errors")
 
 
-class Call(Protocol):
+class Running(Protocol):
     """A stream of messages, as gRPC gives it."""
 
     def __next__(self) -> bytes:
@@ -51,83 +70,118 @@ class Call(Protocol):
         ...
 
 
+class _Open:
+    """The channels of one process, and what guards them."""
+
+    def __init__(self) -> None:
+        self.channels: dict[str, grpc.Channel] = {}
+        self.lock = threading.RLock()  # a signal's handler may close what it interrupts
+
+
 class _Connections:
     """A channel for each address that was ever asked, shared by the streams of one client."""
 
     def __init__(self, manner: Manner) -> None:
         self.first = manner.addresses[0]  # who answered last: a new request begins there
         self._manner = manner
-        self._channels: dict[str, grpc.Channel] = {}
         self._is_closed = False
-        self._lock = threading.Lock()  # of these two
+        # By process. What a fork takes along is of no use there: who holds the lock may be no more, and nobody moves
+        # what goes over the channels. They are left as they are, for to close them would wait for that.
+        self._open: dict[int, _Open] = {}
+        self._pauses: dict[object, queue.SimpleQueue[None]] = {}  # who waits between two calls
 
-    def call(self, asked: Asked) -> Call:
+    def call(self, asked: Asked) -> Running:
         """Begin the next call of a request."""
         call = asked.next_call()
         method: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel(call.address).unary_stream(call.method)
-        return cast("Call", method(call.request, timeout=call.timeout_s, metadata=asked.metadata))
+        return cast("Running", method(call.request, timeout=call.timeout_s, metadata=asked.metadata))
 
     def cancel(self, asked: Asked) -> None:
-        """End a request on its server. Where that fails it ends a little later by itself."""
-        channel = self._channels.get(asked.address)
-        if channel is None:  # the client was closed, and its calls with it
+        """End a request where it may run still. Where that fails it ends a little later by itself."""
+        address = asked.runs_at
+        if address is None:
             return
-        method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(CANCEL)
-        with contextlib.suppress(grpc.RpcError, ValueError):
-            method(asked.cancellation(), timeout=CANCEL_TIMEOUT_S, metadata=asked.metadata)
+        # no connection | metadata that gRPC does not take | the client was closed
+        with contextlib.suppress(grpc.RpcError, ValueError, errors.PagewireError):
+            self._ask(Call(address, CANCEL, asked.cancellation(), CANCEL_TIMEOUT_S), asked.metadata)
 
     def once(self, asked: AskedOnce) -> bytes:
         """The answer to a request that has one message. Raises PagewireErrors."""
         while True:
             call = asked.next_call()
-            method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel(call.address).unary_unary(call.method)
             try:
-                answer = method(call.request, timeout=call.timeout_s, metadata=asked.metadata)
-            except ValueError:
-                self.check_open()
-                raise
+                answer = self._ask(call, asked.metadata)
             except grpc.RpcError as error:
-                trailers = cast("Trailers", error.trailing_metadata() or ())
-                time.sleep(asked.failed(error.code(), error.details(), trailers))
+                self.pause(asked, asked.failed(error.code(), error.details(), _trailers(error)))
             else:
                 self.first = call.address
                 return answer
 
     def unpin(self, pin_id: str | None) -> int:
         """End a pin, or all, on the server that answered last."""
-        method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel(self.first).unary_unary(UNPIN)
-        metadata = tuple(self._manner.access.metadata)
+        call = Call(self.first, UNPIN, unpin_request(pin_id), UNPIN_TIMEOUT_S)
         try:
-            return unpinned_tokens(method(unpin_request(pin_id), timeout=UNPIN_TIMEOUT_S, metadata=metadata))
+            return unpinned_tokens(self._ask(call, self._manner.access.metadata))
         except grpc.RpcError as error:
-            trailers = cast("Trailers", error.trailing_metadata() or ())
-            raise judge(error.code(), error.details() or "", trailers, self.first).error from error
+            raise judge(error.code(), error.details() or "", _trailers(error), call.address).error from error
+
+    def pause(self, asked: Asked | AskedOnce, after_s: float) -> None:
+        """Wait before the next call, but no longer than until the client or the stream is closed."""
+        waking = self._pauses[asked] = queue.SimpleQueue()  # a signal's handler may put something in
+        try:
+            if not (self._is_closed or asked.is_closed):
+                with contextlib.suppress(queue.Empty):
+                    waking.get(timeout=after_s)
+        finally:
+            self._pauses.pop(asked, None)
+
+    def wake(self, asked: Asked) -> None:
+        """End the pause of a stream that was closed."""
+        if (waking := self._pauses.get(asked)) is not None:
+            waking.put(None)
 
     def close(self) -> None:
         """End all calls."""
-        with self._lock:
+        opened = self._here()
+        with opened.lock:
             self._is_closed = True
-            channels, self._channels = self._channels, {}
+            channels, opened.channels = opened.channels, {}
+        for waking in list(self._pauses.values()):
+            waking.put(None)
         for channel in channels.values():
             channel.close()
 
     def check_open(self) -> None:
-        """Raise the error of a closed client, which gRPC tells as a ValueError to a call that begins just then."""
+        """Raise the error of a closed client, which gRPC tells as a ValueError, or as a call that was cancelled."""
         if self._is_closed:
             raise closed()
 
-    def _channel(self, address: str) -> grpc.Channel:
-        with self._lock:
+    def _ask(self, call: Call, metadata: Metadata) -> bytes:
+        """One message for another."""
+        method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel(call.address).unary_unary(call.method)
+        try:
+            return method(call.request, timeout=call.timeout_s, metadata=tuple(metadata))
+        except (grpc.RpcError, ValueError):
             self.check_open()
-            channel = self._channels.get(address)
+            raise
+
+    def _channel(self, address: str) -> grpc.Channel:
+        opened = self._here()
+        with opened.lock:
+            self.check_open()
+            channel = opened.channels.get(address)
             if channel is None:
                 options, credentials = self._manner.options, self._manner.access.credentials
                 if credentials is None:
                     channel = grpc.insecure_channel(address, options=options)
                 else:
                     channel = grpc.secure_channel(address, credentials, options=options)
-                self._channels[address] = channel
+                opened.channels[address] = channel
             return channel
+
+    def _here(self) -> _Open:
+        pid = os.getpid()
+        return self._open.get(pid) or self._open.setdefault(pid, _Open())
 
 
 class Client:
@@ -150,7 +204,7 @@ class Client:
         tls_cert: str | Path | None = None,
         tls_key: str | Path | None = None,
         insecure: bool = False,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
         patience_s: float = DEFAULT_PATIENCE_S,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Metadata = (),
@@ -160,7 +214,8 @@ class Client:
         `api_key`: the environment's PAGEWIRE_API_KEY where none is given. `tls_ca`: a file of authorities (PEM) for the
         servers' certificates, or "system" for the public ones; without it nothing is encrypted, and then a key is shown
         to this machine alone, unless `insecure`. `tls_cert` and `tls_key`: for servers that ask for a certificate. In
-        place of these three, `credentials` are gRPC's own. `metadata` goes with every call.
+        place of these three, `credentials` are gRPC's own. `metadata` goes with every call. `timeout_s`: for a whole
+        answer, unless a call says otherwise; None is no limit.
 
         Raises ValueError for what does not fit together, OSError for a file that cannot be read.
         """
@@ -210,9 +265,29 @@ class Client:
     ) -> tuple[Embedding, ...]:
         """The vectors of texts, or of token ids, one for each. Raises PagewireErrors."""
         request = embed_request(inputs, settings).SerializeToString()
-        first = self._connections.first
-        asked = AskedOnce(EMBED, request, self._manner, self._budget, first=first, timeout_s=timeout_s)
-        return embeddings_of(self._connections.once(asked))
+        return embeddings_of(self._once(EMBED, request, timeout_s))
+
+    def tokenize(
+        self, text: str | None = None, *, timeout_s: float | None = None, **settings: Unpack[TokenizeSettings]
+    ) -> tuple[int, ...]:
+        """The tokens of a text, or of a chat as the model is given it. Raises PagewireErrors."""
+        return tokens_of(self._once(TOKENIZE, tokenize_request(text, settings), timeout_s))
+
+    def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool | None = None,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> str:
+        """The text of tokens, by default without those that are special. Raises PagewireErrors."""
+        request = detokenize_request(token_ids, skip_special_tokens=skip_special_tokens, model=model)
+        return text_of(self._once(DETOKENIZE, request, timeout_s))
+
+    def model(self, name: str = "", *, timeout_s: float | None = None) -> Model:
+        """What is served. Raises PagewireErrors; UnknownModel where `name` is another's."""
+        return model_of(self._once(GET_MODEL, model_request(name), timeout_s))
 
     def unpin(self, pin_id: str | None = None) -> int:
         """End a pin (`Answer.pinned`) on the server that answered last, or all that its tenant has there.
@@ -220,6 +295,11 @@ class Client:
         Returns the tokens that were pinned. Raises PagewireErrors.
         """
         return self._connections.unpin(pin_id)
+
+    def _once(self, method: str, request: bytes, timeout_s: float | None) -> bytes:
+        first = self._connections.first
+        asked = AskedOnce(method, request, self._manner, self._budget, first=first, timeout_s=timeout_s)
+        return self._connections.once(asked)
 
     def close(self) -> None:
         """Close the connections. What is under way then, and what is asked later, ends with a PagewireError."""
@@ -238,8 +318,7 @@ class Stream:
     def __init__(self, connections: _Connections, asked: Asked) -> None:
         self._connections = connections
         self._asked = asked
-        self._call: Call | None = None
-        self._is_closed = False
+        self._call: Running | None = None
 
     @property
     def request_id(self) -> str:
@@ -266,20 +345,21 @@ class Stream:
 
     def __next__(self) -> Delta:
         """The next delta of any choice. Raises PagewireErrors."""
-        while not self._is_closed and not self._asked.is_done:
-            if (new := self._read()) is not None:
-                return new
-        self._is_closed = True
+        try:
+            while not self._asked.is_closed and not self._asked.is_done:
+                if (new := self._read()) is not None:
+                    return new
+        except BaseException:  # also of a signal's handler: gRPC cannot go on with a read that was interrupted
+            self._drop()
+            raise
         raise StopIteration
 
     def close(self) -> None:
-        """Read no more. What still runs on the server is stopped."""
-        call, self._call = self._call, None
-        if call is not None:
-            call.cancel()
-        if call is not None and not self._is_closed and self._asked.is_ours:
-            self._connections.cancel(self._asked)
-        self._is_closed = True
+        """Read no more, in whatever thread. What still runs on the server is stopped."""
+        if not self._asked.is_closed:
+            self._asked.is_closed = True  # first: no reader takes what follows for a lost connection
+            self._connections.wake(self._asked)
+            self._stop()
 
     def __enter__(self) -> Self:
         return self
@@ -290,26 +370,41 @@ class Stream:
     def _read(self) -> Delta | None:
         """One message, or one way in which a call ends and another begins."""
         try:
-            if self._call is None:
-                self._call = self._connections.call(self._asked)
-            new = self._asked.hear(next(self._call))
+            call = self._call
+            if call is None:
+                call = self._call = self._connections.call(self._asked)
+                if self._asked.is_closed:  # while it was begun
+                    self._stop()
+                    return None
+            new = self._asked.hear(next(call))
             self._connections.first = self._asked.address
             return new if isinstance(new, Delta) else None
         except StopIteration:
-            self._again(self._asked.broke())
+            after_s = self._asked.broke()
         except OutOfStep as why:
-            self._again(self._asked.broke(why))
+            after_s = self._asked.broke(why)
         except ValueError:
             self._connections.check_open()
             raise
         except grpc.RpcError as error:
-            # pairs, also where the stubs say otherwise
-            trailers = cast("Trailers", error.trailing_metadata() or ())
-            self._again(self._asked.failed(error.code(), error.details(), trailers))
+            if self._asked.is_closed:  # it was we who ended it
+                return None
+            self._connections.check_open()
+            after_s = self._asked.failed(error.code(), error.details(), _trailers(error))
+        self._drop()
+        self._connections.pause(self._asked, after_s)
         return None
 
-    def _again(self, after_s: float) -> None:
-        if self._call is not None:
-            self._call.cancel()
-            self._call = None
-        time.sleep(after_s)
+    def _stop(self) -> None:
+        self._drop()
+        self._connections.cancel(self._asked)
+
+    def _drop(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
+
+
+def _trailers(error: grpc.RpcError) -> Trailers:
+    """They are pairs, also where the stubs say otherwise."""
+    return cast("Trailers", error.trailing_metadata() or ())

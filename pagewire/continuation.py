@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pagewire.answers import (
     Answer,
@@ -20,11 +20,22 @@ from pagewire.scores import Scores, of_message
 from pagewire.tools import ToolCall, ToolCallDelta, add_to, fits
 
 if TYPE_CHECKING:
-    from common import failpoints
+    from common import errors, failpoints
     from protos import inference_pb2 as pb
 else:
+    errors = borrow("common.errors")
     failpoints = borrow("common.failpoints")
     pb = borrow("protos.inference_pb2")
+
+
+MAX_CHOICES: Final = 1 << 16
+"""More than any server makes; the state of each is kept from the beginning."""
+
+_REASONS = {
+    pb.FinishReason.Value(f"FINISH_REASON_{reason.name}"): reason
+    for reason in FinishReason
+    if reason is not FinishReason.OTHER
+}
 
 
 class OutOfStep(Exception):
@@ -35,7 +46,10 @@ class Continuation:
     """What was heard of a request so far, which is all that is needed to go on with it."""
 
     def __init__(self, request: pb.GenerateStreamRequest) -> None:
-        """Take a copy, and fix in it what the server would draw: it is the same request, however often it is sent."""
+        """Take a copy, and fix in it what the server would draw: it is the same request, however often it is sent.
+
+        Raises InvalidRequest for a number of choices that no server makes.
+        """
         self._request = pb.GenerateStreamRequest()
         self._request.CopyFrom(request)
         self._request.resumable = True
@@ -44,6 +58,8 @@ class Continuation:
         if not self._request.sampling.HasField("seed"):
             self._request.sampling.seed = secrets.randbits(63)
         n = self._request.sampling.n if self._request.sampling.HasField("n") else 1
+        if not 1 <= n <= MAX_CHOICES:
+            raise errors.InvalidRequest("n", f"must be in [1, {MAX_CHOICES}], got {n}")
         self._tokens: list[list[int]] = [[] for _ in range(n)]
         self._texts: list[list[str]] = [[] for _ in range(n)]
         self._tickets = [b""] * n
@@ -224,7 +240,7 @@ class Continuation:
         usage = finish.usage
         ended = Finish(
             choice=finish.choice,
-            reason=FinishReason(pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()),
+            reason=_REASONS.get(finish.reason, FinishReason.OTHER),
             matched_stop=finish.matched_stop if finish.HasField("matched_stop") else None,
             matched_token_id=finish.matched_token_id if finish.HasField("matched_token_id") else None,
             usage=Usage(

@@ -7,10 +7,11 @@ import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from pagewire.asking import check_names, set_field, set_tokens
+from pagewire.asking import check_names, set_field, set_priority, set_tokens
 from pagewire.borrowed import borrow
+from pagewire.failures import parse
 
 if TYPE_CHECKING:
     from protos import inference_pb2 as pb
@@ -24,6 +25,7 @@ class EmbedSettings(TypedDict, total=False):
     dimensions: int  # the first so many numbers of each vector
     cache_salt: str  # as in Settings
     no_cache: bool
+    priority: str
     model: str
     request_id: str  # by default a random one
 
@@ -47,8 +49,13 @@ def embed_request(inputs: str | Sequence[str | Sequence[int]], settings: EmbedSe
             set_field(added, "text", given, f"inputs[{number}]")
         else:
             set_tokens(added.token_ids, f"inputs[{number}]", given)
-    for name, value in settings.items():
-        if value is not None:
+    values: dict[str, Any] = dict(settings)
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name == "priority":
+            set_priority(request, value)
+        else:
             set_field(request.cache if name in _CACHE else request, name, value)
     return request
 
@@ -61,7 +68,7 @@ def embeddings_of(answer: bytes) -> tuple[Embedding, ...]:
             prompt_tokens=told.prompt_tokens,
             cached_prompt_tokens=told.cached_prompt_tokens,
         )
-        for told in pb.EmbedResponse.FromString(answer).embeddings
+        for told in parse(pb.EmbedResponse, answer).embeddings
     )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2  # pyright: ignore[reportMissingTypeStubs]
 
 from pagewire.borrowed import borrow
@@ -46,6 +46,7 @@ class Failure:
     may_pass: bool  # the same call may succeed later, or elsewhere
     answered: bool = False  # the server itself said no: to ask again is to add to its load
     retry_after_s: float | None = None  # when the server wants to be asked again
+    in_doubt: bool = False  # nobody said what became of the call: it may run there still
 
 
 def closed() -> errors.PagewireError:
@@ -55,7 +56,18 @@ def closed() -> errors.PagewireError:
 
 def lost(what: str) -> Failure:
     """A stream that ended without an end."""
-    return Failure(error=errors.Unavailable(what), may_pass=True)
+    return Failure(error=errors.Unavailable(what), may_pass=True, in_doubt=True)
+
+
+_Message = TypeVar("_Message", bound=Message)
+
+
+def parse(kind: type[_Message], data: bytes) -> _Message:
+    """An answer that is one message. Raises PagewireError for one that cannot be read."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise errors.PagewireError("the answer cannot be read: what answered is no Pagewire server") from None
 
 
 def judge(code: grpc.StatusCode, message: str, trailers: Trailers, address: str) -> Failure:
@@ -74,14 +86,16 @@ def judge(code: grpc.StatusCode, message: str, trailers: Trailers, address: str)
     if told.domain == _DOMAIN:  # a bug there, or an error that is newer than this client
         return Failure(error=errors.PagewireError(message), may_pass=False)
     if code in _LOST:
-        # gRPC tells the whole story in one line, from general to particular; the last part is what a person can use
-        reason = message.rsplit(": ", 1)[-1].rstrip("]") or code.name
+        # gRPC tells the whole story in one line, from general to particular; the last part is what a person can use,
+        # unless that is the OK which it puts behind a certificate's fault
+        reason = message.rstrip("]").removesuffix(": OK").rsplit(": ", 1)[-1] or code.name
         return lost(f"{NO_CONNECTION} {address}: {reason}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(message)):
         problem = f"has {sizes[1]} bytes, and the server takes {sizes[2]}"
         return Failure(error=errors.InvalidRequest("request", problem), may_pass=False)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return Failure(error=errors.DeadlineExceeded("the answer took longer than timeout_s"), may_pass=False)
+        late = errors.DeadlineExceeded("the answer took longer than timeout_s")
+        return Failure(error=late, may_pass=False, in_doubt=True)
     if code is grpc.StatusCode.UNIMPLEMENTED:
         problem = f"what answers on {address} is not a Pagewire server for clients, or an older one ({message})"
         return Failure(error=errors.PagewireError(problem), may_pass=False)

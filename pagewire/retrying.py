@@ -21,8 +21,9 @@ MAX_ABSENCE_DELAY_S = 0.5  # between those that find none: it may be back any mo
 class RetryBudget:
     """Keeps a client's retries to a tenth of its calls, and one a second, when servers refuse: a storm helps nobody.
 
-    A retry that is over the budget is not given up, it is put off, by `max_wait_s` at most: less than the patience of
-    any request, which would end otherwise because others were refused. Connections that could not be made cost nothing.
+    A retry that is over the budget is not given up, it is put off, by `max_wait_s` at most, and by less where a request
+    has less patience left: it would end otherwise because others were refused. Connections that could not be made cost
+    nothing.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Attempts:
         self._begin_patience_s = begin_patience_s  # None: it has begun, or is as patient before
         self._jitter = jitter
         self._failing_since_s: float | None = None  # None: the last call told something new
-        self._was_taken = False  # the call that runs now was taken: its failure is no refusal
+        self._taken_s: float | None = None  # the call that runs now was taken then: its failure is no refusal
         self._delay_s = FIRST_DELAY_S
         self.address = first
         budget.call()
@@ -89,9 +90,13 @@ class Attempts:
         """Time to the deadline."""
         return max(0.001, self._deadline_s - now_s)
 
-    def taken(self) -> None:
-        """The server has begun with the call. When it ends it, to send the request elsewhere, that is no refusal."""
-        self._was_taken = True
+    def taken(self, now_s: float) -> None:
+        """The server has begun with the call. When it ends it, to send the request elsewhere, that is no refusal.
+
+        While it runs nothing fails, however long it waits and computes before it tells anything new.
+        """
+        if self._taken_s is None:
+            self._taken_s = now_s
         self._begin_patience_s = None
 
     def heard(self) -> None:
@@ -99,15 +104,20 @@ class Attempts:
         self._failing_since_s = None
         self._delay_s = FIRST_DELAY_S
 
-    def failed(self, failure: Failure, now_s: float) -> float:
+    def failed(self, failure: Failure, now_s: float, *, worked_s: float = 0.0) -> float:
         """The call to `address` failed: how long to wait before the next one, to the `address` of then.
+
+        `worked_s` is how long its server worked on it, where that is not known by `taken`.
 
         Raises the failure's error when trying again is no use, or no time is left.
         """
         if not failure.may_pass:
             raise failure.error
+        taken_s, self._taken_s = self._taken_s, None
         if self._failing_since_s is None:
             self._failing_since_s = now_s
+        else:
+            self._failing_since_s += worked_s if taken_s is None else now_s - taken_s
         delay_s = self._delay_s * self._jitter()
         self._delay_s = min(MAX_DELAY_S if failure.answered else MAX_ABSENCE_DELAY_S, 2 * self._delay_s)
         if failure.retry_after_s is not None:
@@ -115,11 +125,12 @@ class Attempts:
         self._not_before[self.address] = now_s + delay_s
         self.address = min(self._not_before, key=self._not_before.__getitem__)
         wait_s = max(0.0, self._not_before[self.address] - now_s)
-        was_taken, self._was_taken = self._was_taken, False
         # At the beginning each server is asked once, whatever the others of this client were told.
-        costs = failure.answered and not was_taken and self._begin_patience_s is None
+        costs = failure.answered and taken_s is None and self._begin_patience_s is None
         if costs:
-            wait_s = max(wait_s, self._budget.wait_s(now_s))
+            # What others were told is a reason to come later, and none to give up: there is time for a last try.
+            left_s = min(self._failing_since_s + self._patience_s, self._deadline_s) - now_s
+            wait_s = max(wait_s, min(self._budget.wait_s(now_s), left_s * (0.25 + 0.5 * self._jitter())))
         if now_s + wait_s >= self._deadline_s:
             raise errors.DeadlineExceeded(f"no time is left to try again: {failure.error}") from failure.error
         if self._begin_patience_s is None:

@@ -119,8 +119,8 @@ def the_client_tells_again_what_it_has_told(patch: Patch) -> None:
 def the_client_tries_again_at_once(patch: Patch) -> None:
     failed = Attempts.failed
 
-    def at_once(self: Attempts, *args: Any) -> float:
-        failed(self, *args)
+    def at_once(self: Attempts, *args: Any, **more: Any) -> float:
+        failed(self, *args, **more)
         return 0.0
 
     patch(Attempts, "failed", at_once)

@@ -9,7 +9,7 @@ from typing import Any
 
 from grpc import aio
 
-from common.errors import InvalidRequest, PagewireError, Unavailable
+from common.errors import InvalidRequest, PagewireError, Unavailable, UnknownModel
 from protos import inference_pb2 as pb
 from services.handlers import Context, service_handler
 
@@ -27,6 +27,8 @@ class Scripted:
         self.vectors = list(vectors)  # None: it says nothing
         self.asked: list[Any] = []
         self.cancelled: list[str] = []
+        self.is_mute = False  # Cancel and Unpin have no answer
+        self.was_called = asyncio.Event()  # one of these two
 
     async def GenerateStream(  # noqa: N802
         self, request: Any, context: Context
@@ -48,14 +50,49 @@ class Scripted:
 
     async def Cancel(self, request: Any, context: Context) -> pb.CancelResponse:  # noqa: N802
         self.cancelled.append(request.request_id)
+        await self._called()
         return pb.CancelResponse(found=True)
 
     async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:  # noqa: N802
+        await self._called()
         if request.pin_id == "bad":
             raise InvalidRequest("which", "is bad")
         return pb.UnpinResponse(tokens=7 if request.all else 3)
 
-    Generate = Tokenize = Detokenize = GetModel = Cancel
+    async def _called(self) -> None:
+        self.was_called.set()
+        if self.is_mute:
+            await asyncio.Event().wait()
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
+        self.asked.append(request)
+        return pb.TokenizeResponse(token_ids=map(ord, request.text))
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
+        self.asked.append(request)
+        return pb.DetokenizeResponse(text="".join(map(chr, request.token_ids)))
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
+        if request.model not in ("", "m"):
+            raise UnknownModel(f"{request.model} is not served here")
+        return pb.GetModelResponse(model="m", vocab_size=9, chat=True)
+
+    Generate = Cancel
+
+
+def delta(index: int, *tokens: int, choice: int = 0) -> pb.GenerateStreamResponse:
+    ticket = f"{choice} after {index + len(tokens)}".encode()
+    return pb.GenerateStreamResponse(
+        delta=pb.Delta(choice=choice, index=index, token_ids=tokens, text="".join(map(chr, tokens)), ticket=ticket)
+    )
+
+
+def finish(choice: int = 0) -> pb.GenerateStreamResponse:
+    return pb.GenerateStreamResponse(finish=pb.Finish(choice=choice, reason=pb.FINISH_REASON_LENGTH, exact=True))
+
+
+def first(**changes: Any) -> pb.GenerateStreamResponse:
+    return pb.GenerateStreamResponse(prompt=pb.PromptInfo(model="m", max_tokens=9, ticket=b"first", **changes))
 
 
 def saying(*messages: pb.GenerateStreamResponse, then: PagewireError | None = None) -> Script:

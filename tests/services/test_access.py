@@ -34,7 +34,7 @@ def test_the_environment_has_the_key_of_who_is_given_none() -> None:
     assert shown(*HERE, environment=environment, api_key=other) == {"authorization": f"Bearer {other}"}
     assert shown(*HERE, environment=environment, api_key="") == {}, "an empty one is none"
     assert shown(*HERE, environment=environment, metadata=(("Authorization", "Basic x"),)) == {
-        "Authorization": "Basic x"
+        "authorization": "Basic x"
     }
 
 
@@ -76,6 +76,9 @@ def test_tls_is_what_the_files_say(authority: Authority) -> None:
         ({"api_key": "two words"}, "the API key is no key"),
         ({"api_key": "schlüssel"}, "the API key is no key"),
         ({"environment": {API_KEY: "a\nb"}}, f"{API_KEY} is no key"),
+        ({"metadata": (("x", "schlüssel"),)}, "the value of the metadata 'x' cannot be sent"),
+        ({"metadata": (("x", "two words\n"),)}, "the value of the metadata 'x' cannot be sent"),
+        ({"metadata": (("a b", "two words"),)}, "metadata cannot be called 'a b'"),
     ],
     ids=str,
 )

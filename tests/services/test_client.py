@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+import pickle
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from typing import Any, cast
 
 import grpc
@@ -12,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common import errors
 from common.errors import (
     AlreadyRunning,
     DeadlineExceeded,
@@ -23,20 +25,23 @@ from common.errors import (
     Superseded,
     TicketRefused,
     TicketStale,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
 )
-from pagewire import Client, Delta, PinnedPrefix, TokenLogprob, TokenLogprobs
+from pagewire import Client, Delta, FinishReason, PinnedPrefix, TokenLogprob, TokenLogprobs
+from pagewire.access import access
 from pagewire.aio import AsyncClient
 from pagewire.asking import Settings, request_of
-from pagewire.calls import addresses_of
+from pagewire.calls import Asked, Manner, addresses_of
 from pagewire.continuation import Continuation, OutOfStep
+from pagewire.embeddings import embed_request
 from pagewire.failures import Failure, judge, lost
 from pagewire.retrying import Attempts, RetryBudget
 from protos import inference_pb2 as pb
 from services.handlers import Context
 from services.status import internal_status, to_rpc_status
-from tests.services.scripted import GONE, played, saying
+from tests.services.scripted import GONE, delta, finish, first, played, saying
 
 UNAVAILABLE = Failure(error=Unavailable("draining"), may_pass=True, answered=True, retry_after_s=1.0)
 
@@ -128,6 +133,15 @@ def test_what_an_answer_must_be_reaches_the_request() -> None:
     assert not request_of("hi", {}).sampling.HasField("structured")
 
 
+def test_what_goes_first_is_said_by_a_word() -> None:
+    assert request_of("hi", {"priority": "low"}).priority == pb.PRIORITY_LOW
+    assert embed_request("hi", {"priority": "high"}).priority == pb.PRIORITY_HIGH
+    wrong: list[Any] = ["urgent", 1, []]
+    for priority in wrong:
+        with pytest.raises(InvalidRequest, match="priority: must be one of high, normal, low"):
+            request_of("hi", {"priority": priority})
+
+
 @pytest.mark.parametrize(
     ("prompt", "settings"),
     [
@@ -195,21 +209,6 @@ def test_no_address_is_a_mistake(text: Any) -> None:
 # ---- what is heard
 
 
-def delta(index: int, *tokens: int, choice: int = 0) -> pb.GenerateStreamResponse:
-    ticket = f"{choice} after {index + len(tokens)}".encode()
-    return pb.GenerateStreamResponse(
-        delta=pb.Delta(choice=choice, index=index, token_ids=tokens, text="".join(map(chr, tokens)), ticket=ticket)
-    )
-
-
-def finish(choice: int = 0) -> pb.GenerateStreamResponse:
-    return pb.GenerateStreamResponse(finish=pb.Finish(choice=choice, reason=pb.FINISH_REASON_LENGTH, exact=True))
-
-
-def first(**changes: Any) -> pb.GenerateStreamResponse:
-    return pb.GenerateStreamResponse(prompt=pb.PromptInfo(model="m", max_tokens=9, ticket=b"first", **changes))
-
-
 def test_a_request_is_the_same_however_often_it_is_sent() -> None:
     asked = Continuation(pb.GenerateStreamRequest(text="hi"))
     sent = asked.next_call()
@@ -247,6 +246,12 @@ def test_log_probabilities_are_part_of_deltas_and_answer_and_those_of_the_prompt
     assert isinstance(told, Delta) and told.logprobs == tuple(expected[2:])
     assert asked.answer().logprobs == tuple(expected[2:])
     assert asked.answer().prompt_logprobs == (alone, *expected[:2])
+
+
+@pytest.mark.parametrize("n", [0, 3_000_000])
+def test_a_number_of_choices_that_no_server_makes_is_refused_before_anything_is_kept_for_them(n: int) -> None:
+    with pytest.raises(InvalidRequest, match=rf"n: must be in \[1, 65536\], got {n}"):
+        Continuation(pb.GenerateStreamRequest(sampling=pb.SamplingParams(n=n)))
 
 
 def test_once_something_was_heard_the_rest_is_asked_for_with_all_that_was_heard() -> None:
@@ -305,7 +310,32 @@ def test_whatever_comes_in_whatever_order_the_tokens_told_are_a_beginning_of_the
     assert told == answer[: len(told)]
 
 
+def test_an_end_for_a_reason_of_a_later_server_is_an_end() -> None:
+    asked = Continuation(pb.GenerateStreamRequest(text="hi"))
+    later = pb.GenerateStreamResponse.FromString(finish().SerializeToString().replace(b"\x10\x04", b"\x10\x63"))
+    for message in (first(), delta(0, 65), later):
+        asked.hear(message)
+
+    assert later.finish.reason == 99
+    assert (asked.answer().text, asked.answer().finish.reason) == ("A", FinishReason.OTHER)
+
+
 # ---- what a failure means
+
+
+def every_error(kind: type[PagewireError] = PagewireError) -> Iterator[type[PagewireError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from every_error(child)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in every_error() if kind.__module__ == errors.__name__])
+def test_an_error_reaches_another_process_as_it_is(kind: type[PagewireError]) -> None:
+    error = kind("n", "too many") if issubclass(kind, InvalidRequest) else kind("why")
+    error.add_note("a note")
+
+    read = pickle.loads(pickle.dumps(error))
+    assert (type(read), str(read), vars(read)) == (kind, str(error), vars(error))
 
 
 def judged(error: PagewireError) -> Failure:
@@ -367,6 +397,17 @@ def test_a_connection_that_broke_may_be_made_anew(code: grpc.StatusCode) -> None
     assert str(failure.error) == "no connection to a:1: Connection reset"
 
 
+def test_a_certificate_that_does_not_fit_is_told_as_that() -> None:
+    told = (
+        "failed to connect to all addresses; last error: UNKNOWN: ipv4:1.2.3.4:5: Tls handshake failed "
+        "(TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000007d:SSL routines:OPENSSL_internal:"
+        "CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate: OK"
+    )
+    failure = judge(grpc.StatusCode.UNAVAILABLE, told, (), "a:1")
+
+    assert str(failure.error) == "no connection to a:1: unable to get local issuer certificate"
+
+
 def test_a_bug_of_the_servers_is_not_tried_again() -> None:
     status = internal_status("e5")
     failure = judge(status.code, status.message, status.trailing_metadata, "a:1")
@@ -398,6 +439,43 @@ def test_mangled_details_leave_the_code_to_go_by() -> None:
     assert not judge(grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max", (), "a:1").may_pass
 
 
+def asked_of(*addresses: str, clock_s: Callable[[], float] = lambda: 0.0) -> Asked:
+    manner = Manner(addresses=addresses, timeout_s=600.0, patience_s=5.0, access=access(addresses, api_key=""))
+    request = pb.GenerateStreamRequest(text="hi")
+    return Asked(request, manner, RetryBudget(), first=addresses[0], timeout_s=None, clock_s=clock_s)
+
+
+def fail(asked: Asked, error: PagewireError) -> None:
+    status = to_rpc_status(error)
+    asked.failed(status.code, status.message, status.trailing_metadata)
+
+
+@pytest.mark.parametrize(
+    "error", [TicketRefused("no"), TicketStale("no"), UnknownModel("no"), Unauthenticated("no")], ids=repr
+)
+def test_a_server_that_cannot_go_on_with_an_answer_keeps_it_from_no_other_that_can(error: PagewireError) -> None:
+    now_s = [0.0]
+    asked = asked_of("a:1", "b:1", clock_s=lambda: now_s[0])
+    asked.next_call()
+    for message in (first(), delta(0, 65)):
+        asked.hear(message.SerializeToString())
+    fail(asked, GONE)
+    assert asked.next_call().address == "b:1"
+    now_s[0] = 1.0
+    fail(asked, error)
+    assert asked.next_call().address == "a:1"
+    with pytest.raises(type(error)):
+        fail(asked, error)
+
+
+@pytest.mark.parametrize("error", [UnknownModel("no"), Unauthenticated("no")], ids=repr)
+def test_a_request_that_nobody_began_with_ends_where_it_is_refused(error: PagewireError) -> None:
+    asked = asked_of("a:1", "b:1")
+    asked.next_call()
+    with pytest.raises(type(error)):
+        fail(asked, error)
+
+
 # ---- when and where to try again
 
 
@@ -408,8 +486,8 @@ def attempts(*addresses: str, patience_s: float = 30.0, deadline_s: float = 600.
     )
 
 
-def delays_of(one: Attempts, failure: Failure, count: int) -> list[float]:
-    now_s, delays = 0.0, []
+def delays_of(one: Attempts, failure: Failure, count: int, *, now_s: float = 0.0) -> list[float]:
+    delays: list[float] = []
     for _ in range(count):
         delays.append(one.failed(failure, now_s))
         now_s += delays[-1]
@@ -462,6 +540,26 @@ def test_patience_begins_with_the_first_failure_and_anew_whenever_something_new_
     one.failed(lost("x"), 200.0)
 
 
+def test_while_a_server_works_on_a_request_no_patience_is_used_up() -> None:
+    one = attempts(patience_s=5.0)
+    one.failed(lost("x"), 0.0)
+    one.taken(0.1)
+    one.failed(lost("x"), 40.0)  # after a long wait in a queue, and the server was killed once more
+    one.failed(lost("x"), 44.5)
+    with pytest.raises(Unavailable):
+        one.failed(lost("x"), 45.0)
+
+
+def test_a_server_that_takes_a_request_and_dies_at_once_uses_patience_up() -> None:
+    one = attempts(patience_s=5.0)
+    for now_s in range(5):
+        one.taken(now_s)
+        one.failed(lost("x"), now_s)
+    one.taken(5.0)
+    with pytest.raises(Unavailable):
+        one.failed(lost("x"), 5.0)
+
+
 def test_the_deadline_is_the_end_and_says_what_was_in_the_way() -> None:
     with pytest.raises(DeadlineExceeded, match="what was in the way"):
         attempts(deadline_s=10.0).failed(lost("what was in the way"), 9.99)
@@ -472,7 +570,7 @@ def test_streams_that_a_server_took_and_sends_elsewhere_are_no_refusals() -> Non
     budget = RetryBudget()
     many = [attempts("a", "b", budget=budget) for _ in range(1000)]
     for one in many:
-        one.taken()
+        one.taken(1.0)
         assert one.failed(UNAVAILABLE, 1.0) == 0.0
     refused = [one.failed(UNAVAILABLE, 1.0) for one in many[:20]]
     assert (refused[0], refused[-1]) == pytest.approx((1.0, 10.0)), "of those who refuse them there, the budget is kept"
@@ -502,7 +600,7 @@ def test_refusals_of_many_who_ask_once_keep_nobody_from_the_next_server_nor_from
     beginning = attempts("a", "b", budget=budget, begin_patience_s=1.0)
     assert (beginning.failed(UNAVAILABLE, 1.0), beginning.address) == (0.0, "b")
     running = attempts("a", "b", budget=budget, begin_patience_s=1.0)
-    running.taken()
+    running.taken(1.0)
     running.heard()
     assert [running.failed(UNAVAILABLE, 1.0) for _ in range(2)] == [0.0, pytest.approx(1.0)]
 
@@ -514,6 +612,19 @@ def test_only_a_retry_that_is_made_costs_and_no_debt_outlasts_the_patience_of_a_
             attempts(deadline_s=1.5, budget=budget).failed(UNAVAILABLE, 1.0)
     assert budget.wait_s(1.0) == 0.0
     assert max(attempts(budget=budget).failed(UNAVAILABLE, 1.0) for _ in range(900)) == 10.0
+
+
+@pytest.mark.parametrize("limits", [{"patience_s": 5.0}, {"deadline_s": 6.0}], ids=str)
+def test_refusals_of_others_leave_time_for_one_more_try_however_short_the_patience(limits: dict[str, float]) -> None:
+    refused = Failure(error=Overloaded("full", 0.05), may_pass=True, answered=True, retry_after_s=0.05)
+    budget = RetryBudget()
+    for _ in range(50):
+        attempts(budget=budget).failed(refused, 1.0)
+    for jitter in (0.5, 1.0, 1.49):
+        one = attempts(budget=budget, jitter=lambda jitter=jitter: jitter, **limits)
+        assert 2.4 < one.failed(refused, 1.0) < 5.0
+        with pytest.raises(Overloaded if "patience_s" in limits else DeadlineExceeded):
+            delays_of(one, refused, 8, now_s=3.5)
 
 
 # ---- over a socket
@@ -598,6 +709,29 @@ def test_an_error_that_will_not_pass_is_raised_as_what_it_is(kind: str) -> None:
         run(lambda address: generate(address, kind))
     assert (refusal.value.field, refusal.value.problem) == ("n", "too many")
     assert len(server.asked) == 1
+
+
+@both
+@pytest.mark.parametrize("timeout_s", [None, float("inf"), 1e10])
+def test_an_answer_may_take_as_long_as_it_likes(kind: str, timeout_s: float | None) -> None:
+    with played(saying(first(), delta(0, 65), finish())) as (_, run):
+        assert run(lambda address: generate(address, kind, timeout_s=timeout_s)).text == "A"
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        ({"timeout_s": 0}, "timeout_s must be more than 0, got 0"),
+        ({"timeout_s": -1.0}, "timeout_s must be more than 0"),
+        ({"timeout_s": float("nan")}, "timeout_s must be a number"),
+        ({"patience_s": -1.0}, "patience_s must be at least 0"),
+        ({"patience_s": float("nan")}, "patience_s must be at least 0"),
+    ],
+)
+def test_a_limit_that_is_none_is_refused_by_its_name(kind: type[Client | AsyncClient], limits: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        kind("127.0.0.1:1", **limits)
 
 
 @both
@@ -738,7 +872,7 @@ def test_whoever_asks_for_somebody_else_looks_for_a_server_for_a_while() -> None
 
 def test_a_request_that_was_begun_with_is_as_patient_as_any_other() -> None:
     one = attempts(begin_patience_s=0.0, patience_s=30.0)
-    one.taken()
+    one.taken(0.0)
     one.failed(lost("x"), 0.0)
     one.failed(UNAVAILABLE, 20.0)
 

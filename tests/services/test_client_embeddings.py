@@ -7,12 +7,17 @@ import struct
 from collections.abc import Sequence
 from typing import Any, cast
 
+import grpc
 import pytest
 
 from common.errors import DeadlineExceeded, InvalidRequest, Overloaded, PagewireError, Unavailable
 from pagewire import AsyncClient, Client, Embedding
+from pagewire.access import access
+from pagewire.calls import EMBED, AskedOnce, Manner
 from pagewire.embeddings import EmbedSettings, embed_request
+from pagewire.retrying import RetryBudget
 from protos import inference_pb2 as pb
+from services.status import to_rpc_status
 from tests.services.scripted import GONE, played
 
 both = pytest.mark.parametrize("kind", [Client, AsyncClient])
@@ -120,6 +125,36 @@ def test_a_refusal_of_vectors_is_raised_as_what_it_is(
 def test_vectors_that_do_not_come_are_waited_for_until_the_deadline(kind: type[Client | AsyncClient]) -> None:
     with played(vectors=[None]) as (_, run), pytest.raises(DeadlineExceeded):
         run(lambda address: embed(kind, address, "a", timeout_s=0.3))
+
+
+def asked_once(now_s: list[float]) -> AskedOnce:
+    manner = Manner(addresses=("a:1",), timeout_s=600.0, patience_s=5.0, access=access(["a:1"], api_key=""))
+    return AskedOnce(EMBED, b"", manner, RetryBudget(), first="a:1", timeout_s=None, clock_s=lambda: now_s[0])
+
+
+def test_while_vectors_are_computed_no_patience_is_used_up() -> None:
+    gone = to_rpc_status(GONE)
+    now_s = [0.0]
+    asked = asked_once(now_s)
+    for lasts_s in (0.0, 40.0, 40.0):  # the server is killed with a request that is long, again and again
+        asked.next_call()
+        now_s[0] += lasts_s
+        asked.failed(gone.code, gone.message, gone.trailing_metadata)
+    asked.next_call()
+    now_s[0] += 40.0
+    asked.failed(grpc.StatusCode.UNAVAILABLE, "Connection reset", ())
+
+
+def test_where_no_connection_is_made_patience_for_vectors_is_used_up() -> None:
+    now_s = [0.0]
+    asked = asked_once(now_s)
+    for _ in range(5):
+        asked.next_call()
+        now_s[0] += 1.0
+        asked.failed(grpc.StatusCode.UNAVAILABLE, "no route", ())
+    now_s[0] += 1.0
+    with pytest.raises(Unavailable):
+        asked.failed(grpc.StatusCode.UNAVAILABLE, "no route", ())
 
 
 @both

@@ -11,11 +11,20 @@ import grpc
 import pytest
 from grpc import aio
 
-from common.errors import PagewireError, RequestFailed, SlowReader, Superseded, Unavailable
+from common.errors import (
+    AlreadyRunning,
+    InvalidRequest,
+    PagewireError,
+    RequestFailed,
+    SlowReader,
+    Superseded,
+    Unavailable,
+)
 from common.model_folder import ModelFolder, read_model_folder
 from common.sampling import RequestLimits
 from common.types import FinishReason
 from executor.fake_runner import FakeRunner, NextToken, fake_logprobs, position_token, prefix_hash_token
+from pagewire import AsyncClient
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from scheduler.scheduler import Scheduler, SchedulerLimits
@@ -43,10 +52,11 @@ PROMPT = [1, 2, 3]
 class Server:
     """A scheduler on a socket, with an executor whose steps the test allows, or that needs no leave."""
 
-    def __init__(self, stub: object, engine: Engine, live: LiveRequests) -> None:
+    def __init__(self, stub: object, engine: Engine, live: LiveRequests, address: str) -> None:
         self.stub: inference_pb2_grpc.InferenceServiceAsyncStub = stub  # type: ignore[assignment]
         self.engine = engine
         self.live = live
+        self.address = address
 
     def join(
         self, *, steps: int | None = None, digest: str = "fake", next_token: NextToken = prefix_hash_token
@@ -106,8 +116,9 @@ async def serving(
     server = aio.server()
     service = SchedulerService(answerer, RequestLimits(), lambda: len(core.sessions))
     server.add_generic_rpc_handlers((service_handler(SERVICE, pb.DESCRIPTOR, service, write=write),))
+    port = server.add_insecure_port("127.0.0.1:0")
     async with served(server, engine) as channel:
-        yield Server(inference_pb2_grpc.InferenceServiceStub(channel), engine, live)
+        yield Server(inference_pb2_grpc.InferenceServiceStub(channel), engine, live, f"127.0.0.1:{port}")
 
 
 async def undisturbed(model: ModelFolder, first: pb.PromptInfo, asked: pb.GenerateStreamRequest) -> Heard:
@@ -280,6 +291,26 @@ def test_another_request_of_the_same_id_is_refused_while_the_first_runs(model: M
             await refused(other)
             assert await other.code() is grpc.StatusCode.ALREADY_EXISTS
             assert server.engine.num_requests == 1
+
+    run(test())
+
+
+def test_a_client_that_is_refused_an_id_leaves_the_request_alone_that_has_it(model: ModelFolder) -> None:
+    async def test() -> None:
+        async with serving(model) as server, AsyncClient(server.address) as client:
+            link = server.join(steps=2)
+            running = client.send(request(9, request_id="once"))
+            await anext(running)
+            for other, error in ((request(10), AlreadyRunning), (request(0), InvalidRequest)):
+                other.request_id = "once"
+                with pytest.raises(error):
+                    async with client.send(other) as stream:
+                        await anext(stream)
+            link.allow(100)
+            async for _ in running:
+                pass
+            assert len(running.answer.token_ids) == 9
+            assert running.answer.finish.reason.value == "length"
 
     run(test())
 
