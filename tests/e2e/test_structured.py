@@ -227,7 +227,8 @@ def test_the_default_model_fills_in_a_schema_also_when_its_executor_is_killed(
             undisturbed = client.generate(**settings)
             asked = {**settings, "json_schema": None, "tools": [call], "tool_choice": "tell"}
             (told,) = client.generate(**asked).tool_calls
-            either = client.generate(**{**settings, "tools": [call], "parallel_tool_calls": False})
+            both: dict[str, Any] = {**settings, "tools": [call], "parallel_tool_calls": False}
+            either = client.generate(**both)
             with client.stream(**settings) as stream:
                 next(stream)
                 next(stream)

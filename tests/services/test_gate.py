@@ -28,6 +28,7 @@ from services.handlers import Context, service_handler
 from services.reflection import reflection_handler
 from services.status import from_rpc_error
 from services.watched_files import WatchedFiles
+from tests.services.served import until
 
 METHODS = ["Unary", "ServerStream", "ClientStream", "Both", "NotThere"]
 SECRET = "pw-a-secret-in-an-exception"
@@ -322,6 +323,7 @@ def test_open_calls_end_with_their_key_and_others_go_on(tmp_path: Path) -> None:
                 assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
             assert await whole.code() is grpc.StatusCode.UNAUTHENTICATED
             assert not calls[2].done() and not calls[3].done()
+            await until(lambda: len(service.left) == 3)  # the caller hears of it before the method does
             assert service.left == ["acme"] * 3
             gate.look()
             gate.look()
