@@ -73,7 +73,7 @@ class Continuation:
         self.finishes: dict[int, Finish] = {}
         self.model = ""
         self.prompt_ticket = b""  # of a choice that has no token yet; empty before it has come
-        self._pinned: PinnedPrefix | None = None
+        self.pinned: PinnedPrefix | None = None
         self.determinism = ""  # the class of the executors that were there when a call last began
         self.num_prompt = 0
 
@@ -185,14 +185,14 @@ class Continuation:
                 for n, tokens in enumerate(self._tokens)
             ),
             prompt_logprobs=tuple(self._prompt_logprobs),
-            pinned=self._pinned,
+            pinned=self.pinned,
         )
 
     def _begin(self, prompt: pb.PromptInfo) -> None:
         self.model = prompt.model
         if prompt.HasField("pinned"):
             told = prompt.pinned
-            self._pinned = PinnedPrefix(pin_id=told.pin_id, tokens=told.tokens, expires_s=told.expires_s)
+            self.pinned = PinnedPrefix(pin_id=told.pin_id, tokens=told.tokens, expires_s=told.expires_s)
         self.determinism = prompt.determinism
         self.num_prompt = prompt.prompt_tokens
         if not self._request.stopping.HasField("max_tokens") and prompt.max_tokens:

@@ -171,7 +171,7 @@ class Answers:
 
     def told_of(self, prompt: int) -> dict[str, Any]:
         """What is told of a prompt beside its answers, by our names: what of it is pinned, where that was asked for."""
-        pinned = self.streams[prompt].continuation._pinned  # pyright: ignore[reportPrivateUsage]
+        pinned = self.streams[prompt].continuation.pinned
         if pinned is None:
             return {}
         return {"pinned": {"id": pinned.pin_id, "tokens": pinned.tokens, "expires": pinned.expires_s}}
