@@ -240,9 +240,11 @@ class Patient:
     """A service whose methods answer once, and then wait."""
 
     def __init__(self) -> None:
+        self.entered: list[str] = []
         self.left: list[str] = []
 
     async def GenerateStream(self, request: pb.GenerateStreamRequest, context: Context) -> AsyncGenerator[Message]:  # noqa: N802
+        self.entered.append(current_caller().tenant)
         try:
             yield pb.GenerateStreamResponse(delta=pb.Delta(text=current_caller().tenant))
             await asyncio.get_running_loop().create_future()
@@ -252,6 +254,7 @@ class Patient:
     Resume = GenerateStream
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> Message:  # noqa: N802
+        self.entered.append(current_caller().tenant)
         try:
             await asyncio.get_running_loop().create_future()
         finally:
@@ -310,8 +313,8 @@ def test_open_calls_end_with_their_key_and_others_go_on(tmp_path: Path) -> None:
                 "/pagewire.v1.InferenceService/Generate"
             )
             whole = unary(b"", metadata=bearer(first))
-            while gate.num_calls < 5:
-                await asyncio.sleep(0.001)
+            await until(lambda: len(service.entered) == 5)  # a call ends without its method where that did not begin
+            assert gate.num_calls == 5
             gate.look()
             gate.look()
             assert not any(call.done() for call in calls)
