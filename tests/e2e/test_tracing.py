@@ -95,10 +95,13 @@ def test_a_request_has_the_attributes_of_generative_ai_and_no_word_of_its_caller
         "gen_ai.response.id": told["gen_ai.response.id"],
         "gen_ai.response.finish_reasons": ["length"],
         "gen_ai.request.choice.count": 1,
+        "gen_ai.request.max_tokens": 5,
+        "gen_ai.request.seed": told["gen_ai.request.seed"],
         "gen_ai.usage.input_tokens": told["gen_ai.usage.input_tokens"],
         "gen_ai.usage.output_tokens": 5,
         "gen_ai.usage.cache_read.input_tokens": told["gen_ai.usage.cache_read.input_tokens"],
     }
+    assert (told["gen_ai.request.temperature"], told["gen_ai.request.top_p"]) == (1.0, 1.0)
     assert 0 < told["gen_ai.server.time_to_first_token"] <= told["gen_ai.server.request.duration"]
     assert found["chat fake"].events[0] == "admitted" and found["chat fake"].events[-1] == "finished"
     assert found["POST /v1/chat/completions"].attributes["http.response.status_code"] == 200
@@ -113,6 +116,7 @@ def test_vectors_are_traced_as_what_they_are(traced: Traced) -> None:
 
     told = of(spans, trace_id)["embeddings fake"].attributes
     assert (told["gen_ai.operation.name"], told["gen_ai.usage.output_tokens"]) == ("embeddings", 0)
+    assert "gen_ai.request.temperature" not in told
     assert told["gen_ai.response.finish_reasons"] == ["stop"] and told["gen_ai.usage.input_tokens"] > 0
 
 
