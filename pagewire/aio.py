@@ -7,9 +7,10 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, cast
 
 import grpc
+from google.protobuf.message import Message
 from grpc import aio
 
 from pagewire.access import Metadata, access
@@ -31,6 +32,7 @@ from pagewire.calls import (
     AskedOnce,
     Call,
     Manner,
+    Method,
     addresses_of,
     unpin_request,
     unpinned_tokens,
@@ -45,9 +47,7 @@ from pagewire.tokens import (
     detokenize_request,
     model_of,
     model_request,
-    text_of,
     tokenize_request,
-    tokens_of,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ else:
     errors = borrow("common.errors")
 
 Running = aio.UnaryStreamCall[bytes, bytes]
+_Told = TypeVar("_Told", bound=Message)
 
 
 class _Connections:
@@ -83,17 +84,18 @@ class _Connections:
         with contextlib.suppress(aio.AioRpcError, errors.PagewireError):  # no connection | the client was closed
             await self._ask(Call(address, CANCEL, asked.cancellation(), CANCEL_TIMEOUT_S), asked.metadata)
 
-    async def once(self, asked: AskedOnce) -> bytes:
+    async def once(self, asked: AskedOnce[_Told]) -> _Told:
         """The answer to a request that has one message. Raises PagewireErrors."""
-        while True:
-            call = asked.next_call()
-            try:
-                answer = await self._ask(call, asked.metadata)
-            except aio.AioRpcError as error:
-                await self.pause(asked, asked.failed(error.code(), error.details(), _trailers(error)))
-            else:
-                self.first = call.address
-                return answer
+        with asked.span:
+            while True:
+                call = asked.next_call()
+                try:
+                    answer = await self._ask(call, asked.metadata)
+                except aio.AioRpcError as error:
+                    await self.pause(asked, asked.failed(error.code(), error.details(), _trailers(error)))
+                else:
+                    self.first = call.address
+                    return asked.hear(answer)
 
     async def unpin(self, pin_id: str | None) -> int:
         """End a pin, or all, on the server that answered last."""
@@ -103,7 +105,7 @@ class _Connections:
         except aio.AioRpcError as error:
             raise judge(error.code(), error.details() or "", _trailers(error), call.address).error from error
 
-    async def pause(self, asked: Asked | AskedOnce, after_s: float) -> None:
+    async def pause(self, asked: Asked | AskedOnce[Any], after_s: float) -> None:
         """Wait before the next call, but no longer than until the client or the stream is closed."""
         waking = self._pauses[asked] = asyncio.Event()
         try:
@@ -240,14 +242,14 @@ class AsyncClient:
         **settings: Unpack[EmbedSettings],
     ) -> tuple[Embedding, ...]:
         """As Client's."""
-        request = embed_request(inputs, settings).SerializeToString()
-        return embeddings_of(await self._once(EMBED, request, timeout_s))
+        return embeddings_of(await self._once(EMBED, embed_request(inputs, settings), timeout_s))
 
     async def tokenize(
         self, text: str | None = None, *, timeout_s: float | None = None, **settings: Unpack[TokenizeSettings]
     ) -> tuple[int, ...]:
         """As Client's."""
-        return tokens_of(await self._once(TOKENIZE, tokenize_request(text, settings), timeout_s))
+        answer = await self._once(TOKENIZE, tokenize_request(text, settings), timeout_s)
+        return tuple(answer.token_ids)
 
     async def detokenize(
         self,
@@ -259,7 +261,8 @@ class AsyncClient:
     ) -> str:
         """As Client's."""
         request = detokenize_request(token_ids, skip_special_tokens=skip_special_tokens, model=model)
-        return text_of(await self._once(DETOKENIZE, request, timeout_s))
+        answer = await self._once(DETOKENIZE, request, timeout_s)
+        return answer.text
 
     async def model(self, name: str = "", *, timeout_s: float | None = None) -> Model:
         """As Client's."""
@@ -269,7 +272,7 @@ class AsyncClient:
         """As Client's."""
         return await self._connections.unpin(pin_id)
 
-    async def _once(self, method: str, request: bytes, timeout_s: float | None) -> bytes:
+    async def _once(self, method: Method[_Told], request: Message, timeout_s: float | None) -> _Told:
         first = self._connections.first
         asked = AskedOnce(method, request, self._manner, self._budget, first=first, timeout_s=timeout_s)
         return await self._connections.once(asked)
@@ -336,7 +339,8 @@ class AsyncStream:
             while not self._asked.is_closed and not self._asked.is_done:
                 if (new := await self._read()) is not None:
                     return new
-        except BaseException:  # also of who reads under a timeout: gRPC cancels the call, not the read alone
+        except BaseException as error:  # also of who reads under a timeout: gRPC cancels the call, not the read alone
+            self._asked.stopped(error)
             self._drop()
             raise
         return None
@@ -345,7 +349,7 @@ class AsyncStream:
         """Read no more. What still runs on the server is stopped; with `linger` it waits a while for a Resume."""
         if self._asked.is_closed:
             return
-        self._asked.is_closed = True  # first: no reader takes what follows for a lost connection
+        self._asked.leave()  # first: no reader takes what follows for a lost connection
         self._connections.wake(self._asked)
         self._drop()
         if not linger:

@@ -7,18 +7,20 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
+from pagewire import conventions
 from pagewire.access import Access, Metadata
 from pagewire.answers import Delta, Finish
 from pagewire.borrowed import borrow
 from pagewire.continuation import Continuation, OutOfStep
 from pagewire.failures import Failure, Trailers, judge, lost, parse
 from pagewire.retrying import Attempts, RetryBudget
-from pagewire.traces import traceparent
+from pagewire.traces import Span
 
 if TYPE_CHECKING:
     from common import errors
@@ -29,15 +31,25 @@ else:
     grpc_options = borrow("services.grpc_options")
     pb = borrow("protos.inference_pb2")
 
+_Told = TypeVar("_Told", bound=Message)
+
+
+class Method(NamedTuple, Generic[_Told]):
+    """One that answers with one message, wherever it is asked again."""
+
+    path: str
+    answer: type[_Told]
+
+
 _SERVICE: Final = "/pagewire.v1.InferenceService/"
 GENERATE: Final = _SERVICE + "GenerateStream"
 RESUME: Final = _SERVICE + "Resume"
-EMBED: Final = _SERVICE + "Embed"
 CANCEL: Final = _SERVICE + "Cancel"
 UNPIN: Final = _SERVICE + "Unpin"
-TOKENIZE: Final = _SERVICE + "Tokenize"
-DETOKENIZE: Final = _SERVICE + "Detokenize"
-GET_MODEL: Final = _SERVICE + "GetModel"
+EMBED: Final = Method(_SERVICE + "Embed", pb.EmbedResponse)
+TOKENIZE: Final = Method(_SERVICE + "Tokenize", pb.TokenizeResponse)
+DETOKENIZE: Final = Method(_SERVICE + "Detokenize", pb.DetokenizeResponse)
+GET_MODEL: Final = Method(_SERVICE + "GetModel", pb.GetModelResponse)
 
 CANCEL_TIMEOUT_S: Final = 1.0
 UNPIN_TIMEOUT_S: Final = 10.0
@@ -115,6 +127,7 @@ class _Asking:
 
     def __init__(
         self,
+        request: Message,
         manner: Manner,
         budget: RetryBudget,
         *,
@@ -122,11 +135,10 @@ class _Asking:
         timeout_s: float | None,
         begin_patience_s: float | None = None,
         metadata: Metadata = (),
+        outcome: Callable[[], conventions.Attributes] = dict,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`metadata` goes with each call, beside the client's own and the trace that the program is in."""
-        given = (*manner.access.metadata, *metadata)
-        self.metadata = (*given, *traceparent(given))
+        """`metadata` goes with each call, beside the client's own and the trace. `outcome` is for the span."""
         now_s = clock_s()
         self.is_closed = False  # who asked has left
         self._clock_s = clock_s
@@ -141,6 +153,9 @@ class _Asking:
             jitter=lambda: random.uniform(0.5, 1.5),
             begin_patience_s=begin_patience_s,
         )
+        given = (*manner.access.metadata, *metadata)
+        self.span = Span(request, first, given, outcome=outcome, clock_s=clock_s)
+        self.metadata = (*given, *self.span.metadata)
 
     @property
     def address(self) -> str:
@@ -150,24 +165,29 @@ class _Asking:
     def _call(self, method: str, request: bytes) -> Call:
         if self._error is not None:  # it was told; who reads on hears it again, and no server does
             raise self._error
+        self.span.interrupted_by = ""
         left_s = self._attempts.remaining_s(self._clock_s())
         return Call(self.address, method, request, min(left_s, _LONGEST_S))
 
-    def _after(self, failure: Failure, *, worked_s: float = 0.0) -> float:
+    def _after(self, failure: Failure, *, worked_s: float = 0.0, **numbers: float) -> float:
+        """How long to wait before the next call. `numbers` are for the span."""
+        broken = self.address
         try:
-            return self._attempts.failed(failure, self._clock_s(), worked_s=worked_s)
+            wait_s = self._attempts.failed(failure, self._clock_s(), worked_s=worked_s)
         except errors.PagewireError as error:
             self._error = error
             raise
+        self.span.broke(type(failure.error).__name__, broken, self.address, wait_s=wait_s, **numbers)
+        return wait_s
 
 
-class AskedOnce(_Asking):
+class AskedOnce(_Asking, Generic[_Told]):
     """A request that one message answers, and that has the same answer wherever it is asked again."""
 
     def __init__(
         self,
-        method: str,
-        request: bytes,
+        method: Method[_Told],
+        request: Message,
         manner: Manner,
         budget: RetryBudget,
         *,
@@ -175,15 +195,21 @@ class AskedOnce(_Asking):
         timeout_s: float | None,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(manner, budget, first=first, timeout_s=timeout_s, clock_s=clock_s)
+        super().__init__(request, manner, budget, first=first, timeout_s=timeout_s, clock_s=clock_s)
         self._method = method
-        self._request = request
+        self._request = request.SerializeToString()
         self._sent_s = 0.0
 
     def next_call(self) -> Call:
         """What to send now, and where to."""
         self._sent_s = self._clock_s()
-        return self._call(self._method, self._request)
+        return self._call(self._method.path, self._request)
+
+    def hear(self, data: bytes) -> _Told:
+        """The answer. Raises PagewireError for one that cannot be read."""
+        answer = parse(self._method.answer, data)
+        self.span.tell(conventions.answered(answer))
+        return answer
 
     def failed(self, code: grpc.StatusCode, message: str | None, trailers: Trailers | None) -> float:
         """As of any request.
@@ -211,16 +237,18 @@ class Asked(_Asking):
         metadata: Metadata = (),
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.continuation = Continuation(request)
         super().__init__(
+            request,
             manner,
             budget,
             first=first,
             timeout_s=timeout_s,
             begin_patience_s=begin_patience_s,
             metadata=metadata,
+            outcome=partial(conventions.streamed, self.continuation),
             clock_s=clock_s,
         )
-        self.continuation = Continuation(request)
         self._begun_at: str | None = None  # the server that last told something of it
         self._sent_to: str | None = None  # the one that was asked since then, and said nothing yet
 
@@ -253,6 +281,10 @@ class Asked(_Asking):
         new = self.continuation.hear(message)
         if new is not None:
             self._attempts.heard()
+            if isinstance(new, Delta):
+                self.span.heard()
+            elif self.is_done:
+                self.span.end()
         return new
 
     def failed(self, code: grpc.StatusCode, message: str | None, trailers: Trailers | None) -> float:
@@ -264,11 +296,24 @@ class Asked(_Asking):
             self._begun_at = None
         if isinstance(failure.error, _OF_ONE_SERVER) and self._begun_at not in (None, self.address):
             failure = replace(failure, may_pass=True, answered=True)  # the one that had it may be back in a moment
-        return self._after(failure)
+        return self._after(failure, heard_tokens=self.continuation.num_heard)
 
     def broke(self, why: OutOfStep | None = None) -> float:
         """The call ended without a status, and without the end of the answer."""
-        return self._after(lost(str(why) if why else "the stream ended before the answer did"))
+        failure = lost(str(why) if why else "the stream ended before the answer did")
+        return self._after(failure, heard_tokens=self.continuation.num_heard)
+
+    def stopped(self, error: BaseException) -> None:
+        """A read ended with it: the end of a request that failed. One whose reader was disturbed may go on."""
+        if isinstance(error, errors.PagewireError):
+            self.span.end(type(error).__name__)
+        else:
+            self.span.interrupted_by = type(error).__name__
+
+    def leave(self) -> None:
+        """Nobody reads on."""
+        self.is_closed = True
+        self.span.end()
 
     def cancellation(self) -> bytes:
         """The request that ends this one."""

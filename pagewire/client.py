@@ -9,9 +9,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, Unpack, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, Unpack, cast
 
 import grpc
+from google.protobuf.message import Message
 
 from pagewire.access import Metadata, access
 from pagewire.answers import Answer, Delta, Finish
@@ -32,6 +33,7 @@ from pagewire.calls import (
     AskedOnce,
     Call,
     Manner,
+    Method,
     addresses_of,
     unpin_request,
     unpinned_tokens,
@@ -46,9 +48,7 @@ from pagewire.tokens import (
     detokenize_request,
     model_of,
     model_request,
-    text_of,
     tokenize_request,
-    tokens_of,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ if TYPE_CHECKING:
     from protos import inference_pb2 as pb
 else:
     errors = borrow("common.errors")
+
+
+_Told = TypeVar("_Told", bound=Message)
 
 
 class Running(Protocol):
@@ -105,17 +108,18 @@ class _Connections:
         with contextlib.suppress(grpc.RpcError, ValueError, errors.PagewireError):
             self._ask(Call(address, CANCEL, asked.cancellation(), CANCEL_TIMEOUT_S), asked.metadata)
 
-    def once(self, asked: AskedOnce) -> bytes:
+    def once(self, asked: AskedOnce[_Told]) -> _Told:
         """The answer to a request that has one message. Raises PagewireErrors."""
-        while True:
-            call = asked.next_call()
-            try:
-                answer = self._ask(call, asked.metadata)
-            except grpc.RpcError as error:
-                self.pause(asked, asked.failed(error.code(), error.details(), _trailers(error)))
-            else:
-                self.first = call.address
-                return answer
+        with asked.span:
+            while True:
+                call = asked.next_call()
+                try:
+                    answer = self._ask(call, asked.metadata)
+                except grpc.RpcError as error:
+                    self.pause(asked, asked.failed(error.code(), error.details(), _trailers(error)))
+                else:
+                    self.first = call.address
+                    return asked.hear(answer)
 
     def unpin(self, pin_id: str | None) -> int:
         """End a pin, or all, on the server that answered last."""
@@ -125,7 +129,7 @@ class _Connections:
         except grpc.RpcError as error:
             raise judge(error.code(), error.details() or "", _trailers(error), call.address).error from error
 
-    def pause(self, asked: Asked | AskedOnce, after_s: float) -> None:
+    def pause(self, asked: Asked | AskedOnce[Any], after_s: float) -> None:
         """Wait before the next call, but no longer than until the client or the stream is closed."""
         waking = self._pauses[asked] = queue.SimpleQueue()  # a signal's handler may put something in
         try:
@@ -264,14 +268,14 @@ class Client:
         **settings: Unpack[EmbedSettings],
     ) -> tuple[Embedding, ...]:
         """The vectors of texts, or of token ids, one for each. Raises PagewireErrors."""
-        request = embed_request(inputs, settings).SerializeToString()
-        return embeddings_of(self._once(EMBED, request, timeout_s))
+        return embeddings_of(self._once(EMBED, embed_request(inputs, settings), timeout_s))
 
     def tokenize(
         self, text: str | None = None, *, timeout_s: float | None = None, **settings: Unpack[TokenizeSettings]
     ) -> tuple[int, ...]:
         """The tokens of a text, or of a chat as the model is given it. Raises PagewireErrors."""
-        return tokens_of(self._once(TOKENIZE, tokenize_request(text, settings), timeout_s))
+        answer = self._once(TOKENIZE, tokenize_request(text, settings), timeout_s)
+        return tuple(answer.token_ids)
 
     def detokenize(
         self,
@@ -283,7 +287,8 @@ class Client:
     ) -> str:
         """The text of tokens, by default without those that are special. Raises PagewireErrors."""
         request = detokenize_request(token_ids, skip_special_tokens=skip_special_tokens, model=model)
-        return text_of(self._once(DETOKENIZE, request, timeout_s))
+        answer = self._once(DETOKENIZE, request, timeout_s)
+        return answer.text
 
     def model(self, name: str = "", *, timeout_s: float | None = None) -> Model:
         """What is served. Raises PagewireErrors; UnknownModel where `name` is another's."""
@@ -296,7 +301,7 @@ class Client:
         """
         return self._connections.unpin(pin_id)
 
-    def _once(self, method: str, request: bytes, timeout_s: float | None) -> bytes:
+    def _once(self, method: Method[_Told], request: Message, timeout_s: float | None) -> _Told:
         first = self._connections.first
         asked = AskedOnce(method, request, self._manner, self._budget, first=first, timeout_s=timeout_s)
         return self._connections.once(asked)
@@ -349,7 +354,8 @@ class Stream:
             while not self._asked.is_closed and not self._asked.is_done:
                 if (new := self._read()) is not None:
                     return new
-        except BaseException:  # also of a signal's handler: gRPC cannot go on with a read that was interrupted
+        except BaseException as error:  # also of a signal's handler: gRPC cannot go on with a read that was interrupted
+            self._asked.stopped(error)
             self._drop()
             raise
         raise StopIteration
@@ -357,7 +363,7 @@ class Stream:
     def close(self) -> None:
         """Read no more, in whatever thread. What still runs on the server is stopped."""
         if not self._asked.is_closed:
-            self._asked.is_closed = True  # first: no reader takes what follows for a lost connection
+            self._asked.leave()  # first: no reader takes what follows for a lost connection
             self._connections.wake(self._asked)
             self._stop()
 

@@ -78,6 +78,11 @@ class Continuation:
         self.num_prompt = 0
 
     @property
+    def request(self) -> pb.GenerateStreamRequest:
+        """As it is sent."""
+        return self._request
+
+    @property
     def request_id(self) -> str:
         """What the server knows it by."""
         return self._request.request_id
@@ -108,6 +113,11 @@ class Continuation:
     def token_ids(self, choice: int) -> Sequence[int]:
         """The tokens of a choice so far."""
         return self._tokens[choice]
+
+    @property
+    def num_heard(self) -> int:
+        """Tokens of all choices so far."""
+        return sum(map(len, self._tokens))
 
     def heard(self, choice: int) -> tuple[str, Scores, Sequence[ToolCall]]:
         """Text, log-probabilities and calls of a choice so far."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from pagewire.asking import check_names, set_field, set_priority, set_tokens
 from pagewire.borrowed import borrow
-from pagewire.failures import parse
 
 if TYPE_CHECKING:
     from protos import inference_pb2 as pb
@@ -60,7 +59,7 @@ def embed_request(inputs: str | Sequence[str | Sequence[int]], settings: EmbedSe
     return request
 
 
-def embeddings_of(answer: bytes) -> tuple[Embedding, ...]:
+def embeddings_of(answer: pb.EmbedResponse) -> tuple[Embedding, ...]:
     """What the answer to it says."""
     return tuple(
         Embedding(
@@ -68,7 +67,7 @@ def embeddings_of(answer: bytes) -> tuple[Embedding, ...]:
             prompt_tokens=told.prompt_tokens,
             cached_prompt_tokens=told.cached_prompt_tokens,
         )
-        for told in parse(pb.EmbedResponse, answer).embeddings
+        for told in answer.embeddings
     )
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from pagewire.asking import OF_CHATS, check_names, extend, set_field, set_messages, set_tools
 from pagewire.borrowed import borrow
-from pagewire.failures import parse
 
 if TYPE_CHECKING:
     from protos import inference_pb2 as pb
@@ -41,7 +40,7 @@ class Model:
     embedding_dimensions: int  # numbers of the vectors that it makes; 0: it makes none
 
 
-def tokenize_request(text: str | None, settings: TokenizeSettings) -> bytes:
+def tokenize_request(text: str | None, settings: TokenizeSettings) -> pb.TokenizeRequest:
     """The request. Raises TypeError for a setting that there is not, InvalidRequest for what cannot be sent."""
     check_names(settings, TokenizeSettings)
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
@@ -59,39 +58,30 @@ def tokenize_request(text: str | None, settings: TokenizeSettings) -> bytes:
             set_tools(request.chat, name, value)
         else:
             set_field(request, name, value)
-    return request.SerializeToString()
+    return request
 
 
-def tokens_of(answer: bytes) -> tuple[int, ...]:
-    """What the answer to it says."""
-    return tuple(parse(pb.TokenizeResponse, answer).token_ids)
-
-
-def detokenize_request(token_ids: Sequence[int], *, skip_special_tokens: bool | None, model: str) -> bytes:
+def detokenize_request(
+    token_ids: Sequence[int], *, skip_special_tokens: bool | None, model: str
+) -> pb.DetokenizeRequest:
     """The request. Raises InvalidRequest for what cannot be sent."""
     request = pb.DetokenizeRequest()
     extend(request.token_ids, "token_ids", token_ids)
     set_field(request, "model", model)
     if skip_special_tokens is not None:
         set_field(request, "skip_special_tokens", skip_special_tokens)
-    return request.SerializeToString()
+    return request
 
 
-def text_of(answer: bytes) -> str:
-    """What the answer to it says."""
-    return parse(pb.DetokenizeResponse, answer).text
-
-
-def model_request(name: str) -> bytes:
+def model_request(name: str) -> pb.GetModelRequest:
     """The request. Raises InvalidRequest for what cannot be sent."""
     request = pb.GetModelRequest()
     set_field(request, "model", name)
-    return request.SerializeToString()
+    return request
 
 
-def model_of(answer: bytes) -> Model:
+def model_of(told: pb.GetModelResponse) -> Model:
     """What the answer to it says."""
-    told = parse(pb.GetModelResponse, answer)
     return Model(
         name=told.model,
         digest=told.digest,

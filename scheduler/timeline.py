@@ -67,8 +67,22 @@ class Event(NamedTuple):
     number: int
 
 
+class Controls(NamedTuple):
+    """How an answer was to be made, with the defaults of what was not asked for."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int  # 0: every token
+    seed: int
+    presence_penalty: float
+    frequency_penalty: float
+
+
 class Timeline:
-    """One request's. `trace` says whose trace it is part of, `operation` what it is there; neither matters here.
+    """One request's. `trace` says whose trace it is part of, `operation` and `controls` what it is there.
+
+    None of them matters here.
 
     Of more than `max_events` the middle is left out: how it began and how it ended is always there.
     """
@@ -77,6 +91,7 @@ class Timeline:
         "_max_events",
         "_waits",
         "admitted_ns",
+        "controls",
         "ended_ns",
         "error",
         "events",
@@ -115,6 +130,7 @@ class Timeline:
         self.trace = trace
         self.is_recorded = False  # by whoever keeps that trace: executors are told of it
         self.operation = operation
+        self.controls: Controls | None = None  # of what makes an answer, once all of it is known
         self.received_ns = received_ns
         # on the caller's clock, 0 until it happened
         self.admitted_ns = 0

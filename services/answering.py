@@ -18,7 +18,7 @@ from common.sampling import StopConditions, check_choosable
 from common.types import FinishReason
 from scheduler.sequence import Begun
 from scheduler.stopping import finish_reason
-from scheduler.timeline import Timeline
+from scheduler.timeline import Controls, Timeline
 from services.admission import Ask
 from services.answer import Answer, Choice, PinnedPrefix
 from services.bad_words import token_sequences
@@ -252,11 +252,21 @@ class Answerer:
         sampling = spec.sampling
         if spec.best_of and sampling.logprobs is None:
             sampling = replace(sampling, logprobs=0)  # of the chosen tokens alone
+        stop = _stop(spec)
+        timeline.controls = Controls(
+            max_tokens=stop.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=sampling.seed,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+        )
         with self.refusals(spec.request_id, caller.tenant):
             return self._engine.submit(
                 prompt,
                 sampling,
-                _stop(spec),
+                stop,
                 choices=spec.num_made,
                 begun=begun,
                 tenant=caller.tenant,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from common.types import FinishReason
-from scheduler.timeline import Kind, Timeline
+from scheduler.timeline import Controls, Kind, Timeline
 from services import trace_context
 from services.lifecycle import StartupError, is_local
 from services.trace_context import TraceContext
@@ -205,6 +205,26 @@ def _attributes_of(t: Timeline, model: str) -> Attributes:
         found["gen_ai.server.time_to_first_token"] = (t.first_token_ns - t.received_ns) / 1e9
     if t.error:
         found["error.type"] = t.error
+    return {**found, **_controls(t.controls)} if t.controls is not None else found
+
+
+_MAX_INT: Final = (1 << 63) - 1
+"""That OTLP can send."""
+
+
+def _controls(c: Controls) -> Attributes:
+    """Those that the conventions have a name for, without what is off or cannot be sent."""
+    found: dict[str, int | float] = {
+        "gen_ai.request.max_tokens": c.max_tokens,
+        "gen_ai.request.temperature": c.temperature,
+        "gen_ai.request.top_p": c.top_p,
+        "gen_ai.request.presence_penalty": c.presence_penalty,
+        "gen_ai.request.frequency_penalty": c.frequency_penalty,
+    }
+    if c.top_k:
+        found["gen_ai.request.top_k"] = c.top_k
+    if c.seed <= _MAX_INT:
+        found["gen_ai.request.seed"] = c.seed
     return found
 
 

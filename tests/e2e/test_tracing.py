@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from grpc import aio
 from opentelemetry.sdk.trace import TracerProvider
 
+from common.errors import Unavailable
 from pagewire import Client
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc
+from services.handlers import Context
 from tests.e2e.cluster import Cluster
 from tests.e2e.collector import Collector, Seen
 from tests.e2e.gateways import Gateway
+from tests.services.scripted import played
+from tests.services.spans import Spans
 
 SECRET = "the caller's own words"
 CALL = "pagewire.v1.InferenceService/GenerateStream"
+RESUME = "pagewire.v1.InferenceService/Resume"
 
 
 class Traced(NamedTuple):
@@ -95,10 +104,13 @@ def test_a_request_has_the_attributes_of_generative_ai_and_no_word_of_its_caller
         "gen_ai.response.id": told["gen_ai.response.id"],
         "gen_ai.response.finish_reasons": ["length"],
         "gen_ai.request.choice.count": 1,
+        "gen_ai.request.max_tokens": 5,
+        "gen_ai.request.seed": told["gen_ai.request.seed"],
         "gen_ai.usage.input_tokens": told["gen_ai.usage.input_tokens"],
         "gen_ai.usage.output_tokens": 5,
         "gen_ai.usage.cache_read.input_tokens": told["gen_ai.usage.cache_read.input_tokens"],
     }
+    assert (told["gen_ai.request.temperature"], told["gen_ai.request.top_p"]) == (1.0, 1.0)
     assert 0 < told["gen_ai.server.time_to_first_token"] <= told["gen_ai.server.request.duration"]
     assert found["chat fake"].events[0] == "admitted" and found["chat fake"].events[-1] == "finished"
     assert found["POST /v1/chat/completions"].attributes["http.response.status_code"] == 200
@@ -113,6 +125,7 @@ def test_vectors_are_traced_as_what_they_are(traced: Traced) -> None:
 
     told = of(spans, trace_id)["embeddings fake"].attributes
     assert (told["gen_ai.operation.name"], told["gen_ai.usage.output_tokens"]) == ("embeddings", 0)
+    assert "gen_ai.request.temperature" not in told
     assert told["gen_ai.response.finish_reasons"] == ["stop"] and told["gen_ai.usage.input_tokens"] > 0
 
 
@@ -125,7 +138,9 @@ def test_a_trace_that_its_caller_does_not_record_is_not_recorded_here(traced: Tr
     assert all("c" * 32 not in span.links for span in spans)
 
 
-def test_the_python_client_passes_on_the_span_that_its_program_is_in(traced: Traced) -> None:
+def test_the_python_client_passes_on_the_span_that_its_program_is_in_where_it_has_none_of_its_own(
+    traced: Traced,
+) -> None:
     with (
         TracerProvider().get_tracer("program").start_as_current_span("mine") as span,
         Client(traced.cluster.address) as client,
@@ -137,3 +152,42 @@ def test_the_python_client_passes_on_the_span_that_its_program_is_in(traced: Tra
 
     assert of(spans, trace_id)[CALL].parent_id == f"{mine.span_id:016x}"
     assert "text_completion fake" in of(spans, trace_id)
+
+
+def test_one_trace_leads_from_the_python_client_s_own_span_over_a_call_that_breaks_to_an_executor_s_step(
+    traced: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = Spans()
+    monkeypatch.setattr("opentelemetry.trace.get_tracer_provider", lambda: programs.provider)
+
+    async def relayed(request: Any, context: Context) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        """The first tokens are another's, which then breaks: a relay that is cut."""
+        trace = [(name, value) for name, value in context.invocation_metadata() or () if name == "traceparent"]
+        async with aio.insecure_channel(traced.cluster.address) as channel:
+            stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
+            async for message in stub.GenerateStream(request, metadata=tuple(trace)):
+                yield message
+                if message.HasField("delta"):
+                    raise Unavailable("it dies", 0.0)
+
+    def generate(address: str) -> Any:
+        with Client([address, traced.cluster.address]) as client:
+            return client.generate(SECRET, max_tokens=5)
+
+    with played(relayed) as (_, run):
+        answer = run(lambda address: asyncio.to_thread(generate, address))
+    (mine,) = programs.ended
+    assert mine.context is not None and [event.name for event in mine.events] == ["call_broke"]
+    trace_id = f"{mine.context.trace_id:032x}"
+    spans = traced.collector.until(
+        lambda spans: (
+            {CALL, RESUME, mine.name} <= of(spans, trace_id).keys()
+            and {"step", "link"} <= {span.name for span in spans if trace_id in span.links}
+        )
+    )
+
+    assert len(answer.token_ids) == 5 and mine.name == "text_completion fake"
+    calls = [of(spans, trace_id)[name] for name in (CALL, RESUME)]
+    assert [call.parent_id for call in calls] == [f"{mine.context.span_id:016x}"] * 2
+    assert of(spans, trace_id)[mine.name].parent_id in [call.span_id for call in calls]
+    assert SECRET.encode() not in traced.collector.said and SECRET not in mine.to_json()

@@ -127,9 +127,10 @@ def test_vectors_that_do_not_come_are_waited_for_until_the_deadline(kind: type[C
         run(lambda address: embed(kind, address, "a", timeout_s=0.3))
 
 
-def asked_once(now_s: list[float]) -> AskedOnce:
+def asked_once(now_s: list[float]) -> AskedOnce[pb.EmbedResponse]:
     manner = Manner(addresses=("a:1",), timeout_s=600.0, patience_s=5.0, access=access(["a:1"], api_key=""))
-    return AskedOnce(EMBED, b"", manner, RetryBudget(), first="a:1", timeout_s=None, clock_s=lambda: now_s[0])
+    request = embed_request("a", {})
+    return AskedOnce(EMBED, request, manner, RetryBudget(), first="a:1", timeout_s=None, clock_s=lambda: now_s[0])
 
 
 def test_while_vectors_are_computed_no_patience_is_used_up() -> None:

@@ -69,7 +69,7 @@ def test_a_chat_is_tokenized_with_its_tools() -> None:
         "tool_choice": "required",
         "model": "m",
     }
-    assert pb.TokenizeRequest.FromString(tokenize_request(None, chat)) == pb.TokenizeRequest(
+    assert tokenize_request(None, chat) == pb.TokenizeRequest(
         model="m",
         chat=pb.ChatMessages(
             messages=[pb.ChatMessage(role="user", content="hi")],
@@ -77,7 +77,7 @@ def test_a_chat_is_tokenized_with_its_tools() -> None:
             tool_choice=pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED),
         ),
     )
-    assert pb.TokenizeRequest.FromString(tokenize_request(None, {"messages": []})).HasField("chat")
+    assert tokenize_request(None, {"messages": []}).HasField("chat")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from common.model_folder import read_model_folder
 from common.sampling import RequestLimits
 from protos import inference_pb2 as pb
 from scheduler.scheduler import Scheduler, SchedulerLimits
-from scheduler.timeline import Kind
+from scheduler.timeline import Controls, Kind
 from services import codec_public
 from services.admission import Admission, AdmissionLimits
 from services.answering import Answerer
@@ -188,5 +188,25 @@ def test_one_that_is_refused_is_remembered_with_the_limit_that_it_met(
                 await ask(service, pb.GenerateRequest(text="x", request_id="refused"))
         (event,) = engine.timelines.find("refused").events
         assert (event.kind, event.why) == (Kind.REFUSED, "waiting_sequences")
+
+    run(test())
+
+
+def test_how_an_answer_is_to_be_made_is_remembered_with_the_defaults_of_what_was_not_said(
+    engine: Engine, service: SchedulerService
+) -> None:
+    async def test() -> None:
+        request = pb.GenerateStreamRequest(request_id="r", text="x", sampling=pb.SamplingParams(top_p=0.9, seed=5))
+        async with aclosing(service.GenerateStream(request, CONTEXT)) as messages:
+            prompt = (await anext(messages)).prompt
+        assert engine.timelines.find("r").controls == Controls(
+            max_tokens=prompt.max_tokens,
+            temperature=1.0,
+            top_p=0.9,
+            top_k=0,
+            seed=5,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+        )
 
     run(test())

@@ -12,7 +12,6 @@ import pytest
 from common.sampling import SamplingParams
 from common.step import NewSequence, StepPlan, StepResult
 from common.types import SlotRef
-from pagewire.traces import traceparent
 from services import step_spans, trace_context
 from services.lifecycle import StartupError
 from services.step_spans import StepSpans
@@ -92,21 +91,6 @@ def test_a_variable_that_is_there_for_other_programs_stops_no_process(
     assert open_tracer("test", "") is None
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "pip install opentelemetry-sdk" in record.getMessage()
-
-
-def test_a_program_without_opentelemetry_passes_on_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "opentelemetry.trace", raising=False)
-    assert traceparent() == ()
-
-
-def test_a_trace_that_the_caller_names_himself_is_not_named_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    span = SimpleNamespace(
-        get_span_context=lambda: SimpleNamespace(is_valid=True, trace_id=1, span_id=2, trace_flags=1)
-    )
-    monkeypatch.setitem(sys.modules, "opentelemetry.trace", SimpleNamespace(get_current_span=lambda: span))
-
-    assert traceparent() == (("traceparent", f"00-{1:032x}-{2:016x}-01"),)
-    assert traceparent((("Traceparent", HEADER),)) == ()
 
 
 class Spans:
