@@ -65,7 +65,8 @@ class EventStream:
         self._events = events
         self._patience = patience
         self._close = close
-        self._writing = asyncio.Lock()  # of events and comments, one at a time
+        self._uncommented = asyncio.Event()  # no comment is being written; events wait for that
+        self._uncommented.set()
         self._tell = tell
         self._on_cut = on_cut
         self._head = _HEAD if comes_back else b""
@@ -111,6 +112,14 @@ class EventStream:
                 await self._write(send, self._tell(error))
         await self._write(send, b"", last=True)
 
+    async def _comment(self, send: Send) -> None:
+        """Tell that the stream is alive, while no event is being written."""
+        self._uncommented.clear()
+        try:
+            await self._write(send, _COMMENT, is_comment=True)
+        finally:
+            self._uncommented.set()
+
     async def _tell_cut(self, send: Send, last: bytes) -> None:
         """Write the last event if it is taken at once: who is slow to read keeps no process from its end."""
         with contextlib.suppress(TimeoutError):
@@ -129,20 +138,21 @@ class EventStream:
             elif loop.time() - self._told_s >= comment_s:
                 try:
                     async with asyncio.timeout(reader_s):  # nobody else watches meanwhile
-                        await self._write(send, _COMMENT)
+                        await self._comment(send)
                 except TimeoutError:
                     return
 
-    async def _write(self, send: Send, data: bytes, *, last: bool = False) -> None:
+    async def _write(self, send: Send, data: bytes, *, last: bool = False, is_comment: bool = False) -> None:
+        if not (is_comment or self._uncommented.is_set()):
+            await self._uncommented.wait()
         loop = asyncio.get_running_loop()
         self._writing_since_s = loop.time()
-        async with self._writing:
-            if not self._has_begun:
-                await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-                self._has_begun = True
-                data = self._head + data
-            await send({"type": "http.response.body", "body": data, "more_body": not last})
-            self._has_ended = last
+        if not self._has_begun:
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            self._has_begun = True
+            data = self._head + data
+        await send({"type": "http.response.body", "body": data, "more_body": not last})
+        self._has_ended = last
         self._writing_since_s = None
         self._told_s = loop.time()
 
