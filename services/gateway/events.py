@@ -71,13 +71,13 @@ class EventStream:
         self._on_cut = on_cut
         self._head = _HEAD if comes_back else b""
         self._has_begun = self._has_ended = False
+        self._clock_s = asyncio.get_running_loop().time  # to ask which loop runs is a system call, so once
         self._told_s = 0.0
         self._writing_since_s: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the events. Raises what the first one raises."""
-        loop = asyncio.get_running_loop()
-        self._told_s = loop.time()
+        self._told_s = self._clock_s()
         work = asyncio.create_task(self._work(send))
         gone = asyncio.create_task(_until_gone(receive))
         clock = asyncio.create_task(self._watch(send))
@@ -128,14 +128,13 @@ class EventStream:
 
     async def _watch(self, send: Send) -> None:
         """Comment on silence; return when the reader has been slow for too long."""
-        loop = asyncio.get_running_loop()
         comment_s, reader_s = self._patience.comment_s, self._patience.reader_s
         while True:
             await asyncio.sleep(min(comment_s, reader_s / 4))
             if self._writing_since_s is not None:
-                if loop.time() - self._writing_since_s >= reader_s:
+                if self._clock_s() - self._writing_since_s >= reader_s:
                     return
-            elif loop.time() - self._told_s >= comment_s:
+            elif self._clock_s() - self._told_s >= comment_s:
                 try:
                     async with asyncio.timeout(reader_s):  # nobody else watches meanwhile
                         await self._comment(send)
@@ -145,8 +144,7 @@ class EventStream:
     async def _write(self, send: Send, data: bytes, *, last: bool = False, is_comment: bool = False) -> None:
         if not (is_comment or self._uncommented.is_set()):
             await self._uncommented.wait()
-        loop = asyncio.get_running_loop()
-        self._writing_since_s = loop.time()
+        self._writing_since_s = self._clock_s()
         if not self._has_begun:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             self._has_begun = True
@@ -154,7 +152,7 @@ class EventStream:
         await send({"type": "http.response.body", "body": data, "more_body": not last})
         self._has_ended = last
         self._writing_since_s = None
-        self._told_s = loop.time()
+        self._told_s = self._clock_s()
 
 
 async def while_connected(receive: Receive, work: Awaitable[_T]) -> _T:
