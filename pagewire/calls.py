@@ -272,8 +272,9 @@ class Asked(_Asking):
 
     def hear(self, data: bytes) -> Delta | Finish | None:
         """What is new in a message. Raises OutOfStep."""
-        self._attempts.taken(self._clock_s())
-        self._begun_at, self._sent_to = self.address, None
+        if self._sent_to is not None:  # the first of this call
+            self._attempts.taken(self._clock_s())
+            self._begun_at, self._sent_to = self._sent_to, None
         try:
             message = pb.GenerateStreamResponse.FromString(data)
         except DecodeError:

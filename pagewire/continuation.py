@@ -13,6 +13,7 @@ from pagewire.answers import (
     Finish,
     FinishReason,
     PinnedPrefix,
+    TokenLogprobs,
     Usage,
 )
 from pagewire.borrowed import borrow
@@ -72,6 +73,7 @@ class Continuation:
         self._tool_calls: list[list[ToolCall]] = [[] for _ in range(n)]
         self.finishes: dict[int, Finish] = {}
         self.model = ""
+        self.max_tokens = request.stopping.max_tokens  # 0 where the server chooses it and has said nothing yet
         self.prompt_ticket = b""  # of a choice that has no token yet; empty before it has come
         self.pinned: PinnedPrefix | None = None
         self.determinism = ""  # the class of the executors that were there when a call last began
@@ -91,11 +93,6 @@ class Continuation:
     def seed(self) -> int:
         """The one that is used."""
         return self._request.sampling.seed
-
-    @property
-    def max_tokens(self) -> int:
-        """The one that is used; 0 where the server chooses it and has said nothing yet."""
-        return self._request.stopping.max_tokens
 
     @property
     def prompt_logprobs(self) -> Scores:
@@ -206,7 +203,7 @@ class Continuation:
         self.determinism = prompt.determinism
         self.num_prompt = prompt.prompt_tokens
         if not self._request.stopping.HasField("max_tokens") and prompt.max_tokens:
-            self._request.stopping.max_tokens = prompt.max_tokens
+            self.max_tokens = self._request.stopping.max_tokens = prompt.max_tokens
         if prompt.ticket:
             self.prompt_ticket = prompt.ticket
             for n, tokens in enumerate(self._tokens):
@@ -216,32 +213,32 @@ class Continuation:
             failpoints.hit("mid_resume")
 
     def _add(self, delta: pb.Delta) -> Delta | None:
-        tokens = self._choice(delta.choice)
-        if delta.index + len(delta.token_ids) <= len(tokens) and delta.token_ids:
+        # each look into a message makes an object anew, and this is done for every token: look once
+        choice, index, text, logprobs = delta.choice, delta.index, delta.text, delta.logprobs
+        token_ids = tuple(delta.token_ids)
+        tokens = self._choice(choice)
+        if token_ids and index + len(token_ids) <= len(tokens):
             return None  # told already
-        if delta.index != len(tokens) or delta.choice in self.finishes:
-            raise OutOfStep(f"choice {delta.choice} has {len(tokens)} tokens, and more came from {delta.index} on")
-        calls = tuple(
-            ToolCallDelta(index=each.index, id=each.id, name=each.name, arguments=each.arguments)
-            for each in delta.tool_calls
-        )
-        if not fits(self._tool_calls[delta.choice], calls):
-            raise OutOfStep(f"choice {delta.choice} has a part of a call that never began")
-        tokens += delta.token_ids
-        self._texts[delta.choice].append(delta.text)
-        self._tickets[delta.choice] = delta.ticket
-        if self.keeps_logprobs and delta.logprobs:
-            kept = self._logprobs[delta.choice]
-            self.on_kept(kept.put(len(kept), delta.logprobs))
-        add_to(self._tool_calls[delta.choice], calls)
-        return Delta(
-            choice=delta.choice,
-            index=delta.index,
-            token_ids=tuple(delta.token_ids),
-            text=delta.text,
-            logprobs=tuple(map(of_message, delta.logprobs)),
-            tool_calls=calls,
-        )
+        if index != len(tokens) or choice in self.finishes:
+            raise OutOfStep(f"choice {choice} has {len(tokens)} tokens, and more came from {index} on")
+        calls: tuple[ToolCallDelta, ...] = ()
+        if parts := delta.tool_calls:
+            calls = tuple(
+                ToolCallDelta(index=each.index, id=each.id, name=each.name, arguments=each.arguments) for each in parts
+            )
+            if not fits(self._tool_calls[choice], calls):
+                raise OutOfStep(f"choice {choice} has a part of a call that never began")
+            add_to(self._tool_calls[choice], calls)
+        tokens += token_ids
+        self._texts[choice].append(text)
+        self._tickets[choice] = delta.ticket
+        told: tuple[TokenLogprobs, ...] = ()
+        if logprobs:
+            if self.keeps_logprobs:
+                kept = self._logprobs[choice]
+                self.on_kept(kept.put(len(kept), logprobs))
+            told = tuple(map(of_message, logprobs))
+        return Delta(choice=choice, index=index, token_ids=token_ids, text=text, logprobs=told, tool_calls=calls)
 
     def _end(self, finish: pb.Finish) -> Finish | None:
         self._choice(finish.choice)

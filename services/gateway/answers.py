@@ -106,7 +106,7 @@ class Answers:
 
     async def next(self) -> Piece | None:
         """What comes next; None when all choices have ended. Raises PagewireErrors."""
-        while (read := await self._read_on()) is not None:
+        while (read := await self._read()) is not None:
             prompt, new, ticket = read
             if self._on_first is not None:
                 self._on_first()
@@ -134,7 +134,7 @@ class Answers:
         for stream, of_prompt in zip(self.streams, self._told, strict=True):
             heard = stream.continuation
             parts.append(pack_prompt(heard.max_tokens))
-            parts.extend(told.packed(heard.prompt_ticket) for told in of_prompt)
+            parts += [told.packed(heard.prompt_ticket) for told in of_prompt]
         return self._writer.id(number, b"".join(parts), done=done)
 
     def characters(self, choice: int) -> int:
@@ -219,20 +219,20 @@ class Answers:
             self._read_ahead(prompt)
         await ended.close(linger=True)
 
-    async def _read_on(self) -> tuple[int, Delta | Finish, bytes] | None:
-        """As `_read`; the tickets of a caller who has sent none are the schedulers' business, and not his mistake."""
-        try:
-            return await self._read()
-        except (TicketRefused, TicketStale) as error:
-            if self._goes_on:
-                raise
-            raise Unavailable(f"no scheduler goes on with the answer that another one began: {error}") from error
-
     async def _read(self) -> tuple[int, Delta | Finish, bytes] | None:
-        if len(self.streams) == 1:
+        try:
+            if len(self.streams) > 1:
+                return await self._read_any()
             stream = self.streams[0]
             new = await stream.next()
             return None if new is None else (0, new, stream.continuation.ticket(new.choice))
+        except (TicketRefused, TicketStale) as error:
+            if self._goes_on:
+                raise  # of a caller who has sent none they are the schedulers' business, and not his mistake
+            raise Unavailable(f"no scheduler goes on with the answer that another one began: {error}") from error
+
+    async def _read_any(self) -> tuple[int, Delta | Finish, bytes] | None:
+        """What comes first of several streams."""
         if not self._readers:
             for prompt in range(len(self.streams)):
                 self._read_ahead(prompt)

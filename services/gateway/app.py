@@ -70,6 +70,18 @@ class Telling:
     repeats: bool = False  # the last events of a stream have all of it once more
 
 
+class _Path:
+    """What a path answers, as an application: Starlette's own would stand between each event and its connection."""
+
+    def __init__(self, answer: Callable[[Request], Awaitable[ASGIApp]]) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        response = await self._answer(Request(scope, receive))
+        await response(scope, receive, send)
+
+
 class Gateway:
     """An ASGI application; it holds nothing of a request when that has ended."""
 
@@ -113,19 +125,19 @@ class Gateway:
         self._description: Mapping[str, Any] = {}  # made when it is first asked for
         self._router = Router(
             [
-                Route("/live", self._live, methods=["GET"]),
-                Route("/ready", self._ready, methods=["GET"]),
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
-                Route("/v1/completions", self._completions, methods=["POST"]),
-                Route("/v1/responses", self._responses, methods=["POST"]),
-                Route("/v1/embeddings", self._embeddings, methods=["POST"]),
-                Route("/v1/models", self._models, methods=["GET"]),
-                Route("/v1/models/{model:path}", self._model, methods=["GET"]),
-                Route("/health", self._health, methods=["GET"]),
-                Route("/metrics", self._tell_metrics, methods=["GET"]),
-                Route("/openapi.json", self._describe, methods=["GET"]),
-                Route("/", self._live_page, methods=["GET"]),
-                Route("/live/state", self._live_state, methods=["GET"]),
+                Route("/live", _Path(self._live), methods=["GET"]),
+                Route("/ready", _Path(self._ready), methods=["GET"]),
+                Route("/v1/chat/completions", _Path(self._chat), methods=["POST"]),
+                Route("/v1/completions", _Path(self._completions), methods=["POST"]),
+                Route("/v1/responses", _Path(self._responses), methods=["POST"]),
+                Route("/v1/embeddings", _Path(self._embeddings), methods=["POST"]),
+                Route("/v1/models", _Path(self._models), methods=["GET"]),
+                Route("/v1/models/{model:path}", _Path(self._model), methods=["GET"]),
+                Route("/health", _Path(self._health), methods=["GET"]),
+                Route("/metrics", _Path(self._tell_metrics), methods=["GET"]),
+                Route("/openapi.json", _Path(self._describe), methods=["GET"]),
+                Route("/", _Path(self._live_page), methods=["GET"]),
+                Route("/live/state", _Path(self._live_state), methods=["GET"]),
             ],
             redirect_slashes=False,
         )
@@ -138,12 +150,12 @@ class Gateway:
         scope[_CALLED] = _id_of(scope)
         status = 0
 
-        async def sending(message: Message) -> None:
+        def sending(message: Message) -> Awaitable[None]:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", scope[_CALLED].encode())]
-            await send(message)
+            return send(message)
 
         counts = scope["method"] == "POST"
         self._num_looking += not counts

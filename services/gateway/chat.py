@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from json.encoder import encode_basestring_ascii
 from typing import Any, Final
 
 from common.errors import InvalidRequest
@@ -224,7 +225,8 @@ class Chunks:
             self._head = f'{head}"choices": [{{"index": '
             usage = ', "usage": null' if self._asked.manner.include_usage else ""
             self._tail = f'{self._ends}, "logprobs": null, "finish_reason": null}}]{usage}{tail}'
-        return event(f"{self._head}{piece.choice}, {self._new}{json.dumps(piece.text)}{self._tail}", self._id())
+        words = encode_basestring_ascii(piece.text)  # as json.dumps, which asks first what it was given
+        return event(f"{self._head}{piece.choice}, {self._new}{words}{self._tail}", self._id())
 
     def chunk(self, choices: Sequence[dict[str, Any]]) -> bytes:
         """An event of any kind."""

@@ -65,18 +65,19 @@ class EventStream:
         self._events = events
         self._patience = patience
         self._close = close
-        self._writing = asyncio.Lock()  # of events and comments, one at a time
+        self._uncommented = asyncio.Event()  # no comment is being written; events wait for that
+        self._uncommented.set()
         self._tell = tell
         self._on_cut = on_cut
         self._head = _HEAD if comes_back else b""
         self._has_begun = self._has_ended = False
+        self._clock_s = asyncio.get_running_loop().time  # to ask which loop runs is a system call, so once
         self._told_s = 0.0
         self._writing_since_s: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the events. Raises what the first one raises."""
-        loop = asyncio.get_running_loop()
-        self._told_s = loop.time()
+        self._told_s = self._clock_s()
         work = asyncio.create_task(self._work(send))
         gone = asyncio.create_task(_until_gone(receive))
         clock = asyncio.create_task(self._watch(send))
@@ -111,6 +112,14 @@ class EventStream:
                 await self._write(send, self._tell(error))
         await self._write(send, b"", last=True)
 
+    async def _comment(self, send: Send) -> None:
+        """Tell that the stream is alive, while no event is being written."""
+        self._uncommented.clear()
+        try:
+            await self._write(send, _COMMENT, is_comment=True)
+        finally:
+            self._uncommented.set()
+
     async def _tell_cut(self, send: Send, last: bytes) -> None:
         """Write the last event if it is taken at once: who is slow to read keeps no process from its end."""
         with contextlib.suppress(TimeoutError):
@@ -119,32 +128,31 @@ class EventStream:
 
     async def _watch(self, send: Send) -> None:
         """Comment on silence; return when the reader has been slow for too long."""
-        loop = asyncio.get_running_loop()
         comment_s, reader_s = self._patience.comment_s, self._patience.reader_s
         while True:
             await asyncio.sleep(min(comment_s, reader_s / 4))
             if self._writing_since_s is not None:
-                if loop.time() - self._writing_since_s >= reader_s:
+                if self._clock_s() - self._writing_since_s >= reader_s:
                     return
-            elif loop.time() - self._told_s >= comment_s:
+            elif self._clock_s() - self._told_s >= comment_s:
                 try:
                     async with asyncio.timeout(reader_s):  # nobody else watches meanwhile
-                        await self._write(send, _COMMENT)
+                        await self._comment(send)
                 except TimeoutError:
                     return
 
-    async def _write(self, send: Send, data: bytes, *, last: bool = False) -> None:
-        loop = asyncio.get_running_loop()
-        self._writing_since_s = loop.time()
-        async with self._writing:
-            if not self._has_begun:
-                await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-                self._has_begun = True
-                data = self._head + data
-            await send({"type": "http.response.body", "body": data, "more_body": not last})
-            self._has_ended = last
+    async def _write(self, send: Send, data: bytes, *, last: bool = False, is_comment: bool = False) -> None:
+        if not (is_comment or self._uncommented.is_set()):
+            await self._uncommented.wait()
+        self._writing_since_s = self._clock_s()
+        if not self._has_begun:
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            self._has_begun = True
+            data = self._head + data
+        await send({"type": "http.response.body", "body": data, "more_body": not last})
+        self._has_ended = last
         self._writing_since_s = None
-        self._told_s = loop.time()
+        self._told_s = self._clock_s()
 
 
 async def while_connected(receive: Receive, work: Awaitable[_T]) -> _T:

@@ -33,6 +33,7 @@ _PROMPT: Final = struct.Struct("<I")  # max_tokens
 _CHOICE: Final = struct.Struct("<IIBB8s")  # tokens, characters, flags, length of the ticket, digest
 _ENDED: Final = 1
 _CALLED: Final = 2  # _CALLS comes behind the ticket
+_TOKEN: Final = struct.Struct("<I")
 _CALLS: Final = struct.Struct("<II")  # calls of tools that have begun, characters of the arguments of all
 
 _MOST: Final = 2**32 - 2**24
@@ -80,19 +81,25 @@ class Position:
 
 
 class Digest:
-    """Tells whether two runs of tokens are the same. No proof of anything to anybody: the ticket is that."""
+    """Tells whether two runs of tokens are the same. No proof of anything to anybody: the ticket is that.
 
-    __slots__ = ("_hash",)
+    Tokens are hashed when somebody asks; of a stream without ids nobody does.
+    """
+
+    __slots__ = ("_hash", "_new")
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        self._new: list[int] = []
 
     def add(self, tokens: Sequence[int]) -> None:
         """These come next."""
-        self._hash.update(struct.pack(f"<{len(tokens)}I", *tokens))
+        self._new += tokens
 
     def value(self) -> bytes:
         """Of all so far."""
+        self._hash.update(b"".join(map(_TOKEN.pack, self._new)))
+        self._new.clear()
         return self._hash.digest()
 
 

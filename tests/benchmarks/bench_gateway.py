@@ -1,6 +1,7 @@
 """What the gateway costs: the same streams over gRPC and over HTTP, by turns, on the same servers.
 
-Run it with `python -m tests.benchmarks.bench_gateway [--streams 32] [--step-ms 20] [--rounds 5] [--seconds 6]`.
+Run it with `python -m tests.benchmarks.bench_gateway [--streams 32] [--step-ms 20] [--rounds 5] [--seconds 6]`, and
+`--beside FOLDER` for turns of another checkout's gateway, before the same scheduler.
 
 A scheduler, an executor and a gateway run as processes of their own; the executor's model is the fake one, which takes
 `--step-ms` for a step, so tokens come at the pace of a real model and what is measured is what lies before it. This
@@ -14,11 +15,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -42,6 +45,8 @@ from tests.e2e.gateways import Gateway
 PROMPT: Final = 32
 TOKENS: Final = (32, 96)  # of an answer, as chance has it: so that streams do not all begin anew at once
 WARM_UP_S: Final = 1.5
+
+BESIDE: Final = "HTTP beside"  # another checkout's
 
 Ask = Callable[[list[int], Callable[[], None]], Awaitable[None]]
 """One answer to a prompt; calls what it is given when the first token is there."""
@@ -151,8 +156,8 @@ async def take_turn(way: str, ask: Ask, *, streams: int, seconds: float, admin: 
     return Turn(
         way=way,
         tokens_per_s=tokens / wall_s,
-        ttft_p50_ms=1e3 * statistics.median(ordered),
-        ttft_p99_ms=1e3 * ordered[round(0.99 * (len(ordered) - 1))],
+        ttft_p50_ms=1e3 * statistics.median(ordered) if ordered else math.nan,  # too little time for so many streams
+        ttft_p99_ms=1e3 * ordered[round(0.99 * (len(ordered) - 1))] if ordered else math.nan,
         gateway_us=1e6 * cpu[0] / tokens,
         scheduler_us=1e6 * cpu[1] / tokens,
         client_us=1e6 * cpu[2] / tokens,
@@ -198,21 +203,35 @@ def serialising_us(count: int = 20_000) -> dict[str, float]:
 
 
 async def compare(
-    model: Path, folder: Path, *, streams: int, step_ms: float, rounds: int, seconds: float
+    model: Path,
+    folder: Path,
+    *,
+    streams: int,
+    step_ms: float,
+    rounds: int,
+    seconds: float,
+    beside: Path | None = None,
 ) -> list[Turn]:
-    """Turns of both ways, one after the other."""
+    """Turns of each way, one after the other; of the two gateways either is first in every second round."""
     turns: list[Turn] = []
-    with cluster(model, folder, executors=0) as running:
-        running.start_executor(f"--fake-step-s={step_ms / 1000}", "--num-blocks=16384")
-        with Gateway(running.address, folder / "gateway.log") as gateway:
-            pids = gateway.process.popen.pid, running.scheduler.popen.pid
-            async with aio.insecure_channel(running.address) as channel:
-                for _ in range(rounds):
-                    for way, ask in (("gRPC", over_grpc(channel)), ("HTTP", over_http(gateway.http))):
-                        turns.append(
-                            await take_turn(way, ask, streams=streams, seconds=seconds, admin=running.admin, pids=pids)
+    with ExitStack() as stack:
+        running = stack.enter_context(cluster(model, folder, executors=0))
+        running.start_executor(f"--fake-step-s={step_ms / 1000}", "--num-blocks=32768")
+        gateways = {"HTTP": stack.enter_context(Gateway(running.address, folder / "gateway.log"))}
+        if beside is not None:
+            gateways[BESIDE] = stack.enter_context(Gateway(running.address, folder / "beside.log", root=beside))
+        async with aio.insecure_channel(running.address) as channel:
+            ways = {"gRPC": over_grpc(channel)} | {way: over_http(gateway.http) for way, gateway in gateways.items()}
+            for number in range(rounds):
+                for way in ("gRPC", *(reversed(gateways) if number % 2 else gateways)):
+                    gateway = gateways.get(way, gateways["HTTP"])
+                    pids = gateway.process.popen.pid, running.scheduler.popen.pid
+                    turns.append(
+                        await take_turn(
+                            way, ways[way], streams=streams, seconds=seconds, admin=running.admin, pids=pids
                         )
-                        print(_line(turns[-1]), flush=True)
+                    )
+                    print(_line(turns[-1]), flush=True)
     return turns
 
 
@@ -230,7 +249,11 @@ def _summary(turns: list[Turn]) -> str:
 
     share = median("HTTP", "tokens_per_s") / median("gRPC", "tokens_per_s")
     later = median("HTTP", "ttft_p50_ms") - median("gRPC", "ttft_p50_ms")
-    return f"HTTP has {share:.1%} of the tokens a second, and its first token comes {later:+.2f} ms later (medians)"
+    told = f"HTTP has {share:.1%} of the tokens a second, and its first token comes {later:+.2f} ms later (medians)"
+    if any(turn.way == BESIDE for turn in turns):
+        here, there = median("HTTP", "gateway_us"), median(BESIDE, "gateway_us")
+        told += f"\nthe gateway takes {here:.1f} µs of CPU a token, the other checkout's {there:.1f} (medians)"
+    return told
 
 
 def main() -> None:
@@ -240,6 +263,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=20.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--beside", type=Path, default=None, metavar="FOLDER")
     parser.add_argument("--json", type=Path, default=None)
     asked = parser.parse_args()
     for name, us in serialising_us().items():
@@ -254,6 +278,7 @@ def main() -> None:
                 step_ms=asked.step_ms,
                 rounds=asked.rounds,
                 seconds=asked.seconds,
+                beside=asked.beside,
             ),
             loop_factory=EventLoop,
         )

@@ -33,8 +33,9 @@ class Process:
         *,
         module: str = "services",
         prefix: Sequence[str] = (),
+        root: Path = ROOT,
     ) -> None:
-        """`prefix` is a command that runs the one behind it: `ip netns exec NAME`."""
+        """`prefix` is a command that runs the one behind it: `ip netns exec NAME`. `root` is a checkout."""
         read_fd, write_fd = os.pipe()
         self.log = log
         with log.open("ab") as stderr:
@@ -48,7 +49,7 @@ class Process:
                     f"--ready-fd={write_fd}",
                     f"--die-with-parent={os.getpid()}",
                 ],
-                cwd=ROOT,
+                cwd=root,
                 pass_fds=(write_fd,),
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,

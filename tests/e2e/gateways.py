@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 
 from openai import OpenAI
 
-from tests.e2e.cluster import Process
+from tests.e2e.cluster import ROOT, Process
 
 EVENTS = {"content-type": "application/json", "accept": "text/event-stream"}
 
@@ -22,8 +22,8 @@ ASK = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: a
 class Gateway:
     """`pagewire gateway`, ready."""
 
-    def __init__(self, scheduler: str, log: Path, *flags: str) -> None:
-        self.process = Process(["gateway", "--address", scheduler, "--http=127.0.0.1:0", *flags], log)
+    def __init__(self, scheduler: str, log: Path, *flags: str, root: Path = ROOT) -> None:
+        self.process = Process(["gateway", "--address", scheduler, "--http=127.0.0.1:0", *flags], log, root=root)
         self.http: str = json.loads(self.process.wait_ready())["http"]
         self._replies: list[Reply] = []  # a socket that nobody closes is a warning
 

@@ -666,6 +666,42 @@ def test_a_stream_that_waits_says_that_it_is_alive() -> None:
     assert all(line.startswith((b":", b"retry:")) for line in b"".join(call.parts).splitlines())
 
 
+def test_an_event_waits_for_the_comment_that_is_being_written() -> None:
+    commented = asyncio.Event()
+    at_once: list[int] = []  # writes that were under way, at each one's begin
+
+    class Later(Stream):
+        async def next(self) -> Delta | Finish | None:
+            await commented.wait()
+            return await super().next()
+
+    class Slow(Scheduler):
+        def ask(self, request: pb.GenerateStreamRequest, key: str) -> Stream:
+            return Later(request, [delta(0, 5, "a"), finish()], None)
+
+    async def run() -> Call:
+        call = Call({**HI, "stream": True})
+        writing = 0
+
+        async def send(message: Any) -> None:
+            nonlocal writing
+            at_once.append(writing)
+            writing += 1
+            if b": the answer" in message.get("body", b""):
+                commented.set()
+                for _ in range(20):
+                    await asyncio.sleep(0)
+            writing -= 1
+            await call.send(message)
+
+        await gateway(Slow(), comment_s=0.001)(call.scope, call.receive, send)
+        return call
+
+    call = asyncio.run(run())
+    assert call.events[-1] == "[DONE]" and b": the answer" in call.parts[0]
+    assert set(at_once) == {0}
+
+
 async def nothing(message: Any) -> None:
     await asyncio.Event().wait()
 
