@@ -5,11 +5,27 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import re
+import secrets
+import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 _LISTEN = "0A"
+_GIVEN_BY_THE_KERNEL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+def port_that_stays() -> int:
+    """A port of loopback that is free now, and that nobody gets by chance while a server is started again on it.
+
+    Those that the kernel gives to whoever asks for any, and to each connection that is dialled, are not among them.
+    """
+    first = int(_GIVEN_BY_THE_KERNEL.read_text().split()[0])
+    while True:
+        port = first // 2 + secrets.randbelow(first - first // 2)
+        with socket.socket() as free, contextlib.suppress(OSError):  # taken, or the system's own
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def listening(pid: int) -> set[str]:
