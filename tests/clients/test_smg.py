@@ -246,7 +246,7 @@ def test_who_leaves_ends_the_request(smg: Smg) -> None:
         extra_body={"ignore_eos": True},
     )
     next(iter(stream))
-    assert smg.status().scheduler.num_running == 1
+    until(lambda: smg.status().scheduler.num_running == 1)  # what others asked for may still be left
     stream.close()
     until(lambda: not smg.status().scheduler.num_running)
 
@@ -288,7 +288,7 @@ def test_it_knows_the_blocks_that_are_cached(smg: Smg) -> None:
 def test_a_stream_outlives_the_executor_that_computed_it(smg: Smg) -> None:
     smg.scheduler.start_executor("--dtype=float32", fake=False)
     stream = smg.client.chat.completions.create(
-        model=smg.model, messages=COLOURS, max_completion_tokens=64, temperature=0, stream=True
+        model=smg.model, messages=COLOURS, max_completion_tokens=160, temperature=0, stream=True
     )
     chunks = iter(stream)
     text = next(chunks).choices[0].delta.content or ""
@@ -296,5 +296,5 @@ def test_a_stream_outlives_the_executor_that_computed_it(smg: Smg) -> None:
     smg.scheduler.executors[int(name.removeprefix("executor-"))].popen.kill()
     text += "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
-    assert text == ours(smg, "Name three colours.", 64)
+    assert text == ours(smg, "Name three colours.", 160)
     assert len(smg.status().executors) == 1
