@@ -21,7 +21,7 @@ from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc, monitoring_pb2, monitoring_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 120.0
 
 _T = TypeVar("_T")
@@ -127,7 +127,7 @@ class Cluster:
             [
                 *("scheduler", "--model", str(model), "--listen", "127.0.0.1:0", "--link-listen", self.link),
                 *("--admin-listen", self.admin),
-                f"--executor-wait-s={START_TIMEOUT_S}",  # requests wait for executors that a test starts or replaces
+                f"--executor-wait-s={2 * START_TIMEOUT_S}",  # requests wait for executors that a test starts
                 *("--ticket-keys", str(folder / "ticket-keys"), *flags),
             ],
             folder / "scheduler.log",
@@ -174,7 +174,11 @@ class Cluster:
             while stub.GetStatus(monitoring_pb2.GetStatusRequest()).scheduler.num_waiting < num:
                 assert not asking.done(), asking.result()
                 time.sleep(0.01)
-            self.start_executor("--dtype=float32", "--threads=1", *executor, fake=False)
+            try:
+                self.start_executor("--dtype=float32", "--threads=1", *executor, fake=False)
+            except AssertionError:
+                self.close()  # or whoever asks would wait for it
+                raise
             return asking.result()
 
     def tokens(self, prompt: Sequence[int], max_tokens: int, **sampling: float) -> list[int]:
