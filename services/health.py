@@ -90,11 +90,13 @@ class Health:
         self._watches[host] += 1
         try:
             told: int | None = None
-            while not self._is_over:
-                changed, status = self._changed, self._status_of(request.service)
+            while True:
+                changed, status, is_over = self._changed, self._status_of(request.service), self._is_over
                 if status != told:
                     told = status
                     yield pb.HealthCheckResponse(status=status)
+                if is_over:  # the last word has been told, too, however soon the end came behind it
+                    break
                 await changed.wait()
         finally:
             self._watches[host] -= 1

@@ -21,6 +21,7 @@ from tests.benchmarks import machine
 from tests.benchmarks.openai_client import OpenAIClient
 from tests.benchmarks.pagewire_client import PagewireClient
 from tests.benchmarks.playing import Client
+from tests.e2e.sockets import port_that_stays
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 TABLE: Final = Path(__file__).with_name("engines.toml")
@@ -78,7 +79,7 @@ class RunningServer:
         """Start it. `places` fills in the `${NAME}`s. Raises EngineMissing."""
         self.engine = engine
         self.log = log
-        self._port = _free_port()
+        self._port = port_that_stays()
         fill = _Filler(engine.name, {**places, "PORT": str(self._port)})
         command = [fill(word) for word in (*engine.command, *engine.arguments)]
         environment = {name: fill(value) for name, value in engine.environment.items()}
@@ -205,10 +206,3 @@ class _Filler:
             return string.Template(text).substitute(self._places)
         except KeyError as error:
             raise EngineMissing(f"{self._engine}: {error.args[0]} is not set") from None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -25,7 +25,7 @@ def served(fake_folder: Path, tmp_path: Path) -> Iterator[Cluster]:
     """A scheduler of its own: it is asked at the end what became of its requests."""
     running = Cluster(fake_folder, tmp_path, flags=["--open-inference", "--log-format=json"])
     try:
-        running.start_executor("--fake-step-s=0.01")
+        running.start_executor("--fake-step-s=0.04")  # what is cancelled would take sixteen seconds
         yield running
     finally:
         running.close()

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 
 # Chromium reads descriptor 3 and writes 4.
 LAUNCH = """

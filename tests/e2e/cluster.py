@@ -9,17 +9,22 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
 from protos import inference_pb2 as pb
-from protos import inference_pb2_grpc
+from protos import inference_pb2_grpc, monitoring_pb2, monitoring_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
+END_TIMEOUT_S = 120.0
+
+_T = TypeVar("_T")
 
 
 class Process:
@@ -84,7 +89,7 @@ class Process:
             self._announced += chunk
         return self._announced.decode().strip() if self._announced.endswith(b"\n") else ""
 
-    def wait(self, timeout_s: float = 30.0) -> int:
+    def wait(self, timeout_s: float = END_TIMEOUT_S) -> int:
         """The exit code."""
         return self.popen.wait(timeout_s)
 
@@ -123,6 +128,7 @@ class Cluster:
             [
                 *("scheduler", "--model", str(model), "--listen", "127.0.0.1:0", "--link-listen", self.link),
                 *("--admin-listen", self.admin),
+                f"--executor-wait-s={2 * START_TIMEOUT_S}",  # requests wait for executors that a test starts
                 *("--ticket-keys", str(folder / "ticket-keys"), *flags),
             ],
             folder / "scheduler.log",
@@ -137,7 +143,13 @@ class Cluster:
         self.channel = grpc.insecure_channel(self.address)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
 
-    def start_executor(self, *flags: str, fake: bool = True, prefix: Sequence[str] = ()) -> Process:
+    def start_executor(
+        self,
+        *flags: str,
+        fake: bool = True,
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> Process:
         """Another executor, joined."""
         number = len(self.executors)
         process = Process(
@@ -147,12 +159,28 @@ class Cluster:
                 *flags,
             ],
             self.folder / f"executor-{number}.log",
+            environment,
             module=self._module,
             prefix=prefix,
         )
         self.executors.append(process)
         process.wait_ready()
         return process
+
+    def crowded(self, num: int, ask: Callable[[], _T], *executor: str) -> _T:
+        """What `ask` returns, which asks for `num` answers at once. An executor begins when all wait: side by side."""
+        with grpc.insecure_channel(self.admin) as channel, ThreadPoolExecutor(1) as pool:
+            stub = monitoring_pb2_grpc.MonitoringServiceStub(channel)
+            asking = pool.submit(ask)
+            while stub.GetStatus(monitoring_pb2.GetStatusRequest()).scheduler.num_waiting < num:
+                assert not asking.done(), asking.result()
+                time.sleep(0.01)
+            try:
+                self.start_executor("--dtype=float32", "--threads=1", *executor, fake=False)
+            except AssertionError:
+                self.close()  # or whoever asks would wait for it
+                raise
+            return asking.result()
 
     def tokens(self, prompt: Sequence[int], max_tokens: int, **sampling: float) -> list[int]:
         """The token ids of one answer; greedy unless told."""
@@ -189,6 +217,14 @@ def until_error(
     except grpc.RpcError as error:
         return heard, error
     raise AssertionError("it ended well")
+
+
+def until_logged(log: Path, words: str, process: Process) -> None:
+    """Return once a process that runs has logged these words."""
+    until_s = time.monotonic() + START_TIMEOUT_S
+    while words not in log.read_text():
+        assert process.popen.poll() is None and time.monotonic() < until_s, log.read_text()
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     def until(self, holds: Callable[[list[Seen]], bool]) -> list[Seen]:
         """All spans, once it holds of them."""
         with self._came:
-            assert self._came.wait_for(lambda: holds(self._spans), timeout=30), [s[:2] for s in self._spans]
+            assert self._came.wait_for(lambda: holds(self._spans), timeout=120), [s[:2] for s in self._spans]
             return list(self._spans)
 
     def __enter__(self) -> Self:

@@ -6,7 +6,6 @@ import asyncio
 import random
 import re
 import signal
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from services.text import Tokenizer
 from tests.e2e import fake_model
 from tests.e2e.cluster import Cluster, Process
 from tests.e2e.health_watch import NOT_SERVING, SERVING, HealthWatch
+from tests.e2e.sockets import port_that_stays
 from tests.faults.checker import undisturbed
 
 STEP_S = 0.01
@@ -40,10 +40,13 @@ class Fleet:
     ) -> Fleet:
         """All of it, joined; `more` flags are the scheduler's."""
         folder.mkdir(exist_ok=True)
-        with socket.socket() as free:  # an address that stays: the next scheduler must be found where the last one was
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        flags = [f"--listen=127.0.0.1:{port}", f"--drain-s={GRACE_S}", f"--ticket-keys={ticket_keys}", *more]
+        # the next scheduler must be found where the last one was
+        flags = [
+            f"--listen=127.0.0.1:{port_that_stays()}",
+            f"--drain-s={GRACE_S}",
+            f"--ticket-keys={ticket_keys}",
+            *more,
+        ]
         fleet = cls(Cluster(model, folder, flags=flags), num_executors, flags)
         for number in range(num_executors):
             fleet.executors.append(fleet.executor(number))

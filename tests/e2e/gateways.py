@@ -23,7 +23,9 @@ class Gateway:
     """`pagewire gateway`, ready."""
 
     def __init__(self, scheduler: str, log: Path, *flags: str, root: Path = ROOT) -> None:
-        self.process = Process(["gateway", "--address", scheduler, "--http=127.0.0.1:0", *flags], log, root=root)
+        patience = ("--http-begin-patience-s=30", "--http-patience-s=120")  # a busy machine starts a scheduler slowly
+        words = ["gateway", "--address", scheduler, "--http=127.0.0.1:0", *patience, *flags]
+        self.process = Process(words, log, root=root)
         self.http: str = json.loads(self.process.wait_ready())["http"]
         self._replies: list[Reply] = []  # a socket that nobody closes is a warning
 
@@ -33,14 +35,14 @@ class Gateway:
 
     def post(self, path: str, body: object, headers: Mapping[str, str] | None = None) -> Reply:
         """Ask for events with ids, unless `headers` say otherwise, and hear the head; bytes are sent as they are."""
-        connection = http.client.HTTPConnection(self.http, timeout=60)
+        connection = http.client.HTTPConnection(self.http, timeout=120)
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         connection.request("POST", path, data, {**EVENTS, **(headers or {})})
         return self._reply(connection)
 
     def get(self, path: str, headers: Mapping[str, str] | None = None) -> Reply:
         """Ask for what is there."""
-        connection = http.client.HTTPConnection(self.http, timeout=60)
+        connection = http.client.HTTPConnection(self.http, timeout=120)
         connection.request("GET", path, headers=headers or {})
         return self._reply(connection)
 

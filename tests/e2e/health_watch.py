@@ -19,7 +19,7 @@ class HealthWatch:
         # a connection of its own, which nobody has seen break
         self._channel = grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
         method: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream("/grpc.health.v1.Health/Watch")
-        self._call = method(b"", wait_for_ready=True, timeout=120)
+        self._call = method(b"", wait_for_ready=True, timeout=600)
         self._changed = threading.Condition()
         first = _status(next(self._call))
         while once and first != once:
@@ -38,13 +38,13 @@ class HealthWatch:
     def wait_for(self, status: str) -> None:
         """Return once the newest status is this."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._heard[-1] == status or self._is_over, timeout=60):
+            if not self._changed.wait_for(lambda: self._heard[-1] == status or self._is_over, timeout=120):
                 raise AssertionError(f"{status} never came: {self._heard}")
             assert self._heard[-1] == status, self._heard
 
     def to_the_end(self) -> list[str]:
         """Every status there was, once the server has ended the call."""
-        self._thread.join(60)
+        self._thread.join(120)
         assert not self._thread.is_alive(), "the server is still there"
         return self._heard
 

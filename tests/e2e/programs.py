@@ -63,10 +63,11 @@ class Terminal:
         """What it has shown since the last time, up to and with `text`."""
         until = time.monotonic() + TIMEOUT_S
         while (at := self._unread.find(text.encode())) < 0:
+            has_ended = self._popen.poll() is not None  # before the look: what it said last is there, if it has
             readable, _, _ = select.select([self._screen], [], [], 0.1)
             if readable:
                 self._unread += os.read(self._screen, 4096)
-            elif self._popen.poll() is not None or time.monotonic() > until:
+            elif has_ended or time.monotonic() > until:
                 raise AssertionError(
                     f"{text!r} never came; exit code {self._popen.poll()}, on the screen: {self._unread!r}"
                 )

@@ -5,11 +5,31 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import re
+import secrets
+import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 _LISTEN = "0A"
+_GIVEN_BY_THE_KERNEL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+def port_that_stays() -> int:
+    """A port of loopback that is free now, and that nobody gets by chance while a server is started again on it.
+
+    Those that the kernel gives to whoever asks for any, and to each connection that is dialled, are not among them.
+    """
+    with contextlib.suppress(OSError):  # of a system that has no such file, any port
+        first = int(_GIVEN_BY_THE_KERNEL.read_text().split()[0])
+        for port in (max(1024, first - 1 - secrets.randbelow(max(1, first // 2))) for _ in range(1000)):
+            with socket.socket() as free, contextlib.suppress(OSError):  # taken
+                free.bind(("127.0.0.1", port))
+                return port
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return port
 
 
 def listening(pid: int) -> set[str]:

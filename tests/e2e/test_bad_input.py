@@ -126,10 +126,9 @@ def test_more_ids_than_a_sequence_can_have_are_not_decoded(shared: Cluster) -> N
 
 def test_one_call_too_many_is_refused_with_a_time_to_come_back(fake_folder: Path, tmp_path: Path) -> None:
     with cluster(fake_folder, tmp_path, executors=0, flags=["--max-streams=1"]) as running:
-        running.start_executor("--fake-step-s=0.02")
         asked = {"token_ids": {"ids": [1, 2]}, "stopping": {"max_tokens": 300}}
         first = running.stub.GenerateStream(pb.GenerateStreamRequest(**asked))  # type: ignore[arg-type]
-        next(first)
+        next(first)  # and waits for an executor
         with pytest.raises(grpc.RpcError) as failure:
             running.tokens([1, 2], 2)
         assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

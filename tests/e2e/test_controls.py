@@ -182,8 +182,7 @@ def test_controls_hold_when_blocks_run_out(server: Cluster, tiny: Path, tmp_path
     undisturbed = all_at_once(server)
     running = Cluster(tiny, tmp_path, flags=["--log-format=json"])
     try:
-        running.start_executor("--dtype=float32", "--threads=1", "--num-blocks=20", "--block-size=4", fake=False)
-        crowded = all_at_once(running)
+        crowded = running.crowded(len(MIXED), lambda: all_at_once(running), "--num-blocks=20", "--block-size=4")
         preemptions = running.counters()["preemptions"]
     finally:
         running.close()

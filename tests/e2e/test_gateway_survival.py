@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,8 +18,9 @@ import pytest
 from protos import monitoring_pb2, monitoring_pb2_grpc
 from tests.e2e.cluster import Cluster
 from tests.e2e.gateways import ASK, Event, Gateway
+from tests.e2e.sockets import port_that_stays
 
-SLOW = ("--fake-step-s=0.005", "--fake-tokens=hash")
+HASH = "--fake-tokens=hash"
 CHAT: dict[str, Any] = {
     "messages": [{"role": "user", "content": "hi"}],
     "max_tokens": 60,
@@ -40,12 +42,22 @@ PATHS = {"chat": ("/v1/chat/completions", CHAT), "completion": ("/v1/completions
 
 @pytest.fixture(scope="module")
 def running(fake_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    cluster = Cluster(fake_folder, tmp_path_factory.mktemp("cluster"), flags=["--listen", address])
+    flags = ["--listen", f"127.0.0.1:{port_that_stays()}"]
+    cluster = Cluster(fake_folder, tmp_path_factory.mktemp("cluster"), flags=flags)
     try:
-        cluster.start_executor(*SLOW)
+        cluster.start_executor(HASH, "--fake-step-s=0.005")
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture(scope="module")
+def slow(running: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Another one, with the same keys for tickets, whose answers do not end before a test has done what it does."""
+    keys = f"--ticket-keys={running.folder / 'ticket-keys'}"
+    cluster = Cluster(running.model, tmp_path_factory.mktemp("slow"), flags=[keys])
+    try:
+        cluster.start_executor(HASH, "--fake-step-s=0.1")
         yield cluster
     finally:
         cluster.close()
@@ -56,8 +68,8 @@ def start(running: Cluster, tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
     """Starts gateways."""
     started: list[Gateway] = []
 
-    def starter(*flags: str) -> Gateway:
-        started.append(Gateway(running.address, tmp_path / f"log-{len(started)}", *flags))
+    def starter(*flags: str, cluster: Cluster = running) -> Gateway:
+        started.append(Gateway(cluster.address, tmp_path / f"log-{len(started)}", *flags))
         return started[-1]
 
     yield starter
@@ -89,6 +101,15 @@ def status(running: Cluster) -> monitoring_pb2.SchedulerStatus:
     with grpc.insecure_channel(running.admin) as channel:
         stub = monitoring_pb2_grpc.MonitoringServiceStub(channel)
         return stub.GetStatus(monitoring_pb2.GetStatusRequest()).scheduler
+
+
+def until(running: Cluster, so: Callable[[monitoring_pb2.SchedulerStatus], object]) -> monitoring_pb2.SchedulerStatus:
+    """What the scheduler says of itself once it is so."""
+    until_s = time.monotonic() + 120
+    while not so(found := status(running)):
+        assert time.monotonic() < until_s, found
+        time.sleep(0.01)
+    return found
 
 
 def test_a_scheduler_is_killed_and_comes_back_and_its_stream_goes_on(
@@ -161,7 +182,7 @@ def test_a_gateway_is_killed_and_another_one_goes_on_with_the_tokens_that_were_k
     reply.close()
 
     tokens = [told(heard)[n][1] if n in told(heard) else [] for n in (0, 1)]
-    before = status(running)
+    before = until(running, lambda told: not told.num_running)  # nobody reads what was asked by the one that is gone
     rest = gateway.post("/v1/chat/completions", {**asked, "resume_token_ids": tokens}, {"last-event-id": heard[-1].id})
     heard += rest.events()
 
@@ -221,11 +242,11 @@ def test_an_id_of_another_stream_is_refused(gateway: Gateway, changes: dict[str,
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_caller_who_leaves_is_not_answered_to_the_end(gateway: Gateway, running: Cluster, stream: bool) -> None:
-    def aborted() -> int:
-        return status(running).finished_sequences["FINISH_REASON_ABORTED"]
-
-    before = aborted()
+def test_a_caller_who_leaves_is_not_answered_to_the_end(
+    start: Callable[..., Gateway], slow: Cluster, stream: bool
+) -> None:
+    gateway = start(cluster=slow)
+    before = until(slow, lambda told: not told.num_running)
     body = {**CHAT, "max_tokens": 400, "stream": stream, "return_token_ids": False}
     if stream:
         reply = gateway.post("/v1/chat/completions", body)
@@ -235,12 +256,13 @@ def test_a_caller_who_leaves_is_not_answered_to_the_end(gateway: Gateway, runnin
         with socket.create_connection(("127.0.0.1", int(gateway.http.rpartition(":")[2]))) as raw:
             data = json.dumps(body).encode()
             raw.sendall(ASK + b"content-length: %d\r\n\r\n" % len(data) + data)
-            while not status(running).num_running:
-                pass
+            until(slow, lambda told: told.num_running)
 
-    while aborted() == before:  # it would take four seconds to its end, which is another one
-        pass
-    assert aborted() == before + 1
+    after = until(slow, lambda told: not told.num_running)
+    ended = {
+        name: after.finished_sequences[name] - before.finished_sequences[name] for name in after.finished_sequences
+    }
+    assert {name: count for name, count in ended.items() if count} == {"FINISH_REASON_ABORTED": 1}
 
 
 def test_a_gateway_that_is_told_to_stop_ends_its_streams_first(start: Callable[..., Gateway], gateway: Gateway) -> None:
@@ -256,11 +278,11 @@ def test_a_gateway_that_is_told_to_stop_ends_its_streams_first(start: Callable[.
 
 
 def test_a_gateway_that_may_not_wait_leaves_its_streams_to_the_next(
-    start: Callable[..., Gateway], gateway: Gateway
+    start: Callable[..., Gateway], gateway: Gateway, slow: Cluster
 ) -> None:
     asked = {**CHAT, "max_tokens": 200}
     whole = told(list(gateway.post("/v1/chat/completions", asked).events()))
-    stopping = start("--http-drain-s=0")
+    stopping = start("--http-drain-s=0", cluster=slow)
     events = stopping.post("/v1/chat/completions", asked).events()
     heard = list(islice(events, 3))
     with stopping.client() as client:

@@ -102,8 +102,7 @@ def test_log_probabilities_hold_when_blocks_run_out(server: Cluster, tiny: Path,
     undisturbed = all_at_once(server)
     running = Cluster(tiny, tmp_path, flags=["--log-format=json", "--token-budget=24"])
     try:
-        running.start_executor("--dtype=float32", "--threads=1", "--num-blocks=12", fake=False)
-        crowded = all_at_once(running)
+        crowded = running.crowded(len(prompts), lambda: all_at_once(running), "--num-blocks=12")
         preemptions = running.counters()["preemptions"]
     finally:
         running.close()

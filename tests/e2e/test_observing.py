@@ -55,7 +55,7 @@ def test_one_request_is_explained_logged_and_counted(watched: Cluster) -> None:
     unknown = run(*PAGEWIRE, "explain", watched.admin, "nobody")
     assert unknown.code == 1 and "the last 5 that ended" in unknown.err and "--max-timelines" in unknown.err
 
-    connection = http.client.HTTPConnection(watched.announced["metrics"], timeout=30)
+    connection = http.client.HTTPConnection(watched.announced["metrics"], timeout=120)
     connection.request("GET", "/metrics")
     with connection.getresponse() as response:
         found = {m.name: m for m in text_string_to_metric_families(response.read().decode())}

@@ -22,7 +22,7 @@ def probe(address: str, service: str = "") -> str:
     """As a kubelet's gRPC probe asks: without TLS."""
     with grpc.insecure_channel(address) as channel:
         check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
-        answer = check(pb.HealthCheckRequest(service=service).SerializeToString(), timeout=20)
+        answer = check(pb.HealthCheckRequest(service=service).SerializeToString(), timeout=120)
     return pb.HealthCheckResponse.ServingStatus.Name(pb.HealthCheckResponse.FromString(answer).status)
 
 
@@ -50,7 +50,7 @@ def test_a_scheduler_with_tls_answers_probes_that_speak_none_and_nobody_else_the
             method = "/pagewire.v1.InferenceService/GetModel"
             ask: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
             with pytest.raises(grpc.RpcError) as refused:
-                ask(b"", timeout=20)
+                ask(b"", timeout=120)
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
     finally:
         running.close()

@@ -87,7 +87,7 @@ def answer_of(channel: grpc.Channel, method: MethodDescriptor, metadata: Metadat
     path = f"/{service.full_name}/{method.name}"
     call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)  # the wire tells no difference
     try:
-        for _ in call(iter([b""]), metadata=metadata, timeout=20):
+        for _ in call(iter([b""]), metadata=metadata, timeout=60):
             raise AssertionError(f"{path} answered")
     except grpc.RpcError as error:
         return error
@@ -112,7 +112,7 @@ def test_the_methods_that_were_tried_are_all_that_are_served(keyed: Keyed) -> No
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
     )
     asked = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
-    (data,) = call(iter([asked]), metadata=bearer(keyed.acme), timeout=20)
+    (data,) = call(iter([asked]), metadata=bearer(keyed.acme), timeout=60)
     response = reflection_pb2.ServerReflectionResponse.FromString(data)
     served = {service.name for service in response.list_services_response.service}
 
@@ -183,29 +183,28 @@ def test_a_key_that_is_withdrawn_ends_its_open_streams_and_no_others(fake_folder
     without_other = keys.read_text()
     other = add_key(keys, "other")
 
-    def stream(key: str) -> Iterator[pb.GenerateStreamResponse]:
+    def stream(key: str, max_tokens: int) -> Iterator[pb.GenerateStreamResponse]:
         request = pb.GenerateStreamRequest(
             token_ids=pb.TokenIds(ids=[1, 2, 3]),
             sampling=pb.SamplingParams(temperature=0),
-            stopping=pb.StopConditions(max_tokens=400, ignore_eos=True),
+            stopping=pb.StopConditions(max_tokens=max_tokens, ignore_eos=True),
         )
         return iter(running.stub.GenerateStream(request, metadata=bearer(key), timeout=120))
 
     with cluster(fake_folder, tmp_path, executors=0, flags=["--api-keys", str(keys)]) as running:
-        running.start_executor("--fake-step-s=0.02")
-        kept, withdrawn = stream(acme), stream(other)
+        running.start_executor("--fake-step-s=0.04")
+        kept, withdrawn = stream(acme, 200), stream(other, 500)
         tokens = [token for _ in range(3) for token in next(kept).delta.token_ids]
         for _ in range(3):
             next(withdrawn)
         keys.write_text(without_other)
-        heard, error = until_error(withdrawn)
+        _, error = until_error(withdrawn)
         assert error.code() is grpc.StatusCode.UNAUTHENTICATED
-        assert len(heard) < 390, "it ended for its key, and not by itself"
         with Client(running.address, api_key=other) as client, pytest.raises(Unauthenticated):
             client.generate("hi")
         for message in kept:
             tokens += message.delta.token_ids
-        assert tokens == [n % 320 for n in range(3, 403)]
+        assert tokens == list(range(3, 203))
 
 
 def test_a_file_of_keys_that_cannot_be_used_is_one_line(fake_folder: Path, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from openai import OpenAI
 
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
-from tests.e2e.cluster import ROOT
-from tests.e2e.sockets import listening
+from tests.e2e.cluster import END_TIMEOUT_S, ROOT
+from tests.e2e.sockets import listening, port_that_stays
 
 
 class Served:
@@ -28,7 +28,8 @@ class Served:
 
     def __init__(self, model: Path, log: Path, *more: str) -> None:
         self._log = log.open("wb")
-        flags = [f"--model={model}", "--listen=127.0.0.1:0", "--executors=2", "--fake", "--fake-step-s=0.01", *more]
+        listen = f"--listen=127.0.0.1:{port_that_stays()}"
+        flags = [f"--model={model}", listen, "--executors=2", "--fake", "--fake-step-s=0.01", *more]
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "services", "serve", *flags],
             cwd=ROOT,
@@ -53,7 +54,7 @@ class Served:
         """Kill a child; return when it is gone."""
         gone = os.pidfd_open(self.children()[name])
         signal.pidfd_send_signal(gone, signal.SIGKILL)
-        select.select([gone], [], [], 20)
+        assert select.select([gone], [], [], END_TIMEOUT_S)[0], "still there"
         os.close(gone)
 
     def children(self) -> dict[str, int]:
@@ -75,13 +76,13 @@ class Served:
             sampling=pb.SamplingParams(temperature=0),
             stopping=pb.StopConditions(max_tokens=max_tokens),
         )
-        return list(self.stub.Generate(request, wait_for_ready=True, timeout=60).choices[0].token_ids)
+        return list(self.stub.Generate(request, wait_for_ready=True, timeout=120).choices[0].token_ids)
 
     def close(self) -> None:
         self.channel.close()
         if self.popen.poll() is None:
             self.popen.terminate()
-        self.popen.wait(30)
+        self.popen.wait(END_TIMEOUT_S)
         assert self.popen.stdout is not None
         self.popen.stdout.close()
         self._log.close()
@@ -115,7 +116,7 @@ def test_sigterm_ends_every_process_and_exits_with_zero(served: Served) -> None:
     assert served.tokens(3, 2) == [3, 4]
     served.popen.terminate()
 
-    assert served.popen.wait(30) == 0
+    assert served.popen.wait(END_TIMEOUT_S) == 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in children.values())
 
 
@@ -126,7 +127,7 @@ def begun(served: Served, max_tokens: int) -> Iterator[pb.GenerateStreamResponse
         sampling=pb.SamplingParams(temperature=0),
         stopping=pb.StopConditions(max_tokens=max_tokens, ignore_eos=True),
     )
-    stream = iter(served.stub.GenerateStream(request, timeout=60))
+    stream = iter(served.stub.GenerateStream(request, timeout=120))
     next(stream)
     assert next(stream).delta.token_ids
     return stream
@@ -143,7 +144,7 @@ def test_a_signal_lets_the_answers_that_run_finish(served: Served, *, everybody:
     *_, last = stream
 
     assert last.finish.usage.completion_tokens == 60
-    assert served.popen.wait(30) == 0
+    assert served.popen.wait(END_TIMEOUT_S) == 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in children.values())
 
 
@@ -160,7 +161,7 @@ def test_no_process_outlives_a_parent_that_is_killed(served: Served) -> None:
     for child in children:
         poll = select.poll()
         poll.register(child)
-        assert poll.poll(20_000), "still there"
+        assert poll.poll(1000 * END_TIMEOUT_S), "still there"
         os.close(child)
 
 
@@ -176,12 +177,12 @@ def test_a_signal_before_everything_is_up_ends_it_all_the_same(fake_folder: Path
         assert starting.stderr is not None
         assert b"starting scheduler" in starting.stderr.readline()
         starting.terminate()
-        starting.communicate(timeout=30)
+        starting.communicate(timeout=END_TIMEOUT_S)
         assert starting.returncode == 0
 
 
 def test_a_gateway_stands_beside_the_rest_and_is_started_again_where_it_was(fake_folder: Path, tmp_path: Path) -> None:
-    served = Served(fake_folder, tmp_path / "serve.log", "--http=127.0.0.1:0")
+    served = Served(fake_folder, tmp_path / "serve.log", f"--http=127.0.0.1:{port_that_stays()}")
     try:
         assert served.popen.stdout is not None
         line = ""

@@ -14,13 +14,11 @@ from pagewire import Answer, Client
 from protos import inference_pb2 as pb
 from tests.e2e.cluster import Cluster
 from tests.e2e.programs import PAGEWIRE, run
-from tests.e2e.survivors import through_a_kill
+from tests.e2e.survivors import start_pair, through_a_kill
 from tests.e2e.test_controls import DEFAULTS, MIXED, PROMPT
 from tests.e2e.test_structured import KINDS
 
 FLAGS = (
-    "--dtype=float32",
-    "--threads=1",
     "--speculate=ngram",
     "--max-drafts=4",
     "--step-overhead-tokens=64",
@@ -42,8 +40,7 @@ def speculating(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Two executors that guess, with little room. The last test kills one of them."""
     running = Cluster(tiny, tmp_path_factory.mktemp("speculating"), flags=["--log-format=json"])
     try:
-        for _ in range(2):
-            running.start_executor(*FLAGS, fake=False)
+        start_pair(running, *FLAGS)
         yield running
     finally:
         running.close()

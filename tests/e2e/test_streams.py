@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from pathlib import Path
 
 import grpc
@@ -15,7 +16,7 @@ from protos import inference_pb2 as pb
 from protos import monitoring_pb2, monitoring_pb2_grpc
 from services.status import from_rpc_error
 from tests.e2e import fake_model
-from tests.e2e.cluster import Cluster, Process, cluster
+from tests.e2e.cluster import Cluster, Process, cluster, until_logged
 
 
 def request(prompt: list[int], max_tokens: int, *, n: int = 1) -> pb.GenerateStreamRequest:
@@ -200,7 +201,7 @@ def test_a_frozen_executor_is_a_pause_and_what_it_says_when_it_thaws_is_not_hear
         with grpc.insecure_channel(running.admin) as operator:
             monitoring = monitoring_pb2_grpc.MonitoringServiceStub(operator)
             while len((status := monitoring.GetStatus(monitoring_pb2.GetStatusRequest())).executors) < 2:
-                pass
+                time.sleep(0.01)
         assert status.scheduler.executor_losses.unclean_ends == 1
         assert running.tokens([1, 2, 3], 4) == [3, 4, 5, 6]
 
@@ -217,8 +218,7 @@ def test_a_second_executor_of_the_same_name_takes_over_when_the_first_is_gone(
             tmp_path / "second.log",
         )
         running.executors.append(second)
-        while "ALREADY_EXISTS" not in second.log.read_text():
-            assert second.popen.poll() is None
+        until_logged(second.log, "ALREADY_EXISTS", second)
         running.executors[0].signal(signal.SIGKILL)
         second.wait_ready()
         assert running.tokens([1, 2, 3], 4) == [3, 4, 5, 6]

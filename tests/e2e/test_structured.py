@@ -122,8 +122,8 @@ def test_structured_output_holds_when_blocks_run_out(server: Cluster, tiny: Path
     undisturbed = asked_together(server)
     running = Cluster(tiny, tmp_path, flags=["--log-format=json"])
     try:
-        running.start_executor("--dtype=float32", "--threads=1", "--num-blocks=60", "--block-size=4", fake=False)
-        crowded = asked_together(running)
+        num = len(undisturbed)
+        crowded = running.crowded(num, lambda: asked_together(running), "--num-blocks=60", "--block-size=4")
         preemptions = running.counters()["preemptions"]
     finally:
         running.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import pytest
 from pagewire import Answer, AsyncClient, Client, FinishReason
 from protos import inference_pb2 as pb
 from tests.e2e.cluster import Cluster
+from tests.e2e.sockets import port_that_stays
 
 SLOW = ("--fake-step-s=0.02", "--fake-tokens=hash")
 ASKED: dict[str, Any] = {"token_ids": [1, 2, 3], "max_tokens": 60, "ignore_eos": True, "seed": 11}
@@ -23,10 +23,8 @@ ASKED: dict[str, Any] = {"token_ids": [1, 2, 3], "max_tokens": 60, "ignore_eos":
 
 @pytest.fixture
 def address() -> str:
-    """A port that is free now: a scheduler that is started again must be found where it was."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+    """A scheduler that is started again must be found where it was."""
+    return f"127.0.0.1:{port_that_stays()}"
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 Its engine is a process of its own, which calls itself EngineCore and makes one token for every stream at each tick.
 Where it stands still, so do the streams; where it dies they break, and the server ends itself. This is what
-tests/faults/peer_kill.py is tried on.
+tests/faults/peer_kill.py is tried on. Several streams at once stand still for a while in their midst, so that whoever
+strikes them has the time to do so.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from aiohttp import web
 
 _TICK_S: Final = 0.002
 _VOCAB: Final = 1000
+_PAUSE_AT: Final = 120  # tokens: peer_kill.py strikes before that
+_PAUSE_TICKS: Final = 1500
 
 
 class _Clock:
@@ -26,6 +29,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self._ticked = asyncio.Condition()
+        self.num_streams = 0
         self.has_begun = asyncio.Event()
 
     async def run(self) -> None:
@@ -49,11 +53,18 @@ async def _complete(clock: _Clock, request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
     first, count = sum(asked["prompt"]), asked["max_tokens"]
-    for n in range(count):
-        await clock.tick()
-        token = (first + 7 * n) % _VOCAB
-        choice = {"text": f" {token}", "token_ids": [token], "finish_reason": "length" if n == count - 1 else None}
-        await response.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+    clock.num_streams += 1
+    try:
+        for n in range(count):
+            await clock.tick()
+            if n == _PAUSE_AT and clock.num_streams > 1:
+                for _ in range(_PAUSE_TICKS):
+                    await clock.tick()
+            token = (first + 7 * n) % _VOCAB
+            choice = {"text": f" {token}", "token_ids": [token], "finish_reason": "length" if n == count - 1 else None}
+            await response.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+    finally:
+        clock.num_streams -= 1
     await response.write(b"data: [DONE]\n\n")
     return response
 

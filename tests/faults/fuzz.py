@@ -670,7 +670,13 @@ async def stock_of(server: Server) -> list[Message]:
 
 
 async def run(
-    *, messages: int, seed: int, folder: Path, first: int = 0, tell: Callable[[str], None] = lambda _: None
+    *,
+    messages: int,
+    seed: int,
+    folder: Path,
+    first: int = 0,
+    hang_s: float = HANG_S,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Send at least so many messages to a server without sockets."""
     logging.disable(logging.CRITICAL)  # a line for every session
@@ -684,7 +690,7 @@ async def run(
             while sent < messages and len(report.failures) < _KEPT:
                 if number % LINK_SHARE == 0 and len(good) < _GOOD_ONES:
                     good.add(asyncio.create_task(_good_one(server, number)))
-                sent += await one(server.serve, report, seed, number, server.digest, stock)
+                sent += await one(server.serve, report, seed, number, server.digest, stock, hang_s=hang_s)
                 for task in [task for task in good if task.done()]:
                     good.remove(task)
                     if task.exception() is not None:
@@ -693,7 +699,7 @@ async def run(
                 if time.monotonic() - told_s > 10:
                     told_s = time.monotonic()
                     tell(f"{sent} messages in {told_s - began_s:.0f} s; late: {report.late}; {report.failures}")
-            async with asyncio.timeout(10 * HANG_S):
+            async with asyncio.timeout(10 * hang_s):
                 await asyncio.gather(*good)
                 await server.engine.idle()
     finally:

@@ -11,6 +11,7 @@ import contextlib
 import random
 import socket
 import struct
+from collections.abc import Callable
 from typing import Final, Self
 
 _CHUNK: Final = 1 << 16  # bytes read at once
@@ -31,7 +32,17 @@ class _Way:
         self.jitter_s = 0.0
         self.bytes_per_s = 0
         self.num_bytes = 0  # that came through
+        self.num_left = 0  # before `then` is called, if there is one
+        self.then: Callable[[], None] | None = None
         self.lit.set()
+
+    def passed(self, num_bytes: int) -> None:
+        """So many have come through."""
+        self.num_bytes += num_bytes
+        self.num_left -= num_bytes
+        if self.then is not None and self.num_left <= 0:
+            then, self.then = self.then, None
+            then()
 
 
 class Proxy:
@@ -88,6 +99,10 @@ class Proxy:
         """Both ends of every connection get an RST. New ones may be made."""
         for writer in self._writers:
             _reset(writer)
+
+    def after(self, num_bytes: int, then: Callable[[], None]) -> None:
+        """Call it once so many more bytes have come down, and before another one does."""
+        self._down.num_left, self._down.then = num_bytes, then
 
     def heal(self) -> None:
         """Everything passes again, at once, what was held back first."""
@@ -186,10 +201,12 @@ async def _write(writer: asyncio.StreamWriter, chunk: bytes, way: _Way) -> None:
         await way.lit.wait()
         rate = way.bytes_per_s
         size = max(1, rate // _PIECES_PER_S) if rate else len(chunk)
+        if way.then is not None:
+            size = min(size, way.num_left)
         piece, chunk = chunk[:size], chunk[size:]
         writer.write(piece)
         await writer.drain()
-        way.num_bytes += len(piece)
+        way.passed(len(piece))
         if rate:
             await asyncio.sleep(len(piece) / rate)
 

@@ -21,12 +21,14 @@ from protos import monitoring_pb2, monitoring_pb2_grpc
 from services.failpoints import VARIABLE
 from services.grpc_options import client_options
 from tests.e2e.cluster import Process
+from tests.e2e.sockets import port_that_stays
 from tests.faults.proxy import Proxy
 from tests.faults.recorder import History
 
 _LOOK_S: Final = 0.01
 _WHOLE_TIMEOUT_S: Final = 90.0
-_EMPTY_TIMEOUT_S: Final = 20.0
+_EMPTY_TIMEOUT_S: Final = 60.0
+_ARMED: Final = "failpoints are armed"  # the words of services/failpoints.py
 
 Status = monitoring_pb2.GetStatusResponse
 
@@ -41,13 +43,22 @@ class Victim:
         self._struck = folder / f"{name}.orders.struck"
         self._orders.write_text(rule)
         self._struck.unlink(missing_ok=True)
-        log = folder / f"{name.partition('.')[0]}.log"
-        self.process = Process(arguments, log, {VARIABLE: f"@{self._orders}"})
+        self._log = folder / f"{name.partition('.')[0]}.log"
+        self._num_armed = 0
+        self.process = Process(arguments, self._log, {VARIABLE: f"@{self._orders}"})
 
     def arm(self, rule: str) -> None:
         """Have it struck, from now on. An empty rule takes that back."""
+        self._num_armed = self._log.read_text().count(_ARMED)
         self._orders.write_text(rule)
         self.process.signal(signal.SIGUSR1)
+
+    async def armed(self, timeout_s: float) -> None:
+        """Return when it has read its orders, or will not any more."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self.is_dead and self._log.read_text().count(_ARMED) <= self._num_armed:
+                    await asyncio.sleep(_LOOK_S / 2)
 
     @property
     def is_struck(self) -> bool:
@@ -91,7 +102,7 @@ class Site:
         executor_flags: Sequence[str],
     ) -> None:
         self.name = name
-        self.address = "127.0.0.1:0"  # a port that it keeps, once it has one
+        self.address = f"127.0.0.1:{port_that_stays()}"
         self.doors: list[Proxy] = []  # to the clients' address
         self.executors: list[Victim | None] = [None] * executors
         self._model = model
@@ -138,7 +149,7 @@ class Site:
     async def status(self) -> Status | None:
         """What the scheduler says of itself; None while it does not answer."""
         try:
-            return await self._stub.GetStatus(monitoring_pb2.GetStatusRequest(), timeout=1.0)
+            return await self._stub.GetStatus(monitoring_pb2.GetStatusRequest(), timeout=5.0)
         except aio.AioRpcError:
             return None
 

@@ -191,7 +191,7 @@ class _Blow:
             victim.process.signal(signal.SIGSTOP if strike.action == "freeze" else signal.SIGKILL)
             return True
         victim.arm(strike.rule)
-        await asyncio.sleep(0.02)  # it has read its orders
+        await victim.armed(_PASSED_WITHIN_S)
         self._provoke(provoke, victim)
         if await victim.struck(_PASSED_WITHIN_S):
             while strike.action == "freeze" and not (victim.is_frozen or victim.is_dead):

@@ -19,7 +19,7 @@ from tests.faults.load import (
 
 
 def test_of_many_streams_at_once_each_is_served_or_refused_with_a_time_to_come_back() -> None:
-    with servers("--max-streams=60", "--max-waiting=40", step_s=0.005, max_running=4) as running:
+    with servers("--max-streams=60", "--max-waiting=40", step_s=0.03, max_running=4) as running:
         result = asyncio.run(burst(running, streams=300, output=4))
 
     assert result.tally.ends[SERVED] >= 4 and result.tally.ends[REFUSED] > 0

@@ -7,6 +7,8 @@ drops the packets, where it lets us.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import itertools
 import os
 import random
 import shutil
@@ -34,6 +36,7 @@ from tests.faults.recorder import RawSource
 
 STREAMS = 6
 HASTE = ("--silence-s=1", "--suspect-s=0.5", "--lease-s=1.5")  # so that a test need not wait as long as a user would
+HANG_S = 600
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +46,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def running(model: Path, tmp_path: Path) -> Iterator[Cluster]:
-    """A scheduler that both halves reach by TCP. No executor yet."""
+    """A hasty scheduler that both halves reach by TCP. No executor yet."""
     cluster = Cluster(model, tmp_path, flags=["--link-listen=127.0.0.1:0", "--log-format=json", *HASTE])
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture
+def patient(model: Path, tmp_path: Path) -> Iterator[Cluster]:
+    """The same with the usual patience, for what must kill nobody: a busy machine is slow, too."""
+    cluster = Cluster(model, tmp_path, flags=["--link-listen=127.0.0.1:0"])
     try:
         yield cluster
     finally:
@@ -53,7 +66,7 @@ def running(model: Path, tmp_path: Path) -> Iterator[Cluster]:
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANG_S):
             await scenario
 
     asyncio.run(bounded())
@@ -83,9 +96,38 @@ class Reading:
             self.checker.hear(message)
         self.checker.end()
 
+
+class Readings:
+    """Answers that are read side by side, each of which is followed by another one until it is over."""
+
+    def __init__(self, cluster: Cluster, *, max_tokens: int, prompt: int) -> None:
+        self._source = RawSource(cluster.address)
+        self._asked = (Reading(cluster.model, n, max_tokens=max_tokens, prompt=prompt) for n in itertools.count())
+        self._done = 0  # tokens of answers that have been read
+        self._open: set[Reading] = set()
+        self.is_over = False
+
     @property
     def num_tokens(self) -> int:
-        return self.checker.num_tokens
+        """That were heard by now."""
+        return self._done + sum(reading.checker.num_tokens for reading in self._open)
+
+    async def read(self) -> None:
+        """The answer that is open when it is over is read to its end."""
+        while not self.is_over:
+            reading = next(self._asked)
+            self._open.add(reading)
+            await reading.read(self._source)
+            self._open.remove(reading)
+            self._done += reading.checker.num_tokens
+
+    async def more(self, num: int) -> None:
+        """Return once so many more tokens have been heard."""
+        wanted = self.num_tokens + num
+        await until(lambda: self.num_tokens >= wanted)
+
+    async def close(self) -> None:
+        await self._source.close()
 
 
 def _expected(model: Path, ids: list[int], sampling: SamplingParams, max_tokens: int) -> Expected:
@@ -104,18 +146,18 @@ def _expected(model: Path, ids: list[int], sampling: SamplingParams, max_tokens:
 @asynccontextmanager
 async def readings(
     cluster: Cluster, *, max_tokens: int = 80, prompt: int = 3, streams: int = STREAMS
-) -> AsyncIterator[list[Reading]]:
-    """Streams that are being read, each past its first tokens. At the end all are read, and right."""
-    source = RawSource(cluster.address)
-    all_of_them = [Reading(cluster.model, n, max_tokens=max_tokens, prompt=prompt) for n in range(streams)]
+) -> AsyncIterator[Readings]:
+    """So many streams that are being read, whatever happens meanwhile. At the end all are read, and right."""
+    all_of_them = Readings(cluster, max_tokens=max_tokens, prompt=prompt)
     try:
         async with asyncio.TaskGroup() as group:
-            for reading in all_of_them:
-                group.create_task(reading.read(source))
-            await until(lambda: all(reading.num_tokens > 4 for reading in all_of_them))
+            for _ in range(streams):
+                group.create_task(all_of_them.read())
+            await all_of_them.more(4 * streams)
             yield all_of_them
+            all_of_them.is_over = True
     finally:
-        await source.close()
+        await all_of_them.close()
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -149,10 +191,11 @@ async def behind_a_proxy(cluster: Cluster, *, step_s: float = 0.01) -> AsyncIter
         yield proxy
 
 
-async def rejoined(cluster: Cluster, name: str, *, after: int) -> None:
-    """Return when the executor is there with a later session."""
-    while (await executors(cluster)).get(name, 0) <= after:
+async def joined(cluster: Cluster, name: str, *, after: int = 0) -> int:
+    """The session of the executor, once it is there with one that is later than `after`."""
+    while (session := (await executors(cluster)).get(name, 0)) <= after:
         await asyncio.sleep(0.02)
+    return session
 
 
 # ---- the link of an executor
@@ -161,14 +204,13 @@ async def rejoined(cluster: Cluster, name: str, *, after: int) -> None:
 async def survive_every_darkness(running: Cluster, darken: Callable[..., None], light: Callable[[], None]) -> None:
     """The link of executor-0 goes dark both ways, then up alone, then down alone; each time it comes back."""
     for up, down in ((True, True), (True, False), (False, True)):
-        async with readings(running, max_tokens=200) as streams:
-            before = await executors(running)
+        async with readings(running):
+            before = await joined(running, "executor-0")
             darken(up=up, down=down)
-            assert not any(reading.checker.is_complete for reading in streams)
             while "executor-0" in await executors(running):
                 await asyncio.sleep(0.02)
         light()
-        await rejoined(running, "executor-0", after=before["executor-0"])
+        await joined(running, "executor-0", after=before)
 
 
 def test_streams_go_on_elsewhere_when_a_link_goes_dark_both_ways_or_one_way(running: Cluster) -> None:
@@ -183,54 +225,54 @@ def test_streams_go_on_elsewhere_when_a_link_goes_dark_both_ways_or_one_way(runn
 
 def test_streams_go_on_after_the_network_has_healed_when_there_is_no_other_executor(running: Cluster) -> None:
     async def scenario() -> None:
-        async with behind_a_proxy(running) as proxy, readings(running, max_tokens=200):
+        async with behind_a_proxy(running) as proxy, readings(running):
             proxy.blackhole()
             while await executors(running):
                 await asyncio.sleep(0.02)
             proxy.heal()
 
     run(scenario())
-    assert running.counters()["moved"] >= STREAMS
+    assert running.counters()["moved"] > 0
 
 
-def test_an_executor_whose_connection_is_reset_dials_again_and_is_not_suspected(running: Cluster) -> None:
+def test_an_executor_whose_connection_is_reset_dials_again_and_is_not_suspected(patient: Cluster) -> None:
     async def scenario() -> None:
-        async with behind_a_proxy(running) as proxy, readings(running, max_tokens=400) as streams:
+        async with behind_a_proxy(patient) as proxy, readings(patient) as streams:
             for _ in range(3):
-                before = (await executors(running))["executor-0"]
-                read = sum(reading.num_tokens for reading in streams)
+                before = await joined(patient, "executor-0")
                 proxy.reset()
-                await rejoined(running, "executor-0", after=before)
-                await until(lambda read=read: sum(reading.num_tokens for reading in streams) > read)  # type: ignore[misc]
-        assert running.executors[0].popen.poll() is None
-        assert (await _status(running)).scheduler.executor_losses.num_suspects == 0
+                await joined(patient, "executor-0", after=before)
+                await streams.more(STREAMS)
+        assert patient.executors[0].popen.poll() is None
+        assert (await _status(patient)).scheduler.executor_losses.num_suspects == 0
 
     run(scenario())
 
 
-def test_a_network_that_is_slow_and_uneven_kills_nobody(running: Cluster) -> None:
+def test_a_network_that_is_slow_and_uneven_kills_nobody(patient: Cluster) -> None:
     async def scenario() -> None:
-        async with behind_a_proxy(running) as proxy:
-            async with readings(running, max_tokens=16):
-                before = await executors(running)
+        async with behind_a_proxy(patient) as proxy:
+            async with readings(patient, max_tokens=16) as streams:
+                before = await executors(patient)
                 proxy.delay(0.05, 0.4)
-            assert await executors(running) == before
+                await streams.more(16 * STREAMS)
+            assert await executors(patient) == before
 
     run(scenario())
 
 
-def test_a_link_with_little_room_loses_nothing_and_fills_no_memory(running: Cluster) -> None:
+def test_a_link_with_little_room_loses_nothing_and_fills_no_memory(patient: Cluster) -> None:
     """Plans with long prompts, over 40 KB/s each way."""
 
     async def scenario() -> None:
-        pids = [running.scheduler.popen.pid]
-        async with behind_a_proxy(running) as proxy:
-            pids.append(running.executors[0].popen.pid)
+        pids = [patient.scheduler.popen.pid]
+        async with behind_a_proxy(patient) as proxy:
+            pids.append(patient.executors[0].popen.pid)
             proxy.throttle(40_000)
-            async with readings(running, max_tokens=12, prompt=400, streams=24):
-                before = await executors(running)
+            async with readings(patient, max_tokens=12, prompt=400, streams=24):
+                before = await executors(patient)
                 before_mib = [rss_mib(pid) for pid in pids]
-            assert await executors(running) == before
+            assert await executors(patient) == before
             assert all(rss_mib(pid) - mib < 32 for pid, mib in zip(pids, before_mib, strict=True))
 
     run(scenario())
@@ -250,17 +292,16 @@ def serving(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         cluster.close()
 
 
-async def ask(address: str, reading: Reading, *, at: int, then: Callable[[], None]) -> list[int]:
-    """The tokens of an answer, as the Python client gives them; `then` happens once it has `at` of them."""
+IN_ITS_MIDST = 1200  # bytes that come down with its first ten tokens or so
+
+
+async def ask(address: str, reading: Reading) -> list[int]:
+    """The tokens of an answer, as the Python client gives them."""
     tokens: list[int] = []
-    happened = False
     async with AsyncClient(address) as client, client.send(reading.request) as stream:
         async for delta in stream:
             assert delta.index == len(tokens)
             tokens += delta.token_ids
-            if len(tokens) >= at and not happened:
-                happened = True
-                then()
     return tokens
 
 
@@ -268,7 +309,8 @@ def test_a_client_whose_connection_is_reset_goes_on_where_it_was(serving: Cluste
     async def scenario() -> None:
         reading = Reading(serving.model, 1, max_tokens=60)
         async with Proxy(serving.address) as proxy:
-            assert await ask(proxy.address, reading, at=20, then=proxy.reset) == list(reading.expected.tokens)
+            proxy.after(IN_ITS_MIDST, proxy.reset)
+            assert await ask(proxy.address, reading) == list(reading.expected.tokens)
             assert proxy.num_accepted >= 2
 
     run(scenario())
@@ -279,9 +321,8 @@ def test_a_client_whose_connection_goes_dark_goes_on_by_another_way(serving: Clu
     async def scenario() -> None:
         reading = Reading(serving.model, 2, max_tokens=120)
         async with Proxy(serving.address) as dark, Proxy(serving.address) as other:
-            addresses = f"{dark.address},{other.address}"
-            tokens = await ask(addresses, reading, at=20, then=lambda: dark.blackhole(up=up, down=down))
-            assert tokens == list(reading.expected.tokens)
+            dark.after(IN_ITS_MIDST, lambda: dark.blackhole(up=up, down=down))
+            assert await ask(f"{dark.address},{other.address}", reading) == list(reading.expected.tokens)
             assert other.num_accepted >= 1
 
     run(scenario())
@@ -292,8 +333,8 @@ def test_a_client_far_away_hears_the_same(serving: Cluster) -> None:
         reading = Reading(serving.model, 3, max_tokens=40)
         async with Proxy(serving.address) as proxy:
             proxy.delay(0.1, 0.2)
-            tokens = await ask(proxy.address, reading, at=10, then=lambda: proxy.throttle(20_000))
-            assert tokens == list(reading.expected.tokens)
+            proxy.after(IN_ITS_MIDST, lambda: proxy.throttle(20_000))
+            assert await ask(proxy.address, reading) == list(reading.expected.tokens)
             assert proxy.num_accepted == 1
 
     run(scenario())
@@ -305,12 +346,12 @@ def test_a_client_far_away_hears_the_same(serving: Cluster) -> None:
 class Cable:
     """Between this machine and a network namespace. A packet to a hardware address that nobody has is a lost packet."""
 
-    HERE = "10.199.7.1"
-    THERE = "10.199.7.2"
     NOBODY = "02:00:00:00:00:01"
 
     def __init__(self) -> None:
         number = os.getpid()
+        net = f"10.199.{number // 64 % 256}.{number % 64 * 4}"  # four addresses, and no other test's that runs now
+        self.here, self.there = (str(ipaddress.IPv4Address(net) + at) for at in (1, 2))
         self.space, self._here, self._there = f"pw{number}", f"pwh{number}", f"pwt{number}"
 
     @property
@@ -322,7 +363,7 @@ class Cable:
         """Raises CalledProcessError where the kernel does not let us."""
         _ip("netns", "add", self.space)
         _ip("link", "add", self._here, "type", "veth", "peer", "name", self._there, "netns", self.space)
-        for at, address, device in (([], self.HERE, self._here), (["-n", self.space], self.THERE, self._there)):
+        for at, address, device in (([], self.here, self._here), (["-n", self.space], self.there, self._there)):
             _ip(*at, "addr", "add", f"{address}/30", "dev", device)
             _ip(*at, "link", "set", device, "up")
 
@@ -330,13 +371,13 @@ class Cable:
         """Packets are lost: up, those from the namespace; down, those to it."""
         wrong = ("lladdr", self.NOBODY, "nud", "permanent")
         if up:
-            _ip("-n", self.space, "neigh", "replace", self.HERE, *wrong, "dev", self._there)
+            _ip("-n", self.space, "neigh", "replace", self.here, *wrong, "dev", self._there)
         if down:
-            _ip("neigh", "replace", self.THERE, *wrong, "dev", self._here)
+            _ip("neigh", "replace", self.there, *wrong, "dev", self._here)
 
     def light(self) -> None:
         """They arrive again."""
-        for at, address, device in (([], self.THERE, self._here), (["-n", self.space], self.HERE, self._there)):
+        for at, address, device in (([], self.there, self._here), (["-n", self.space], self.here, self._there)):
             subprocess.run(["ip", *at, "neigh", "del", address, "dev", device], check=False, capture_output=True)
 
     def cut(self) -> None:
@@ -366,7 +407,7 @@ def cable() -> Iterator[Cable]:
 
 
 def test_streams_go_on_elsewhere_when_the_kernel_loses_every_packet(model: Path, tmp_path: Path, cable: Cable) -> None:
-    flags = [f"--link-listen={cable.HERE}:0", "--insecure", "--log-format=json", *HASTE]
+    flags = [f"--link-listen={cable.here}:0", "--insecure", "--log-format=json", *HASTE]
     running = Cluster(model, tmp_path, flags=flags)
 
     async def scenario() -> None:

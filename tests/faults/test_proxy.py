@@ -39,7 +39,7 @@ async def connected() -> AsyncIterator[Ends]:
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             await scenario
 
     asyncio.run(bounded())
@@ -116,6 +116,22 @@ def test_both_ends_hear_a_reset_and_another_connection_can_be_made() -> None:
             assert await reader.readexactly(5) == b"again"
             other.close()
             again.close()
+
+    run(scenario())
+
+
+def test_what_is_to_happen_amid_an_answer_happens_at_its_byte() -> None:
+    async def scenario() -> None:
+        async with connected() as (proxy, near, far, _):
+            proxy.after(1000, proxy.blackhole)
+            far[1].write(WORDS[:600])
+            far[1].write(WORDS[600:])
+            assert await near[0].readexactly(1000) == WORDS[:1000]
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(near[0].read(1), 0.05)
+            assert proxy.bytes_down == 1000
+            proxy.heal()
+            assert await near[0].readexactly(len(WORDS) - 1000) == WORDS[1000:]
 
     run(scenario())
 

@@ -99,7 +99,8 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Stage:
 
 def run(stage: Stage, folder: Path) -> Journal:
     journal = Journal(folder / "journal.jsonl")
-    worker.run([stage], journal, fake=True, until_s=1e7, folder=folder, out=folder)
+    until_s = time.monotonic() + 1e7
+    worker.run([stage], journal, fake=True, until_s=until_s, folder=folder, out=folder)
     return journal
 
 

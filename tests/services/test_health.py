@@ -115,6 +115,23 @@ def test_a_watcher_hears_what_is_and_what_comes() -> None:
     asyncio.run(scenario())
 
 
+def test_a_watcher_hears_the_last_word_also_when_the_end_comes_at_once() -> None:
+    async def scenario() -> None:
+        service = Health([])
+        service.set_serving(True)
+        async with served(service) as (prober,):
+            watch = prober.watch()
+            assert await heard(watch) == SERVING
+            service.shut_down()
+            service.close()
+            assert await heard(watch) == NOT_SERVING
+            with pytest.raises(aio.AioRpcError) as ended:
+                await heard(watch)
+            assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+
+    asyncio.run(scenario())
+
+
 def test_watches_are_bounded_and_checks_are_not(tmp_path: Path) -> None:
     async def scenario() -> None:
         service = Health([], max_watches=4)
