@@ -6,6 +6,7 @@ import asyncio
 import random
 import re
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from common.sampling import SamplingParams, StopConditions
 from executor.fake_runner import prefix_hash_token
 from pagewire import AsyncClient
+from protos import inference_pb2 as pb
 from services.text import Tokenizer
 from tests.e2e import fake_model
 from tests.e2e.cluster import Cluster, Process
@@ -93,7 +95,12 @@ class Fleet:
         self.cluster = Cluster(old.model, old.folder, flags=self.flags)
         old.channel.close()
         with HealthWatch(self.cluster.health) as health:
-            health.wait_for(SERVING)  # its executors have found it
+            health.wait_for(SERVING)  # an executor has found it
+        while self.num_executors > 1 and self._num_joined() < self.num_executors:
+            time.sleep(0.01)
+
+    def _num_joined(self) -> int:
+        return self.cluster.stub.GetModel(pb.GetModelRequest(), timeout=60).num_executors
 
     @property
     def num_handed_over(self) -> int:

@@ -28,8 +28,7 @@ def port_that_stays() -> int:
                 return port
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return port
+        return int(free.getsockname()[1])
 
 
 def listening(pid: int) -> set[str]:
