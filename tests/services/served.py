@@ -10,9 +10,21 @@ from typing import Final
 from grpc import aio
 
 from services.engine import Engine
+from services.handlers import Arrivals
 
 HANG_S: Final = 60.0
 """Ends a test that would hang, and nothing else: a test that waits so long for what comes is right all the same."""
+
+
+class PatientAtFirst(Arrivals):
+    """Waits for the first message of all however long it takes, and for every other one no time at all."""
+
+    def __init__(self) -> None:
+        super().__init__(limit_s=HANG_S)
+
+    def begin(self, limit: asyncio.Timeout) -> None:
+        super().begin(limit)
+        self.limit_s = 0.05
 
 
 @asynccontextmanager
