@@ -122,7 +122,7 @@ def run(
         serving = asyncio.create_task(service.run(stop))
         waiting = asyncio.ensure_future(until())
         try:
-            async with asyncio.timeout(HANG_S):
+            async with asyncio.timeout(4 * HANG_S):  # two hundred links take a while on a slow machine
                 await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stop.set()
