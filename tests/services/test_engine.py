@@ -52,6 +52,11 @@ def join(
     return link
 
 
+def standing() -> int:
+    """The time of an engine whose timers end requests, and which finds none too late before that."""
+    return 1_000_000_000
+
+
 async def read(stream: RequestStream) -> dict[int, list[int]]:
     tokens: dict[int, list[int]] = {}
     while stream.is_open:
@@ -420,7 +425,7 @@ def test_a_request_ends_at_its_deadline_and_frees_its_blocks() -> None:
             await asyncio.sleep(0)
         assert engine.scheduler.session(1).pool.num_free == 32
 
-    run(test)
+    run(test, clock_ns=standing)
 
 
 def test_a_request_that_expires_in_the_line_costs_its_executor_nothing() -> None:
@@ -434,7 +439,7 @@ def test_a_request_that_expires_in_the_line_costs_its_executor_nothing() -> None
         assert await read(engine.submit([1, 2], GREEDY, StopConditions(max_tokens=1))) == {0: [2]}
         assert engine.scheduler.session(1).occupancy.num_steps == 1 and not link.held
 
-    run(test)
+    run(test, clock_ns=standing)
 
 
 def test_a_request_that_comes_after_its_deadline_is_not_queued() -> None:
@@ -453,7 +458,7 @@ def test_no_request_takes_longer_than_any_may() -> None:
         with pytest.raises(DeadlineExceeded):
             await read(stream)
 
-    run(test, max_request_s=0.02)
+    run(test, max_request_s=0.02, clock_ns=standing)
 
 
 def test_a_deadline_does_not_outlive_its_request() -> None:
