@@ -38,12 +38,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 
 def with_checker(
-    model: ModelFolder, test: Callable[[GrammarChecker], Awaitable[None]], *, cpu_s: float = 20, **limits: Any
+    model: ModelFolder, test: Callable[[GrammarChecker], Awaitable[None]], *, patience: int = 10_000, **limits: Any
 ) -> None:
-    """Run a test with a worker that may take its time: `cpu_s` of the processor, four times as long by the clock."""
+    """Run a test with a worker that is waited for as long as it takes, however busy the machine is."""
 
     async def main() -> None:
-        checker = GrammarChecker(model, cpu_s=cpu_s, **limits)
+        checker = GrammarChecker(model, **limits)
         try:
             async with asyncio.timeout(2 * HANG_S):
                 await test(checker)
@@ -53,20 +53,13 @@ def with_checker(
     with pytest.MonkeyPatch.context() as changed:
         for limit in ("_START_S", "_SLACK_S"):
             changed.setattr(grammar_checker, limit, HANG_S)
+        changed.setattr(grammar_checker, "_PATIENCE", patience)
         asyncio.run(main())
 
 
-async def check(checker: GrammarChecker, grammar: Grammar) -> None:
-    """Ask until the machine is not too busy to find out."""
-    while True:
-        with contextlib.suppress(Overloaded):
-            await checker.check("the_field", grammar, "")
-            return
-
-
-async def problem_with(checker: GrammarChecker, grammar: Grammar) -> str:
+async def problem_with(checker: GrammarChecker, grammar: Grammar, tenant: str = "") -> str:
     with pytest.raises(InvalidRequest) as refused:
-        await check(checker, grammar)
+        await checker.check("the_field", grammar, tenant)
     assert refused.value.field == "the_field"
     return refused.value.problem
 
@@ -84,9 +77,17 @@ def test_a_good_grammar_passes_and_a_bad_one_is_refused_by_its_field_and_reason(
 def test_one_that_takes_too_long_is_refused_and_the_next_is_served(model: ModelFolder, grammar: Grammar) -> None:
     async def test(checker: GrammarChecker) -> None:
         assert await problem_with(checker, grammar) == "must take at most 0.3 s and 512 MiB to compile"
-        await check(checker, GOOD)
+        await checker.check("regex", GOOD, "")
 
     with_checker(model, test, cpu_s=0.3)  # less, and a busy machine would not know
+
+
+def test_where_the_machine_is_too_busy_to_find_out_that_is_told_and_no_fault_of_the_grammar(model: ModelFolder) -> None:
+    async def test(checker: GrammarChecker) -> None:
+        with pytest.raises(Overloaded, match="the machine is too busy"):
+            await checker.check("regex", SLOW, "")
+
+    with_checker(model, test, patience=0)
 
 
 def test_one_that_takes_too_much_memory_is_refused_and_the_next_is_served(model: ModelFolder) -> None:
@@ -179,7 +180,7 @@ def test_what_met_a_limit_is_asked_again(model: ModelFolder, monkeypatch: pytest
 def test_who_leaves_while_it_waits_takes_no_answer_from_others(model: ModelFolder) -> None:
     async def test(checker: GrammarChecker) -> None:
         first = asyncio.create_task(checker.check("json_schema", SLOW, ""))
-        second = asyncio.create_task(check(checker, GOOD))
+        second = asyncio.create_task(checker.check("regex", GOOD, ""))
         third = asyncio.create_task(problem_with(checker, BAD))
         while not checker._asked:
             await asyncio.sleep(0)
@@ -366,6 +367,6 @@ def test_a_child_that_a_signal_ends_met_a_limit(model: ModelFolder, monkeypatch:
     tokenizer = load_tokenizer(model.path / "tokenizer.json", vocab_size=model.vocab_size, eos=model.eos_token_ids)
     monkeypatch.setattr(grammar_worker, "compile_grammar", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 
-    problem = grammar_worker.problem_of(tokenizer, GOOD, cpu_s=5, memory_mib=64)
+    problem = grammar_worker.problem_of(tokenizer, GOOD, cpu_s=5, memory_mib=64, wait_s=HANG_S)
 
     assert problem == "must take at most 5 s and 64 MiB to compile"
