@@ -32,6 +32,7 @@ _LENGTH: Final = struct.Struct("<I")
 LIMIT: Final = "must take at most"  # how a worker begins that met a limit
 _LATE: Final = "\0"  # the worker's LATE, which is not imported: it would bring the executor's packages
 _START_S: Final = 30.0  # a large vocabulary on a busy machine
+_PATIENCE: Final = 4  # times the processor's time that is allowed: others want the processor too
 _SLACK_S: Final = 2.0  # beyond what the worker allows a grammar: then the worker itself is stuck
 _MAX_LINE: Final = 64  # grammars that wait to be compiled
 _MAX_LINE_OF_ONE: Final = 8  # of one tenant
@@ -128,7 +129,7 @@ class GrammarChecker:
                 return self._no_tokenizer
             self._asked[key].is_compiled = True
             try:
-                async with asyncio.timeout(4 * self._cpu_s + _SLACK_S):
+                async with asyncio.timeout(_PATIENCE * self._cpu_s + _SLACK_S):
                     problem = await _exchange(worker, message)
             except Exception as error:  # noqa: BLE001 - whatever a transport raises whose process is gone
                 _log.error("the worker for grammars is lost: %s", type(error).__name__)
@@ -171,6 +172,7 @@ class GrammarChecker:
             [
                 *(sys.executable, "-m", "services.grammar_worker", *self._arguments),
                 *("--cpu-s", str(self._cpu_s), "--memory-mib", str(self._memory_mib)),
+                *("--wait-s", str(_PATIENCE * self._cpu_s)),
                 *("--die-with-parent", str(os.getpid())),
             ],
             {  # nothing of ours: no key, no failpoint

@@ -32,7 +32,6 @@ from services.lifecycle import die_with_parent
 
 _LENGTH: Final = struct.Struct("<I")
 _STACK_BYTES: Final = 4 << 20  # half of what a thread has by default
-_PATIENCE: Final = 4  # times the processor's time that is allowed: others want the processor too
 
 LATE: Final = "\0"
 """The answer where too little of the processor was to be had to find out."""
@@ -45,6 +44,7 @@ def main() -> None:
     parser.add_argument("vocab_size", type=int)
     parser.add_argument("eos", type=int, nargs="*")
     parser.add_argument("--cpu-s", type=float, required=True)
+    parser.add_argument("--wait-s", type=float, required=True)
     parser.add_argument("--memory-mib", type=int, required=True)
     parser.add_argument("--die-with-parent", type=int, required=True)
     asked = parser.parse_args()
@@ -63,7 +63,8 @@ def main() -> None:
     requests = sys.stdin.buffer
     while head := requests.read(_LENGTH.size):
         grammar = grammar_from_pb(pb.Grammar.FromString(requests.read(_LENGTH.unpack(head)[0])), "")
-        _write(replies, problem_of(tokenizer, grammar, cpu_s=asked.cpu_s, memory_mib=asked.memory_mib))
+        limits = {"cpu_s": asked.cpu_s, "memory_mib": asked.memory_mib, "wait_s": asked.wait_s}
+        _write(replies, problem_of(tokenizer, grammar, **limits))
 
 
 def _write(replies: BinaryIO, text: str) -> None:
@@ -71,8 +72,8 @@ def _write(replies: BinaryIO, text: str) -> None:
     replies.write(_LENGTH.pack(len(data)) + data)
 
 
-def problem_of(tokenizer: LLTokenizer, grammar: Grammar, *, cpu_s: float, memory_mib: int) -> str:
-    """Compile the grammar in a child: what is wrong with it; empty when nothing is; LATE when nobody knows."""
+def problem_of(tokenizer: LLTokenizer, grammar: Grammar, *, cpu_s: float, memory_mib: int, wait_s: float) -> str:
+    """Compile the grammar in a child: what is wrong with it; empty when nothing is; LATE when nobody knows in time."""
     limits = f"must take at most {cpu_s:g} s and {memory_mib} MiB to compile"
     read_fd, write_fd = os.pipe()
     child = os.fork()
@@ -80,7 +81,7 @@ def problem_of(tokenizer: LLTokenizer, grammar: Grammar, *, cpu_s: float, memory
         _compile_and_end(tokenizer, grammar, write_fd, cpu_s, memory_mib)
     os.close(write_fd)
     with os.fdopen(read_fd, "rb") as answer:
-        has_ended, _, _ = select.select([answer], [], [], _PATIENCE * cpu_s)
+        has_ended, _, _ = select.select([answer], [], [], wait_s)
         if not has_ended:
             os.kill(child, signal.SIGKILL)
         told = answer.read()

@@ -50,7 +50,7 @@ class Arrivals:
     """
 
     def __init__(self, *, limit_s: float = 30.0, at_once: int = 4096) -> None:
-        self._limit_s = limit_s
+        self.limit_s = limit_s
         self._at_once = at_once
         self._waiting: dict[asyncio.Timeout, None] = {}  # longest first
 
@@ -84,7 +84,7 @@ class Arrivals:
         """From now on what is done under this limit waits for a message."""
         now = asyncio.get_running_loop().time()
         self._waiting[limit] = None
-        limit.reschedule(now + self._limit_s)
+        limit.reschedule(now + self.limit_s)
         if len(self._waiting) > self._at_once:
             oldest = next(iter(self._waiting))
             del self._waiting[oldest]
@@ -97,7 +97,7 @@ class Arrivals:
     def refusal(self, limit: asyncio.Timeout) -> PagewireError:
         """Why its time is over; asked before `end`."""
         if limit in self._waiting:
-            return Unavailable(f"no message came within {self._limit_s:g} s")
+            return Unavailable(f"no message came within {self.limit_s:g} s")
         return Overloaded("too many calls wait for their message")
 
 

@@ -7,11 +7,13 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 from grpc import aio
 
 from common.errors import InvalidRequest, PagewireError, Unavailable, UnknownModel
 from protos import inference_pb2 as pb
 from services.handlers import Context, service_handler
+from tests.services.served import HANG_S
 
 Script = Callable[[Any, Context], AsyncGenerator[pb.GenerateStreamResponse, None]]
 GONE = Unavailable("going", 0.0)
@@ -119,7 +121,7 @@ def played(
             port = running.add_insecure_port("127.0.0.1:0")
             await running.start()
             try:
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(HANG_S):
                     result = use(f"127.0.0.1:{port}")
                     return await result if asyncio.iscoroutine(result) else result
             finally:
@@ -127,4 +129,8 @@ def played(
 
         return asyncio.run(main())
 
-    yield server, run
+    with pytest.MonkeyPatch.context() as changed:
+        for client in ("aio", "client"):  # as long as it takes: a test asks what the server was told
+            changed.setattr(f"pagewire.{client}.CANCEL_TIMEOUT_S", HANG_S)
+            changed.setattr(f"pagewire.{client}.UNPIN_TIMEOUT_S", HANG_S)
+        yield server, run

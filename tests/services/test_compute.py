@@ -15,8 +15,8 @@ from executor.resident import PlanError
 from executor.runner import DeviceLost, Done, Report, Runner
 from services.compute import ComputeThread
 from services.watchdog import Watchdog
+from tests.services.served import HANG_S
 
-TIMEOUT_S = 20.0
 CANARY = "the caller's secret prompt"
 
 
@@ -87,7 +87,7 @@ def test_the_time_of_a_step_and_the_wait_before_it_are_measured() -> None:
     for step in range(2):
         compute.execute(1, StepPlan(step=step, refs=[], num_scheduled=[]))
     compute.start()
-    first, second = results.get(timeout=20), results.get(timeout=20)
+    first, second = results.get(timeout=HANG_S), results.get(timeout=HANG_S)
     compute.stop()
 
     assert (first.idle_ns, first.compute_ns) == (0, 70), "the session began just before"
@@ -107,7 +107,7 @@ def test_a_step_that_fails_is_logged_with_its_place_and_without_its_words(caplog
         compute.begin_session(7)
         compute.execute(7, StepPlan(step=0, refs=[], num_scheduled=[]))
         compute.start()
-        assert failures.get(timeout=20) == 7
+        assert failures.get(timeout=HANG_S) == 7
         compute.stop()
 
     assert "step 0 of session 7 failed" in caplog.text and "in launch" in caplog.text and "ValueError" in caplog.text
@@ -134,7 +134,7 @@ def test_a_result_that_cannot_be_handed_on_fails_its_step_and_the_thread_goes_on
         compute.begin_session(session)
         compute.execute(session, StepPlan(step=0, refs=[], num_scheduled=[]))
     compute.start()
-    assert [told.get(timeout=20) for _ in range(2)] == ["session 1 failed in step 0", "session 2 has step 0"]
+    assert [told.get(timeout=HANG_S) for _ in range(2)] == ["session 1 failed in step 0", "session 2 has step 0"]
     compute.stop()
 
 
@@ -154,7 +154,7 @@ class Step:
         self._ended.set()
 
     def wait(self) -> None:
-        assert self._ended.wait(TIMEOUT_S), f"step {self.step} never ended"
+        assert self._ended.wait(HANG_S), f"step {self.step} never ended"
         if self._error:
             raise self._error
 
@@ -222,7 +222,7 @@ class Told:
 
     def next_result(self) -> tuple[int, int]:
         """Session and step."""
-        session, result = self.results.get(timeout=TIMEOUT_S)
+        session, result = self.results.get(timeout=HANG_S)
         return session, result.step
 
 
@@ -231,14 +231,14 @@ def test_a_step_is_launched_while_the_one_before_it_is_computed() -> None:
     told = Told(runner)
     told.queue(1, num_plans=2)
     told.compute.start()
-    first, second = (runner.launched.get(timeout=TIMEOUT_S) for _ in range(2))
+    first, second = (runner.launched.get(timeout=HANG_S) for _ in range(2))
 
     assert told.results.empty()
     first.end()
     assert told.next_result() == (1, 0)
     second.end()
     assert told.next_result() == (1, 1)
-    assert told.compute.stop(TIMEOUT_S)
+    assert told.compute.stop(HANG_S)
 
 
 def test_results_are_asked_for_in_the_order_of_the_launches() -> None:
@@ -246,11 +246,11 @@ def test_results_are_asked_for_in_the_order_of_the_launches() -> None:
     told = Told(runner)
     told.queue(1, num_plans=3)
     told.compute.start()
-    for step in reversed([runner.launched.get(timeout=TIMEOUT_S) for _ in range(3)]):
+    for step in reversed([runner.launched.get(timeout=HANG_S) for _ in range(3)]):
         step.end()
 
     assert [told.next_result() for _ in range(3)] == [(1, 0), (1, 1), (1, 2)]
-    assert told.compute.stop(TIMEOUT_S)
+    assert told.compute.stop(HANG_S)
     assert runner.log == ["begin", *(f"launch {n}" for n in range(3)), *(f"result {n}" for n in range(3))]
 
 
@@ -260,18 +260,18 @@ def test_a_step_that_breaks_on_the_device_ends_its_session_and_what_was_launched
     told.queue(1, num_plans=3)
     told.queue(2, num_plans=1)
     told.compute.start()
-    first, second, third = (runner.launched.get(timeout=TIMEOUT_S) for _ in range(3))
+    first, second, third = (runner.launched.get(timeout=HANG_S) for _ in range(3))
 
     first.end()
     second.end(RuntimeError("the device broke down"))
     assert told.next_result() == (1, 0)
-    assert told.failures.get(timeout=TIMEOUT_S) == (1, 1)
+    assert told.failures.get(timeout=HANG_S) == (1, 1)
     assert told.compute.computing, "the third is still there"
     third.end()
-    runner.launched.get(timeout=TIMEOUT_S).end()
+    runner.launched.get(timeout=HANG_S).end()
 
     assert told.next_result() == (2, 0)
-    assert told.compute.stop(TIMEOUT_S)
+    assert told.compute.stop(HANG_S)
     assert "result 2" not in runner.log
 
 
@@ -281,13 +281,13 @@ def test_a_plan_that_is_refused_ends_the_session_after_the_steps_before_it() -> 
     told = Told(runner)
     told.queue(1, num_plans=3)
     told.compute.start()
-    first = runner.launched.get(timeout=TIMEOUT_S)
+    first = runner.launched.get(timeout=HANG_S)
 
     assert told.failures.empty()
     first.end()
     assert told.next_result() == (1, 0)
-    assert told.failures.get(timeout=TIMEOUT_S) == (1, 1)
-    assert told.compute.stop(TIMEOUT_S)
+    assert told.failures.get(timeout=HANG_S) == (1, 1)
+    assert told.compute.stop(HANG_S)
     assert runner.log == ["begin", "launch 0", "launch 1", "result 0"]
 
 
@@ -298,12 +298,12 @@ def test_a_session_begins_when_nothing_of_the_last_one_is_in_flight() -> None:
     told.queue(2, num_plans=1)
     told.compute.start()
     for _ in range(2):
-        runner.launched.get(timeout=TIMEOUT_S).end()
-    runner.launched.get(timeout=TIMEOUT_S).end()
+        runner.launched.get(timeout=HANG_S).end()
+    runner.launched.get(timeout=HANG_S).end()
 
     assert [told.next_result() for _ in range(3)] == [(1, 0), (1, 1), (2, 0)]
     assert told.failures.empty()
-    assert told.compute.stop(TIMEOUT_S)
+    assert told.compute.stop(HANG_S)
 
 
 def test_the_thread_ends_after_the_steps_that_are_in_flight() -> None:
@@ -311,12 +311,12 @@ def test_the_thread_ends_after_the_steps_that_are_in_flight() -> None:
     told = Told(runner)
     told.queue(1, num_plans=2)
     told.compute.start()
-    steps = [runner.launched.get(timeout=TIMEOUT_S) for _ in range(2)]
+    steps = [runner.launched.get(timeout=HANG_S) for _ in range(2)]
 
     assert not told.compute.stop(0)
     for step in steps:
         step.end()
-    assert told.compute.stop(TIMEOUT_S)
+    assert told.compute.stop(HANG_S)
     assert [told.next_result() for _ in range(2)] == [(1, 0), (1, 1)]
 
 
@@ -326,15 +326,15 @@ def test_a_device_that_hangs_looks_like_a_thread_that_hangs() -> None:
     compute = told.compute
     told.queue(1, num_plans=2)
     compute.start()
-    steps = [runner.launched.get(timeout=TIMEOUT_S) for _ in range(2)]
+    steps = [runner.launched.get(timeout=HANG_S) for _ in range(2)]
     Watchdog(lambda: (compute.tick, compute.next_step), patience_s=0.1, on_stuck=stuck.set).start()
 
-    assert stuck.wait(TIMEOUT_S), "its ticks go on"
+    assert stuck.wait(HANG_S), "its ticks go on"
     clock.now_ns += 3_000_000_000
     assert (compute.computing, compute.next_step, compute.step_s) == (True, 0, 3.0)
     for step in steps:
         step.end()
-    assert compute.stop(TIMEOUT_S)
+    assert compute.stop(HANG_S)
     assert (compute.computing, compute.step_s) == (False, 0.0)
 
 
@@ -343,18 +343,18 @@ def test_a_step_behind_another_begins_when_that_one_ends() -> None:
     told = Told(runner, clock)
     told.queue(1, num_plans=2)
     told.compute.start()
-    first, second = (runner.launched.get(timeout=TIMEOUT_S) for _ in range(2))
+    first, second = (runner.launched.get(timeout=HANG_S) for _ in range(2))
 
     clock.now_ns += 70
     first.end()
-    _, one = told.results.get(timeout=TIMEOUT_S)
+    _, one = told.results.get(timeout=HANG_S)
     clock.now_ns += 30
     assert told.compute.step_s == 30e-9
     second.end()
-    _, two = told.results.get(timeout=TIMEOUT_S)
+    _, two = told.results.get(timeout=HANG_S)
 
     assert [(result.compute_ns, result.idle_ns) for result in (one, two)] == [(70, 0), (30, 0)]
-    assert told.compute.stop(TIMEOUT_S)
+    assert told.compute.stop(HANG_S)
 
 
 def test_a_device_that_measures_its_time_itself_is_believed() -> None:
@@ -362,13 +362,13 @@ def test_a_device_that_measures_its_time_itself_is_believed() -> None:
     told = Told(runner)
     told.queue(1, num_plans=1)
     told.compute.start()
-    step = runner.launched.get(timeout=TIMEOUT_S)
+    step = runner.launched.get(timeout=HANG_S)
     step.times = (55, 5)
     step.end()
 
-    _, result = told.results.get(timeout=TIMEOUT_S)
+    _, result = told.results.get(timeout=HANG_S)
     assert (result.compute_ns, result.idle_ns) == (55, 5)
-    assert told.compute.stop(TIMEOUT_S)
+    assert told.compute.stop(HANG_S)
 
 
 def test_nobody_waits_for_a_step_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +381,7 @@ def test_nobody_waits_for_a_step_that_is_done(monkeypatch: pytest.MonkeyPatch) -
     told.compute.start()
 
     assert [told.next_result() for _ in range(2)] == [(1, 0), (1, 1)]
-    assert told.compute.stop(TIMEOUT_S)
+    assert told.compute.stop(HANG_S)
 
 
 class SparedRunner(ScriptedRunner):
@@ -396,7 +396,7 @@ class SparedRunner(ScriptedRunner):
         self.log.append("idle")
         goes_on = threading.Event()
         self.asked.put(goes_on)
-        assert goes_on.wait(TIMEOUT_S)
+        assert goes_on.wait(HANG_S)
         self._num_pieces -= 1
         return self._num_pieces > 0
 
@@ -406,15 +406,15 @@ def test_idle_moments_are_offered_until_there_is_nothing_to_do_in_them() -> None
     told = Told(runner)
     told.compute.start()
     for _ in range(2):
-        runner.asked.get(timeout=TIMEOUT_S).set()
-    last = runner.asked.get(timeout=TIMEOUT_S)
+        runner.asked.get(timeout=HANG_S).set()
+    last = runner.asked.get(timeout=HANG_S)
 
     told.queue(1, num_plans=1)
     last.set()
-    runner.launched.get(timeout=TIMEOUT_S).end()
+    runner.launched.get(timeout=HANG_S).end()
     assert told.next_result() == (1, 0)
-    runner.asked.get(timeout=TIMEOUT_S).set()  # a step may have left something
-    assert told.compute.stop(TIMEOUT_S)
+    runner.asked.get(timeout=HANG_S).set()  # a step may have left something
+    assert told.compute.stop(HANG_S)
     assert runner.log == ["idle"] * 3 + ["begin", "launch 0", "result 0", "idle"]
 
 
@@ -422,17 +422,17 @@ def test_a_plan_waits_for_no_more_than_one_idle_moment() -> None:
     runner = SparedRunner(num_pieces=1000)
     told = Told(runner)
     told.compute.start()
-    moment = runner.asked.get(timeout=TIMEOUT_S)
+    moment = runner.asked.get(timeout=HANG_S)
 
     told.queue(1, num_plans=2)
     moment.set()
     for _ in range(2):
-        runner.launched.get(timeout=TIMEOUT_S).end()
+        runner.launched.get(timeout=HANG_S).end()
     assert [told.next_result() for _ in range(2)] == [(1, 0), (1, 1)]
-    moment = runner.asked.get(timeout=TIMEOUT_S)
+    moment = runner.asked.get(timeout=HANG_S)
     assert not told.compute.stop(0)
     moment.set()
-    assert told.compute.stop(TIMEOUT_S)
+    assert told.compute.stop(HANG_S)
     assert runner.log == ["idle", "begin", "launch 0", "launch 1", "result 0", "result 1", "idle"]
 
 
@@ -446,12 +446,12 @@ def test_idle_work_that_fails_ends_no_session_and_is_not_tried_again(caplog: pyt
     told = Told(runner)
     told.queue(1, num_plans=1)
     told.compute.start()
-    runner.launched.get(timeout=TIMEOUT_S).end()
+    runner.launched.get(timeout=HANG_S).end()
     assert told.next_result() == (1, 0)
     told.queue(2, num_plans=1)
-    runner.launched.get(timeout=TIMEOUT_S).end()
+    runner.launched.get(timeout=HANG_S).end()
     assert told.next_result() == (2, 0)
-    assert told.compute.stop(TIMEOUT_S)
+    assert told.compute.stop(HANG_S)
     assert runner.log.count("idle") == 1
     assert "idle work failed" in caplog.text and CANARY not in caplog.text
 
@@ -466,5 +466,5 @@ def test_a_device_that_is_lost_ends_the_process() -> None:
     told.queue(1, num_plans=1)
     told.compute.start()
 
-    assert ended.wait(TIMEOUT_S)
-    assert told.compute.stop(TIMEOUT_S)
+    assert ended.wait(HANG_S)
+    assert told.compute.stop(HANG_S)

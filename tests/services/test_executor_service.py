@@ -20,6 +20,7 @@ from services import codec_link, watchdog
 from services.executor_service import ExecutorService
 from services.grpc_options import link_options
 from services.handlers import Context
+from tests.services.served import HANG_S
 
 REF = SlotRef(1 << 16)
 Played = Callable[[int, Context], Awaitable[None]]
@@ -121,7 +122,7 @@ def run(
         serving = asyncio.create_task(service.run(stop))
         waiting = asyncio.ensure_future(until())
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(4 * HANG_S):  # two hundred links take a while on a slow machine
                 await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stop.set()
@@ -141,7 +142,7 @@ def test_an_executor_dials_again_when_the_last_links_step_has_ended_and_answers_
     def next_token(prefix: Prefix) -> int:
         if prefix.num_tokens == 3:  # the first scheduler's prompt
             computing.set()
-            go_on.wait(30)
+            go_on.wait(HANG_S)
             return 777
         return position_token(prefix)
 
@@ -150,7 +151,7 @@ def test_an_executor_dials_again_when_the_last_links_step_has_ended_and_answers_
         await welcome(context)
         await send(context, first_step([7, 8, 9] if link == 0 else [1, 2, 3, 4, 5]))
         if link == 0:
-            await asyncio.to_thread(computing.wait, 30)
+            await asyncio.to_thread(computing.wait, HANG_S)
             gone.set()
         else:
             answered.put_nowait(await next_result(context))
@@ -270,7 +271,7 @@ def test_a_heartbeat_says_how_long_the_step_has_taken() -> None:
     go_on, seen = threading.Event(), asyncio.Event()
 
     def next_token(prefix: Prefix) -> int:
-        go_on.wait(30)
+        go_on.wait(HANG_S)
         return 7
 
     async def played(link: int, context: Context) -> None:
@@ -295,7 +296,7 @@ def test_a_process_whose_step_never_ends_ends_itself(monkeypatch: pytest.MonkeyP
         go_on.set()
 
     def next_token(prefix: Prefix) -> int:
-        go_on.wait(30)
+        go_on.wait(HANG_S)
         return 7
 
     async def played(link: int, context: Context) -> None:
@@ -305,7 +306,7 @@ def test_a_process_whose_step_never_ends_ends_itself(monkeypatch: pytest.MonkeyP
             pass
 
     async def check() -> None:
-        assert await asyncio.to_thread(ended.wait, 30)
+        assert await asyncio.to_thread(ended.wait, HANG_S)
 
     monkeypatch.setattr(watchdog, "end_process", end_process)
     run(played, check, next_token=next_token, watchdog_s=0.5)

@@ -17,7 +17,7 @@ from services.admission import Ask
 from services.engine import Engine
 from services.monitoring import Monitoring
 from services.timelines import Timelines
-from tests.services.test_engine import GREEDY, join, read, run
+from tests.services.test_engine import GREEDY, join, read, run, standing
 
 NO_CONTEXT: Any = None
 
@@ -106,7 +106,7 @@ def test_a_deadline_is_the_error_of_its_request() -> None:
         assert (timeline.error, timeline.reason) == ("DeadlineExceeded", FinishReason.ABORTED)
         assert [event.kind for event in timeline.events] == [Kind.RECEIVED, Kind.QUEUED, Kind.FINISHED]
 
-    run(test)
+    run(test, clock_ns=standing)
 
 
 def test_another_reader_is_told_but_not_of_a_request_that_is_over() -> None:

@@ -28,7 +28,7 @@ from services.handlers import Context, service_handler
 from services.reflection import reflection_handler
 from services.status import from_rpc_error
 from services.watched_files import WatchedFiles
-from tests.services.served import until
+from tests.services.served import HANG_S, until
 
 METHODS = ["Unary", "ServerStream", "ClientStream", "Both", "NotThere"]
 SECRET = "pw-a-secret-in-an-exception"
@@ -70,17 +70,17 @@ async def call(channel: aio.Channel, method: str, metadata: Metadata = ()) -> by
     path = f"/test.Service/{method}"
     if method == "ServerStream":
         stream: aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(path)
-        (message,) = [message async for message in stream(b"", metadata=metadata, timeout=10)]
+        (message,) = [message async for message in stream(b"", metadata=metadata, timeout=HANG_S)]
         return message
     if method == "ClientStream":
         upload: aio.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(path)
-        return await upload(iter([b""]), metadata=metadata, timeout=10)
+        return await upload(iter([b""]), metadata=metadata, timeout=HANG_S)
     if method == "Both":
         both: aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
-        (message,) = [message async for message in both(iter([b""]), metadata=metadata, timeout=10)]
+        (message,) = [message async for message in both(iter([b""]), metadata=metadata, timeout=HANG_S)]
         return message
     unary: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
-    return await unary(b"", metadata=metadata, timeout=10)
+    return await unary(b"", metadata=metadata, timeout=HANG_S)
 
 
 async def refusal(channel: aio.Channel, method: str, metadata: Metadata = ()) -> aio.AioRpcError:
@@ -155,7 +155,7 @@ def test_health_asks_nobody_for_a_key(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with served(Gate(lambda: keys)) as channel:
             check: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
-            answer = health_pb2.HealthCheckResponse.FromString(await check(b"", timeout=10))
+            answer = health_pb2.HealthCheckResponse.FromString(await check(b"", timeout=HANG_S))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
             await refusal(channel, "Unary")
 
@@ -278,7 +278,7 @@ async def behind(gate: Gate, handler: grpc.GenericRpcHandler) -> AsyncIterator[a
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        async with asyncio.timeout(60), aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with asyncio.timeout(HANG_S), aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             yield channel
     finally:
         await server.stop(0)

@@ -33,6 +33,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.positions import Heard, Writer, pack_prompt
 from services.gateway.upstream import Upstream
 from tests.services.gateway_calls import CHAT, HI, Call, Scheduler, Stream, ask, delta, finish, gateway
+from tests.services.served import HANG_S
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -159,7 +160,7 @@ def test_what_is_cut_off_by_the_gateway_s_end_while_it_is_made_or_written_is_cou
             await call.send(message)
 
         answering = asyncio.create_task(app(call.scope, call.receive, send))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             while not (scheduler.streams if is_read and not stream else writes.is_set()):
                 await asyncio.sleep(0)
         answering.cancel()
@@ -183,7 +184,7 @@ def cut(body: dict[str, Any], path: str, send: Callable[[Call, Any], Awaitable[N
         answering = asyncio.create_task(
             gateway(scheduler)(call.scope, call.receive, lambda message: send(call, message))
         )
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             while b'"a"' not in b"".join(call.parts):
                 await asyncio.sleep(0)
             await asyncio.sleep(0)  # it waits for the next one
@@ -332,7 +333,7 @@ async def echoing(then: Callable[[Reader, Call], None]) -> tuple[Reader, Call]:
     """A request for many echoes, of which the first ones are asked for when `then` is called."""
     reader, call = Reader(), Call(ECHO, "/v1/completions")
     answering = asyncio.create_task(gateway(reader, max_prompts=20)(call.scope, call.receive, call.send))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HANG_S):
         while reader.num_open < 8:
             await asyncio.sleep(0)
         then(reader, call)
@@ -586,7 +587,7 @@ def test_a_scheduler_that_stands_still_keeps_nobody_from_hearing_that(monkeypatc
         await app(calls[0].scope, calls[0].receive, calls[0].send)
         keeper.go_on.clear()
         for call in calls[1:]:
-            await asyncio.wait_for(app(call.scope, call.receive, call.send), 20)
+            await asyncio.wait_for(app(call.scope, call.receive, call.send), HANG_S)
         return [call.status for call in calls]
 
     assert asyncio.run(run()) == [200, 200, 200]
@@ -722,7 +723,7 @@ def test_a_reader_who_does_not_take_what_is_sent_is_cut_and_his_request_ended(
         call = Call({**HI, "stream": True})
         call.scope["extensions"] = {ABORT: {"now": lambda: cut.append(True)}}
         app = gateway(scheduler, reader_s=0.01, **patience)
-        await asyncio.wait_for(app(call.scope, call.receive, takes), 20)
+        await asyncio.wait_for(app(call.scope, call.receive, takes), HANG_S)
 
     asyncio.run(run())
     assert cut == [True] and scheduler.streams[0].closed == [False]

@@ -11,6 +11,7 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from services.gateway.connection import Connection, ConnectionLimits
+from tests.services.served import HANG_S
 
 GET = b"GET / HTTP/1.1\r\n\r\n"
 
@@ -91,7 +92,7 @@ class Server:
 
 async def tasks(server: Server) -> None:
     """Until each request has come to its end."""
-    await asyncio.wait_for(asyncio.gather(*server.state.tasks), 20)
+    await asyncio.wait_for(asyncio.gather(*server.state.tasks), HANG_S)
 
 
 def test_of_many_requests_in_one_read_one_runs_and_one_waits_at_most() -> None:
@@ -136,7 +137,7 @@ def test_a_reader_who_takes_nothing_is_cut_whatever_is_written_to_him(waiting: S
     async def run() -> Transport:
         transport = Transport(*waiting)
         Server(App(), reader_s=0.001).connect(transport).pause_writing()
-        await asyncio.wait_for(transport.ended.wait(), 20)
+        await asyncio.wait_for(transport.ended.wait(), HANG_S)
         return transport
 
     transport = asyncio.run(run())

@@ -16,6 +16,7 @@ from protos import monitoring_pb2 as pb
 from services.gateway.app import Gateway
 from services.gateway.live import NO_STATE, NOT_SHOWN, PAGE, LiveAccess, LiveView, Watch, read_access
 from tests.services.gateway_calls import Call, Scheduler, ask, gateway
+from tests.services.served import HANG_S
 
 KEY = "0123456789abcdef"
 HERE = ((b"host", b"127.0.0.1:8000"),)
@@ -225,7 +226,7 @@ def test_a_view_ends_when_its_gateway_stops_and_not_an_interval_later() -> None:
     call = Call(None, "/live/state", HERE, "GET")
 
     async def run() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             looking = asyncio.create_task(app(call.scope, call.receive, call.send))
             while not call.parts:
                 await asyncio.sleep(0)

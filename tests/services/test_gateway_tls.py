@@ -13,6 +13,7 @@ import pytest
 from services import tls, watched_files
 from services.gateway import process
 from tests.certificates import Authority, Pair
+from tests.services.served import HANG_S
 
 
 def _context(server_ca: Path, pair: Pair) -> ssl.SSLContext:
@@ -35,7 +36,7 @@ async def _is_let_in(context: ssl.SSLContext, port: int) -> bool:
 def _session(context: ssl.SSLContext, port: int, session: ssl.SSLSession | None = None) -> ssl.SSLSession | None:
     """What another connection can begin with in place of a certificate; None where this one was not let in."""
     with (
-        socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+        socket.create_connection(("127.0.0.1", port), timeout=HANG_S) as plain,
         context.wrap_socket(plain, server_hostname="localhost", session=session) as secret,
     ):
         try:
@@ -75,7 +76,9 @@ def test_an_authority_that_is_replaced_is_not_trusted_any_more(tmp_path: Path, m
             session = await asyncio.to_thread(_session, olds, port)
             assert session is not None
             shutil.copy(new.ca, trusted)
-            await asyncio.sleep(0.5)
+            async with asyncio.timeout(HANG_S):
+                while await _is_let_in(olds, port):
+                    pass
             assert await let_in() == (False, True)
             assert await asyncio.to_thread(_session, olds, port, session) is None
         following.cancel()

@@ -22,6 +22,7 @@ from services import grammar_checker, grammar_worker
 from services.codec_link import grammar_from_pb
 from services.grammar_checker import GrammarChecker
 from tests.e2e import fake_model
+from tests.services.served import HANG_S, until
 
 GOOD = Grammar("regex", "[a-c]+")
 BAD = Grammar("regex", "((")
@@ -36,16 +37,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     return read_model_folder(fake_model.write(tmp_path_factory.mktemp("checker") / "fake"))
 
 
-def with_checker(model: ModelFolder, test: Callable[[GrammarChecker], Awaitable[None]], **limits: Any) -> None:
+def with_checker(
+    model: ModelFolder, test: Callable[[GrammarChecker], Awaitable[None]], *, patience: int = 10_000, **limits: Any
+) -> None:
+    """Run a test with a worker that is waited for as long as it takes, however busy the machine is."""
+
     async def main() -> None:
         checker = GrammarChecker(model, **limits)
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(2 * HANG_S):
                 await test(checker)
         finally:
             await checker.close()
 
-    asyncio.run(main())
+    with pytest.MonkeyPatch.context() as changed:
+        for limit in ("_START_S", "_SLACK_S"):
+            changed.setattr(grammar_checker, limit, HANG_S)
+        changed.setattr(grammar_checker, "_PATIENCE", patience)
+        asyncio.run(main())
 
 
 async def problem_with(checker: GrammarChecker, grammar: Grammar, tenant: str = "") -> str:
@@ -71,6 +80,14 @@ def test_one_that_takes_too_long_is_refused_and_the_next_is_served(model: ModelF
         await checker.check("regex", GOOD, "")
 
     with_checker(model, test, cpu_s=0.3)  # less, and a busy machine would not know
+
+
+def test_where_the_machine_is_too_busy_to_find_out_that_is_told_and_no_fault_of_the_grammar(model: ModelFolder) -> None:
+    async def test(checker: GrammarChecker) -> None:
+        with pytest.raises(Overloaded, match="the machine is too busy"):
+            await checker.check("regex", SLOW, "")
+
+    with_checker(model, test, patience=0)
 
 
 def test_one_that_takes_too_much_memory_is_refused_and_the_next_is_served(model: ModelFolder) -> None:
@@ -120,9 +137,13 @@ def test_a_worker_that_is_lost_is_one_unavailable_answer_and_then_a_new_worker(m
     async def test(checker: GrammarChecker) -> None:
         await checker.check("regex", GOOD, "")
         assert checker._worker is not None
-        os.kill((await checker._worker).pid, signal.SIGKILL)
+        worker = await checker._worker
+        os.kill(worker.pid, signal.SIGSTOP)  # so that it has been asked, and has not answered, when it is lost
+        asking = asyncio.ensure_future(checker.check("regex", BAD, ""))
+        await until(lambda: any(asked.is_compiled for asked in checker._asked.values()))
+        os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(Unavailable):
-            await checker.check("regex", BAD, "")
+            await asking
         assert await problem_with(checker, BAD) == "unclosed group"
 
     with_checker(model, test)
@@ -346,6 +367,6 @@ def test_a_child_that_a_signal_ends_met_a_limit(model: ModelFolder, monkeypatch:
     tokenizer = load_tokenizer(model.path / "tokenizer.json", vocab_size=model.vocab_size, eos=model.eos_token_ids)
     monkeypatch.setattr(grammar_worker, "compile_grammar", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 
-    problem = grammar_worker.problem_of(tokenizer, GOOD, cpu_s=5, memory_mib=64)
+    problem = grammar_worker.problem_of(tokenizer, GOOD, cpu_s=5, memory_mib=64, wait_s=HANG_S)
 
     assert problem == "must take at most 5 s and 64 MiB to compile"

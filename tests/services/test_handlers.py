@@ -32,6 +32,7 @@ from protos.inference_pb2 import (
 from scheduler.block_pool import BlockPool
 from services.handlers import Arrivals, Context, service_handler
 from services.status import DETAILS_KEY, PUSHBACK_KEY, from_rpc_error
+from tests.services.served import HANG_S
 
 SERVICE = "pagewire.v1.InferenceService"
 METHODS = ["Generate", "GenerateStream", "Tokenize", "Detokenize", "GetModel"]
@@ -101,11 +102,11 @@ def streaming(channel: aio.Channel, method: str) -> aio.UnaryStreamMultiCallable
 
 async def call(channel: aio.Channel, method: str, data: bytes = b"") -> list[bytes]:
     """The messages of the answer. A call without a status fails by its deadline, which no test here expects."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_S):
         if method == "GenerateStream":
-            return [message async for message in streaming(channel, method)(data, timeout=4)]
+            return [message async for message in streaming(channel, method)(data, timeout=HANG_S)]
         unary: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{SERVICE}/{method}")
-        return [await unary(data, timeout=4)]
+        return [await unary(data, timeout=HANG_S)]
 
 
 async def failure(implementation: object, method: str, data: bytes = b"") -> aio.AioRpcError:
@@ -210,7 +211,7 @@ def test_what_a_refused_call_held_is_free_at_once_and_waits_for_no_collector(met
         async with served(Service(act)) as channel:
             with pytest.raises(aio.AioRpcError):
                 await call(channel, method)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(HANG_S):
                 while left[0]() is not None:
                     await asyncio.sleep(0)
 
@@ -339,7 +340,7 @@ def test_a_call_that_is_cancelled_by_its_client_sees_the_cancellation_at_once(
 
         async with served(Service(act)) as channel:
             running = asyncio.create_task(call(channel, method))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(HANG_S):
                 await started.wait()
                 running.cancel()
                 await over.wait()
@@ -365,7 +366,7 @@ def test_a_stream_whose_client_leaves_while_it_writes_is_closed_at_once() -> Non
                 finally:
                     closed.set()
 
-        async with served(Endless(nothing)) as channel, asyncio.timeout(5):
+        async with served(Endless(nothing)) as channel, asyncio.timeout(HANG_S):
             stream = streaming(channel, "GenerateStream")(b"")
             await stream.read()
             stream.cancel()
@@ -413,7 +414,7 @@ def test_a_timeout_inside_a_method_is_not_taken_for_the_clients_leaving() -> Non
 def begin(channel: aio.Channel, method: str = "Generate") -> aio.StreamStreamCall[bytes, bytes]:
     """A call of which nothing is sent but its beginning."""
     streaming: aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{SERVICE}/{method}")
-    return streaming(timeout=4)
+    return streaming(timeout=HANG_S)
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
@@ -435,6 +436,7 @@ def test_a_call_whose_message_does_not_come_is_ended(method: str) -> None:
             waiting = begin(channel, method)
             told = await waiting.code(), await waiting.details()
             assert len(arrivals) == 0
+            arrivals.limit_s = HANG_S
             assert await call(channel, "GetModel"), "others are served"
             return told
 

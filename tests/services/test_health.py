@@ -16,6 +16,7 @@ from common.errors import Overloaded
 from services import health
 from services.health import Health
 from services.status import from_rpc_error
+from tests.services.served import HANG_S
 
 SERVING, NOT_SERVING = pb.HealthCheckResponse.SERVING, pb.HealthCheckResponse.NOT_SERVING
 UNKNOWN = pb.HealthCheckResponse.SERVICE_UNKNOWN
@@ -29,18 +30,18 @@ class Prober:
 
     async def check(self, service: str = "") -> int:
         call: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(f"/{health.SERVICE}/Check")
-        answer = await call(pb.HealthCheckRequest(service=service).SerializeToString(), timeout=10)
+        answer = await call(pb.HealthCheckRequest(service=service).SerializeToString(), timeout=HANG_S)
         return pb.HealthCheckResponse.FromString(answer).status
 
     async def list(self) -> dict[str, int]:
         call: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(f"/{health.SERVICE}/List")
-        answer = await call(b"", timeout=10)
+        answer = await call(b"", timeout=HANG_S)
         told = pb.HealthListResponse.FromString(answer)  # type: ignore[attr-defined]  # its stubs are older
         return {name: answer.status for name, answer in told.statuses.items()}
 
     def watch(self, service: str = "") -> aio.UnaryStreamCall[bytes, bytes]:
         call: aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(f"/{health.SERVICE}/Watch")
-        return call(pb.HealthCheckRequest(service=service).SerializeToString(), timeout=10)
+        return call(pb.HealthCheckRequest(service=service).SerializeToString(), timeout=HANG_S)
 
 
 async def heard(watch: aio.UnaryStreamCall[bytes, bytes]) -> int:
@@ -56,7 +57,7 @@ async def heard(watch: aio.UnaryStreamCall[bytes, bytes]) -> int:
 @asynccontextmanager
 async def served(service: Health, *more: str) -> AsyncIterator[list[Prober]]:
     """A prober on this host, and one for each address more."""
-    async with AsyncExitStack() as stack, asyncio.timeout(20):
+    async with AsyncExitStack() as stack, asyncio.timeout(HANG_S):
         server = aio.server()
         server.add_generic_rpc_handlers((service.handler(),))
         addresses = [f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}", *more]

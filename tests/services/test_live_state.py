@@ -17,6 +17,7 @@ from services.engine import Engine
 from services.live_state import Camera, Watchers, checked_ms
 from services.monitoring import Monitoring
 from tests.scheduler.world import World
+from tests.services.served import HANG_S
 
 SECOND = 1_000_000_000
 
@@ -212,7 +213,7 @@ def test_a_timer_that_is_not_exact_neither_skips_an_interval_nor_shows_one_twice
 def test_the_first_picture_comes_at_once_and_the_next_an_interval_later() -> None:
     async def run() -> None:
         looking = Watchers(Counting()).watch(100)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             assert [(await anext(looking)).num_executors for _ in range(3)] == [1, 2, 3]
         await looking.aclose()
 

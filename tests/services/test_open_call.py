@@ -10,6 +10,7 @@ import pytest
 from common.errors import PagewireError, Unauthenticated
 from services.caller import ANONYMOUS
 from services.open_call import OpenCall
+from tests.services.served import HANG_S
 
 ENDED = Unauthenticated("ended")
 
@@ -38,7 +39,7 @@ def ending(live: Callable[[OpenCall], Awaitable[None]], *, end: Callable[[OpenCa
             except asyncio.CancelledError as error:
                 ends.append(f"cancelled: {error.args[0]}")
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             await asyncio.create_task(task())
             await started.wait()
 

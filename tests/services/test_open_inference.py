@@ -42,10 +42,10 @@ from services.text import Tokenizer
 from tests.e2e import fake_model
 from tests.faults.fuzz import Draw
 from tests.services.instant_link import InstantLink
+from tests.services.served import HANG_S, PatientAtFirst, served, until
 from tests.services.served import run as run_within
-from tests.services.served import served, until
 
-run = partial(run_within, limit_s=120)
+run = partial(run_within, limit_s=2 * HANG_S)
 
 TEXT = "hello"
 ANSWER = "&'()*+,-./"  # of the fake model to TEXT: its token is how many there are before, and its letters follow "!"
@@ -719,11 +719,11 @@ def test_each_request_counts_as_a_call_and_its_stream_does_not(model: ModelFolde
 
 def test_a_stream_may_rest_for_a_while_and_not_for_ever(model: ModelFolder) -> None:
     async def test() -> None:
-        async with serving(model, steps=0, idle=Arrivals(limit_s=0.05)) as server:
-            silent, busy = server.stub.ModelStreamInfer(), server.stub.ModelStreamInfer()
+        async with serving(model, steps=0, idle=PatientAtFirst()) as server:
+            busy = server.stub.ModelStreamInfer()
             await busy.write(asking(max_tokens=2))
-            await silent.wait_for_connection()
-            error = await error_of(silent)
+            await until(lambda: server.engine.num_requests == 1)
+            error = await error_of(server.stub.ModelStreamInfer())
             assert isinstance(error, Unavailable) and str(error) == "no message came within 0.05 s"
 
             assert not busy.done()  # something is answered there

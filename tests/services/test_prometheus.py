@@ -20,6 +20,7 @@ from services.latencies import Latencies
 from services.lifecycle import StartupError, check_binds
 from services.metrics_server import MetricsServer
 from services.prometheus import of_status
+from tests.services.served import HANG_S
 
 VLLM = {
     "vllm:num_requests_running",
@@ -186,7 +187,7 @@ def test_a_reader_who_takes_nothing_keeps_no_connection(monkeypatch: pytest.Monk
         host, _, port = (await server.listen("127.0.0.1:0")).rpartition(":")
         with socket.create_connection((host, int(port))) as stranger:
             stranger.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(HANG_S):
                 while len(asyncio.all_tasks()) < 2:
                     await asyncio.sleep(0)
                 while len(asyncio.all_tasks()) > 1:

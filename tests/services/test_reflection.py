@@ -13,9 +13,10 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from services import reflection
 from services.admission import Admission, AdmissionLimits
-from services.handlers import Arrivals, Context
+from services.handlers import Context
 from services.reflection import reflection_handler
 from services.slow_readers import SlowReaders
+from tests.services.served import HANG_S, PatientAtFirst
 
 ASKED = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
 
@@ -38,7 +39,7 @@ async def served(**settings: Any) -> AsyncIterator[Method]:
 
 def with_method(test: Callable[[Method], Awaitable[None]], **settings: Any) -> None:
     async def main() -> None:
-        async with asyncio.timeout(20), served(**settings) as method:
+        async with asyncio.timeout(HANG_S), served(**settings) as method:
             await test(method)
 
     asyncio.run(main())
@@ -64,13 +65,13 @@ def test_open_calls_are_counted_and_one_too_many_is_refused() -> None:
 
 
 def test_a_call_that_asks_nothing_is_ended_before_its_first_question_and_behind_it() -> None:
-    arrivals = Arrivals(limit_s=0.05)
+    arrivals = PatientAtFirst()
 
     async def test(method: Method) -> None:
-        silent, fallen_silent = method(), method()
+        fallen_silent = method()
         await fallen_silent.write(ASKED)
-        assert await fallen_silent.read()
-        for call in (silent, fallen_silent):
+        assert isinstance(await fallen_silent.read(), bytes)
+        for call in (method(), fallen_silent):
             assert await call.code() is grpc.StatusCode.UNAVAILABLE
         assert len(arrivals) == 0
 

@@ -547,7 +547,7 @@ def test_a_reader_who_took_nothing_for_too_long_comes_back_with_its_last_ticket(
             nonlocal num_written
             num_written += 1
             link.allow(1)  # for the next message: tokens that are there together would share one
-            await readers.write(Full() if num_written == 4 else context, message)
+            await (readers.write(Full(), message) if num_written == 4 else context.write(message))
 
         async with serving(model, write=write) as server:
             link = server.join(steps=0)

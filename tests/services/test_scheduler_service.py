@@ -24,6 +24,7 @@ from services.handlers import Context
 from services.scheduler_service import SchedulerService
 from services.text import Tokenizer
 from tests.e2e import fake_model
+from tests.services.served import HANG_S
 
 
 class NoDeadline:
@@ -52,7 +53,7 @@ def service(engine: Engine, tmp_path: Path) -> SchedulerService:
 
 def run(test: Awaitable[Any]) -> None:
     async def main() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             await test
 
     asyncio.run(main())

@@ -18,6 +18,7 @@ from services.handlers import Context, service_handler
 from services.slow_readers import SlowReaders
 from services.status import from_rpc_error
 from tests.faults.raw_client import RESOURCE_EXHAUSTED, Call, Connection, messages_of
+from tests.services.served import HANG_S
 
 FIRST = pb.GenerateStreamResponse(prompt=pb.PromptInfo(request_id="r", ticket=b"good"))
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -199,7 +200,7 @@ def test_one_who_does_not_take_the_first_message_finds_it_and_why_there_is_no_ot
         reader = Connection(f"127.0.0.1:{port}", f"/{SERVICE}/GenerateStream", window=0)
         ends: list[Call] = []
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(HANG_S):
                 call = reader.start(b"", keep=True)
                 while not patient.ended.is_set():
                     reader.poll(ends.append)
@@ -225,7 +226,7 @@ def test_over_a_socket_a_stream_that_nobody_reads_ends_and_its_reader_hears_why_
         server.add_generic_rpc_handlers((service_handler(SERVICE, pb.DESCRIPTOR, flood, write=SlowReaders(0.2).write),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        async with asyncio.timeout(30), aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with asyncio.timeout(HANG_S), aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             stream: Any = channel.unary_stream(f"/{SERVICE}/GenerateStream")
             call = stream(b"")
             await flood.ended.wait()

@@ -18,6 +18,7 @@ from grpc import aio
 from services import tls
 from services.tls import CertificateError, Dialer, PemFiles, read
 from tests.certificates import Authority, Pair
+from tests.services.served import HANG_S
 
 DAY_S = 86400.0
 
@@ -172,7 +173,7 @@ async def echoes(address: str, pem: PemFiles | None) -> bool:
     async with Dialer(address, (("grpc.use_local_subchannel_pool", 1),), pem)() as channel:
         call: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/test.Echo/Echo")
         try:
-            return await call(b"x", timeout=10) == b"x"
+            return await call(b"x", timeout=HANG_S) == b"x"
         except aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.UNAVAILABLE:
                 raise
@@ -215,11 +216,11 @@ def test_new_files_serve_the_next_handshake_and_standing_connections_go_on(
         put(old)
         async with served(files(pair)) as address, Dialer(address, (), files(ca=authority.ca))() as channel:
             standing: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/test.Echo/Echo")
-            assert await standing(b"1", timeout=10) == b"1"
+            assert await standing(b"1", timeout=HANG_S) == b"1"
             put(new)
             assert await echoes(address, files(ca=stranger.ca))
             assert not await echoes(address, files(ca=authority.ca))
-            assert await standing(b"2", timeout=10) == b"2"
+            assert await standing(b"2", timeout=HANG_S) == b"2"
             shutil.copy(old.key, pair.key)  # half of an exchange, or a broken one: the new ones stay
             assert await echoes(address, files(ca=stranger.ca))
             put(old)
@@ -244,7 +245,7 @@ def test_who_dials_shows_new_files_at_the_next_dial(
                 async with dial() as channel:
                     call: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/test.Echo/Echo")
                     try:
-                        results.append(await call(b"x", timeout=10))
+                        results.append(await call(b"x", timeout=HANG_S))
                     except aio.AioRpcError as error:
                         results.append(error.code())
             assert results == [grpc.StatusCode.UNAVAILABLE, b"x"]

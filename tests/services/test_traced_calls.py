@@ -12,6 +12,7 @@ from common.errors import InvalidRequest, Unavailable
 from protos import inference_pb2 as pb
 from services.handlers import service_handler
 from services.traced_calls import TracedCalls
+from tests.services.served import HANG_S
 from tests.services.spans import Spans, told
 from tests.services.test_handlers import SERVICE, Service, call, raising
 
@@ -41,7 +42,7 @@ def test_the_span_of_a_call_has_its_status_and_fails_where_we_are_to_blame(
                 await call(channel, method)
             assert failed.value.code() is code
             await call(channel, "GetModel")
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(HANG_S):
                 while len(spans.ended) < 2:
                     await asyncio.sleep(0)
         await server.stop(0)

@@ -41,7 +41,7 @@ from services.vllm_api.stubs import vllm_pb2 as vllm
 from services.vllm_api.tokenizer_zip import TokenizerZip
 from tests.e2e import fake_model
 from tests.services.instant_link import InstantLink
-from tests.services.served import served
+from tests.services.served import HANG_S, served, until
 
 PROMPT = [65, 66, 67]  # the fake model goes on 3, 4, 5, …
 NOTHING = vllm.GenerateRequest()
@@ -114,7 +114,7 @@ class ByHeader(aio.ServerInterceptor):
 
 def run(model: ModelFolder, test: Callable[[Server], Awaitable[None]], *, joined: bool = True, **how: Any) -> None:
     async def main() -> None:
-        async with asyncio.timeout(30), serving(model, **how) as server:
+        async with asyncio.timeout(HANG_S), serving(model, **how) as server:
             if joined:
                 server.join()
             await test(server)
@@ -342,8 +342,7 @@ def test_what_is_wrong_is_told_by_the_name_it_has_there(
 def test_where_there_is_no_room_it_is_refused_as_ours_is_and_told_when_there_will_be(model: ModelFolder) -> None:
     async def test(server: Server) -> None:
         waiting = server.stub.Generate(asked(request_id="first"))
-        while not server.engine.num_requests:
-            await asyncio.sleep(0)
+        await until(lambda: bool(server.engine.num_requests))
         error = await refused(server.generate(asked()))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "grpc-retry-pushback-ms" in dict(error.trailing_metadata() or ())
@@ -373,8 +372,7 @@ def test_who_aborts_a_request_ends_it_and_its_reader_hears_so(model: ModelFolder
 def test_a_tenant_aborts_none_but_its_own(model: ModelFolder) -> None:
     async def test(server: Server) -> None:
         call = server.stub.Generate(asked(request_id="a", stream=True), metadata=[("tenant", "one")])
-        while not server.engine.num_requests:
-            await asyncio.sleep(0)
+        await until(lambda: bool(server.engine.num_requests))
         await server.stub.Abort(vllm.AbortRequest(request_ids=["a"]), metadata=[("tenant", "other")])
         assert server.engine.num_requests == 1
         await server.stub.Abort(vllm.AbortRequest(request_ids=["a"]), metadata=[("tenant", "one")])
@@ -386,13 +384,11 @@ def test_a_tenant_aborts_none_but_its_own(model: ModelFolder) -> None:
 def test_who_leaves_leaves_nothing_running(model: ModelFolder) -> None:
     async def test(server: Server) -> None:
         call = server.stub.Generate(asked(request_id="a"))
-        while not server.engine.num_requests:
-            await asyncio.sleep(0)
+        await until(lambda: bool(server.engine.num_requests))
         error = await refused(server.generate(asked(request_id="a")))
         assert error.code() is grpc.StatusCode.ALREADY_EXISTS
         call.cancel()
-        while server.engine.num_requests:
-            await asyncio.sleep(0)
+        await until(lambda: not server.engine.num_requests)
 
     run(model, test, joined=False)
 
@@ -426,12 +422,14 @@ def test_the_model_is_described(model: ModelFolder) -> None:
 def test_loads_are_counted_and_a_tenant_hears_of_its_own_alone(model: ModelFolder) -> None:
     async def test(server: Server) -> None:
         server.join(steps=0)
-        calls = [
-            server.stub.Generate(asked(stream=True, max_tokens=50), metadata=[("tenant", tenant)])
-            for tenant in ("", "one", "one")
-        ]
-        while server.engine.num_requests < 3 or not server.engine.scheduler.sessions[0].running:
-            await asyncio.sleep(0)
+
+        def ask(tenant: str) -> Any:
+            return server.stub.Generate(asked(stream=True, max_tokens=50), metadata=[("tenant", tenant)])
+
+        calls = [ask("")]
+        await until(lambda: len(server.engine.scheduler.sessions[0].running) == 1)
+        calls += [ask("one"), ask("one")]
+        await until(lambda: server.engine.num_requests == 3)
         (all_of_it,) = (await server.stub.GetLoads(vllm.GetLoadsRequest())).loads
         (own,) = (await server.stub.GetLoads(vllm.GetLoadsRequest(), metadata=[("tenant", "one")])).loads
         assert all_of_it.num_total_reqs == 1 and all_of_it.num_used_tokens > 0 and all_of_it.token_usage > 0

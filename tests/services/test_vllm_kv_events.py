@@ -17,6 +17,7 @@ from services.vllm_api.cache_view import CacheView
 from services.vllm_api.kv_events import MAX_CHANGES, Batches, KvEvents, block_hash
 from services.vllm_api.stubs import common_pb2 as pb
 from tests.scheduler.world import World
+from tests.services.served import HANG_S
 
 ROOT = BlockKey(b"the root")
 
@@ -171,7 +172,7 @@ def listening(
     async def main() -> None:
         world = World(executors=executors)
         events = KvEvents(world.scheduler, max_changes=max_changes, begin_every_s=0)
-        async with asyncio.timeout(20), aclosing(events.stream(tenant, after=after)) as stream:
+        async with asyncio.timeout(HANG_S), aclosing(events.stream(tenant, after=after)) as stream:
             await test(world, Router(stream))
 
     asyncio.run(main())

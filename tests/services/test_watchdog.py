@@ -8,12 +8,13 @@ import sys
 import threading
 
 from services.watchdog import LOOKS, Watchdog
+from tests.services.served import HANG_S
 
 
 def test_what_stands_still_is_found() -> None:
     found = threading.Event()
     Watchdog(lambda: 7, patience_s=0.01, on_stuck=found.set).start()
-    assert found.wait(30)
+    assert found.wait(HANG_S)
 
 
 def test_what_moves_is_left_alone_however_slowly() -> None:
@@ -28,7 +29,7 @@ def test_what_moves_is_left_alone_however_slowly() -> None:
 
     watchdog = Watchdog(progress, patience_s=0.01, on_stuck=found.set)
     watchdog.start()
-    assert looked.wait(30)
+    assert looked.wait(HANG_S)
     watchdog.stop()
     assert not found.is_set()
 
@@ -36,6 +37,6 @@ def test_what_moves_is_left_alone_however_slowly() -> None:
 def test_the_process_ends_with_the_places_where_its_threads_stand() -> None:
     code = "from services.watchdog import Watchdog; import threading; Watchdog(lambda: 1, patience_s=0.01).start(); "
     code += "threading.Event().wait(60)"
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=2 * HANG_S, check=False)
     assert process.returncode == 70
     assert b"most recent call first" in process.stderr
