@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +25,8 @@ from services.gateway.tools import read_tools
 
 _LOGPROBS: Final = "message.output_text.logprobs"
 _OF_TOOLS: Final = ("name", "description", "parameters", "strict")
+_OF_SCHEMAS: Final = ("name", "description", "schema", "strict")
+_OF_CHOICES: Final = ("type", "name")
 _METADATA: Final = {"type": "object", "additionalProperties": {"type": "string"}}
 
 
@@ -50,9 +52,9 @@ def read(body: Fields) -> AskedResponse:
     if request.sampling.HasField("n") and request.sampling.n != 1:
         raise NotServed("n", "n: a response has one output")
     text_format = _read_text(body)
-    told_format = text_format.copy() if text_format is not None else {"type": "text"}
+    told_format = _told_format(text_format)  # reading takes it apart
     names |= read_structured(body, request.sampling, text_format)
-    told_tools, told_choice = _told_tools(body.peek("tools")), _copy(body.peek("tool_choice"))
+    told_tools, told_choice = _told_tools(body.peek("tools")), _told_choice(body.peek("tool_choice"))
     names |= read_tools(body, request.chat, flat=True)
     if not request.chat.tools:
         request.chat.ClearField("parallel_tool_calls")  # says nothing then, and some clients always send it
@@ -97,14 +99,29 @@ def _told_tools(tools: object) -> list[dict[str, Any]]:
     return [{"type": "function", **{name: tool.get(name) for name in _OF_TOOLS}} for tool in each]
 
 
-def _copy(value: object) -> Any:
+def _told_format(asked: Fields | None) -> dict[str, Any]:
+    """The format as the response repeats it. What is let pass is not repeated: nobody has looked at it."""
+    given = asked.copy() if asked is not None else {"type": "text"}
+    deeper = given.get("json_schema")  # as in chat completions
+    inner = deeper if isinstance(deeper, dict) else given
+    names = _OF_SCHEMAS if given.get("type") == "json_schema" else ()
+    return {"type": given.get("type"), **_only(names, inner)}
+
+
+def _told_choice(choice: object) -> Any:
     """A choice of tools as the response repeats it: reading takes it apart, and each of the tools that it allows."""
-    if not isinstance(value, dict):
-        return value
+    if not isinstance(choice, dict):
+        return choice
+    if not isinstance(allowed := choice.get("tools"), list) or choice.get("type") != "allowed_tools":
+        return _only(_OF_CHOICES, choice)
     return {
-        name: [dict(each) if isinstance(each, dict) else each for each in inner] if isinstance(inner, list) else inner
-        for name, inner in value.items()
+        **_only(("type", "mode"), choice),
+        "tools": [_only(_OF_CHOICES, each) for each in allowed if isinstance(each, dict)],
     }
+
+
+def _only(names: Sequence[str], members: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: members[name] for name in names if name in members}
 
 
 def _read_text(body: Fields) -> Fields | None:
