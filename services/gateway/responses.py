@@ -76,7 +76,11 @@ def read(body: Fields) -> AskedResponse:
         options.refuse_unknown()
     return AskedResponse(
         requests=[request],
-        manner=Manner(stream=stream, resumable=body.boolean("resumable")),
+        manner=Manner(
+            stream=stream,
+            return_token_ids=body.boolean("return_token_ids") or False,
+            resumable=body.boolean("resumable"),
+        ),
         names=names,
         instructions=instructions,
         format=told_format,
@@ -165,15 +169,22 @@ async def stream(answers: Answers, asked: AskedResponse) -> AsyncGenerator[bytes
         beginning = _response(answers, asked, "in_progress", [], None)
         for kind in ("response.created", "response.in_progress"):
             yield await told.event(kind, {"response": beginning})
+    token_ids: list[int] = []  # that are not told yet: some have no text, and no event of their own
     while piece is not None:
         if not piece.finish:
+            token_ids += piece.token_ids
             events = items.add(piece)
+            if events and asked.manner.return_token_ids:
+                events[-1][1]["token_ids"], token_ids = token_ids, []
             for i, (kind, more) in enumerate(events, 1):
                 yield await told.event(kind, more, has_id=i == len(events))
         piece = await answers.next()
     ended = _ended(answers, asked, items)
     status: str = ended["status"]
-    for kind, more in (*items.end(status), (f"response.{status}", {"response": ended})):
+    ends = items.end(status)
+    if asked.manner.return_token_ids:
+        ends[0][1]["token_ids"] = token_ids
+    for kind, more in (*ends, (f"response.{status}", {"response": ended})):
         yield await told.event(kind, more)
 
 
@@ -214,6 +225,8 @@ def _ended(answers: Answers, asked: AskedResponse, items: Items) -> dict[str, An
     more: dict[str, Any] = {**score(heard.finishes[0]), **answers.told_of(0)}
     if heard.prompt_logprobs:
         more["prompt_logprobs"] = scores.all_of_chat(heard.prompt_logprobs)
+    if asked.manner.return_token_ids:
+        more["token_ids"] = list(heard.token_ids(0))
     return {**_response(answers, asked, status, items.all(status), answers.usage()), **more}
 
 
