@@ -39,8 +39,11 @@ _NO_HURRY_S = 86_400.0  # whoever reads the answer ends it
 class Client:
     """The public API over one channel."""
 
-    def __init__(self, channel: aio.Channel, asking: AsyncClient, address: str, api_key: str = "") -> None:
+    def __init__(
+        self, channel: aio.Channel, asking: AsyncClient, address: str, api_key: str = "", *, has_tls: bool = False
+    ) -> None:
         self._address = address
+        self._has_tls = has_tls
         self._asking = asking
         self._metadata = bearer(api_key)
         self._stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
@@ -59,14 +62,14 @@ class Client:
         try:
             return await self._stub.GetModel(pb.GetModelRequest(), timeout=timeout_s, metadata=self._metadata)
         except aio.AioRpcError as error:
-            raise _for_people(error, self._address) from error
+            raise _for_people(error, self._address, has_tls=self._has_tls) from error
 
     async def is_serving(self, timeout_s: float = 5.0) -> bool:
         """Whether the server says that it can answer requests."""
         try:
             answer = await self._check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except aio.AioRpcError as error:
-            raise _for_people(error, self._address) from error
+            raise _for_people(error, self._address, has_tls=self._has_tls) from error
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
@@ -89,7 +92,7 @@ async def connect(server: Server) -> AsyncIterator[Client]:
             credentials=dial.credentials(),
         ) as asking,
     ):
-        yield Client(channel, asking, server.address, key)
+        yield Client(channel, asking, server.address, key, has_tls=server.tls is not None)
 
 
 def bearer(key: str) -> tuple[tuple[str, str], ...]:
@@ -132,18 +135,33 @@ async def explain(
             raise _for_people(error, admin) from error
 
 
-def _for_people(error: aio.AioRpcError, address: str) -> PagewireError:
-    """The error in words, also where it is gRPC's own and not the server's."""
+def _for_people(error: aio.AioRpcError, address: str, *, has_tls: bool | None = None) -> PagewireError:
+    """The error in words, also where it is gRPC's own and not the server's. `has_tls`: None where nobody may."""
     details = error.details() or "no details"
     if error.code() is grpc.StatusCode.UNAVAILABLE and DETAILS_KEY not in error.trailing_metadata():
-        # gRPC tells the whole story in one line, from general to particular; the last part is what a person can use
-        reason = details.rsplit(": ", 1)[-1].rstrip("]")
-        return Unavailable(
-            f"no connection to {address}: {reason}. Is a server running there? Start one: pagewire serve"
-        )
+        return Unavailable(f"no connection to {address}: {_why(details, has_tls=has_tls)}")
     if error.code() is grpc.StatusCode.UNAUTHENTICATED:
         return Unauthenticated(f"{address} asks for an API key that it knows: give --api-key-file FILE")
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
         return PagewireError(f"what answers on {address} is not a Pagewire server for clients ({details})")
     known = from_rpc_error(error)
     return known if isinstance(known, PagewireError) else PagewireError(f"{error.code().name}: {details}")
+
+
+def _why(details: str, *, has_tls: bool | None) -> str:
+    """Why there is no connection, and what to type next."""
+    # gRPC tells the whole story in one line, from general to particular; the last part is what a person can use, unless
+    # that is the OK which it puts behind a fault of TLS
+    reason = details.rstrip("].").removesuffix(": OK").rsplit(": ", 1)[-1]
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        then = "put a new one there" if "expired" in reason else "name the authority that signed it: --tls-ca FILE"
+        return f"its certificate is not trusted: {reason}. If that is the right server, {then}"
+    if "Hostname Verification Check failed" in details:
+        return "its certificate is for another name. Call it by a name that is in there"
+    if "WRONG_VERSION_NUMBER" in details:
+        return "it speaks no TLS. If that is the right server, leave out --tls-ca"
+    if reason == "Socket closed" and has_tls is False:
+        return "it closed the connection. If it speaks TLS, name the authority of its certificate: --tls-ca FILE"
+    if reason == "Socket closed" and has_tls:
+        return "it closed the connection. If it asks for a certificate, show one: --client-cert FILE --client-key FILE"
+    return f"{reason}. Is a server running there? Start one: pagewire serve"

@@ -28,7 +28,7 @@ from services.gateway.asked import Asked, check_request_id
 from services.gateway.bodies import Bodies, parse
 from services.gateway.errors import LAST_EVENT_ID, NotServed, Told, WrongHost, told, told_of_bug, told_of_http
 from services.gateway.events import EventStream, Patience, event, while_connected
-from services.gateway.fields import Fields
+from services.gateway.fields import Fields, LetPass
 from services.gateway.held_scores import HeldScores
 from services.gateway.hosts import Hosts
 from services.gateway.known_keys import KnownKeys
@@ -202,12 +202,13 @@ class Gateway:
     async def _chat(self, request: Request) -> ASGIApp:
         body = await self._body(request)
         asked = chat.read(body)
+        self._refuse_unknown(body)
         telling = Telling(
             whole=lambda answers: chat.whole(answers, asked),
             stream=lambda answers: chat.stream(answers, asked),
             error=_error_event,
         )
-        return await self._answer(request, body, asked, telling)
+        return await self._answer(request, asked, telling)
 
     async def _completions(self, request: Request) -> ASGIApp:
         body = await self._body(request)
@@ -223,18 +224,19 @@ class Gateway:
             stream=lambda answers: completions.stream(answers, asked, prompts),
             error=_error_event,
         )
-        return await self._answer(request, body, asked, telling)
+        return await self._answer(request, asked, telling)
 
     async def _responses(self, request: Request) -> ASGIApp:
         body = await self._body(request)
         asked = responses.read(body)
+        self._refuse_unknown(body)
         telling = Telling(
             whole=lambda answers: responses.whole(answers, asked),
             stream=lambda answers: responses.stream(answers, asked),
             error=responses.error_event,
             repeats=True,
         )
-        return await self._answer(request, body, asked, telling)
+        return await self._answer(request, asked, telling)
 
     async def _body(self, request: Request) -> Fields:
         if self.draining:
@@ -245,16 +247,16 @@ class Gateway:
             if key not in self._known:
                 await self._served("", key)
 
-        return parse(await self._bodies.read(request.scope, request.receive, may_be_large))
+        let_pass = None if self._unknown_fields == "refuse" else LetPass()
+        return parse(await self._bodies.read(request.scope, request.receive, may_be_large), let_pass)
 
     def _refuse_unknown(self, body: Fields) -> None:
-        if self._unknown_fields == "refuse":
-            body.refuse_unknown()
-        elif unknown := body.unknown():
-            _log.warning("%d members of a request are not known here, and ignored", len(unknown))
+        """The last word on a body: all in it was read."""
+        body.refuse_unknown()
+        if body.num_let_pass:
+            _log.warning("%d members of a request are not known here, and ignored", body.num_let_pass)
 
-    async def _answer(self, request: Request, body: Fields, asked: Asked, telling: Telling) -> ASGIApp:
-        self._refuse_unknown(body)
+    async def _answer(self, request: Request, asked: Asked, telling: Telling) -> ASGIApp:
         request.scope[_NAMES] = asked.names
         if self._unknown_fields == "refuse":
             check_roles(asked.requests[0].chat)

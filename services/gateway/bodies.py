@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope
 from common.errors import InvalidRequest, Overloaded
 from common.json_value import is_object
 from services.gateway.errors import BodyTooLarge, BodyTooSlow, NotJson
-from services.gateway.fields import Fields, cut
+from services.gateway.fields import Fields, LetPass, cut
 
 _MOST_DIGITS: Final = 400  # no number that anybody means has more; Python itself refuses from 4300 on
 
@@ -84,8 +84,8 @@ class Bodies:
             self._total_bytes -= counted
 
 
-def parse(body: bytes) -> Fields:
-    """The JSON object in a body. Raises InvalidRequest, with the member at fault where one is.
+def parse(body: bytes, let_pass: LetPass | None = None) -> Fields:
+    """The JSON object in a body; with `let_pass` no member of it is too much. Raises InvalidRequest, by the member.
 
     NaN and Infinity, which are no JSON, and halves of surrogate pairs are let through to whoever takes the member: it
     knows its name.
@@ -102,7 +102,7 @@ def parse(body: bytes) -> Fields:
         raise InvalidRequest(_deepest(document), "is nested too deep") from None
     if not is_object(value):
         raise InvalidRequest("body", "must be a JSON object")
-    return Fields(value)
+    return Fields(value, let_pass=let_pass)
 
 
 def _loads(document: str) -> object:

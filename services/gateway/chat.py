@@ -15,7 +15,7 @@ from services.gateway.answers import Answers, Piece
 from services.gateway.asked import Asked, read_manner
 from services.gateway.errors import NotServed
 from services.gateway.events import event
-from services.gateway.fields import MOST_LISTED, Fields, array, fields, shown, shown_word, text
+from services.gateway.fields import MOST_LISTED, Fields, array, shown, shown_word, text
 from services.gateway.long_json import in_turns
 from services.gateway.options import read_options, read_structured
 from services.gateway.roles import ROLES
@@ -78,22 +78,27 @@ def add_message(chat: pb.ChatMessages, message: Fields, called: dict[str, str]) 
     if content is None and role == "assistant":  # it said no, and nothing else
         content = message.string("refusal")
     if content is not None or not added.tool_calls:  # calls need no words
-        added.content = content_text(content, message.path("content"))
+        added.content = content_text(content, message, "content")
     message.ignore(*_OF_ANSWERS)
     message.refuse_unknown()
     chat.messages.append(added)
     return names
 
 
-def content_text(content: object, path: str) -> str:
-    """The text of a message, which may come in parts. Raises InvalidRequest, NotServed."""
+def content_text(content: object, around: Fields, name: str) -> str:
+    """The text of a message, which may come in parts; it is `around`'s member `name`.
+
+    Raises InvalidRequest, NotServed.
+    """
+    path = around.path(name)
     if isinstance(content, str):
         return text(content, path)
     if content is None:
         raise InvalidRequest(path, "must be a string or a list of parts, and is not there")
     if not isinstance(content, list):
         raise InvalidRequest(path, f"must be a string or a list of parts, got {shown(content)}")
-    return "".join(_part(fields(part, f"{path}[{i}]")) for i, part in enumerate(array(content, path, MOST_LISTED)))
+    parts = array(content, path, MOST_LISTED)
+    return "".join(_part(around.inside(part, f"{path}[{i}]")) for i, part in enumerate(parts))
 
 
 def _part(part: Fields) -> str:

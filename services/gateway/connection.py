@@ -14,7 +14,7 @@ import logging
 import socket
 import struct
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
@@ -37,6 +37,16 @@ class ConnectionLimits:
     head_bytes: int
     idle_s: float  # between requests
     reader_s: float  # that what was written may not be taken
+
+
+class _UntilClosed(int):
+    """In place of the length of a body: as many bytes as come before the connection is closed, and none is missing."""
+
+    def __lt__(self, more: int) -> bool:
+        return False
+
+    def __sub__(self, some: int) -> Self:
+        return self
 
 
 class Connection(HttpToolsProtocol):
@@ -125,6 +135,10 @@ class Connection(HttpToolsProtocol):
             raise ValueError("a third request came while the first one runs")  # ends the parsing
         self._ahead = self.cycle
         super().on_headers_complete()
+        if self.scope["http_version"] < "1.1" and self.cycle is not None:  # its reader knows no chunks
+            self.cycle.chunked_encoding = False
+            self.cycle.expected_content_length = _UntilClosed()
+            self.cycle.keep_alive = False
 
     def on_response_complete(self) -> None:
         """As uvicorn calls it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, cast
 
 from common.errors import InvalidRequest
@@ -31,13 +31,20 @@ Form = Mapping[str, Any]
 TOKEN_IDS: Final = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MAX_U32}}
 
 
+class LetPass:
+    """How many members nobody knows, in a body and all that lies in it, where these are let pass."""
+
+    num_members = 0
+
+
 class Fields:
     """The members of one object."""
 
-    def __init__(self, members: dict[str, object], path: str = "") -> None:
-        """Takes `members` over: what is taken is gone from it."""
+    def __init__(self, members: dict[str, object], path: str = "", let_pass: LetPass | None = None) -> None:
+        """Takes `members` over: what is taken is gone from it. With `let_pass` what is left over is no error."""
         self._members = members
         self._path = path
+        self._let_pass = let_pass
 
     def path(self, name: str) -> str:
         """What a member is called in a complaint."""
@@ -169,12 +176,18 @@ class Fields:
     def fields(self, name: str, form: Form | None = None) -> Fields | None:
         """An object; with a `form` whose members have names that nobody knows before."""
         value = self.take(name)
-        return None if value is None else fields(value, self.path(name))
+        return None if value is None else self.inside(value, self.path(name))
+
+    def inside(self, value: object, path: str) -> Fields:
+        """An object that is a part of this one: what is left over there is refused, or let pass, as it is here."""
+        if not is_object(value):
+            raise InvalidRequest(path, f"must be an object, got {shown(value)}")
+        return Fields(value, path, self._let_pass)
 
     def list_of_fields(self, name: str) -> list[Fields]:
         """Objects; none where it is not there."""
         path = self.path(name)
-        return [fields(each, f"{path}[{i}]") for i, each in enumerate(array(self.take(name), path, MOST_LISTED))]
+        return [self.inside(each, f"{path}[{i}]") for i, each in enumerate(array(self.take(name), path, MOST_LISTED))]
 
     def refuse_several(self, paths: Sequence[str], what: str) -> None:
         """Raise InvalidRequest where more than one of them is there. `what` only one can do."""
@@ -186,12 +199,21 @@ class Fields:
         for name in names:
             self._members.pop(name, None)
 
-    def unknown(self) -> list[str]:
+    def unknown(self) -> Iterator[str]:
         """Paths of the members that nobody took, but for null."""
-        return [self.path(name) for name, value in self._members.items() if value is not None]
+        return (self.path(name) for name, value in self._members.items() if value is not None)
+
+    @property
+    def num_let_pass(self) -> int:
+        """How many members were let pass so far, here, around it and in it."""
+        return self._let_pass.num_members if self._let_pass is not None else 0
 
     def refuse_unknown(self) -> None:
-        """Raise InvalidRequest for the first member that nobody took, NotServed for one of OpenAI's."""
+        """Raise InvalidRequest for the first member that nobody took, NotServed for one of OpenAI's, or count them."""
+        if self._let_pass is not None:
+            self._let_pass.num_members += sum(1 for _ in self.unknown())
+            self._members.clear()  # so that each counts once
+            return
         for path in self.unknown():
             if (why := NOT_SERVED.get(path)) is not None:
                 raise NotServed(path, f"{path}: {why}")
@@ -269,13 +291,6 @@ def array(value: object, path: str, most: int | None = None) -> list[object]:
     if most is not None and len(value) > most:
         raise InvalidRequest(path, f"at most {most}, got {len(value)}")
     return value
-
-
-def fields(value: object, path: str) -> Fields:
-    """An object."""
-    if not is_object(value):
-        raise InvalidRequest(path, f"must be an object, got {shown(value)}")
-    return Fields(value, path)
 
 
 def shown(value: object) -> str:

@@ -8,7 +8,7 @@ from common.errors import InvalidRequest
 from protos import inference_pb2 as pb
 from services.gateway.chat import CONTENT, add_message, content_text
 from services.gateway.errors import NotServed
-from services.gateway.fields import MOST_LISTED, Fields, array, fields, shown_word, text
+from services.gateway.fields import MOST_LISTED, Fields, array, shown_word, text
 from services.gateway.roles import ROLES
 
 _KINDS: Final = ("message", "function_call", "function_call_output")
@@ -49,7 +49,7 @@ def read_input(body: Fields, chat: pb.ChatMessages) -> tuple[str | None, dict[st
     if not items:
         raise InvalidRequest("input", "must be a string or a list of items, and is empty")
     for i, each in enumerate(items):
-        reading.add(fields(each, f"input[{i}]"))
+        reading.add(body.inside(each, f"input[{i}]"))
     return instructions, reading.names
 
 
@@ -120,7 +120,7 @@ class _Reading:
         ours = self._next
         id = item.required_string("call_id")
         name = item.string("name") or self._functions.get(id, "")
-        content = content_text(item.take("output", CONTENT), item.path("output"))
+        content = content_text(item.take("output", CONTENT), item, "output")
         self._chat.messages.add(role="tool", tool_call_id=id, name=name, content=content)
         self._of_messages[f"{ours}.tool_call_id"] = item.path("call_id")
         self._of_messages[f"{ours}.content"] = item.path("output")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +25,8 @@ from services.gateway.tools import read_tools
 
 _LOGPROBS: Final = "message.output_text.logprobs"
 _OF_TOOLS: Final = ("name", "description", "parameters", "strict")
+_OF_SCHEMAS: Final = ("name", "description", "schema", "strict")
+_OF_CHOICES: Final = ("type", "name")
 _METADATA: Final = {"type": "object", "additionalProperties": {"type": "string"}}
 
 
@@ -50,9 +52,9 @@ def read(body: Fields) -> AskedResponse:
     if request.sampling.HasField("n") and request.sampling.n != 1:
         raise NotServed("n", "n: a response has one output")
     text_format = _read_text(body)
-    told_format = text_format.copy() if text_format is not None else {"type": "text"}
+    told_format = _told_format(text_format)  # reading takes it apart
     names |= read_structured(body, request.sampling, text_format)
-    told_tools, told_choice = _told_tools(body.peek("tools")), _copy(body.peek("tool_choice"))
+    told_tools, told_choice = _told_tools(body.peek("tools")), _told_choice(body.peek("tool_choice"))
     names |= read_tools(body, request.chat, flat=True)
     if not request.chat.tools:
         request.chat.ClearField("parallel_tool_calls")  # says nothing then, and some clients always send it
@@ -74,7 +76,11 @@ def read(body: Fields) -> AskedResponse:
         options.refuse_unknown()
     return AskedResponse(
         requests=[request],
-        manner=Manner(stream=stream, resumable=body.boolean("resumable")),
+        manner=Manner(
+            stream=stream,
+            return_token_ids=body.boolean("return_token_ids") or False,
+            resumable=body.boolean("resumable"),
+        ),
         names=names,
         instructions=instructions,
         format=told_format,
@@ -97,14 +103,29 @@ def _told_tools(tools: object) -> list[dict[str, Any]]:
     return [{"type": "function", **{name: tool.get(name) for name in _OF_TOOLS}} for tool in each]
 
 
-def _copy(value: object) -> Any:
+def _told_format(asked: Fields | None) -> dict[str, Any]:
+    """The format as the response repeats it. What is let pass is not repeated: nobody has looked at it."""
+    given = asked.copy() if asked is not None else {"type": "text"}
+    deeper = given.get("json_schema")  # as in chat completions
+    inner = deeper if isinstance(deeper, dict) else given
+    names = _OF_SCHEMAS if given.get("type") == "json_schema" else ()
+    return {"type": given.get("type"), **_only(names, inner)}
+
+
+def _told_choice(choice: object) -> Any:
     """A choice of tools as the response repeats it: reading takes it apart, and each of the tools that it allows."""
-    if not isinstance(value, dict):
-        return value
+    if not isinstance(choice, dict):
+        return choice
+    if not isinstance(allowed := choice.get("tools"), list) or choice.get("type") != "allowed_tools":
+        return _only(_OF_CHOICES, choice)
     return {
-        name: [dict(each) if isinstance(each, dict) else each for each in inner] if isinstance(inner, list) else inner
-        for name, inner in value.items()
+        **_only(("type", "mode"), choice),
+        "tools": [_only(_OF_CHOICES, each) for each in allowed if isinstance(each, dict)],
     }
+
+
+def _only(names: Sequence[str], members: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: members[name] for name in names if name in members}
 
 
 def _read_text(body: Fields) -> Fields | None:
@@ -148,15 +169,22 @@ async def stream(answers: Answers, asked: AskedResponse) -> AsyncGenerator[bytes
         beginning = _response(answers, asked, "in_progress", [], None)
         for kind in ("response.created", "response.in_progress"):
             yield await told.event(kind, {"response": beginning})
+    token_ids: list[int] = []  # that are not told yet: some have no text, and no event of their own
     while piece is not None:
         if not piece.finish:
+            token_ids += piece.token_ids
             events = items.add(piece)
+            if events and asked.manner.return_token_ids:
+                events[-1][1]["token_ids"], token_ids = token_ids, []
             for i, (kind, more) in enumerate(events, 1):
                 yield await told.event(kind, more, has_id=i == len(events))
         piece = await answers.next()
     ended = _ended(answers, asked, items)
     status: str = ended["status"]
-    for kind, more in (*items.end(status), (f"response.{status}", {"response": ended})):
+    ends = items.end(status)
+    if asked.manner.return_token_ids:
+        ends[0][1]["token_ids"] = token_ids
+    for kind, more in (*ends, (f"response.{status}", {"response": ended})):
         yield await told.event(kind, more)
 
 
@@ -197,6 +225,8 @@ def _ended(answers: Answers, asked: AskedResponse, items: Items) -> dict[str, An
     more: dict[str, Any] = {**score(heard.finishes[0]), **answers.told_of(0)}
     if heard.prompt_logprobs:
         more["prompt_logprobs"] = scores.all_of_chat(heard.prompt_logprobs)
+    if asked.manner.return_token_ids:
+        more["token_ids"] = list(heard.token_ids(0))
     return {**_response(answers, asked, status, items.all(status), answers.usage()), **more}
 
 

@@ -13,7 +13,7 @@ from common.errors import InvalidRequest
 from pagewire.tools import ToolCall, ToolCallDelta
 from protos import inference_pb2 as pb
 from services.gateway.errors import NotServed
-from services.gateway.fields import Fields, fields, shown_word
+from services.gateway.fields import Fields, shown_word
 
 _MODES: Final = {
     "auto": pb.TOOL_CHOICE_MODE_AUTO,
@@ -42,7 +42,7 @@ def read_tools(body: Fields, chat: pb.ChatMessages, *, flat: bool = False) -> di
         inner.refuse_unknown()
         paths.append(inner.here)
     if (choice := body.take("tool_choice", _choice_form(flat=flat))) is not None:
-        for i in _read_choice(choice, chat, flat=flat):
+        for i in _read_choice(body, choice, chat, flat=flat):
             del chat.tools[i], paths[i]
     if (parallel := body.boolean("parallel_tool_calls")) is not None:
         chat.parallel_tool_calls = parallel
@@ -120,7 +120,7 @@ def _choice_form(*, flat: bool) -> dict[str, Any]:
     return {"anyOf": [{"enum": list(_MODES)}, *({**each, "additionalProperties": False} for each in (named, allowed))]}
 
 
-def _read_choice(value: object, chat: pb.ChatMessages, *, flat: bool) -> list[int]:
+def _read_choice(body: Fields, value: object, chat: pb.ChatMessages, *, flat: bool) -> list[int]:
     """Returns which tools are not to be offered, the last one first."""
     choice = chat.tool_choice
     if isinstance(value, str):
@@ -128,7 +128,7 @@ def _read_choice(value: object, chat: pb.ChatMessages, *, flat: bool) -> list[in
             raise InvalidRequest("tool_choice", f"must be one of {_KINDS}, or a function, got {shown_word(value)}")
         choice.mode = _MODES[value]
         return []
-    outer = fields(value, "tool_choice")
+    outer = body.inside(value, "tool_choice")
     if outer.peek("type") == "allowed_tools":
         allowed = _read_allowed(outer, chat, flat=flat)
         return [i for i in reversed(range(len(chat.tools))) if chat.tools[i].name not in allowed]

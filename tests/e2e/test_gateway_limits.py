@@ -20,6 +20,7 @@ from tests.certificates import Authority
 from tests.e2e.cluster import Cluster, cluster
 from tests.e2e.gateways import ASK, Gateway
 from tests.e2e.programs import PAGEWIRE, run
+from tests.house.manifests import containers_added
 
 JSON = {"content-type": "application/json"}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -272,6 +273,43 @@ def test_a_gateway_that_never_saw_a_good_key_tells_prometheus_that_its_scheduler
         raw.close()
 
     assert "pagewire_gateway_scheduler_reachable 0" in lines and "pagewire_gateway_open_requests 0" in lines
+
+
+def test_the_picker_of_a_pool_reads_without_a_key_what_the_scheduler_of_that_pod_does_and_gets_no_answer(
+    fake_folder: Path, tmp_path: Path
+) -> None:
+    (added,) = containers_added("inference-pool")
+    here = [word.replace("/run/pagewire", str(tmp_path)).replace(":8000", ":0") for word in added["args"]]
+    address = next(word.removeprefix("--address=") for word in here if word.startswith("--address="))
+    key = new_key()
+    (tmp_path / "keys").write_text(f"{line_of('acme', key)}\n")
+    flags = [f"--api-keys={tmp_path / 'keys'}", f"--local-listen={address}"]
+    with (
+        cluster(fake_folder, tmp_path, flags=flags) as running,
+        Gateway(address, tmp_path / "log", *here[2:]) as gateway,
+    ):
+        assert here[0] == "gateway" and running.admin in here[-2]
+        raw = http.client.HTTPConnection("localhost", int(gateway.http.rpartition(":")[2]), timeout=30)
+        raw.request("GET", "/metrics")
+        with raw.getresponse() as answer:
+            lines = answer.read().decode().splitlines()
+            assert answer.status == 200
+        statuses: list[int] = []
+        for headers in (JSON, {**JSON, "authorization": f"Bearer {key}"}):
+            raw.request("POST", "/v1/chat/completions", json.dumps(CHAT), headers)
+            with raw.getresponse() as answer:
+                statuses.append(answer.status)
+                answer.read()
+        raw.close()
+
+    assert {line.split()[0].partition("{")[0] for line in lines if line.startswith("vllm:")} == {
+        "vllm:num_requests_waiting",
+        "vllm:num_requests_running",
+        "vllm:kv_cache_usage_perc",
+        "vllm:cache_config_info",
+        "vllm:lora_requests_info",
+    }
+    assert statuses == [401, 200]
 
 
 def test_keys_are_not_passed_on_in_the_clear(tmp_path: Path) -> None:

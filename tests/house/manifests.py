@@ -18,7 +18,9 @@ import yaml
 from services.__main__ import _parser
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
-OVERLAYS = ("base", "loopback", "overlays/autoscaled", "overlays/gpu", "overlays/two-schedulers")
+OVERLAYS = (
+    "base", "loopback", "overlays/autoscaled", "overlays/gpu", "overlays/inference-pool", "overlays/two-schedulers",
+)  # fmt: skip
 """What is meant to be applied: `kubectl apply -k`."""
 
 Document = Mapping[str, Any]
@@ -75,6 +77,13 @@ def rendered(overlay: str) -> list[Document] | None:
     done = subprocess.run([kubectl, "kustomize", FOLDER / overlay], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
+
+
+def containers_added(component: str) -> list[Mapping[str, Any]]:
+    """The containers that a component puts beside those that are there, as its patches have them."""
+    said = yaml.safe_load((FOLDER / "components" / component / "kustomization.yaml").read_text())
+    operations = [operation for patch in said["patches"] for operation in yaml.safe_load(patch["patch"])]
+    return [each["value"] for each in operations if each["path"] == "/spec/template/spec/containers/-"]
 
 
 def images(folder: Path) -> tuple[set[str], set[str]]:

@@ -23,7 +23,9 @@ from tests.house.manifests import (
     FOLDER,
     OVERLAYS,
     Document,
+    Labels,
     Pods,
+    containers_added,
     images,
     kustomizations,
     parsed,
@@ -36,11 +38,13 @@ from tests.house.manifests import (
 )
 from tests.house.observed import OBSERVABILITY, alerts
 
+PORT_OF_A_POOL = 8000  # unless its chart is told another one
 LAST_WORDS_S = 10  # after the drain: ends of calls, the step that runs
 
 
 def _sets() -> Iterator[Any]:
-    yield pytest.param(lambda: plain("cell", "base", "components/autoscaling", "components/tracing"), id="as it stands")
+    components = ("components/autoscaling", "components/inference-pool", "components/tracing")
+    yield pytest.param(lambda: plain("cell", "base", *components), id="as it stands")
     yield pytest.param(lambda: plain("loopback"), id="loopback as it stands")
     for overlay in OVERLAYS:
         yield pytest.param(lambda overlay=overlay: rendered(overlay), id=overlay)
@@ -59,6 +63,11 @@ def documents(request: pytest.FixtureRequest) -> list[Document]:
 def made(documents: list[Document]) -> list[Pods]:
     """The pods that come of them."""
     return pods(documents)
+
+
+def labels_in(source: Document) -> list[Labels]:
+    """What a rule of a NetworkPolicy asks of whoever comes."""
+    return [selector["matchLabels"] for selector in source.values()]
 
 
 def of_kind(documents: list[Document], kind: str) -> list[Document]:
@@ -120,13 +129,31 @@ def test_what_other_machines_can_reach_has_tls_and_keys(made: list[Pods]) -> Non
         given = parsed(command)
         if command[0] in ("scheduler", "serve"):
             check_binds(from_flags(SchedulerConfig, given))
-        if command[0] in ("gateway", "serve"):
+        if command[0] in ("gateway", "serve") and not getattr(given, "insecure", False):
             check_bind(given.http, insecure=False, missing=[] if given.http_tls_cert and given.http_tls_key else ["x"])
         if command[0] == "gateway":
             assert given.tls_ca or all(map(is_local, given.address.split(",")))
         if command[0] == "executor":
             assert given.link_tls_ca and given.link_tls_cert and given.link_tls_key
-        assert not getattr(given, "insecure", False)
+
+
+def test_only_a_pools_gateway_speaks_in_the_clear_and_to_nobody_who_is_not_named(
+    documents: list[Document], made: list[Pods]
+) -> None:
+    for each in made:
+        for container in each.containers:
+            if not getattr(parsed(container["args"]), "insecure", False):
+                continue
+            assert container["args"][0] == "gateway" and each.labels["pagewire/pool"] == "cells"
+            own = [
+                policy["spec"]
+                for policy in of_kind(documents, "NetworkPolicy")
+                if selected(policy["spec"]["podSelector"]["matchLabels"], [each])
+            ]
+            rules = [rule for policy in own for rule in policy.get("ingress", ())]
+            (port,) = (port["name"] for port in container["ports"])
+            allowed = [rule for rule in rules if port in {each["port"] for each in rule["ports"]}]
+            assert allowed and all(all(labels_in(source) for source in rule["from"]) for rule in allowed)
 
 
 def test_no_secret_stands_in_any_file() -> None:
@@ -337,6 +364,39 @@ def test_prometheus_reads_whoever_tells_metrics_as_it_must_be_asked() -> None:
         assert re.fullmatch(watched, job["job_name"])
         assert {"target_label": "namespace", "replacement": namespace} in job["relabel_configs"]
     assert read == {"scheduler", "gateway"}
+
+
+def test_a_pool_asks_each_scheduler_what_it_does_at_the_port_that_it_sends_to() -> None:
+    (added,) = containers_added("inference-pool")
+    gateway = parsed(added["args"])
+    (pod,) = [each for each in pods(plain("cell")) if each.kind == "StatefulSet"]
+    scheduler = parsed(next(each["args"] for each in pod.containers if each["name"] == "scheduler"))
+
+    assert gateway.address == scheduler.local_listen, "the scheduler of its own pod and no other"
+    assert gateway.http_admin == scheduler.admin_listen, "which tells what /metrics has in vLLM's names"
+    assert gateway.insecure and not gateway.http_tls_cert, "a picker shows no key, and a pool's ports have no TLS"
+    assert scheduler.api_keys, "who asks for an answer has a key all the same"
+    assert split_address(gateway.http)[1] == PORT_OF_A_POOL and "readinessProbe" in added
+
+
+def test_the_pool_that_the_operators_page_makes_is_of_all_cells_and_its_picker_may_come() -> None:
+    documents = rendered("overlays/inference-pool")
+    if documents is None:
+        pytest.skip("kubectl is not installed: overlays are looked at where it is")
+    page = (FOLDER.parents[1] / "docs" / "operating.md").read_text()
+    (release,) = re.findall(r"helm install (\S+) -n pagewire ", page)
+    found = selected(dict(re.findall(r"inferencePool\.modelServers\.matchLabels\.(\S+)=(\S+)", page)), pods(documents))
+    (labelled,) = re.findall(r"kubectl label namespace \S+ (\S+)=(\S+)", page)
+    (policy,) = [each for each in of_kind(documents, "NetworkPolicy") if each["metadata"]["name"] == "pagewire-pool"]
+
+    assert {each.name for each in found} == {"pagewire-scheduler", "pagewire-scheduler-b"}
+    assert all(each.ports["http"] == PORT_OF_A_POOL for each in found)
+    assert selected(policy["spec"]["podSelector"]["matchLabels"], pods(documents)) == found
+    (rule,) = policy["spec"]["ingress"]
+    assert [labels for source in rule["from"] for labels in labels_in(source)] == [
+        {"inferencepool": f"{release}-epp"},  # as the chart calls them
+        dict([labelled]),
+    ]
 
 
 def gateways_of(made: Pods) -> list[list[str]]:

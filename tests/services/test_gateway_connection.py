@@ -128,6 +128,51 @@ def test_a_caller_who_leaves_ends_the_request_that_runs_also_where_another_one_w
     assert app.begun == ["/first"] and app.num_left == 1
 
 
+class Teller(App):
+    """Answers everybody in two parts, of a length that it says where it has one."""
+
+    def __init__(self, length: int | None) -> None:
+        super().__init__()
+        self._headers = [] if length is None else [(b"content-length", b"%d" % length)]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        for part in (b"one ", b"two"):
+            await send({"type": "http.response.body", "body": part, "more_body": part != b"two"})
+
+
+@pytest.mark.parametrize("asked", [b"GET / HTTP/1.0\r\n\r\n", b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"])
+@pytest.mark.parametrize("length", [None, 7])
+def test_who_speaks_http_1_0_gets_no_chunks_but_all_there_is_until_the_connection_is_closed(
+    asked: bytes, length: int | None
+) -> None:
+    async def run() -> bytes:
+        server, transport = Server(Teller(length)), Transport()
+        server.connect(transport).data_received(asked)
+        await tasks(server)
+        assert transport.ended.is_set() and not transport.was_aborted
+        return transport.written
+
+    head, _, body = asyncio.run(run()).partition(b"\r\n\r\n")
+    assert body == b"one two"
+    assert b"connection: close" in head and b"chunked" not in head
+    assert (b"content-length: 7" in head) == (length == 7)
+
+
+def test_who_speaks_http_1_1_still_gets_chunks_on_a_connection_that_stays() -> None:
+    async def run() -> tuple[bytes, bool]:
+        server, transport = Server(Teller(None)), Transport()
+        connection = server.connect(transport)
+        connection.data_received(GET)
+        await tasks(server)
+        was_closed = transport.ended.is_set()
+        connection.connection_lost(None)
+        return transport.written, was_closed
+
+    written, was_closed = asyncio.run(run())
+    assert written.endswith(b"\r\n\r\n4\r\none \r\n3\r\ntwo\r\n0\r\n\r\n") and not was_closed
+
+
 @pytest.mark.parametrize(
     ("waiting", "num_asked"),
     [([300_000], 2), ([300_000, 200_000, 200_000, 199_999], 4)],

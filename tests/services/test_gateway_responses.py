@@ -36,6 +36,15 @@ def said(*each: str | list[pb.ToolCallDelta], scored: bool = False) -> list[pb.G
     return deltas
 
 
+def numbered(messages: list[pb.GenerateStreamResponse]) -> list[pb.GenerateStreamResponse]:
+    """The same from the first token on, with ids of their own."""
+    copies = [pb.GenerateStreamResponse.FromString(message.SerializeToString()) for message in messages]
+    for i, message in enumerate(copies):
+        message.delta.index = i
+        message.delta.token_ids[:] = [i]
+    return copies
+
+
 TWO_CALLS = said(
     "One ", "moment", "", [part(0, "", "a", "clock")], [part(0, '{"x":')], [part(0, "1}"), part(1, "{", "b", "clock")],
     [part(1, "}")],
@@ -122,23 +131,35 @@ def test_a_call_that_was_cut_short_is_incomplete_and_those_before_it_are_not() -
     assert call.json["status"] == "incomplete"
 
 
-@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("messages", [TWO_CALLS, TWO_CALLS[3:], said("One", ""), said("")])
+def test_who_asks_for_token_ids_gets_each_once_in_the_events_and_all_in_the_response(
+    messages: list[pb.GenerateStreamResponse],
+) -> None:
+    messages = numbered(messages)
+    app = gateway(Scheduler(*messages, finish()))
+    whole = ask(app, {**ASKED, "return_token_ids": True}, path=PATH).json
+    call = told(*messages, return_token_ids=True)
+
+    *events, last = call.events
+    assert whole["token_ids"] == last["response"]["token_ids"] == list(range(len(messages)))
+    assert [id for event in events for id in event.get("token_ids", ())] == whole["token_ids"]
+    assert not any("token_ids" in event for event in told(*messages).events)
+
+
+@pytest.mark.parametrize("more", [{}, {"include": ["message.output_text.logprobs"]}, {"return_token_ids": True}])
 @pytest.mark.parametrize("messages", [TWO_CALLS, TWO_CALLS[3:], TWO_CALLS[:3]], ids=["text and calls", "calls", "text"])
 def test_a_stream_goes_on_behind_any_event_that_has_an_id(
-    messages: list[pb.GenerateStreamResponse], scored: bool
+    messages: list[pb.GenerateStreamResponse], more: dict[str, Any]
 ) -> None:
-    messages = [pb.GenerateStreamResponse.FromString(message.SerializeToString()) for message in messages]
-    for i, message in enumerate(messages):
-        message.delta.index = i
-    asked: dict[str, Any] = {"include": ["message.output_text.logprobs"]} if scored else {}
-    whole = told(*messages, **asked)
+    messages = numbered(messages)
+    whole = told(*messages, **more)
     assert len(whole.ids) >= 2
 
     lines = b"".join(whole.parts).splitlines()
     for id in whole.ids:
         at = lines.index(b"id: " + id)
         heard = sum(line.startswith(b"data: ") for line in lines[: at + 2])
-        rest = told(*messages, last=id, **asked)
+        rest = told(*messages, last=id, **more)
         assert whole.events[:heard] + rest.events == whole.events
 
 
