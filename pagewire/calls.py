@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError, Message
 
 from pagewire import conventions
 from pagewire.access import Access, Metadata
-from pagewire.answers import Delta, Finish
+from pagewire.answers import Delta, Finish, FinishReason
 from pagewire.borrowed import borrow
 from pagewire.continuation import Continuation, OutOfStep
 from pagewire.failures import Failure, Trailers, judge, lost, parse
@@ -285,7 +285,8 @@ class Asked(_Asking):
             if isinstance(new, Delta):
                 self.span.heard()
             elif self.is_done:
-                self.span.end()
+                failed = any(finish.reason is FinishReason.ERROR for finish in self.continuation.finishes.values())
+                self.span.end("error" if failed else "")
         return new
 
     def failed(self, code: grpc.StatusCode, message: str | None, trailers: Trailers | None) -> float:

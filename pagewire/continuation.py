@@ -228,7 +228,6 @@ class Continuation:
             )
             if not fits(self._tool_calls[choice], calls):
                 raise OutOfStep(f"choice {choice} has a part of a call that never began")
-            add_to(self._tool_calls[choice], calls)
         tokens += token_ids
         self._texts[choice].append(text)
         self._tickets[choice] = delta.ticket
@@ -238,6 +237,8 @@ class Continuation:
                 kept = self._logprobs[choice]
                 self.on_kept(kept.put(len(kept), logprobs))
             told = tuple(map(of_message, logprobs))
+        if calls:
+            add_to(self._tool_calls[choice], calls)
         return Delta(choice=choice, index=index, token_ids=token_ids, text=text, logprobs=told, tool_calls=calls)
 
     def _end(self, finish: pb.Finish) -> Finish | None:

@@ -30,7 +30,8 @@ _log = logging.getLogger(__name__)
 class Span:
     """From when a request is asked for to its end, over all its calls. It ends once, whatever is done after that.
 
-    What happens meanwhile is kept until then: the API has locks, and a signal's handler may end what it interrupts.
+    What happens meanwhile is kept until then: the API has locks, and a signal's handler may end what it interrupts. Its
+    end takes them.
     """
 
     def __init__(
@@ -66,7 +67,8 @@ class Span:
         with _harmless():
             told = conventions.asked(request, address)
             tracer, kind = self._api.get_tracer("pagewire"), self._api.SpanKind.CLIENT
-            span = tracer.start_span(conventions.name_of(told), kind=kind, attributes=told)
+            begun = {name: value for name, value in told.items() if name != "server.port"}  # the next may have none
+            span = tracer.start_span(conventions.name_of(told), kind=kind, attributes=begun)
             self._told.update(told)
             context = span.get_span_context()
             self._span = span if span.is_recording() else None
@@ -88,6 +90,7 @@ class Span:
         if self._span is not None:
             told = {f"pagewire.{name}": number for name, number in numbers.items()}
             self._broken.append((time.time_ns(), {"error.type": error, **conventions.server(address), **told}))
+            self._told.pop("server.port", None)
             self._told.update(conventions.server(next_address))
 
     def tell(self, attributes: Attributes) -> None:

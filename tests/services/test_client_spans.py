@@ -267,6 +267,17 @@ def test_a_request_that_fails_ends_its_span_as_that(
 
 
 @both
+def test_an_answer_that_its_server_gave_up_ends_its_span_as_a_failure(kind: Kind, spans: Spans) -> None:
+    ended = pb.GenerateStreamResponse(finish=pb.Finish(reason=pb.FINISH_REASON_ERROR))
+    with played(saying(first(), delta(0, 65), ended)) as (_, run):
+        run(lambda address: ask(kind, address))
+
+    span = the_one(spans)
+    assert told(span, "error.type", "gen_ai.response.finish_reasons") == ["error", ("error",)]
+    assert span.status.status_code is StatusCode.ERROR
+
+
+@both
 def test_a_stream_that_is_left_ends_its_span_once_and_well(kind: Kind, spans: Spans) -> None:
     async def leave(address: str) -> None:
         client = kind(address)
@@ -499,6 +510,14 @@ def test_many_who_end_a_span_end_it_once(spans: Spans, caplog: pytest.LogCapture
 
     assert told(the_one(spans), "server.address", "server.port", "error.type") == ["unix:/a/socket", None, None]
     assert not caplog.records
+
+
+def test_the_port_of_a_server_that_broke_is_not_told_of_the_socket_that_is_asked_next(spans: Spans) -> None:
+    span = Span(REQUEST, "a:1")
+    span.broke("Unavailable", "a:1", "unix:/a/socket")
+    span.end()
+
+    assert told(the_one(spans), "server.address", "server.port") == ["unix:/a/socket", None]
 
 
 def test_of_many_calls_that_broke_the_last_are_told(spans: Spans) -> None:
