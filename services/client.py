@@ -154,8 +154,7 @@ def _why(details: str, *, has_tls: bool | None) -> str:
     # that is the OK which it puts behind a fault of TLS
     reason = details.rstrip("].").removesuffix(": OK").rsplit(": ", 1)[-1]
     if "CERTIFICATE_VERIFY_FAILED" in details:
-        then = "put a new one there" if "expired" in reason else "name the authority that signed it: --tls-ca FILE"
-        return f"its certificate is not trusted: {reason}. If that is the right server, {then}"
+        return f"its certificate is not trusted: {reason}. If that is the right server, {_mend(reason)}"
     if "Hostname Verification Check failed" in details:
         return "its certificate is for another name. Call it by a name that is in there"
     if "WRONG_VERSION_NUMBER" in details:
@@ -165,3 +164,14 @@ def _why(details: str, *, has_tls: bool | None) -> str:
     if reason == "Socket closed" and has_tls:
         return "it closed the connection. If it asks for a certificate, show one: --client-cert FILE --client-key FILE"
     return f"{reason}. Is a server running there? Start one: pagewire serve"
+
+
+def _mend(reason: str) -> str:
+    """What helps against a certificate's fault."""
+    if "expired" in reason:
+        return "put a new one there"
+    if "not yet valid" in reason:
+        return "set the clock of this machine"
+    if "issuer" in reason or "self-signed" in reason or "self signed" in reason:
+        return "name the authority that signed it: --tls-ca FILE"
+    return "make it one for servers"

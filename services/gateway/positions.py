@@ -34,6 +34,7 @@ _CHOICE: Final = struct.Struct("<IIBB8s")  # tokens, characters, flags, length o
 _ENDED: Final = 1
 _CALLED: Final = 2  # _CALLS comes behind the ticket
 _TOKEN: Final = struct.Struct("<I")
+_MOST_KEPT: Final = 256  # tokens that wait to be hashed
 _CALLS: Final = struct.Struct("<II")  # calls of tools that have begun, characters of the arguments of all
 
 _MOST: Final = 2**32 - 2**24
@@ -83,7 +84,7 @@ class Position:
 class Digest:
     """Tells whether two runs of tokens are the same. No proof of anything to anybody: the ticket is that.
 
-    Tokens are hashed when somebody asks; of a stream without ids nobody does.
+    Tokens are hashed when somebody asks, or many wait.
     """
 
     __slots__ = ("_hash", "_new")
@@ -95,12 +96,17 @@ class Digest:
     def add(self, tokens: Sequence[int]) -> None:
         """These come next."""
         self._new += tokens
+        if len(self._new) >= _MOST_KEPT:
+            self._fold()
 
     def value(self) -> bytes:
         """Of all so far."""
+        self._fold()
+        return self._hash.digest()
+
+    def _fold(self) -> None:
         self._hash.update(b"".join(map(_TOKEN.pack, self._new)))
         self._new.clear()
-        return self._hash.digest()
 
 
 class Writer:

@@ -172,10 +172,11 @@ async def stream(answers: Answers, asked: AskedResponse) -> AsyncGenerator[bytes
     token_ids: list[int] = []  # that are not told yet: some have no text, and no event of their own
     while piece is not None:
         if not piece.finish:
-            token_ids += piece.token_ids
             events = items.add(piece)
-            if events and asked.manner.return_token_ids:
-                events[-1][1]["token_ids"], token_ids = token_ids, []
+            if asked.manner.return_token_ids:
+                token_ids += piece.token_ids
+                if events:
+                    events[-1][1]["token_ids"], token_ids = token_ids, []
             for i, (kind, more) in enumerate(events, 1):
                 yield await told.event(kind, more, has_id=i == len(events))
         piece = await answers.next()

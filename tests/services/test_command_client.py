@@ -11,7 +11,7 @@ import pytest
 from grpc import aio
 
 from common.errors import Unavailable
-from services.client import Server, connect
+from services.client import Server, _why, connect
 from services.tls import PemFiles
 from tests.certificates import Authority, Pair
 
@@ -65,6 +65,22 @@ def test_a_certificate_of_somebody_elses_is_told_with_the_flag_that_names_its_au
 def test_an_expired_certificate_is_told_as_that(authority: Authority) -> None:
     assert told(authority.issue("over", days=0), authority.ca) == (
         "its certificate is not trusted: certificate has expired. If that is the right server, put a new one there"
+    )
+
+
+@pytest.mark.parametrize(
+    ("reason", "then"),
+    [
+        ("self-signed certificate in certificate chain", "name the authority that signed it: --tls-ca FILE"),
+        ("certificate is not yet valid", "set the clock of this machine"),
+        ("unsuitable certificate purpose", "make it one for servers"),
+    ],
+)
+def test_what_is_wrong_with_a_certificate_decides_what_to_do(reason: str, then: str) -> None:
+    details = f"Ssl handshake failed: SSL_ERROR_SSL: error:1000007d: CERTIFICATE_VERIFY_FAILED: {reason}: OK"
+
+    assert _why(details, has_tls=True) == (
+        f"its certificate is not trusted: {reason}. If that is the right server, {then}"
     )
 
 
