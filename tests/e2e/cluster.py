@@ -23,6 +23,7 @@ from protos import inference_pb2_grpc, monitoring_pb2, monitoring_pb2_grpc
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 120.0
+EXECUTOR_WAIT_S = 120.0
 
 _T = TypeVar("_T")
 
@@ -128,7 +129,7 @@ class Cluster:
             [
                 *("scheduler", "--model", str(model), "--listen", "127.0.0.1:0", "--link-listen", self.link),
                 *("--admin-listen", self.admin),
-                f"--executor-wait-s={2 * START_TIMEOUT_S}",  # requests wait for executors that a test starts
+                f"--executor-wait-s={EXECUTOR_WAIT_S}",  # requests wait for executors that a test starts
                 *("--ticket-keys", str(folder / "ticket-keys"), *flags),
             ],
             folder / "scheduler.log",
@@ -172,12 +173,14 @@ class Cluster:
         with grpc.insecure_channel(self.admin) as channel, ThreadPoolExecutor(1) as pool:
             stub = monitoring_pb2_grpc.MonitoringServiceStub(channel)
             asking = pool.submit(ask)
-            while stub.GetStatus(monitoring_pb2.GetStatusRequest()).scheduler.num_waiting < num:
-                assert not asking.done(), asking.result()
-                time.sleep(0.01)
+            until_s = time.monotonic() + END_TIMEOUT_S
             try:
+                while stub.GetStatus(monitoring_pb2.GetStatusRequest()).scheduler.num_waiting < num:
+                    assert not asking.done(), asking.result()
+                    assert time.monotonic() < until_s, f"fewer than {num} wait"
+                    time.sleep(0.01)
                 self.start_executor("--dtype=float32", "--threads=1", *executor, fake=False)
-            except AssertionError:
+            except BaseException:
                 self.close()  # or whoever asks would wait for it
                 raise
             return asking.result()

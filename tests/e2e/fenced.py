@@ -82,7 +82,7 @@ class Reader:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=300,
             check=False,
         )
         assert done.returncode == 0, f"{page}, line {block.line}:\n{done.stdout}\n{done.stderr}"

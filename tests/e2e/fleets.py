@@ -17,7 +17,7 @@ from pagewire import AsyncClient
 from protos import inference_pb2 as pb
 from services.text import Tokenizer
 from tests.e2e import fake_model
-from tests.e2e.cluster import Cluster, Process
+from tests.e2e.cluster import START_TIMEOUT_S, Cluster, Process
 from tests.e2e.health_watch import NOT_SERVING, SERVING, HealthWatch
 from tests.e2e.sockets import port_that_stays
 from tests.faults.checker import undisturbed
@@ -96,7 +96,9 @@ class Fleet:
         old.channel.close()
         with HealthWatch(self.cluster.health) as health:
             health.wait_for(SERVING)  # an executor has found it
+        until_s = time.monotonic() + START_TIMEOUT_S
         while self.num_executors > 1 and self._num_joined() < self.num_executors:
+            assert time.monotonic() < until_s, "an executor does not come back"
             time.sleep(0.01)
 
     def _num_joined(self) -> int:

@@ -19,7 +19,7 @@ class HealthWatch:
         # a connection of its own, which nobody has seen break
         self._channel = grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
         method: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream("/grpc.health.v1.Health/Watch")
-        self._call = method(b"", wait_for_ready=True, timeout=600)
+        self._call = method(b"", wait_for_ready=True, timeout=300)
         self._changed = threading.Condition()
         first = _status(next(self._call))
         while once and first != once:

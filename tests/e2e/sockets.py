@@ -20,9 +20,9 @@ def port_that_stays() -> int:
 
     Those that the kernel gives to whoever asks for any, and to each connection that is dialled, are not among them.
     """
-    with contextlib.suppress(OSError):  # of a system that has no such file, any port
+    with contextlib.suppress(OSError):  # of a system without such a file, or with few others, any port
         first = int(_GIVEN_BY_THE_KERNEL.read_text().split()[0])
-        for port in (max(1024, first - 1 - secrets.randbelow(max(1, first // 2))) for _ in range(1000)):
+        for port in (first - 1 - secrets.randbelow(first // 2) for _ in range(1000 if first > 4096 else 0)):
             with socket.socket() as free, contextlib.suppress(OSError):  # taken
                 free.bind(("127.0.0.1", port))
                 return port

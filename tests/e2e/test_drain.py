@@ -106,7 +106,7 @@ def test_what_runs_and_what_waits_finishes_while_health_says_no_and_nothing_new_
 def test_a_stream_that_is_longer_than_the_grace_is_told_so_and_goes_on_with_its_ticket(
     fake_folder: Path, tmp_path: Path
 ) -> None:
-    first = running(fake_folder, tmp_path, "--drain-s=0.3")
+    first = running(fake_folder, tmp_path, "--drain-s=1.5")
     keys = f"--ticket-keys={tmp_path / 'ticket-keys'}"
     second = running(fake_folder, tmp_path / "second", keys)
     try:
@@ -120,7 +120,7 @@ def test_a_stream_that_is_longer_than_the_grace_is_told_so_and_goes_on_with_its_
         assert first.scheduler.wait() == 0
         last = (told + deltas)[-1]
         num_told = last.index + len(last.token_ids)
-        assert num_told < 200, "it got its grace, and no more"
+        assert deltas and num_told < 200, "it got its grace, and no more"
 
         second.start_executor()
         tokens = list(range(3, 3 + num_told))  # the fake model counts

@@ -430,6 +430,7 @@ def test_a_schema_shapes_the_answer_and_one_that_cannot_be_kept_is_refused(share
         reply = gateway.post("/v1/chat/completions", asked)
         until_s = time.monotonic() + 120
         while reply.status == 503 and time.monotonic() < until_s:  # its worker was too busy with its own start
+            time.sleep(0.1)
             reply = gateway.post("/v1/chat/completions", asked)
         return reply
 

@@ -289,7 +289,7 @@ def test_the_picker_of_a_pool_reads_without_a_key_what_the_scheduler_of_that_pod
         Gateway(address, tmp_path / "log", *here[2:]) as gateway,
     ):
         assert here[0] == "gateway" and running.admin in here[-2]
-        raw = http.client.HTTPConnection("localhost", int(gateway.http.rpartition(":")[2]), timeout=30)
+        raw = http.client.HTTPConnection("localhost", int(gateway.http.rpartition(":")[2]), timeout=120)
         raw.request("GET", "/metrics")
         with raw.getresponse() as answer:
             lines = answer.read().decode().splitlines()

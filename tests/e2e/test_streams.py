@@ -201,6 +201,7 @@ def test_a_frozen_executor_is_a_pause_and_what_it_says_when_it_thaws_is_not_hear
         with grpc.insecure_channel(running.admin) as operator:
             monitoring = monitoring_pb2_grpc.MonitoringServiceStub(operator)
             while len((status := monitoring.GetStatus(monitoring_pb2.GetStatusRequest())).executors) < 2:
+                assert frozen.popen.poll() is None
                 time.sleep(0.01)
         assert status.scheduler.executor_losses.unclean_ends == 1
         assert running.tokens([1, 2, 3], 4) == [3, 4, 5, 6]

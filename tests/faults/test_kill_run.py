@@ -24,7 +24,7 @@ ONE_OF_EACH = [
 
 
 def test_the_death_of_any_process_is_a_pause_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(striking, "_PASSED_WITHIN_S", 60.0)  # a process starts in that time on a busy machine, too
+    monkeypatch.setattr(striking, "_PASSED_WITHIN_S", 20.0)  # a process starts in that time on a busy machine, too
     run = Run(
         kills=len(ONE_OF_EACH),
         streams=8,
@@ -34,7 +34,7 @@ def test_the_death_of_any_process_is_a_pause_and_nothing_else(tmp_path: Path, mo
         stages=[Stage(sites=1, executors=2, deck=lambda draw: list(ONE_OF_EACH))],
     )
 
-    report = asyncio.run(run.play())
+    report = asyncio.run(asyncio.wait_for(run.play(), timeout=300))  # what cannot be struck is tried for ever
 
     assert report.broken == []
     assert {fault.kind for fault in report.real} == {strike.kind for strike in ONE_OF_EACH}

@@ -36,7 +36,7 @@ from tests.faults.recorder import RawSource
 
 STREAMS = 6
 HASTE = ("--silence-s=1", "--suspect-s=0.5", "--lease-s=1.5")  # so that a test need not wait as long as a user would
-HANG_S = 600
+HANG_S = 300
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(600):
+        async with asyncio.timeout(300):
             await scenario
 
     asyncio.run(bounded())

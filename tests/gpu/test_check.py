@@ -33,7 +33,7 @@ def check(*arguments: str, out: Path) -> tuple[subprocess.CompletedProcess[str],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
-        timeout=800,  # it may run beside all other tests, and on two slow cores
+        timeout=550,  # it may run beside all other tests, and on two slow cores
         check=False,
     )
     return done, json.loads((out / "results.json").read_text())
