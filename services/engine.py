@@ -4,7 +4,8 @@ Everything here runs on one event loop. Calls from handlers and links change the
 executor never waits for readers: when a result arrives, the next plan is sent before anybody hears of a token, and
 readers take a few at a time, also those that come back and find something, so that the next result is seen after one
 turn of theirs at most. What a reader has not taken by then is merged into one event: under load tokens share messages,
-and an idle loop delays none.
+and an idle loop delays none. Who has taken nothing yet goes before all others: a step answers its new rows last, so
+their first tokens would wait until everybody else's next ones are written.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Final, Protocol
 
 from common import failpoints
@@ -98,6 +99,7 @@ class Engine:
         self._streams: dict[SequenceId, RequestStream] = {}
         self._answers: deque[tuple[int, StepResult]] = deque()
         self._due: dict[RequestStream, None] = {}  # readers that are to be woken, in order
+        self._due_first: dict[RequestStream, None] = {}  # before them: those that have taken nothing yet
         self._may_pass = READERS_AT_ONCE  # readers that may take something before the loop's next turn, unasked
         self._work = asyncio.Event()
         self._changed = asyncio.Event()  # a sequence ended
@@ -358,16 +360,16 @@ class Engine:
 
         Where all come back at once, and each wrote what there is, the executors would wait for hundreds of them.
         """
-        if self._due or not self._may_pass:
+        if self._due or self._due_first or not self._may_pass:
             return False
         self._may_pass -= 1
         return True
 
     def line_up(self, stream: RequestStream) -> None:
         """Wake this reader when those before it were."""
-        if not self._due:
+        if not (self._due or self._due_first):
             self._work.set()
-        self._due[stream] = None
+        (self._due if stream.has_begun else self._due_first)[stream] = None
 
     # ---- the loop
 
@@ -392,7 +394,7 @@ class Engine:
 
         Also looks again now and then while requests wait for the best of several executors: it may be stuck.
         """
-        if self._due:
+        if self._due or self._due_first:
             await asyncio.sleep(0)  # a turn for the readers that were woken; then it is the others'
             if not self._work.is_set():
                 return False
@@ -419,8 +421,9 @@ class Engine:
 
     def _wake_readers(self) -> None:
         self._may_pass = READERS_AT_ONCE
-        for stream in list(islice(self._due, READERS_AT_ONCE)):
-            del self._due[stream]
+        for stream in list(islice(chain(self._due_first, self._due), READERS_AT_ONCE)):
+            self._due_first.pop(stream, None)
+            self._due.pop(stream, None)
             stream.wake()
 
     def _send_steps(self, session: int) -> None:
@@ -460,7 +463,7 @@ class Engine:
             stream = self._streams.pop(id) if ended else self._streams[id]
             stream.note(id)
             if stream.is_waited_for:  # another one takes what there is when it comes back
-                self._due[stream] = None
+                (self._due if stream.has_begun else self._due_first)[stream] = None
             if ended:
                 self._settle(stream.sequence(id))
                 self._changed.set()

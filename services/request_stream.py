@@ -46,6 +46,7 @@ class RequestStream:
         self.deadline: asyncio.TimerHandle | None = None
         self.pin: Pin | None = None  # what of its prompt was pinned for it
         self.is_waited_for = False  # its reader has taken all there was
+        self.has_begun = False  # its reader has taken something
         self._engine = engine
         self._choice_of = {s.id: s.choice for s in sequences}
         self._taken = {choice: taken.get(choice, 0) for choice in self.sequences}
@@ -114,6 +115,7 @@ class RequestStream:
         assert self._open, "every choice has ended: nothing will ever come"
         if not self._news or not self._engine.lets_pass():
             await self._turn()
+        self.has_begun = True
         events: list[ChoiceEvent] = []
         news, self._news = self._news, {}
         for choice in news:

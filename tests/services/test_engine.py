@@ -275,6 +275,56 @@ def test_readers_that_all_come_back_at_once_line_up_behind_the_next_plan() -> No
     run(test)
 
 
+def test_a_first_token_is_heard_before_the_next_ones_of_who_has_begun() -> None:
+    """Also where its row is the last of the step, as that of a new request is."""
+
+    async def test(engine: Engine) -> None:
+        link = join(engine, steps=1, num_blocks=1024)
+        begun = [engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=9)) for _ in range(30)]
+        for stream in begun:
+            await stream.take()
+        new = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=9))
+        link.allow(2)  # those that were on their way without it
+        while any(stream.sequences[0].num_output < 3 for stream in begun):
+            await asyncio.sleep(0)
+        for stream in begun:
+            await stream.take()
+        heard: list[RequestStream] = []
+
+        async def hear(stream: RequestStream) -> None:
+            await stream.take()
+            heard.append(stream)
+
+        readers = [asyncio.create_task(hear(stream)) for stream in (*begun, new)]
+        await asyncio.sleep(0)
+        assert not heard
+        link.allow(1)
+        await asyncio.gather(*readers)
+        assert heard.index(new) < engine_module.READERS_AT_ONCE, "it goes with the first that are woken"
+
+    run(test)
+
+
+def test_who_gives_up_in_the_line_of_first_tokens_leaves_it_to_the_others() -> None:
+    async def test(engine: Engine) -> None:
+        link = join(engine, steps=0, num_blocks=1024)
+        streams = [
+            engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=1))
+            for _ in range(3 * engine_module.READERS_AT_ONCE)
+        ]
+        readers = [asyncio.create_task(stream.take()) for stream in streams]
+        await asyncio.sleep(0)
+        link.allow(1)
+        while not readers[0].done():
+            await asyncio.sleep(0)
+        assert not readers[-1].done(), "it stands in the line"
+        streams[-1].abort()
+        assert [[event.tokens for event in await reader] for reader in readers] == [[[3]]] * len(readers)
+        assert engine.num_requests == 0
+
+    run(test)
+
+
 def test_a_reader_in_the_line_hears_of_a_failure_after_what_is_there() -> None:
     async def test(engine: Engine) -> None:
         link = join(engine, steps=1)
