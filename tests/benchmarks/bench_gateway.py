@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import math
 import random
@@ -45,6 +46,7 @@ from tests.e2e.gateways import Gateway
 PROMPT: Final = 32
 TOKENS: Final = (32, 96)  # of an answer, as chance has it: so that streams do not all begin anew at once
 WARM_UP_S: Final = 1.5
+_GOLDEN: Final = 0.6180339887  # its multiples fill a step evenly, with less noise than chance
 
 BESIDE: Final = "HTTP beside"  # another checkout's
 
@@ -58,6 +60,7 @@ class Turn:
 
     way: str
     tokens_per_s: float
+    ttft_mean_ms: float
     ttft_p50_ms: float
     ttft_p99_ms: float
     gateway_us: float  # CPU time of the gateway's process, a token
@@ -120,13 +123,19 @@ def over_http(address: str) -> Ask:
     return ask
 
 
-async def take_turn(way: str, ask: Ask, *, streams: int, seconds: float, admin: str, pids: tuple[int, int]) -> Turn:
-    """Ask in this way for a while."""
+async def take_turn(
+    way: str, ask: Ask, *, streams: int, seconds: float, admin: str, pids: tuple[int, int], spread_s: float = 0.0
+) -> Turn:
+    """Ask in this way for a while; each stream waits up to `spread_s` before it asks again."""
     ttft_s: list[float] = []
     measuring = False
 
+    phases = itertools.accumulate(itertools.repeat(_GOLDEN), lambda phase, step: (phase + step) % 1)
+
     async def ask_for_ever() -> None:
         while True:
+            if spread_s:
+                await asyncio.sleep(next(phases) * spread_s)
             began = time.perf_counter()
             counts = measuring
 
@@ -156,6 +165,7 @@ async def take_turn(way: str, ask: Ask, *, streams: int, seconds: float, admin: 
     return Turn(
         way=way,
         tokens_per_s=tokens / wall_s,
+        ttft_mean_ms=1e3 * statistics.mean(ordered) if ordered else math.nan,
         ttft_p50_ms=1e3 * statistics.median(ordered) if ordered else math.nan,  # too little time for so many streams
         ttft_p99_ms=1e3 * ordered[round(0.99 * (len(ordered) - 1))] if ordered else math.nan,
         gateway_us=1e6 * cpu[0] / tokens,
@@ -211,6 +221,7 @@ async def compare(
     rounds: int,
     seconds: float,
     beside: Path | None = None,
+    spread: bool = False,
 ) -> list[Turn]:
     """Turns of each way, one after the other; of the two gateways either is first in every second round."""
     turns: list[Turn] = []
@@ -225,10 +236,15 @@ async def compare(
             for number in range(rounds):
                 for way in ("gRPC", *(reversed(gateways) if number % 2 else gateways)):
                     gateway = gateways.get(way, gateways["HTTP"])
-                    pids = gateway.process.popen.pid, running.scheduler.popen.pid
                     turns.append(
                         await take_turn(
-                            way, ways[way], streams=streams, seconds=seconds, admin=running.admin, pids=pids
+                            way,
+                            ways[way],
+                            streams=streams,
+                            seconds=seconds,
+                            admin=running.admin,
+                            pids=(gateway.process.popen.pid, running.scheduler.popen.pid),
+                            spread_s=step_ms / 1000 if spread else 0.0,
                         )
                     )
                     print(_line(turns[-1]), flush=True)
@@ -237,9 +253,9 @@ async def compare(
 
 def _line(turn: Turn) -> str:
     return (
-        f"{turn.way}: {turn.tokens_per_s:8.1f} tokens/s, first token {turn.ttft_p50_ms:6.2f} ms (p50), "
-        f"{turn.ttft_p99_ms:6.2f} ms (p99); µs of CPU a token: gateway {turn.gateway_us:5.1f}, "
-        f"scheduler {turn.scheduler_us:5.1f}, client {turn.client_us:5.1f}"
+        f"{turn.way}: {turn.tokens_per_s:8.1f} tokens/s, first token {turn.ttft_mean_ms:6.2f} ms (mean), "
+        f"{turn.ttft_p50_ms:6.2f} (p50), {turn.ttft_p99_ms:6.2f} (p99); µs of CPU a token: "
+        f"gateway {turn.gateway_us:5.1f}, scheduler {turn.scheduler_us:5.1f}, client {turn.client_us:5.1f}"
     )
 
 
@@ -248,11 +264,16 @@ def _summary(turns: list[Turn]) -> str:
         return float(statistics.median(getattr(turn, field) for turn in turns if turn.way == way))
 
     share = median("HTTP", "tokens_per_s") / median("gRPC", "tokens_per_s")
-    later = median("HTTP", "ttft_p50_ms") - median("gRPC", "ttft_p50_ms")
-    told = f"HTTP has {share:.1%} of the tokens a second, and its first token comes {later:+.2f} ms later (medians)"
+
+    def later(way: str) -> str:
+        found = (median(way, field) - median("gRPC", field) for field in ("ttft_p50_ms", "ttft_mean_ms"))
+        return "{:+.2f} ms later (by means {:+.2f})".format(*found)
+
+    told = f"HTTP has {share:.1%} of the tokens a second, and its first token comes {later('HTTP')}: medians of turns"
     if any(turn.way == BESIDE for turn in turns):
         here, there = median("HTTP", "gateway_us"), median(BESIDE, "gateway_us")
         told += f"\nthe gateway takes {here:.1f} µs of CPU a token, the other checkout's {there:.1f} (medians)"
+        told += f"\nthe other checkout's first token comes {later(BESIDE)}"
     return told
 
 
@@ -264,6 +285,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--beside", type=Path, default=None, metavar="FOLDER")
+    parser.add_argument("--spread", action="store_true", help="wait up to a step before asking again")
     parser.add_argument("--json", type=Path, default=None)
     asked = parser.parse_args()
     for name, us in serialising_us().items():
@@ -279,6 +301,7 @@ def main() -> None:
                 rounds=asked.rounds,
                 seconds=asked.seconds,
                 beside=asked.beside,
+                spread=asked.spread,
             ),
             loop_factory=EventLoop,
         )
