@@ -13,6 +13,9 @@ STUBS := .venv/stubs
 stubs = $(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/*.proto
 
+# Where it is set, each of a thousand processes would compile all that it imports: seconds, where torch is among it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup protos check check-style check-mypy check-pyright check-protos test test-kernels test-compile test-clients clients hostile-http soak kill-run demo serve up bench bench-gateway bench-kernels bench-quality bench-sampling bench-scheduler bench-split bench-streaming gpu-check
 .DEFAULT_GOAL := help
 
