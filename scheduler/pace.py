@@ -30,6 +30,11 @@ class Pace:
             steps = self._recent[size] = deque(maxlen=RECENT)
         steps.append(compute_ns)
 
+    def shortest_ns(self, num_tokens: int) -> int:
+        """The shortest of the recent steps of this size; 0 while there were too few to say."""
+        steps = self._recent.get(num_tokens.bit_length(), ())
+        return min(steps) if len(steps) >= ENOUGH else 0
+
     def longest_ns(self, num_tokens: int) -> int | None:
         """The longest of the recent steps of this size or more; None while there were too few to say."""
         size = num_tokens.bit_length()

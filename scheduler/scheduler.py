@@ -412,10 +412,10 @@ class Scheduler:
     # ---- steps
 
     def schedule(self, session_id: int, now_ns: int) -> StepPlan | None:
-        """The next step of an executor, or None when there is nothing to do or no credit."""
+        """The next step of an executor, or None when there is nothing to do, no credit, or time until it is due."""
         session = self._sessions[session_id]
         self._recorder.now_ns = now_ns
-        if session.silent or not session.has_credit:
+        if session.silent or not session.has_credit or session.holds_plan(now_ns):
             return None
         if self.prefixes.pins:
             self.prefixes.end_pins(now_ns)

@@ -17,6 +17,7 @@ from common.types import BlockId, SlotRef, slot_of, slot_ref
 from scheduler import policy
 from scheduler.beams import BeamGroup
 from scheduler.block_pool import BlockPool
+from scheduler.lead import Lead
 from scheduler.occupancy import Occupancy
 from scheduler.pace import Pace
 from scheduler.pins import Pin, Pins
@@ -61,6 +62,9 @@ class Session:
         self.joined_ns = joined_ns
         self.held_until_ns = held_until_ns  # takes no work before: it died young too often
         self.pace = Pace()
+        self._lead = Lead()
+        self.due_ns = 0  # before that the next plan was not to be made, when it was asked for last
+        self._was_held = False  # it was asked for too early
         self.full = False  # the first in the line that fits here waits for room
         self.occupancy = Occupancy()
         self.num_promised = 0  # blocks that the known tokens of running sequences still need
@@ -91,6 +95,19 @@ class Session:
     def has_credit(self) -> bool:
         """Another step may be sent."""
         return len(self.outstanding) < self.facts.credit
+
+    def holds_plan(self, now_ns: int) -> bool:
+        """Whether the next plan is made later, at `due_ns`: what is in flight keeps the executor busy until then."""
+        self.due_ns = self._when_due_ns()
+        is_early = now_ns < self.due_ns
+        self._was_held = self._was_held or is_early
+        return is_early
+
+    def _when_due_ns(self) -> int:
+        shortest_ns = [self.pace.shortest_ns(flight.num_tokens) for flight in self.outstanding]
+        if not shortest_ns or not all(shortest_ns):
+            return 0  # nobody knows: it may end at any moment
+        return self.unanswered()[1] + self._lead.held_ns(sum(shortest_ns))
 
     def could_hold(self, sequence: Sequence) -> bool:
         """Whether all that the sequence, or its group of beams, may come to need fits when nothing else is here."""
@@ -484,7 +501,9 @@ class Session:
     def send(self, draft: Draft, now_ns: int) -> StepPlan:
         """The plan, which is outstanding from now on."""
         first = next(iter(draft.rows.values())).sequence  # the first of those that go on
-        self.outstanding.append(draft.sent(now_ns, had_work=first.arrived_ns < self._answered_ns))
+        had_work = first.arrived_ns < self._answered_ns
+        self.outstanding.append(draft.sent(now_ns, had_work=had_work, was_held=self._was_held))
+        self._was_held = False
         self._next_step += 1
         released, self._released = self._released, []
         return draft.plan(released)
@@ -533,6 +552,8 @@ class Session:
         """The step was answered now; the executor says how long it took, and how long it had waited for it."""
         self._answered_ns = now_ns
         self.pace.add(flight.num_tokens, result.compute_ns)
+        if flight.had_work:
+            self._lead.add(result.idle_ns, was_held=flight.was_held)
         self.occupancy.add(compute_ns=result.compute_ns, idle_ns=result.idle_ns if flight.had_work else 0)
 
     def fall_behind(self, refs: Iterable[SlotRef], answered: Outstanding) -> None:

@@ -101,6 +101,7 @@ class Engine:
         self._due: dict[RequestStream, None] = {}  # readers that are to be woken, in order
         self._due_first: dict[RequestStream, None] = {}  # before them: those that have taken nothing yet
         self._may_pass = READERS_AT_ONCE  # readers that may take something before the loop's next turn, unasked
+        self._timers: dict[int, asyncio.TimerHandle] = {}  # by session: its next plan is due then
         self._work = asyncio.Event()
         self._changed = asyncio.Event()  # a sequence ended
         self._executors_changed = asyncio.Event()
@@ -331,6 +332,8 @@ class Engine:
         self._fold_answers_of(session)
         if self._links.pop(session, None) is None:
             return
+        if (timer := self._timers.pop(session, None)) is not None:
+            timer.cancel()
         losses = self.scheduler.lose(session, self._clock_ns(), end, step=step, culprit=culprit)
         self._hand_out(losses.ended)
         for request in losses.given_up:
@@ -430,10 +433,15 @@ class Engine:
         link = self._links.get(session)
         if link is None:  # lost
             return
-        while (plan := self.scheduler.schedule(session, self._clock_ns())) is not None:
+        if (timer := self._timers.pop(session, None)) is not None:
+            timer.cancel()
+        state = self.scheduler.session(session)
+        while (plan := self.scheduler.schedule(session, now_ns := self._clock_ns())) is not None:
             if failpoints.hit("before_plan_send") != "drop":
                 link.send(plan)
-        state = self.scheduler.session(session)
+        if now_ns < state.due_ns:
+            wait_s = max(_LEAST_WAIT_S, (state.due_ns - now_ns) / 1e9)
+            self._timers[session] = asyncio.get_running_loop().call_later(wait_s, self._work.set)
         if state.leaving and not state.running and not state.outstanding:
             link.close("nothing left to run")
 

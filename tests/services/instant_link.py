@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from common.step import ExecutorFacts, StepPlan
 from executor.fake_runner import FakeRunner
@@ -11,7 +12,7 @@ from services.engine import Engine
 
 
 class InstantLink:
-    """An executor on the same loop: it answers when `steps` allows, or at once."""
+    """An executor on the same loop: it answers when `steps` allows, or at once, and says `compute_ns` of each step."""
 
     def __init__(
         self,
@@ -22,11 +23,13 @@ class InstantLink:
         num_blocks: int = 32,
         name: str = "fake",
         runner: FakeRunner | None = None,
+        compute_ns: int = 0,
     ) -> None:
         self.runner = runner or FakeRunner(num_blocks=num_blocks, name=name)
         self.facts: ExecutorFacts = self.runner.load(lambda stage, done, total: None)
         self.closed = ""
         self._engine, self._session, self._steps = engine, session, steps
+        self._compute_ns = compute_ns
         self.held: list[StepPlan] = []
 
     def send(self, plan: StepPlan) -> None:
@@ -41,7 +44,8 @@ class InstantLink:
         while self.held and not self.closed and self._steps != 0:
             if self._steps is not None:
                 self._steps -= 1
-            self._engine.answered(self._session, execute(self.runner, self.held.pop(0)))
+            result = replace(execute(self.runner, self.held.pop(0)), compute_ns=self._compute_ns)
+            self._engine.answered(self._session, result)
 
     def close(self, why: str) -> None:
         self.closed = why

@@ -27,6 +27,7 @@ from tests.services.instant_link import InstantLink
 from tests.services.served import HANG_S
 
 GREEDY = SamplingParams(temperature=0.0)
+_LONG_NS = 10_000 * 1_000_000_000
 
 
 def run(test: Callable[[Engine], Awaitable[None]], *, limits: SchedulerLimits | None = None, **settings: Any) -> None:
@@ -44,10 +45,8 @@ def run(test: Callable[[Engine], Awaitable[None]], *, limits: SchedulerLimits | 
     asyncio.run(main())
 
 
-def join(
-    engine: Engine, session: int = 1, *, steps: int | None = None, num_blocks: int = 32, name: str = "fake"
-) -> InstantLink:
-    link = InstantLink(engine, session, steps=steps, num_blocks=num_blocks, name=name)
+def join(engine: Engine, session: int = 1, **settings: Any) -> InstantLink:
+    link = InstantLink(engine, session, **settings)
     engine.join(session, link.facts, link)
     return link
 
@@ -340,6 +339,56 @@ def test_a_reader_in_the_line_hears_of_a_failure_after_what_is_there() -> None:
         assert [event.tokens for event in await reader] == [[4]]
         with pytest.raises(Unavailable):
             await stream.take()
+
+    run(test)
+
+
+async def decode(engine: Engine, link: InstantLink, *, max_tokens: int = 100) -> RequestStream:
+    """A request after so many steps that a plan may be made late: one is in flight, and the next is not made yet."""
+    stream = engine.submit([1], GREEDY, StopConditions(max_tokens=max_tokens))
+    while stream.sequences[0].num_output < 20 or len(link.held) != 1:
+        link.allow(1)
+        await asyncio.sleep(0)
+    return stream
+
+
+def test_a_plan_that_is_made_late_is_made_although_nothing_else_happens() -> None:
+    async def test(engine: Engine) -> None:
+        link = join(engine, steps=0, compute_ns=35_000_000)
+        await decode(engine, link)
+        while len(link.held) < 2:
+            await asyncio.sleep(0)
+        assert engine.scheduler.session(1).outstanding[-1].was_held
+
+    run(test)
+
+
+def test_a_plan_that_waits_for_its_time_is_made_at_once_when_the_executor_has_nothing_left() -> None:
+    """Also for who came meanwhile."""
+
+    async def test(engine: Engine) -> None:
+        link = join(engine, steps=0, compute_ns=_LONG_NS)
+        await decode(engine, link)
+        other = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=1))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert len(link.held) == 1
+        link.allow(1)
+        while not link.held:
+            await asyncio.sleep(0)
+        assert len(link.held[0].refs) == 2
+        link.allow(1)
+        assert await read(other) == {0: [3]}
+
+    run(test)
+
+
+def test_nothing_waits_for_the_time_of_a_lost_executor() -> None:
+    async def test(engine: Engine) -> None:
+        stream = await decode(engine, join(engine, steps=0, compute_ns=_LONG_NS), max_tokens=22)
+        engine.lose(1)
+        join(engine, 2)
+        assert await read(stream) == {0: list(range(1, 23))}
 
     run(test)
 

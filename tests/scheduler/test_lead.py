@@ -1,0 +1,137 @@
+"""The next plan is made late where steps are long: who comes meanwhile is in it, and the executor does not wait."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from executor.runner import Done
+from scheduler.lead import FIRST_NS, IDLE_NS, LEAST_NS, MOST_NS, WORTH_NS, Lead
+from scheduler.pace import ENOUGH
+from scheduler.session import Session
+from tests.scheduler.world import World
+
+MS = 1_000_000
+STEP_NS = 100 * MS
+
+
+def answer(world: World, *, compute_ns: int = STEP_NS, idle_ns: int = 0) -> None:
+    """The oldest unanswered step ends, which took so long."""
+    runner = world.runners[0]
+    launch = runner.launch
+    runner.launch = lambda plan: Done(  # type: ignore[method-assign]
+        replace(launch(plan).result(), compute_ns=compute_ns, idle_ns=idle_ns)
+    )
+    world.answer()
+    runner.launch = launch  # type: ignore[method-assign]
+
+
+def decoding(*, compute_ns: int = STEP_NS, steps: int = ENOUGH + 1) -> World:
+    """A request that decodes. So many steps were answered, each of which took so long, and another one begins now."""
+    world = World(credit=2, num_blocks=256, max_model_len=512)
+    world.add("a", prompt=1, max_tokens=400)
+    world.send()
+    for _ in range(steps):
+        began_ns = world.now_ns
+        if world.send() is None:
+            world.now_ns = session(world).due_ns
+            assert world.send() is not None
+        world.now_ns = began_ns + compute_ns
+        answer(world, compute_ns=compute_ns)
+    return world
+
+
+def session(world: World) -> Session:
+    return world.scheduler.session(0)
+
+
+def lead_ns(world: World) -> int:
+    """How long before the end of the step that runs the next plan is made."""
+    assert world.send() is None
+    return session(world).unanswered()[1] + STEP_NS - session(world).due_ns
+
+
+def test_who_comes_while_a_step_runs_is_in_the_one_behind_it() -> None:
+    world = decoding()
+    assert world.send() is None, "it is too early"
+    world.add("b", prompt=5)
+    world.now_ns = session(world).due_ns - 2
+    assert world.send() is None
+    plan = world.send()
+    assert plan is not None and len(plan.refs) == 2
+    assert len(session(world).outstanding) == 2, "and the step before it runs still"
+    assert 0 < session(world).unanswered()[1] + STEP_NS - world.now_ns <= FIRST_NS
+
+
+def test_a_plan_is_made_at_once_where_nothing_is_in_flight() -> None:
+    world = decoding()
+    assert world.send() is None
+    answer(world, compute_ns=MS)  # much sooner than those before it
+    assert world.send() is not None
+
+
+@pytest.mark.parametrize(
+    ("compute_ns", "steps"), [(STEP_NS, ENOUGH - 2), (LEAST_NS, 300), (LEAST_NS + WORTH_NS - MS, 300)]
+)
+def test_no_plan_is_made_late_while_nobody_knows_how_long_steps_take_nor_where_they_are_short(
+    compute_ns: int, steps: int
+) -> None:
+    world = decoding(compute_ns=compute_ns, steps=steps)
+    assert world.send() is not None
+    assert not any(flight.was_held for flight in session(world).outstanding)
+
+
+def test_a_step_of_another_size_says_nothing() -> None:
+    world = decoding()
+    world.add("b", prompt=40)
+    assert world.send() is None
+    world.now_ns = session(world).due_ns
+    assert world.send() is not None
+    world.now_ns += STEP_NS
+    answer(world)
+    assert [flight.num_tokens for flight in session(world).outstanding] == [41]
+    assert world.send() is not None
+
+
+def test_what_an_executor_says_of_its_time_holds_no_plan_back_once_it_has_nothing_to_do() -> None:
+    world = decoding(compute_ns=2**63)
+    world.now_ns += STEP_NS
+    assert world.send() is None
+    answer(world, compute_ns=2**63)
+    assert world.send() is not None
+
+
+def test_an_executor_that_waited_for_a_late_plan_gets_the_next_one_sooner() -> None:
+    world = decoding(steps=40)
+    before_ns = lead_ns(world)
+    assert before_ns < FIRST_NS, "it never waited"
+    world.now_ns = session(world).due_ns
+    assert world.send() is not None
+    answer(world)
+    answer(world, idle_ns=IDLE_NS)  # it waited for the plan that was made late
+    assert world.send() is not None
+    assert lead_ns(world) > 1.4 * before_ns
+
+
+def test_the_lead_grows_where_a_late_plan_was_waited_for_and_shrinks_slowly_else() -> None:
+    lead = Lead()
+    lead.add(IDLE_NS, was_held=True)
+    assert lead.ns == FIRST_NS * 3 // 2
+    lead.add(IDLE_NS, was_held=False)
+    assert lead.ns == FIRST_NS * 3 // 2, "that plan could not have been made sooner"
+    lead.add(IDLE_NS - 1, was_held=True)
+    assert FIRST_NS * 1.4 < lead.ns < FIRST_NS * 1.5
+
+
+def test_the_lead_has_its_limits() -> None:
+    lead = Lead()
+    for _ in range(1000):
+        lead.add(0, was_held=True)
+    assert lead.ns == LEAST_NS
+    for _ in range(1000):
+        lead.add(10 * IDLE_NS, was_held=True)
+    assert lead.ns == MOST_NS
+    for _ in range(1000):
+        lead.add(0, was_held=False)
+    assert lead.ns == LEAST_NS, "it is tried again later"
