@@ -70,10 +70,10 @@ check-protos: .venv/.ok
 	$(call stubs,$(STUBS))
 	@cd $(STUBS) && for stub in protos/*; do diff -u $(CURDIR)/$$stub $$stub || { echo "$$stub is stale: make protos"; exit 1; }; done
 
-test: setup $(if $(ARGS),,clients) ## run every test but two that test-kernels has; ARGS="-k preemption" some
+test: setup $(if $(ARGS),,clients) ## run every test; ARGS="-k preemption" some
 	$(BIN)/python -m tests.run_all $(ARGS)
 
-test-kernels: setup ## the GPU's: kernels in Triton's interpreter and what drives them, the whole check on no device, too
+test-kernels: setup ## of these, the GPU's: kernels in Triton's interpreter and what drives them
 	$(BIN)/python -m pytest tests/gpu --ignore tests/gpu/test_compile.py $(ARGS)
 
 test-compile: setup ## of these, that every kernel compiles for the GPUs it is for

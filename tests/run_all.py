@@ -1,10 +1,9 @@
-"""Every test but two, in three processes at a time: `python -m tests.run_all`, which is `make test`.
+"""Every test, in three processes at a time: `python -m tests.run_all`, which is `make test`.
 
 Tests of executors compute for minutes and open no socket, those of the GPU's kernels in Triton's interpreter; those
 from end to end wait for processes much of the time. So all of these run beside the others, the computing ones with what
 the others leave of the machine. Behind the others come the clients that nobody here wrote, by the environment that has
-them. The two that play the GPU's whole check and its sweep on a device that is none take minutes, about no server:
-`make test-kernels` has them. Arguments are pytest's, and then one pytest has them all.
+them. Arguments are pytest's, and then one pytest has them all.
 """
 
 from __future__ import annotations
@@ -22,10 +21,6 @@ from typing import Final
 _PYTEST: Final = [sys.executable, "-m", "pytest"]
 _CLIENTS: Final = "tests/clients"
 _THEIR_PYTHON: Final = Path(__file__).resolve().parents[1] / ".venv-clients" / "bin" / "python"
-_ELSEWHERE: Final = (
-    "tests/gpu/test_check.py::test_every_stage_runs_on_the_fake_device",
-    "tests/gpu/test_sweep.py::test_it_runs_on_the_fake_device",
-)
 _BESIDE: Final = {("tests/executor", "tests/gpu"): 5, ("tests/e2e",): 0}  # folders -> niceness
 
 
@@ -37,8 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         running: list[tuple[tuple[str, ...], subprocess.Popen[bytes]]] = []
         said = {folders: stack.enter_context(tempfile.TemporaryFile()) for folders in _BESIDE}
         for folders, niceness in _BESIDE.items():
-            left_out = [f"--deselect={test}" for test in _ELSEWHERE]
-            command = ["nice", "-n", str(niceness), *_PYTEST, *folders, *left_out]
+            command = ["nice", "-n", str(niceness), *_PYTEST, *folders]
             beside = subprocess.Popen(command, stdout=said[folders], stderr=subprocess.STDOUT)
             stack.callback(beside.kill)
             running.append((folders, beside))
