@@ -14,7 +14,7 @@ from tests.faults.disasters import DISASTERS
 from tests.faults.simulation import Story, run
 
 NUM_SEEDS = 2000
-NUM_LATE = 150
+NUM_LATE = 300
 _CHUNK = 50
 
 
