@@ -415,11 +415,16 @@ class Scheduler:
         """The next step of an executor, or None when there is nothing to do, no credit, or time until it is due."""
         session = self._sessions[session_id]
         self._recorder.now_ns = now_ns
-        if session.silent or not session.has_credit or session.holds_plan(now_ns):
+        if session.silent or not session.has_credit:
             return None
         if self.prefixes.pins:
             self.prefixes.end_pins(now_ns)
-        return self._planner.plan(session, now_ns)
+        if session.holds_plan(now_ns):
+            return None
+        plan = self._planner.plan(session, now_ns)
+        if plan is None:
+            session.nothing_to_plan()
+        return plan
 
     def update(self, session_id: int, result: StepResult, now_ns: int) -> list[TokenOutput]:
         """Fold the answer of the oldest outstanding step back in, and say what was committed.

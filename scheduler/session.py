@@ -63,8 +63,8 @@ class Session:
         self.held_until_ns = held_until_ns  # takes no work before: it died young too often
         self.pace = Pace()
         self._lead = Lead()
-        self.due_ns = 0  # before that the next plan was not to be made, when it was asked for last
-        self._was_held = False  # it was asked for too early
+        self.due_ns = 0  # the next plan is not made before
+        self._held_since_ns = 0  # when it was asked for too early; 0 while it was not
         self.full = False  # the first in the line that fits here waits for room
         self.occupancy = Occupancy()
         self.num_promised = 0  # blocks that the known tokens of running sequences still need
@@ -97,17 +97,29 @@ class Session:
         return len(self.outstanding) < self.facts.credit
 
     def holds_plan(self, now_ns: int) -> bool:
-        """Whether the next plan is made later, at `due_ns`: what is in flight keeps the executor busy until then."""
-        self.due_ns = self._when_due_ns()
-        is_early = now_ns < self.due_ns
-        self._was_held = self._was_held or is_early
-        return is_early
+        """Whether the next plan is made later: what is in flight keeps the executor busy until after `due_ns`."""
+        if now_ns >= self.due_ns:
+            return False
+        self._held_since_ns = self._held_since_ns or now_ns
+        return True
 
-    def _when_due_ns(self) -> int:
+    def nothing_to_plan(self) -> None:
+        """There was no plan to make: the next one is not late because it was held back."""
+        self._held_since_ns = 0
+
+    def _next_due_ns(self) -> int:
+        """When the next plan is due, now that other steps are in flight than before; 0 is at once.
+
+        What comes behind drafts, or next of beams, is known with the answer alone, and so is whose turn it is in a
+        trial: then there is nothing to wait for but that.
+        """
+        if not self.has_credit or self.speculates or self.groups or self.trial is not None:
+            return 0
         shortest_ns = [self.pace.shortest_ns(flight.num_tokens) for flight in self.outstanding]
         if not shortest_ns or not all(shortest_ns):
             return 0  # nobody knows: it may end at any moment
-        return self.unanswered()[1] + self._lead.held_ns(sum(shortest_ns))
+        held_ns = self._lead.held_ns(sum(shortest_ns))
+        return self.unanswered()[1] + held_ns if held_ns else 0
 
     def could_hold(self, sequence: Sequence) -> bool:
         """Whether all that the sequence, or its group of beams, may come to need fits when nothing else is here."""
@@ -142,8 +154,11 @@ class Session:
         return self.outstanding[0].step, max(self.outstanding[0].sent_ns, self._answered_ns)
 
     def silent_since(self, time_ns: int) -> bool:
-        """A step that was sent before then is not answered."""
-        return bool(self.outstanding) and self.outstanding[0].sent_ns < time_ns
+        """A step that was sent before then, or could have been, is not answered."""
+        if not self.outstanding:
+            return False
+        flight = self.outstanding[0]
+        return (flight.held_since_ns or flight.sent_ns) < time_ns
 
     @property
     def last_step(self) -> int:
@@ -502,8 +517,9 @@ class Session:
         """The plan, which is outstanding from now on."""
         first = next(iter(draft.rows.values())).sequence  # the first of those that go on
         had_work = first.arrived_ns < self._answered_ns
-        self.outstanding.append(draft.sent(now_ns, had_work=had_work, was_held=self._was_held))
-        self._was_held = False
+        self.outstanding.append(draft.sent(now_ns, had_work=had_work, held_since_ns=self._held_since_ns))
+        self._held_since_ns = 0
+        self.due_ns = self._next_due_ns()
         self._next_step += 1
         released, self._released = self._released, []
         return draft.plan(released)
@@ -552,9 +568,9 @@ class Session:
         """The step was answered now; the executor says how long it took, and how long it had waited for it."""
         self._answered_ns = now_ns
         self.pace.add(flight.num_tokens, result.compute_ns)
-        if flight.had_work:
-            self._lead.add(result.idle_ns, was_held=flight.was_held)
+        self._lead.add(result.idle_ns, was_held=flight.held_since_ns > 0)
         self.occupancy.add(compute_ns=result.compute_ns, idle_ns=result.idle_ns if flight.had_work else 0)
+        self.due_ns = self._next_due_ns()
 
     def fall_behind(self, refs: Iterable[SlotRef], answered: Outstanding) -> None:
         """What was answered for these, and is in flight, computes one position less far than it was planned to."""

@@ -36,7 +36,7 @@ class Outstanding(NamedTuple):
     sent_ns: int
     had_work: bool  # one of its sequences was there when the step before it was answered
     max_drafts: int = 0  # of all its rows
-    was_held: bool = False  # its plan was made later than it could have been
+    held_since_ns: int = 0  # its plan could have been made then, and was held back; 0 is not
 
 
 class Admission(NamedTuple):
@@ -87,10 +87,10 @@ class Draft:
             max_drafts=[row.max_drafts for row in self.rows.values()] if self.num_drafts else [],
         )
 
-    def sent(self, now_ns: int, *, had_work: bool, was_held: bool) -> Outstanding:
+    def sent(self, now_ns: int, *, had_work: bool, held_since_ns: int) -> Outstanding:
         """The step, now that its plan goes out."""
         num_tokens = sum(self.num_scheduled) + self.num_drafts
-        return Outstanding(self.step, self.rows, num_tokens, now_ns, had_work, self.num_drafts, was_held)
+        return Outstanding(self.step, self.rows, num_tokens, now_ns, had_work, self.num_drafts, held_since_ns)
 
 
 def _told_whole(new: Admission) -> NewSequence:

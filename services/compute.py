@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from common import failpoints
 from common.log import without_texts
@@ -23,6 +23,9 @@ from executor.runner import DeviceLost, Done, Launched, Report, Runner
 from services import watchdog
 
 log = logging.getLogger(__name__)
+
+_CALM_S: Final = 0.05
+"""Idle work begins when no plan came for so long: one that is a moment late must not wait for it to end."""
 
 _Order = tuple[int, StepPlan | None]
 """A session and one of its plans; without a plan, the session begins."""
@@ -129,13 +132,14 @@ class ComputeThread:
         orders: deque[_Order | None] = deque()
         has_spare_work = True
         while True:
-            while has_spare_work and not self._in_flight and self._inbox.empty():
-                has_spare_work = self._idle(runner)
-                self.tick += 1
+            wants_idle = has_spare_work and not self._in_flight
             try:
-                item = self._inbox.get(timeout=self._tick_s)
+                item = self._inbox.get(timeout=min(_CALM_S, self._tick_s) if wants_idle else self._tick_s)
             except queue.Empty:
                 self.tick += not self._in_flight  # a device that stands still is no better than a thread that does
+                while wants_idle and has_spare_work and self._inbox.empty():
+                    has_spare_work = self._idle(runner)
+                    self.tick += 1
                 continue
             self.tick += 1
             has_spare_work = not self._idle_failed

@@ -1,11 +1,11 @@
 """The one loop: fold the answers in, plan, send, hand the tokens out. The only place that waits for work.
 
 Everything here runs on one event loop. Calls from handlers and links change the core at once and wake the loop. An
-executor never waits for readers: when a result arrives, the next plan is sent before anybody hears of a token, and
-readers take a few at a time, also those that come back and find something, so that the next result is seen after one
-turn of theirs at most. What a reader has not taken by then is merged into one event: under load tokens share messages,
-and an idle loop delays none. Who has taken nothing yet goes before all others: a step answers its new rows last, so
-their first tokens would wait until everybody else's next ones are written.
+executor never waits for readers: the next plan is sent before anybody hears of a token, when a result arrives or when
+the core says that it is due. Readers take a few at a time, also those that come back and find something, so that the
+next result is seen after one turn of theirs at most. What a reader has not taken by then is merged into one event:
+under load tokens share messages, and an idle loop delays none. Who has taken nothing yet goes first, in most of the
+places: a step answers its new rows last, so their first tokens would wait until everybody's next ones are written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, islice
+from itertools import islice
 from typing import Final, Protocol
 
 from common import failpoints
@@ -53,6 +53,7 @@ _LOOK_AGAIN_S: Final = 1.0
 _DRAINING_WAIT_S: Final = 2.0  # a link that broke is back by then
 # Each makes a message and writes it. gRPC hands over one new call a turn, so turns are short.
 READERS_AT_ONCE: Final = 8
+FIRST_AT_ONCE: Final = 6  # of these, that have taken nothing yet, while others are due
 
 
 class Link(Protocol):
@@ -101,7 +102,8 @@ class Engine:
         self._due: dict[RequestStream, None] = {}  # readers that are to be woken, in order
         self._due_first: dict[RequestStream, None] = {}  # before them: those that have taken nothing yet
         self._may_pass = READERS_AT_ONCE  # readers that may take something before the loop's next turn, unasked
-        self._timers: dict[int, asyncio.TimerHandle] = {}  # by session: its next plan is due then
+        self._due_ns: dict[int, int] = {}  # by session that holds its next plan back: until then
+        self._timers: dict[int, asyncio.TimerHandle] = {}  # of these
         self._work = asyncio.Event()
         self._changed = asyncio.Event()  # a sequence ended
         self._executors_changed = asyncio.Event()
@@ -332,8 +334,7 @@ class Engine:
         self._fold_answers_of(session)
         if self._links.pop(session, None) is None:
             return
-        if (timer := self._timers.pop(session, None)) is not None:
-            timer.cancel()
+        self._look_at(session, 0, 0)
         losses = self.scheduler.lose(session, self._clock_ns(), end, step=step, culprit=culprit)
         self._hand_out(losses.ended)
         for request in losses.given_up:
@@ -424,7 +425,8 @@ class Engine:
 
     def _wake_readers(self) -> None:
         self._may_pass = READERS_AT_ONCE
-        for stream in list(islice(chain(self._due_first, self._due), READERS_AT_ONCE)):
+        first = list(islice(self._due_first, FIRST_AT_ONCE if self._due else READERS_AT_ONCE))
+        for stream in [*first, *islice(self._due, READERS_AT_ONCE - len(first))]:
             self._due_first.pop(stream, None)
             self._due.pop(stream, None)
             stream.wake()
@@ -433,17 +435,28 @@ class Engine:
         link = self._links.get(session)
         if link is None:  # lost
             return
-        if (timer := self._timers.pop(session, None)) is not None:
-            timer.cancel()
         state = self.scheduler.session(session)
         while (plan := self.scheduler.schedule(session, now_ns := self._clock_ns())) is not None:
             if failpoints.hit("before_plan_send") != "drop":
                 link.send(plan)
-        if now_ns < state.due_ns:
-            wait_s = max(_LEAST_WAIT_S, (state.due_ns - now_ns) / 1e9)
-            self._timers[session] = asyncio.get_running_loop().call_later(wait_s, self._work.set)
+        due_ns = state.due_ns if now_ns < state.due_ns else 0
+        if due_ns != self._due_ns.get(session, 0):
+            self._look_at(session, due_ns, now_ns)
         if state.leaving and not state.running and not state.outstanding:
             link.close("nothing left to run")
+
+    def _look_at(self, session: int, due_ns: int, now_ns: int) -> None:
+        """Have the loop look again when the session's next plan is due; 0 is when something happens."""
+        if self._due_ns.pop(session, 0):
+            self._timers.pop(session).cancel()
+        if due_ns:
+            wait_s = max(_LEAST_WAIT_S, (due_ns - now_ns) / 1e9)
+            self._due_ns[session] = due_ns
+            self._timers[session] = asyncio.get_running_loop().call_later(wait_s, self._is_due, session)
+
+    def _is_due(self, session: int) -> None:
+        del self._due_ns[session], self._timers[session]
+        self._work.set()
 
     def _fold_answers_of(self, session: int) -> None:
         mine = [result for owner, result in self._answers if owner == session]

@@ -46,7 +46,7 @@ class RequestStream:
         self.deadline: asyncio.TimerHandle | None = None
         self.pin: Pin | None = None  # what of its prompt was pinned for it
         self.is_waited_for = False  # its reader has taken all there was
-        self.has_begun = False  # its reader has taken something
+        self.has_begun = any(taken.values())  # its reader has taken something
         self._engine = engine
         self._choice_of = {s.id: s.choice for s in sequences}
         self._taken = {choice: taken.get(choice, 0) for choice in self.sequences}

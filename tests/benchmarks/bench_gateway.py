@@ -307,7 +307,8 @@ def main() -> None:
         )
     print(_summary(turns))
     if asked.json:
-        asked.json.write_text(json.dumps([asdict(turn) for turn in turns], indent=1))
+        told = {"asked": vars(asked), "turns": [asdict(turn) for turn in turns]}
+        asked.json.write_text(json.dumps(told, indent=1, default=str))
 
 
 if __name__ == "__main__":

@@ -409,7 +409,8 @@ class _Executor:
     def _compute(self) -> None:
         if self.is_dead:
             return
-        result = execute(self._computer.runner, self._plans[0])
+        # as long as it takes here: what the machine takes would be another story each time
+        result = replace(execute(self._computer.runner, self._plans[0]), compute_ns=10_000_000)
         message = result_to_pb(result, self._session)
         self._cluster.process.call(self._cluster.engine.answered, self._session, result_from_pb(message))
         self._plans.popleft()

@@ -6,15 +6,22 @@ import multiprocessing
 import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from unittest import mock
 
 import pytest
 
 from common.failpoints import NAMES
+from common.step import StepPlan
+from scheduler import lead
+from scheduler import scheduler as scheduler_module
+from scheduler.session import Session
+from scheduler.steps import Draft
 from tests.faults.disasters import DISASTERS
 from tests.faults.simulation import Story, run
 
 NUM_SEEDS = 2000
 NUM_LATE = 300
+NUM_HELD = 150
 _CHUNK = 50
 
 
@@ -23,12 +30,36 @@ def play(first: int, late: bool = False) -> list[Story]:
     return [run(seed, late=late) for seed in range(first, first + _CHUNK)]
 
 
+def play_held(first: int) -> int:
+    """One chunk in which steps of a millisecond are long ones already. Returns how many plans were held back."""
+    num_held = 0
+
+    class Watched(Session):
+        def send(self, draft: Draft, now_ns: int) -> StepPlan:
+            nonlocal num_held
+            plan = super().send(draft, now_ns)
+            num_held += self.outstanding[-1].held_since_ns > 0
+            return plan
+
+    with (
+        mock.patch.multiple(lead, FIRST_NS=400_000, LEAST_NS=200_000, WORTH_NS=300_000),
+        mock.patch.object(scheduler_module, "Session", Watched),
+    ):
+        play(first)
+    return num_held
+
+
 def play_all(num_seeds: int, *, late: bool = False) -> list[Story]:
     """On every core there is."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     firsts = range(0, num_seeds, _CHUNK)
-    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with on_every_core() as pool:
         return [story for chunk in pool.map(play, firsts, [late] * len(firsts)) for story in chunk]
+
+
+def on_every_core() -> ProcessPoolExecutor:
+    """Processes that have nothing of this one's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn"))
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +110,10 @@ def test_no_stream_shows_that_executors_launch_steps_before_they_know_the_last_t
 
     assert sum(story.moved for story in stories) > 100, "sequences that lost their executor"
     assert sum(story.preemptions for story in stories) > 30, "memory was never short"
+
+
+def test_no_stream_shows_that_plans_are_made_late() -> None:
+    with on_every_core() as pool:
+        num_held = sum(pool.map(play_held, range(0, NUM_HELD, _CHUNK)))
+
+    assert num_held > 10 * NUM_HELD

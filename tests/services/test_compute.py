@@ -13,6 +13,7 @@ from common.step import ExecutorFacts, StepPlan, StepResult
 from executor.fake_runner import FakeRunner
 from executor.resident import PlanError
 from executor.runner import DeviceLost, Done, Report, Runner
+from services import compute as compute_module
 from services.compute import ComputeThread
 from services.watchdog import Watchdog
 from tests.services.served import HANG_S
@@ -436,16 +437,33 @@ def test_a_plan_waits_for_no_more_than_one_idle_moment() -> None:
     assert runner.log == ["idle", "begin", "launch 0", "launch 1", "result 0", "result 1", "idle"]
 
 
+def test_a_plan_that_comes_a_moment_later_waits_for_no_idle_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute_module, "_CALM_S", HANG_S)
+    runner = SparedRunner(num_pieces=1000)
+    told = Told(runner, tick_s=HANG_S)
+    told.compute.start()
+    for session in (1, 2):
+        told.queue(session, num_plans=1)
+        runner.launched.get(timeout=HANG_S).end()
+        assert told.next_result() == (session, 0)
+    assert told.compute.stop(HANG_S)
+    assert "idle" not in runner.log
+
+
 def test_idle_work_that_fails_ends_no_session_and_is_not_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    tried = threading.Event()
+
     class Failing(ScriptedRunner):
         def idle(self) -> bool:
             self.log.append("idle")
+            tried.set()
             raise ValueError(CANARY)
 
     runner = Failing()
     told = Told(runner)
-    told.queue(1, num_plans=1)
     told.compute.start()
+    assert tried.wait(HANG_S)
+    told.queue(1, num_plans=1)
     runner.launched.get(timeout=HANG_S).end()
     assert told.next_result() == (1, 0)
     told.queue(2, num_plans=1)

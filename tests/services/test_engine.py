@@ -304,6 +304,42 @@ def test_a_first_token_is_heard_before_the_next_ones_of_who_has_begun() -> None:
     run(test)
 
 
+def test_a_crowd_of_first_tokens_leaves_places_to_who_has_begun() -> None:
+    async def test(engine: Engine) -> None:
+        link = join(engine, steps=1, num_blocks=1024)
+        begun = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=9))
+        await begun.take()
+        others = [engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=1)) for _ in range(60)]
+        link.allow(2)
+        while begun.sequences[0].num_output < 3:
+            await asyncio.sleep(0)
+        await begun.take()
+        heard: list[RequestStream] = []
+
+        async def hear(stream: RequestStream) -> None:
+            await stream.take()
+            heard.append(stream)
+
+        readers = [asyncio.create_task(hear(stream)) for stream in (*others, begun)]
+        await asyncio.sleep(0)
+        link.allow(1)
+        await asyncio.gather(*readers)
+        assert heard.index(begun) == engine_module.FIRST_AT_ONCE
+
+    run(test)
+
+
+def test_who_comes_back_to_a_stream_that_he_heard_before_is_no_first_reader() -> None:
+    async def test(engine: Engine) -> None:
+        join(engine, steps=0)
+        stream = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=9))
+        assert not stream.has_begun
+        assert not engine.attach(stream, {0: 0}).has_begun
+        assert engine.attach(stream, {0: 2}).has_begun
+
+    run(test)
+
+
 def test_who_gives_up_in_the_line_of_first_tokens_leaves_it_to_the_others() -> None:
     async def test(engine: Engine) -> None:
         link = join(engine, steps=0, num_blocks=1024)
@@ -358,7 +394,36 @@ def test_a_plan_that_is_made_late_is_made_although_nothing_else_happens() -> Non
         await decode(engine, link)
         while len(link.held) < 2:
             await asyncio.sleep(0)
-        assert engine.scheduler.session(1).outstanding[-1].was_held
+        assert engine.scheduler.session(1).outstanding[-1].held_since_ns
+
+    run(test)
+
+
+def test_an_executor_that_holds_its_plan_back_has_one_timer_whoever_comes_and_none_once_it_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[asyncio.TimerHandle] = []
+
+    async def test(engine: Engine) -> None:
+        loop = asyncio.get_running_loop()
+        call_later = loop.call_later
+
+        def watched(delay: float, callback: Any, *args: Any) -> asyncio.TimerHandle:
+            made.append(call_later(delay, callback, *args))
+            return made[-1]
+
+        await decode(engine, join(engine, steps=0, compute_ns=_LONG_NS))
+        monkeypatch.setattr(loop, "call_later", watched)
+        before = {handle for handle in loop._scheduled if not handle.cancelled()}  # type: ignore[attr-defined]
+        for _ in range(3):
+            other = engine.submit([1, 2, 3], GREEDY, StopConditions(max_tokens=1))
+            await asyncio.sleep(0)
+            other.close()
+            await asyncio.sleep(0)
+        assert [handle for handle in made if handle.when() > loop.time() + 3600 * 2] == []
+        engine.lose(1)
+        (timer,) = [handle for handle in before if handle.cancelled() and handle.when() > loop.time() + 3600 * 2]
+        assert timer not in made
 
     run(test)
 
