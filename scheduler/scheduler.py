@@ -415,6 +415,8 @@ class Scheduler:
         """The next step of an executor, or None when there is nothing to do, no credit, or time until it is due."""
         session = self._sessions[session_id]
         self._recorder.now_ns = now_ns
+        if session.silent:
+            session.nothing_to_plan()
         if session.silent or not session.has_credit:
             return None
         if self.prefixes.pins:

@@ -115,7 +115,7 @@ class Session:
         """
         if not self.has_credit or self.speculates or self.groups or self.trial is not None:
             return 0
-        shortest_ns = [self.pace.shortest_ns(flight.num_tokens) for flight in self.outstanding]
+        shortest_ns = [self.pace.shortest_ns(flight.num_tokens) for flight in self.outstanding if flight.is_current]
         if not shortest_ns or not all(shortest_ns):
             return 0  # nobody knows: it may end at any moment
         held_ns = self._lead.held_ns(sum(shortest_ns))
@@ -517,7 +517,8 @@ class Session:
         """The plan, which is outstanding from now on."""
         first = next(iter(draft.rows.values())).sequence  # the first of those that go on
         had_work = first.arrived_ns < self._answered_ns
-        self.outstanding.append(draft.sent(now_ns, had_work=had_work, held_since_ns=self._held_since_ns))
+        held_since_ns = self._held_since_ns and max(self._held_since_ns, first.arrived_ns)
+        self.outstanding.append(draft.sent(now_ns, had_work=had_work, held_since_ns=held_since_ns))
         self._held_since_ns = 0
         self.due_ns = self._next_due_ns()
         self._next_step += 1
@@ -567,7 +568,8 @@ class Session:
     def timed(self, flight: Outstanding, result: StepResult, now_ns: int) -> None:
         """The step was answered now; the executor says how long it took, and how long it had waited for it."""
         self._answered_ns = now_ns
-        self.pace.add(flight.num_tokens, result.compute_ns)
+        if result.refs or result.embedded or result.ranked or not all(row.samples for row in flight.rows.values()):
+            self.pace.add(flight.num_tokens, result.compute_ns)  # else all its rows had ended: it computed nothing
         self._lead.add(result.idle_ns, was_held=flight.held_since_ns > 0)
         self.occupancy.add(compute_ns=result.compute_ns, idle_ns=result.idle_ns if flight.had_work else 0)
         self.due_ns = self._next_due_ns()

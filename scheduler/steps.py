@@ -38,6 +38,11 @@ class Outstanding(NamedTuple):
     max_drafts: int = 0  # of all its rows
     held_since_ns: int = 0  # its plan could have been made then, and was held back; 0 is not
 
+    @property
+    def is_current(self) -> bool:
+        """One of its rows is. Else it takes no time, where the executor ended them all itself."""
+        return any(row.is_current for row in self.rows.values())
+
 
 class Admission(NamedTuple):
     """A sequence that the plan tells whole."""

@@ -21,7 +21,7 @@ from tests.faults.simulation import Story, run
 
 NUM_SEEDS = 2000
 NUM_LATE = 300
-NUM_HELD = 150
+NUM_HELD = 200
 _CHUNK = 50
 
 
@@ -45,7 +45,7 @@ def play_held(first: int) -> int:
         mock.patch.multiple(lead, FIRST_NS=400_000, LEAST_NS=200_000, WORTH_NS=300_000),
         mock.patch.object(scheduler_module, "Session", Watched),
     ):
-        play(first)
+        play(first, late=bool(first % (2 * _CHUNK)))
     return num_held
 
 

@@ -29,10 +29,10 @@ def answer(world: World, *, compute_ns: int = STEP_NS, idle_ns: int = 0) -> None
     runner.launch = launch  # type: ignore[method-assign]
 
 
-def decoding(*, compute_ns: int = STEP_NS, steps: int = ENOUGH + 1, credit: int = 2) -> World:
+def decoding(*, compute_ns: int = STEP_NS, steps: int = ENOUGH + 1, credit: int = 2, stop: int = 999) -> World:
     """A request that decodes. So many steps were answered, each of which took so long, and another one begins now."""
     world = World(credit=credit, num_blocks=256, max_model_len=512)
-    world.add("a", prompt=1, max_tokens=400)
+    world.add("a", prompt=1, max_tokens=400, stop_token_ids=(stop,))
     world.send()
     for _ in range(steps):
         began_ns = world.now_ns
@@ -169,6 +169,21 @@ def test_nothing_is_made_late_that_is_known_with_the_answer_alone() -> None:
         assert num_steps > 2 * ENOUGH
 
 
+def test_a_step_whose_rows_have_all_ended_says_nothing_and_is_not_waited_for() -> None:
+    world = decoding(stop=ENOUGH + 4)
+    while not world.reasons:
+        world.now_ns = max(world.now_ns, session(world).due_ns)
+        assert world.send() is not None
+        world.now_ns += STEP_NS
+        answer(world)
+    assert len(session(world).outstanding) == 1, "sent before the stop token was known"
+    world.add("b", prompt=1)
+    assert world.send() is not None
+    assert session(world).outstanding[-1].held_since_ns == 0
+    answer(world, compute_ns=0)
+    assert world.send() is None, "steps are still known to be long"
+
+
 def test_an_executor_whose_step_is_long_is_passed_by_as_if_its_next_plan_were_sent() -> None:
     """Nobody is kept waiting for one that does not answer, however late its plans are made."""
     world = decoding(compute_ns=STEP_NS)
@@ -206,3 +221,27 @@ def test_the_lead_has_its_limits() -> None:
     for _ in range(10_000):
         lead.add(0, was_held=False)
     assert lead.ns == LEAST_NS, "it is tried again later"
+
+
+def test_the_wait_of_a_silent_executor_is_not_that_for_a_late_plan() -> None:
+    world = decoding()
+    assert world.send() is None
+    world.scheduler.fell_silent(0)
+    assert world.send() is None
+    world.scheduler.spoke(0)
+    world.now_ns = session(world).due_ns
+    assert world.send() is not None
+    assert session(world).outstanding[-1].held_since_ns == 0
+
+
+def test_a_plan_is_held_back_since_there_was_something_to_plan() -> None:
+    world = decoding()
+    world.abort("a")
+    assert world.send() is None
+    world.now_ns += MS
+    came_ns = world.now_ns
+    world.add("b", prompt=5)
+    assert world.send() is None
+    world.now_ns = session(world).due_ns
+    assert world.send() is not None
+    assert session(world).outstanding[-1].held_since_ns == came_ns
