@@ -437,17 +437,23 @@ def test_a_plan_waits_for_no_more_than_one_idle_moment() -> None:
     assert runner.log == ["idle", "begin", "launch 0", "launch 1", "result 0", "result 1", "idle"]
 
 
-def test_a_plan_that_comes_a_moment_later_waits_for_no_idle_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute_module, "_CALM_S", HANG_S)
-    runner = SparedRunner(num_pieces=1000)
-    told = Told(runner, tick_s=HANG_S)
+def test_idle_work_begins_when_no_plan_came_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = SparedRunner(num_pieces=2)
+
+    class Watched(queue.Queue[Any]):
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            runner.log.append(f"wait {timeout}")
+            return super().get(block, timeout)
+
+    monkeypatch.setattr(queue, "SimpleQueue", Watched)
+    told = Told(runner)
+    monkeypatch.undo()
     told.compute.start()
-    for session in (1, 2):
-        told.queue(session, num_plans=1)
-        runner.launched.get(timeout=HANG_S).end()
-        assert told.next_result() == (session, 0)
+    for _ in range(2):
+        runner.asked.get(timeout=HANG_S).set()
     assert told.compute.stop(HANG_S)
-    assert "idle" not in runner.log
+    assert runner.log[:3] == [f"wait {compute_module._CALM_S}", "idle", "idle"]
+    assert set(runner.log[3:]) <= {"wait 0.25"}
 
 
 def test_idle_work_that_fails_ends_no_session_and_is_not_tried_again(caplog: pytest.LogCaptureFixture) -> None:
