@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from common.sampling import BeamParams, SamplingParams
 from executor.fake_runner import position_token
-from executor.runner import Done
 from scheduler.lead import FIRST_NS, IDLE_NS, LEAST_NS, MOST_NS, WORTH_NS, Lead
 from scheduler.pace import ENOUGH
 from scheduler.session import Session
@@ -16,17 +13,6 @@ from tests.scheduler.world import World
 
 MS = 1_000_000
 STEP_NS = 100 * MS
-
-
-def answer(world: World, *, compute_ns: int = STEP_NS, idle_ns: int = 0) -> None:
-    """The oldest unanswered step ends, which took so long."""
-    runner = world.runners[0]
-    launch = runner.launch
-    runner.launch = lambda plan: Done(  # type: ignore[method-assign]
-        replace(launch(plan).result(), compute_ns=compute_ns, idle_ns=idle_ns)
-    )
-    world.answer()
-    runner.launch = launch  # type: ignore[method-assign]
 
 
 def decoding(*, compute_ns: int = STEP_NS, steps: int = ENOUGH + 1, credit: int = 2, stop: int = 999) -> World:
@@ -40,7 +26,7 @@ def decoding(*, compute_ns: int = STEP_NS, steps: int = ENOUGH + 1, credit: int 
             world.now_ns = session(world).due_ns
             assert world.send() is not None
         world.now_ns = began_ns + compute_ns
-        answer(world, compute_ns=compute_ns)
+        world.answer(compute_ns=compute_ns)
     return world
 
 
@@ -69,7 +55,7 @@ def test_who_comes_while_a_step_runs_is_in_the_one_behind_it() -> None:
 def test_a_plan_is_made_at_once_where_nothing_is_in_flight() -> None:
     world = decoding()
     assert world.send() is None
-    answer(world, compute_ns=MS)  # much sooner than those before it
+    world.answer(compute_ns=MS)  # much sooner than those before it
     assert world.send() is not None
 
 
@@ -91,7 +77,7 @@ def test_a_step_of_another_size_says_nothing() -> None:
     world.now_ns = session(world).due_ns
     assert world.send() is not None
     world.now_ns += STEP_NS
-    answer(world)
+    world.answer(compute_ns=STEP_NS)
     assert [flight.num_tokens for flight in session(world).outstanding] == [41]
     assert world.send() is not None
 
@@ -100,7 +86,7 @@ def test_what_an_executor_says_of_its_time_holds_no_plan_back_once_it_has_nothin
     world = decoding(compute_ns=2**63)
     world.now_ns += STEP_NS
     assert world.send() is None
-    answer(world, compute_ns=2**63)
+    world.answer(compute_ns=2**63)
     assert world.send() is not None
 
 
@@ -110,8 +96,8 @@ def test_an_executor_that_waited_for_a_late_plan_gets_the_next_one_sooner() -> N
     assert before_ns < FIRST_NS, "it never waited"
     world.now_ns = session(world).due_ns
     assert world.send() is not None
-    answer(world)
-    answer(world, idle_ns=IDLE_NS)  # it waited for the plan that was made late
+    world.answer(compute_ns=STEP_NS)
+    world.answer(compute_ns=STEP_NS, idle_ns=IDLE_NS)  # it waited for the plan that was made late
     assert world.send() is not None
     assert lead_ns(world) > 1.4 * before_ns
 
@@ -121,8 +107,8 @@ def test_a_plan_behind_one_that_was_held_back_is_late_for_no_such_reason() -> No
     assert world.send() is None
     world.now_ns = session(world).due_ns
     assert world.send() is not None
-    answer(world)
-    answer(world)
+    world.answer(compute_ns=STEP_NS)
+    world.answer(compute_ns=STEP_NS)
     assert world.send() is not None, "nothing is in flight: at once"
     assert [flight.held_since_ns for flight in session(world).outstanding] == [0]
 
@@ -133,11 +119,11 @@ def test_an_executor_that_had_nothing_to_do_did_not_wait_for_a_late_plan() -> No
     world.abort("a")
     world.now_ns = session(world).due_ns
     assert world.send() is None, "there is nothing to plan"
-    answer(world)
+    world.answer(compute_ns=STEP_NS)
     world.add("b", prompt=1)
     for _ in range(2):
         assert world.send() is not None
-        answer(world, idle_ns=IDLE_NS)
+        world.answer(compute_ns=STEP_NS, idle_ns=IDLE_NS)
     assert world.send() is not None
     assert lead_ns(world) <= before_ns
 
@@ -164,7 +150,7 @@ def test_nothing_is_made_late_that_is_known_with_the_answer_alone() -> None:
             sent = world.send()
             assert not session(world).due_ns, "at once"
             if sent is None:
-                answer(world)
+                world.answer(compute_ns=STEP_NS)
                 num_steps += 1
         assert num_steps > 2 * ENOUGH
 
@@ -175,12 +161,12 @@ def test_a_step_whose_rows_have_all_ended_says_nothing_and_is_not_waited_for() -
         world.now_ns = max(world.now_ns, session(world).due_ns)
         assert world.send() is not None
         world.now_ns += STEP_NS
-        answer(world)
+        world.answer(compute_ns=STEP_NS)
     assert len(session(world).outstanding) == 1, "sent before the stop token was known"
     world.add("b", prompt=1)
     assert world.send() is not None
     assert session(world).outstanding[-1].held_since_ns == 0
-    answer(world, compute_ns=0)
+    world.answer(compute_ns=0)
     assert world.send() is None, "steps are still known to be long"
 
 
@@ -192,7 +178,7 @@ def test_an_executor_whose_step_is_long_is_passed_by_as_if_its_next_plan_were_se
     world.now_ns = session(world).due_ns
     assert world.send() is not None
     world.now_ns = patient_ns + STEP_NS
-    answer(world)
+    world.answer(compute_ns=STEP_NS)
     assert session(world).silent_since(session(world).outstanding[0].sent_ns)
     assert not session(world).silent_since(patient_ns)
 

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from executor.runner import Done
 from scheduler.occupancy import RECENT_STEPS, Occupancy
 from tests.scheduler.world import World
-
-
-def answer(world: World, *, compute_ns: int, idle_ns: int) -> None:
-    """The oldest unanswered step is answered by an executor that needed and waited so long."""
-    runner = world.runners[0]
-    launch = runner.launch
-    runner.launch = lambda plan: Done(  # type: ignore[method-assign]
-        replace(launch(plan).result(), compute_ns=compute_ns, idle_ns=idle_ns)
-    )
-    world.answer()
-    runner.launch = launch  # type: ignore[method-assign]
 
 
 def occupancy(world: World) -> Occupancy:
@@ -31,7 +17,7 @@ def test_the_wait_between_steps_of_one_request_counts() -> None:
     world.add("a", prompt=5)
     for _ in range(3):
         world.send()
-        answer(world, compute_ns=97, idle_ns=3)
+        world.answer(compute_ns=97, idle_ns=3)
 
     assert (occupancy(world).compute_ns, occupancy(world).idle_ns) == (3 * 97, 2 * 3), (
         "nothing was there before the first"
@@ -44,7 +30,7 @@ def test_the_wait_for_a_request_does_not_count() -> None:
     for name in "abc":
         world.add(name, prompt=5, max_tokens=1)
         world.send()
-        answer(world, compute_ns=10, idle_ns=1_000_000)
+        world.answer(compute_ns=10, idle_ns=1_000_000)
 
     assert occupancy(world).idle_ns == 0
 
@@ -54,9 +40,9 @@ def test_a_request_that_came_while_a_step_ran_was_there() -> None:
     world.add("a", prompt=5, max_tokens=1)
     world.send()
     world.add("b", prompt=5, max_tokens=1)
-    answer(world, compute_ns=10, idle_ns=1_000_000)
+    world.answer(compute_ns=10, idle_ns=1_000_000)
     world.send()
-    answer(world, compute_ns=10, idle_ns=30)
+    world.answer(compute_ns=10, idle_ns=30)
 
     assert occupancy(world).idle_ns == 30
     assert occupancy(world).idle_ratio == 0.6

@@ -322,9 +322,9 @@ class Witness(World):
         self.check()
         return plan
 
-    def answer(self, session: int = 0) -> StepResult:
+    def answer(self, session: int = 0, *, compute_ns: int = 0, idle_ns: int = 0) -> StepResult:
         book = self.books[session]
-        result = super().answer(session)
+        result = super().answer(session, compute_ns=compute_ns, idle_ns=idle_ns)
         book.writes.popleft()
         ended = self.ended
         for name, row in book.rows.popleft().items():

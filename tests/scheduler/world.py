@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from common.sampling import SamplingParams, StopConditions
@@ -172,10 +173,10 @@ class World:
             self.sent[session].append(plan)
         return plan
 
-    def answer(self, session: int = 0) -> StepResult:
-        """Run the oldest unanswered step and fold its result back in."""
+    def answer(self, session: int = 0, *, compute_ns: int = 0, idle_ns: int = 0) -> StepResult:
+        """Run the oldest unanswered step and fold its result back in, by an executor that took and waited so long."""
         self.now_ns += 1
-        result = self._result(session)
+        result = replace(self._result(session), compute_ns=compute_ns, idle_ns=idle_ns)
         for output in self.scheduler.update(session, result, self.now_ns):
             name = self.names[output.id]
             assert name not in self.reasons, f"{name} got a token after its end"
